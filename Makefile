@@ -1,0 +1,52 @@
+# Every target sets up what it needs in .venv; nothing has to be installed first but Python 3.10 or newer.
+#   make demo    prune the embedded model; no network needed once the packages are there
+#   make test    the test suite
+#   make check   what a change must pass: format, lint, types, tests
+PYTHON ?= python3
+VENV ?= .venv
+# Options for pytest, such as PYTEST_OPTIONS="-x tests/test_main.py".
+PYTEST_OPTIONS ?=
+BIN := $(VENV)/bin
+
+# One thread a process: the models of the tests are tiny, and the tests run in parallel.
+TEST_ENVIRONMENT := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format lint types clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp an environment: remade when what it was made from changes.
+$(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,onnx,report]'
+	@touch $@ $(VENV)/installed
+
+demo: $(VENV)/installed
+	$(BIN)/python -m rfprune.main --model demo --task sst2 --constraint 0.5 --overwrite
+
+test: $(VENV)/installed-dev
+	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -n auto $(PYTEST_OPTIONS)
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/installed-dev
+	$(BIN)/mypy
+
+check: lint types test
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
