@@ -1,0 +1,1 @@
+"""Text in, score out: tasks, their data, metrics and checkpoints. Knows nothing of pruning."""
