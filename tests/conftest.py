@@ -1,0 +1,314 @@
+"""What all tests share: tiny random models, a tiny tokenizer and tiny data, made here, offline.
+
+Initial weights are drawn ten times wider than usual (`initializer_range=0.3`): with the usual 0.02
+a tiny model hardly reacts to anything, and equalities between its outputs would prove nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import string
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+# No test may reach for the hub by accident, nor wait for one that does not answer.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+Head = Literal["sequence-classification", "question-answering", "none"]
+TinyModel = Callable[..., Any]
+TinyFolder = Callable[..., Path]
+
+MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "mpnet")
+"""Every architecture of the table; `tests/model` checks that none is missing."""
+
+WORDS = (
+    "the a of and to in is was it that this film movie story cast plot actor scene good great fine "
+    "warm funny clever moving bad poor dull weak slow empty awful not very quite rather never city "
+    "river mountain team game company market price share report said bought sold won lost opened "
+    "closed north south east west red blue green new old first second who what where when "
+    "which one two three four five year month day people"
+).split()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep the hub out of every test but those marked `network`."""
+    if "network" not in str(config.getoption("-m")).replace("not network", ""):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs checkpoints or a device that are not there."""
+    for item in items:
+        if item.get_closest_marker("shared") and not shared_folder().is_dir():
+            item.add_marker(pytest.mark.skip(reason=f"needs {shared_folder()}"))
+        if item.get_closest_marker("cuda") and not _has_cuda():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@lru_cache(maxsize=1)
+def _has_cuda() -> bool:
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def shared_folder() -> Path:
+    """Where checkpoints and data for measuring are kept: beside the repository, if anywhere."""
+    beside = Path(__file__).resolve().parents[2] / "shared"
+    return Path(os.environ.get("RFPRUNE_SHARED", beside))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real checkpoints and data; for tests marked `shared`."""
+    return shared_folder()
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> TinyModel:
+    """`tiny_model(model_type="bert", head="sequence-classification", *, seed=0, **config)`.
+
+    A new random model in eval mode at each call: 2 layers of 4 heads of width 4 and 12 neurons.
+    `config` overrides any entry, by BERT's names (`hidden_size`, `num_hidden_layers`,
+    `num_attention_heads`, `intermediate_size`, `num_labels`, ...), for every model type.
+    """
+    return make_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Callable[..., Any]:
+    """`tiny_tokenizer(model_type="bert")`: WordPiece over a few words and all letters."""
+    return make_tiny_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> TinyFolder:
+    """`tiny_folder(model_type="bert", head="sequence-classification", *, seed=0, **config)`.
+
+    The folder of a saved tiny model with its tokenizer. The same call gives the same folder, so
+    copy it before you change anything in it.
+    """
+    made: dict[str, Path] = {}
+
+    def folder(
+        model_type: str = "bert", head: Head = "sequence-classification", **config: Any
+    ) -> Path:
+        key = repr((model_type, head, sorted(config.items())))
+        if key not in made:
+            path = tmp_path_factory.mktemp(f"tiny-{model_type}-{head}")
+            make_tiny_model(model_type, head, **config).save_pretrained(path)
+            make_tiny_tokenizer(model_type).save_pretrained(path)
+            made[key] = path
+        return made[key]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `--data-dir` with 48 training and 24 validation rows of each kind of task (read only).
+
+    mrpc, sst2, stsb, mnli (both validation splits), squad and squad_v2 (a third unanswerable).
+    """
+    root = tmp_path_factory.mktemp("data")
+    rows: dict[str, Callable[[random.Random, int], dict[str, Any]]] = {
+        "mrpc": _mrpc_row,
+        "sst2": _sst2_row,
+        "stsb": _stsb_row,
+        "mnli": _mnli_row,
+        "squad": _squad_row,
+        "squad_v2": _squad_v2_row,
+    }
+    for task, row in rows.items():
+        splits = {"train": 48, "validation": 24}
+        if task == "mnli":
+            splits = {"train": 48, "validation_matched": 24, "validation_mismatched": 24}
+        for split, num_rows in splits.items():
+            generator = random.Random(f"{task} {split}")
+            write_parquet(
+                root / task / f"{split}.parquet",
+                [row(generator, index) for index in range(num_rows)],
+                label_type="float32" if task == "stsb" else "int64",
+            )
+    return root
+
+
+def make_tiny_model(
+    model_type: str = "bert",
+    head: Head = "sequence-classification",
+    *,
+    seed: int = 0,
+    **config: Any,
+) -> Any:
+    """What the fixture `tiny_model` calls; see there."""
+    import torch
+    import transformers
+
+    model_class = {
+        "sequence-classification": transformers.AutoModelForSequenceClassification,
+        "question-answering": transformers.AutoModelForQuestionAnswering,
+        "none": transformers.AutoModel,
+    }[head]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class.from_config(tiny_config(model_type, **config))
+        _spread_what_starts_constant(model)
+    return model.eval()
+
+
+def tiny_config(model_type: str = "bert", **changes: Any) -> Any:
+    """The configuration of a tiny model; `changes` by BERT's names."""
+    import transformers
+
+    settings: dict[str, Any] = {
+        "vocab_size": len(vocabulary()),
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 12,
+        "max_position_embeddings": 514,
+        "initializer_range": 0.3,
+        "pad_token_id": 0,
+    }
+    if model_type in ("bert", "electra", "roberta", "xlm-roberta", "camembert"):
+        settings["type_vocab_size"] = 2 if model_type in ("bert", "electra") else 1
+    if model_type == "electra":
+        settings["embedding_size"] = 8
+    settings |= changes
+    if model_type == "distilbert":
+        names = {
+            "hidden_size": "dim",
+            "num_hidden_layers": "n_layers",
+            "num_attention_heads": "n_heads",
+            "intermediate_size": "hidden_dim",
+        }
+        settings = {names.get(name, name): value for name, value in settings.items()}
+    return transformers.AutoConfig.for_model(model_type, **settings)
+
+
+def _spread_what_starts_constant(model: Any) -> None:
+    """Draw biases and norms at random too: zeros and ones would hide whole classes of mistakes."""
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                start = 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0
+                parameter.copy_(start + 0.2 * torch.randn_like(parameter))
+
+
+@lru_cache(maxsize=1)
+def vocabulary() -> tuple[str, ...]:
+    """The tiny tokenizer's vocabulary in id order; every ASCII text is made of it."""
+    signs = string.ascii_lowercase + string.digits + string.punctuation
+    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    pieces = (*special, *signs, *("##" + sign for sign in signs), *WORDS)
+    return tuple(dict.fromkeys(pieces))
+
+
+def make_tiny_tokenizer(model_type: str = "bert") -> Any:
+    """A fast lower-case WordPiece tokenizer: `[CLS] text [SEP] pair [SEP]`.
+
+    It names token types as inputs only for the model types that have them.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    ids = {piece: position for position, piece in enumerate(vocabulary())}
+    tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", ids["[CLS]"]), ("[SEP]", ids["[SEP]"])],
+    )
+    names = ["input_ids", "attention_mask"]
+    if model_type in ("bert", "electra"):
+        names.insert(1, "token_type_ids")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_input_names=names,
+        model_max_length=512,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
+
+
+def write_parquet(
+    path: Path, rows: list[dict[str, Any]], *, label_type: Literal["int64", "float32"] = "int64"
+) -> Path:
+    """Write rows with the column types of the hub's datasets."""
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pylist(rows)
+    types = {
+        "label": pa.float32() if label_type == "float32" else pa.int64(),
+        "idx": pa.int32(),
+        "answers": pa.struct(
+            [("text", pa.list_(pa.string())), ("answer_start", pa.list_(pa.int32()))]
+        ),
+    }
+    fields = [pa.field(name, types.get(name, pa.string())) for name in table.column_names]
+    parquet.write_table(table.cast(pa.schema(fields)), path)
+    return path
+
+
+def _sentence(generator: random.Random) -> str:
+    return " ".join(generator.choices(WORDS, k=generator.randint(3, 18))) + " ."
+
+
+def _mrpc_row(generator: random.Random, index: int) -> dict[str, Any]:
+    first = _sentence(generator)
+    label = int(generator.random() < 0.6)
+    second = " ".join(reversed(first.split())) if label else _sentence(generator)
+    return {"sentence1": first, "sentence2": second, "label": label, "idx": index}
+
+
+def _sst2_row(generator: random.Random, index: int) -> dict[str, Any]:
+    label = generator.randint(0, 1)
+    mood = generator.choice(("great", "funny", "moving") if label else ("bad", "dull", "awful"))
+    return {"sentence": f"{_sentence(generator)} {mood} ", "label": label, "idx": index}
+
+
+def _stsb_row(generator: random.Random, index: int) -> dict[str, Any]:
+    row = _mrpc_row(generator, index)
+    return row | {"label": round(generator.uniform(0, 5), 2)}
+
+
+def _mnli_row(generator: random.Random, index: int) -> dict[str, Any]:
+    return {
+        "premise": _sentence(generator),
+        "hypothesis": _sentence(generator),
+        "label": generator.randint(0, 2),
+        "idx": index,
+    }
+
+
+def _squad_row(generator: random.Random, index: int) -> dict[str, Any]:
+    sentences = [_sentence(generator) for _ in range(generator.randint(2, 6))]
+    context = " ".join(sentences)
+    answer = " ".join(generator.choice(sentences).split()[:2])
+    return {
+        "id": f"question-{index}",
+        "title": "tiny",
+        "context": context,
+        "question": f"what is {answer} ?",
+        "answers": {"text": [answer], "answer_start": [context.index(answer)]},
+    }
+
+
+def _squad_v2_row(generator: random.Random, index: int) -> dict[str, Any]:
+    row = _squad_row(generator, index)
+    return row if index % 3 else row | {"answers": {"text": [], "answer_start": []}}
