@@ -1,0 +1,73 @@
+"""Masks on heads and neurons, by hooks on the inputs of the out-projections.
+
+transformers 5 has no `head_mask` and ignores one that is passed, so a mask multiplies the features where they
+enter the block's consumer. That is exact for every architecture, and a mask of ones changes no bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rfprune.model.layout import Layout
+
+Masks = tuple[Tensor, ...]
+"""One float vector (U,) per block of a layout, in its order; 0 removes a unit, other values scale it."""
+
+
+def full_masks(layout: Layout) -> Masks:
+    """Masks of ones: nothing is pruned."""
+    return tuple(torch.ones(block.num_units) for block in layout.blocks)
+
+
+def num_kept(masks: Sequence[Tensor]) -> tuple[int, ...]:
+    """How many units each mask keeps."""
+    return tuple(int(torch.count_nonzero(mask)) for mask in masks)
+
+
+@contextmanager
+def masked(model: nn.Module, layout: Layout, masks: Sequence[Tensor]) -> Iterator[None]:
+    """Run `model` under masks for as long as the context lasts.
+
+    Args:
+        masks: one tensor per block, (U,), or (B, U) for masks of their own for each example of the batch.
+    """
+    with ExitStack() as stack:
+        for block, mask in zip(layout.blocks, masks, strict=True):
+            consumer = model.get_submodule(block.consumer)
+            handle = consumer.register_forward_pre_hook(_multiply_by(mask, block.unit_width))
+            stack.callback(handle.remove)
+        yield
+
+
+def _multiply_by(mask: Tensor, unit_width: int) -> Callable[[nn.Module, Any], Any]:
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        features = inputs[0]  # (B, ..., U * width)
+        factors = mask.to(device=features.device, dtype=features.dtype)
+        if unit_width > 1:
+            factors = factors.repeat_interleave(unit_width, dim=-1)
+        if factors.dim() == 2:  # (B, U * width): broadcast over the tokens of each example
+            factors = factors.unflatten(0, (-1,) + (1,) * (features.dim() - 2))
+        return (features * factors, *inputs[1:])
+
+    return hook
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without parameter gradients; modes and flags are put back afterwards, also on error."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval()
+        model.requires_grad_(False)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
