@@ -1,0 +1,169 @@
+"""Read one local table (parquet, csv, tsv, jsonl or a saved dataset) into plain columns.
+
+Nothing is cached and nothing written. All that can be wrong with a file is a UserError naming it.
+"""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rfprune.errors import UserError
+
+EXTENSIONS = (".parquet", ".csv", ".tsv", ".jsonl", ".json")
+_QUOTED = re.compile(r'"(?:[^"]|"")*"')
+
+
+@dataclass(frozen=True)
+class Table:
+    """The wanted columns of a table as Python values, the names of all, where they come from."""
+
+    source: str
+    names: tuple[str, ...]
+    columns: dict[str, list[Any]]
+
+
+def read_table(path: Path, wanted: Collection[str]) -> Table:
+    """Read the wanted columns that the file, or the folder made by `save_to_disk`, has.
+
+    UserError where it is unreadable, empty, not UTF-8 or not what its name says.
+    """
+    readers = {
+        ".parquet": _read_parquet,
+        ".csv": _read_delimited,
+        ".tsv": _read_delimited,
+        ".jsonl": _read_json_lines,
+        ".json": _read_json_lines,
+    }
+    try:
+        if path.is_dir():
+            return table_of(_load_from_disk(path), wanted, str(path))
+        if path.stat().st_size == 0:
+            raise UserError(f"{path} is empty: 0 bytes.")
+        names, columns = readers[path.suffix](path, wanted)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+    return Table(str(path), tuple(names), columns)
+
+
+def table_of(dataset: Any, wanted: Collection[str], source: str) -> Table:
+    """The wanted columns that a `datasets.Dataset` has."""
+    names = tuple(dataset.column_names)
+    columns = {name: list(dataset[name]) for name in wanted if name in names}
+    return Table(source, names, columns)
+
+
+def _load_from_disk(path: Path) -> Any:
+    """A dataset written by `save_to_disk`, in memory."""
+    import datasets
+
+    try:
+        return datasets.load_from_disk(str(path), keep_in_memory=True)
+    except Exception as error:  # the library promises no particular one
+        raise UserError(f"{path} is not a readable saved dataset: {_reason(error)}.") from error
+
+
+def _read_parquet(path: Path, wanted: Collection[str]) -> tuple[list[str], dict[str, list[Any]]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        names = pyarrow.parquet.read_schema(path).names
+        present = [name for name in wanted if name in names]
+        # Through a file of its own: given a path, pyarrow reads folder names as partition keys.
+        with path.open("rb") as file:
+            table = pyarrow.parquet.read_table(file, columns=present)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a readable parquet file: {_reason(error)}.") from error
+    return names, {name: table.column(name).to_pylist() for name in present}
+
+
+def _read_json_lines(path: Path, wanted: Collection[str]) -> tuple[list[str], dict[str, list[Any]]]:
+    rows: list[dict[str, Any]] = []
+    names: dict[str, None] = {}
+    # Not splitlines(): JSON allows the rarer line separators inside its strings.
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number} is not JSON: {error}.") from error
+        if not isinstance(row, dict):
+            raise UserError(
+                f"{path}, line {number} is not a JSON object: one object a line is wanted."
+            )
+        names |= dict.fromkeys(row)
+        rows.append(row)
+    columns = {name: [row.get(name) for row in rows] for name in wanted if name in names}
+    return list(names), columns
+
+
+def _read_delimited(path: Path, wanted: Collection[str]) -> tuple[list[str], dict[str, list[Any]]]:
+    """Columns of a csv or tsv file; an empty cell is a missing value."""
+    text = _read_text(path)
+    header, *rows = _tab_separated(path, text) if path.suffix == ".tsv" else _quoted(path, text)
+    if len(set(header)) != len(header):
+        raise UserError(f"{path} names a column twice in its first line: {', '.join(header)}.")
+    columns = {
+        name: [row[position] or None for row in rows]
+        for position, name in enumerate(header)
+        if name in wanted
+    }
+    return header, columns
+
+
+def _tab_separated(path: Path, text: str) -> list[list[str]]:
+    """Rows of a tsv file: with csv's quotes, or with quotes that are plain characters.
+
+    Both are common (GLUE's own files know no quoting). A file is of the second kind when some
+    cell has quotes that csv's rules could not have written.
+    """
+    rows = [line.removesuffix("\r").split("\t") for line in text.split("\n") if line.strip()]
+    rectangular = all(len(row) == len(rows[0]) for row in rows)
+    cells = (cell for row in rows for cell in row if '"' in cell)
+    if rows and rectangular and not all(_QUOTED.fullmatch(cell) for cell in cells):
+        return rows
+    return _quoted(path, text, "\t")
+
+
+def _quoted(path: Path, text: str, delimiter: str = ",") -> list[list[str]]:
+    """Rows of a file by csv's quoting rules, all of one length."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows: list[list[str]] = []
+    try:
+        for row in reader:
+            if row and rows and len(row) != len(rows[0]):
+                raise UserError(
+                    f"{path}, line {reader.line_num} has {len(row)} fields, its first line "
+                    f"{len(rows[0])}: mend the line, or quote what holds a separator."
+                )
+            if row:
+                rows.append(row)
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num} cannot be parsed: {error}.") from error
+    if not rows:
+        raise UserError(f"{path} is empty: it has no header line.")
+    return rows
+
+
+def _read_text(path: Path) -> str:
+    """The file's text, without a byte order mark; UserError where it is not UTF-8."""
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path} is not UTF-8 (line {line}, byte {error.start}): save it as UTF-8."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a library says, without its full stop."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(".")
