@@ -1,0 +1,290 @@
+"""The flags of the command, checked as far as that goes without importing torch.
+
+`parse(argv)` gives the settings of a run or raises a UserError of one sentence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from rfprune import __version__
+from rfprune.errors import UserError
+from rfprune.tasks.registry import TASKS
+
+METRICS = ("mac", "params")
+METHODS = ("kwon", "curvature")
+DEFAULT_METHOD = "kwon"
+DTYPES = ("float32", "bfloat16", "float16")
+
+REPORT_FILE = "report.json"
+"""What marks a folder as an output of ours, which `--overwrite` may replace."""
+
+_EPILOG = """\
+examples:
+  rfprune --model demo --task sst2 --constraint 0.5
+  rfprune --model bert-base --task mrpc --constraint 0.5
+  rfprune --model path/to/checkpoint --task mrpc --data-dir path/to/data --constraint 0.7 0.5 0.3
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """One run of the command; names and meanings are those of the flags."""
+
+    model: str
+    task: str
+    constraint: tuple[float, ...]
+    metric: str
+    method: str
+    data_dir: Path | None
+    samples: int
+    batch_size: int
+    max_length: int | None
+    eval_limit: int | None
+    seed: int
+    use_labels: bool
+    gradients: str
+    teacher: str
+    skip_rearrange: bool
+    skip_tune: bool
+    device: str | None
+    dtype: str
+    output_dir: Path | None
+    overwrite: bool
+    quiet: bool
+    verbose: bool
+
+    def output_folder(self, ratio: float) -> Path:
+        """Where the model pruned to `ratio` goes; several ratios go to a folder each."""
+        name = f"{self.metric}-{ratio}"
+        if self.output_dir is not None:
+            return self.output_dir if len(self.constraint) == 1 else self.output_dir / name
+        model = re.sub(r"[^\w.-]+", "--", Path(self.model).expanduser().resolve().name)
+        if not Path(self.model).expanduser().exists():
+            model = self.model.replace("/", "--")
+        return Path("outputs", model, self.task, name, f"seed-{self.seed}")
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """Read the flags.
+
+    Raises:
+        UserError: a flag is unknown, missing, or has a value that it cannot have.
+    """
+    flags = vars(_parser().parse_args(argv))
+    flags["constraint"] = tuple(dict.fromkeys(flags["constraint"]))
+    options = Options(**flags)
+    _check_task(options.task)
+    _check_device(options.device)
+    for ratio in options.constraint:
+        check_output(options.output_folder(ratio), overwrite=options.overwrite)
+    return options
+
+
+def check_output(folder: Path, *, overwrite: bool) -> None:
+    """See that a run may write its output to `folder`, before it works for minutes.
+
+    Raises:
+        UserError: it is a file, holds something already, or cannot be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output-dir '{folder}' is a file: give the name of a folder.")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not overwrite:
+            raise UserError(
+                f"The output folder '{folder}' exists already: choose another with --output-dir, "
+                f"or replace it with --overwrite."
+            )
+        if not (folder / REPORT_FILE).is_file():
+            raise UserError(
+                f"The output folder '{folder}' holds something that rfprune has not written (it "
+                f"has no {REPORT_FILE}), so --overwrite leaves it alone: choose another folder."
+            )
+    existing = next(path for path in folder.absolute().parents if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".rfprune-", dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"The output folder '{folder}' cannot be made, since '{existing}' is not writable "
+            f"({error.strerror}): choose another with --output-dir."
+        ) from error
+
+
+class _Parser(argparse.ArgumentParser):
+    """Leaves it to main to say what is wrong: one sentence, no usage text before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see rfprune --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="rfprune",
+        description="Prune heads and FFN neurons of a fine-tuned Transformer, without retraining.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"rfprune {__version__}")
+    _add_what(parser)
+    _add_data(parser)
+    _add_method(parser)
+    _add_run(parser)
+    return parser
+
+
+def _add_what(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what to prune")
+    group.add_argument(
+        "--model",
+        required=True,
+        help="a folder, a hub id, an alias such as bert-base, or demo (embedded, needs no network)",
+    )
+    group.add_argument("--task", required=True, help=", ".join(TASKS))
+    group.add_argument(
+        "--constraint",
+        required=True,
+        nargs="+",
+        type=_ratio,
+        metavar="RATIO",
+        help="fraction of the original cost to keep, between 0 and 1; several give several models",
+    )
+    group.add_argument(
+        "--metric", choices=METRICS, default="mac", help="the cost that counts (default: mac)"
+    )
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help="local data, DIR/TASK/{train,validation}.{parquet,csv,tsv,jsonl}; else the hub",
+    )
+    group.add_argument(
+        "--samples",
+        type=_whole_number("--samples", 1),
+        default=2048,
+        metavar="N",
+        help="calibration examples, drawn without replacement (default: 2048)",
+    )
+    group.add_argument(
+        "--batch-size",
+        type=_whole_number("--batch-size", 1),
+        default=32,
+        metavar="N",
+        help="examples a batch (default: 32)",
+    )
+    group.add_argument(
+        "--max-length",
+        type=_whole_number("--max-length", 8),
+        metavar="N",
+        help="tokens an example (default: the task's)",
+    )
+    group.add_argument(
+        "--eval-limit",
+        type=_whole_number("--eval-limit", 1),
+        metavar="N",
+        help="score this many validation examples, not all",
+    )
+    group.add_argument(
+        "--seed",
+        type=_whole_number("--seed", 0),
+        default=0,
+        metavar="N",
+        help="draws the calibration examples (default: 0)",
+    )
+
+
+def _add_method(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("method")
+    group.add_argument(
+        "--method",
+        choices=METHODS,
+        default=DEFAULT_METHOD,
+        help=f"kwon: Kwon et al. 2022 (default: {DEFAULT_METHOD})",
+    )
+    group.add_argument(
+        "--use-labels", action="store_true", help="importance from labels, not from predictions"
+    )
+    group.add_argument(
+        "--gradients",
+        choices=("per-example", "per-batch"),
+        default="per-example",
+        help="per-batch is what the authors' code does (default: per-example)",
+    )
+    group.add_argument(
+        "--teacher",
+        choices=("dense", "scheduled"),
+        default="scheduled",
+        help="whom tuning imitates: the original, or, as the authors' code, the model pruned to "
+        "the square root of the constraint (default: scheduled)",
+    )
+    group.add_argument("--skip-rearrange", action="store_true", help="leave out the second stage")
+    group.add_argument("--skip-tune", action="store_true", help="leave out the third stage")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
+    group.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)"
+    )
+    group.add_argument(
+        "--output-dir",
+        type=Path,
+        metavar="DIR",
+        help="default: outputs/MODEL/TASK/METRIC-CONSTRAINT/seed-N; several constraints make "
+        "folders in it",
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace an earlier output")
+    group.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    group.add_argument("--verbose", action="store_true", help="print the libraries' warnings too")
+
+
+def _ratio(text: str) -> float:
+    try:
+        ratio = float(text)
+    except ValueError:
+        ratio = float("nan")
+    if not 0.0 < ratio < 1.0:
+        raise UserError(
+            f"--constraint {text} is not a number between 0 and 1 (both excluded): it is the "
+            f"fraction of the original cost to keep, such as 0.5."
+        )
+    return ratio
+
+
+def _whole_number(flag: str, smallest: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = smallest - 1
+        if number < smallest:
+            raise UserError(f"{flag} {text} is not a whole number of at least {smallest}.")
+        return number
+
+    return read
+
+
+def _check_task(name: str) -> None:
+    if name in TASKS:
+        return
+    close = difflib.get_close_matches(name.lower(), TASKS, n=1)
+    guess = f", did you mean {close[0]}" if close else ""
+    raise UserError(f"Unknown task {name!r}{guess}: the tasks are {', '.join(TASKS)}.")
+
+
+def _check_device(name: str | None) -> None:
+    if name is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise UserError(f"Unknown device {name!r}: choose cpu, cuda, cuda:N or mps.")
