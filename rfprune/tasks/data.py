@@ -4,7 +4,6 @@ Local data is read into memory and checked as a whole before anything else happe
 with it is a UserError that names the file and the row (counted from 1).
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from torch import Tensor
 
 from rfprune.errors import UserError
 from rfprune.tasks import hub
-from rfprune.tasks.files import EXTENSIONS, Table, read_table, table_of
+from rfprune.tasks.checks import checked_columns
+from rfprune.tasks.files import EXTENSIONS, Table, first_line, read_table, table_of
 from rfprune.tasks.registry import Task
 
 # Rows tokenised at a time: enough for the tokenizer's threads, little as Python objects.
@@ -46,7 +46,7 @@ def load_split(
         table = _from_hub(task, split, wanted)
     else:
         table = read_table(_find_split(task, split, data_dir), wanted)
-    return Dataset.from_dict(_checked(task, table, labels_required))
+    return Dataset.from_dict(checked_columns(task, table, labels_required))
 
 
 def _from_hub(task: Task, split: str, wanted: Iterable[str]) -> Table:
@@ -54,11 +54,11 @@ def _from_hub(task: Task, split: str, wanted: Iterable[str]) -> Table:
     import datasets
 
     name = task.hub_path + (f" ({task.hub_config})" if task.hub_config else "")
-    with hub.cached_when_unreachable():
+    with hub.cached_when_unreachable() as may_ask:
         try:
             dataset = datasets.load_dataset(task.hub_path, task.hub_config, split=split)
         except Exception as error:  # network, hub, cache and disk each have their own
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            reason = first_line(error) if may_ask else "no connection, and not in the cache"
             raise UserError(
                 f"The {split} split of dataset {name} could not be had from the Hugging Face hub "
                 f"({reason}): connect to it, or give local files with --data-dir DIR, holding "
@@ -90,89 +90,6 @@ def _find_split(task: Task, split: str, data_dir: Path) -> Path:
 
 def _is_saved_dataset(folder: Path) -> bool:
     return (folder / "state.json").is_file()
-
-
-def _checked(task: Task, table: Table, labels_required: bool) -> dict[str, list[Any]]:
-    """The table's columns, complete and of the right types, labels as numbers."""
-    needed = [*task.text_columns, *([task.label_column] if labels_required else [])]
-    missing = [name for name in needed if name not in table.columns]
-    if missing:
-        raise UserError(
-            f"{table.source} has no column {', '.join(missing)}: {task.name} needs "
-            f"{', '.join(needed)}, found {', '.join(table.names) or 'none'}."
-        )
-    if not table.columns[needed[0]]:
-        raise UserError(f"{table.source} is empty: it has no rows.")
-    for name in task.text_columns:
-        _check_texts(table.columns[name], name, table.source)
-    columns = dict(table.columns)
-    if labels_required:
-        checked = _checked_answers if task.kind == "question-answering" else _checked_labels
-        columns[task.label_column] = checked(task, columns[task.label_column], table.source)
-    return columns
-
-
-def _check_texts(texts: Sequence[Any], column: str, source: str) -> None:
-    for row, text in enumerate(texts, start=1):
-        if not isinstance(text, str):
-            problem = "is missing" if text is None else f"is {text!r}, not text"
-            raise UserError(f"{source}, row {row}: {column} {problem}; fill or drop the row.")
-
-
-def _checked_labels(task: Task, labels: Sequence[Any], source: str) -> list[int] | list[float]:
-    """Class ids or scores as numbers (a csv file gives text), all in range."""
-    if task.kind == "regression":
-        low, high = task.label_range or (-math.inf, math.inf)
-        wanted = f"a number from {low:g} to {high:g}"
-    else:
-        low, high = 0, task.num_labels - 1
-        meanings = (f"{label} {name}" for label, name in enumerate(task.label_names))
-        wanted = f"a label id ({', '.join(meanings)})"
-    numbers = []
-    for row, label in enumerate(labels, start=1):
-        try:
-            number = float(label)
-        except (TypeError, ValueError):
-            number = math.nan
-        whole = task.kind == "regression" or number.is_integer()
-        if not (whole and low <= number <= high):
-            shown = "missing" if label is None else repr(label)
-            raise UserError(
-                f"{source}, row {row}: {task.label_column} is {shown}, but {task.name} takes "
-                f"{wanted}."
-            )
-        numbers.append(number)
-    return numbers if task.kind == "regression" else [int(number) for number in numbers]
-
-
-def _checked_answers(task: Task, answers: Sequence[Any], source: str) -> list[dict[str, Any]]:
-    """Answers as {text: [...], answer_start: [...]}; none at all only where the task has such."""
-    for row, answer in enumerate(answers, start=1):
-        if not _is_answer(answer):
-            raise UserError(
-                f"{source}, row {row}: {task.label_column} must be "
-                f'{{"text": [...], "answer_start": [...]}} with lists of one length, in a parquet '
-                f"or jsonl file, not {str(answer)[:60]!r}."
-            )
-        if task.name == "squad" and not answer["text"]:
-            raise UserError(
-                f"{source}, row {row}: the question has no answer, which task squad does not "
-                f"know; use --task squad_v2."
-            )
-    return [{name: list(answer[name]) for name in ("text", "answer_start")} for answer in answers]
-
-
-def _is_answer(answer: Any) -> bool:
-    if not isinstance(answer, dict):
-        return False
-    texts, starts = answer.get("text"), answer.get("answer_start")
-    return (
-        isinstance(texts, list)
-        and isinstance(starts, list)
-        and len(texts) == len(starts)
-        and all(isinstance(text, str) for text in texts)
-        and all(isinstance(start, int) and start >= 0 for start in starts)
-    )
 
 
 def encode(task: Task, tokenizer: Any, dataset: Any, max_length: int | None = None) -> Any:
@@ -318,7 +235,7 @@ def length_sorted_rows(encoded: Any, batch_size: int) -> list[list[int]]:
     """Row numbers of each batch, longest rows first: a lack of memory shows at once."""
     if batch_size < 1:
         raise UserError(f"A batch size of {batch_size} is not possible: it must be at least 1.")
-    lengths = np.array([len(row) for row in encoded["input_ids"]])
+    lengths = np.array([len(row) for row in encoded["input_ids"][:]])
     order = np.argsort(-lengths, kind="stable").tolist()
     return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
 
@@ -334,10 +251,8 @@ def make_batches(
     names = [name for name in encoded.column_names if with_labels or name not in _LABELS]
     if with_labels and not set(_LABELS) & set(names):
         raise UserError("Labels are needed here, but the data has none.")
-    return [
-        collate({name: encoded[rows][name] for name in names}, tokenizer)
-        for rows in length_sorted_rows(encoded, batch_size)
-    ]
+    chosen = encoded.select_columns(names)
+    return [collate(chosen[rows], tokenizer) for rows in length_sorted_rows(encoded, batch_size)]
 
 
 def collate(columns: dict[str, list[Any]], tokenizer: Any) -> dict[str, Tensor]:

@@ -53,7 +53,7 @@ def read_table(path: Path, wanted: Collection[str]) -> Table:
 def table_of(dataset: Any, wanted: Collection[str], source: str) -> Table:
     """The wanted columns that a `datasets.Dataset` has."""
     names = tuple(dataset.column_names)
-    columns = {name: list(dataset[name]) for name in wanted if name in names}
+    columns = {name: dataset[name][:] for name in wanted if name in names}
     return Table(source, names, columns)
 
 
@@ -64,22 +64,23 @@ def _load_from_disk(path: Path) -> Any:
     try:
         return datasets.load_from_disk(str(path), keep_in_memory=True)
     except Exception as error:  # the library promises no particular one
-        raise UserError(f"{path} is not a readable saved dataset: {_reason(error)}.") from error
+        raise UserError(f"{path} is not a readable saved dataset: {first_line(error)}.") from error
 
 
 def _read_parquet(path: Path, wanted: Collection[str]) -> tuple[list[str], dict[str, list[Any]]]:
-    import pyarrow
-    import pyarrow.parquet
+    import pyarrow as pa
+    from pyarrow.parquet import read_schema
+    from pyarrow.parquet import read_table as read_parquet
 
     try:
-        names = pyarrow.parquet.read_schema(path).names
+        names = read_schema(path).names
         present = [name for name in wanted if name in names]
         # Through a file of its own: given a path, pyarrow reads folder names as partition keys.
         with path.open("rb") as file:
-            table = pyarrow.parquet.read_table(file, columns=present)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a readable parquet file: {_reason(error)}.") from error
-    return names, {name: table.column(name).to_pylist() for name in present}
+            table = read_parquet(file, columns=present)
+        return names, {name: table.column(name).to_pylist() for name in present}
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{path} is not a readable parquet file: {first_line(error)}.") from error
 
 
 def _read_json_lines(path: Path, wanted: Collection[str]) -> tuple[list[str], dict[str, list[Any]]]:
@@ -163,7 +164,7 @@ def _read_text(path: Path) -> str:
         ) from error
 
 
-def _reason(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """The first line of what a library says, without its full stop."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__).rstrip(".")

@@ -28,21 +28,22 @@ def is_reachable() -> bool:
 
 
 @contextmanager
-def cached_when_unreachable() -> Iterator[None]:
+def cached_when_unreachable() -> Iterator[bool]:
     """Within, transformers and datasets read the hub's cache alone if the hub is not reachable.
 
-    Left to themselves they retry every file for half a minute before they say so.
+    Left to themselves they retry every file for half a minute before they say so. Yields whether
+    the hub may be asked.
     """
     import huggingface_hub.constants
 
     before = huggingface_hub.constants.HF_HUB_OFFLINE
     if before or is_reachable():
-        yield
+        yield not before
         return
     # datasets keeps its own copy of the flag, made when it is imported.
     try:
         _set_offline(True)
-        yield
+        yield False
     finally:
         _set_offline(before)
 
