@@ -1,0 +1,1 @@
+"""What a kept unit costs, in MACs, parameters or milliseconds."""

@@ -1,0 +1,88 @@
+"""A constraint, and the cost of keeping n units of every block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rfprune.errors import UserError
+
+METRICS = ("mac", "params")
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """The fraction of the original cost to keep.
+
+    Attributes:
+        metric: "mac" (multiply-accumulates of the Transformer layers) or "params" (all parameters).
+        ratio: in (0, 1); 0.5 keeps half. (Kwon et al. 2022 use the same meaning; some papers give the fraction
+            that is removed.)
+
+    Raises:
+        UserError: an unknown metric, or a ratio outside (0, 1).
+    """
+
+    metric: str
+    ratio: float
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise UserError(f"metric '{self.metric}' is unknown; choose one of {', '.join(METRICS)}")
+        if not (math.isfinite(self.ratio) and 0 < self.ratio < 1):
+            raise UserError(
+                f"constraint {self.ratio} is not a fraction between 0 and 1 (both excluded); "
+                "0.5, for example, keeps half of the original cost"
+            )
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """What each block costs by the number of units that it keeps.
+
+    Attributes:
+        metric: see `Constraint`.
+        tables: one float64 array per block of a layout; `tables[b][n]` is the cost of keeping n units of block b.
+        constant: the cost of what is never pruned and still counted.
+    """
+
+    metric: str
+    tables: tuple[NDArray[np.float64], ...]
+    constant: float = 0.0
+
+    def total(self, kept: Sequence[int]) -> float:
+        """The cost of keeping `kept[b]` units of each block b."""
+        return self.constant + sum(float(table[n]) for table, n in zip(self.tables, kept, strict=True))
+
+    @property
+    def original(self) -> float:
+        """The cost with nothing pruned."""
+        return self.constant + sum(float(table[-1]) for table in self.tables)
+
+    def budget(self, constraint: Constraint) -> float:
+        """The cost that a constraint allows for the blocks, the constant left out.
+
+        Raises:
+            UserError: the constant alone is more than is allowed; the least possible ratio is named.
+        """
+        budget = constraint.ratio * self.original - self.constant
+        least = self.constant + sum(float(table.min()) for table in self.tables)
+        if constraint.ratio * self.original < least:
+            raise UserError(
+                f"constraint {constraint.ratio} on {self.metric} cannot be met: what is never pruned already makes "
+                f"{least / self.original:.4f} of the original; choose a constraint above that"
+            )
+        return budget
+
+
+def linear_costs(metric: str, unit_costs: Sequence[float], num_units: Sequence[int], constant: float = 0.0) -> CostModel:
+    """A cost model in which every unit of a block costs the same."""
+    tables = tuple(
+        float(unit_cost) * np.arange(units + 1, dtype=np.float64)
+        for unit_cost, units in zip(unit_costs, num_units, strict=True)
+    )
+    return CostModel(metric, tables, constant)

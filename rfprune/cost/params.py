@@ -1,0 +1,28 @@
+"""Parameters, by how many units each block keeps. Embeddings, norms and heads are counted as the constant part."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from rfprune.cost.constraint import CostModel, linear_costs
+from rfprune.model.layout import Block, Layout
+
+
+def unit_params(model: nn.Module, block: Block) -> int:
+    """Parameters that go when one unit of `block` goes: rows of the producers, columns of the consumer."""
+    producers = [model.get_submodule(path) for path in block.producers]
+    rows = sum(producer.in_features + (producer.bias is not None) for producer in producers)
+    return int(block.unit_width * (rows + model.get_submodule(block.consumer).out_features))
+
+
+def total_params(model: nn.Module) -> int:
+    """All parameters of a model; shared ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def param_costs(model: nn.Module, layout: Layout) -> CostModel:
+    """Parameters of the whole model, by how many units each block keeps."""
+    unit_costs = [unit_params(model, block) for block in layout.blocks]
+    num_units = [block.num_units for block in layout.blocks]
+    pruned = sum(cost * units for cost, units in zip(unit_costs, num_units, strict=True))
+    return linear_costs("params", unit_costs, num_units, constant=total_params(model) - pruned)

@@ -1,0 +1,103 @@
+"""What goes into `prune()` besides model and data, and what comes out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedModel
+
+from rfprune.cost.constraint import Constraint
+from rfprune.errors import UserError
+from rfprune.model.layout import Layout
+from rfprune.model.masks import Masks
+
+CHOICES = {
+    "method": ("kwon",),
+    "gradients": ("per-example", "per-batch"),
+    "teacher": ("scheduled", "dense"),
+}
+"""What the settings of the same names may be; the first is the default."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to prune.
+
+    Attributes:
+        method: "kwon", the published method.
+        use_labels: importance from the loss on labels, as the authors' code; else label-free.
+        gradients: "per-example", or "per-batch" as the authors' code.
+        rearrange: refine the searched masks with the block Fisher information.
+        tune: fit what is left to the teacher by least squares.
+        teacher: "scheduled" (the model masked at the square root of the constraint, as the authors' code) or "dense".
+        seed: of the labels that are sampled where the exact Fisher is too costly.
+
+    Raises:
+        UserError: an unknown choice.
+    """
+
+    method: str = CHOICES["method"][0]
+    use_labels: bool = False
+    gradients: str = CHOICES["gradients"][0]
+    rearrange: bool = True
+    tune: bool = True
+    teacher: str = CHOICES["teacher"][0]
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, known in CHOICES.items():
+            value = getattr(self, name)
+            if value not in known:
+                raise UserError(f"{name} '{value}' is unknown; choose one of {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """A pruned model and how it came to be.
+
+    Attributes:
+        model: physically smaller; saves itself with `save_pretrained`.
+        masks: one (U,) per block of `layout`; zeros were removed, other values are tuned scales.
+        layout: of the model that was given.
+        achieved: pruned/original by metric: "mac" (Transformer layers, at the mean length), "params" (all).
+        seconds: by stage (collect, search, rearrange, compact, tune), and in all (prune_total).
+        warnings: a sentence for whatever did not go as planned.
+        layers: heads and neurons kept in every layer.
+        mean_tokens: mean length of the calibration examples, at which MACs are counted.
+    """
+
+    model: PreTrainedModel
+    masks: Masks
+    layout: Layout
+    constraint: Constraint
+    achieved: dict[str, float]
+    seconds: dict[str, float]
+    warnings: tuple[str, ...]
+    layers: tuple[dict[str, int], ...]
+    mean_tokens: float
+
+
+@dataclass
+class Clock:
+    """Seconds by stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    def fork(self) -> Clock:
+        """A clock that goes on from what this one has."""
+        return Clock(dict(self.seconds))
+
+    def report(self) -> dict[str, float]:
+        """Seconds by stage and their sum as "prune_total"."""
+        return {**self.seconds, "prune_total": sum(self.seconds.values())}

@@ -1,0 +1,129 @@
+"""Least squares from accumulated moments: scales of units, or whole out-projections.
+
+Features X (tokens, p) enter an out-projection and should give targets Y (tokens, d). Xᵀ·X and Xᵀ·Y are summed batch
+by batch in float64, so that memory is O(p² + p·d) whatever the number of tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class NumericalFailure(Exception):
+    """A solve gave nothing usable; the block stays as it was and the user is told."""
+
+
+@dataclass
+class Moments:
+    """Sums over tokens, float64.
+
+    Attributes:
+        gram: (p, p), of x·xᵀ.
+        cross: (p, d), of x·yᵀ.
+        feature_sum: (p,). target_sum: (d,). target_energy: of |y|². count: tokens.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    feature_sum: Tensor
+    target_sum: Tensor
+    target_energy: float = 0.0
+    count: int = 0
+
+    @staticmethod
+    def zeros(num_features: int, num_outputs: int, device: torch.device | str = "cpu") -> Moments:
+        """Nothing seen yet."""
+
+        def make(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.float64, device=device)
+
+        p, d = num_features, num_outputs
+        return Moments(make(p, p), make(p, d), make(p), make(d))
+
+    def add(self, features: Tensor, targets: Tensor) -> None:
+        """Take in features (tokens, p) and targets (tokens, d)."""
+        features, targets = features.float(), targets.float()
+        self.gram += features.T @ features
+        self.cross += features.T @ targets
+        self.feature_sum += features.sum(0, dtype=torch.float64)
+        self.target_sum += targets.sum(0, dtype=torch.float64)
+        self.target_energy += float(targets.double().square().sum())
+        self.count += len(features)
+
+    def centred(self) -> tuple[Tensor, Tensor]:
+        """Gram (p, p) and cross moments (p, d) about the means."""
+        gram = self.gram - torch.outer(self.feature_sum, self.feature_sum) / self.count
+        cross = self.cross - torch.outer(self.feature_sum, self.target_sum) / self.count
+        return gram, cross
+
+    def error(self, weight: Tensor, bias: Tensor) -> float:
+        """Sum over tokens of |y - W·x - b|² for a weight (d, p) and a bias (d,)."""
+        weight, bias = weight.double(), bias.double()
+        fitted = (weight @ self.gram * weight).sum() + 2 * bias @ (weight @ self.feature_sum)
+        fitted = fitted + self.count * bias @ bias
+        crossed = (weight.T * self.cross).sum() + bias @ self.target_sum
+        return float(self.target_energy - 2 * crossed + fitted)
+
+
+def solve_scales(
+    moments: Moments, weight: Tensor, bias: Tensor, unit_width: int, damping: float, limit: float
+) -> Tensor:
+    """One scale per unit, so that the scaled units' outputs fit the targets (Kwon et al. 2022, section 4.3).
+
+    With z_u = W_u·x_u the output of unit u, G = sum of z_u·z_v and r = sum of z_u·(y - b - sum of z): the authors'
+    LSMR on the normal equations, damped around scale 1, has the closed form 1 + (GᵀG + damping²·I)⁻¹ Gᵀr.
+
+    Args:
+        weight: (d, p) of the out-projection. bias: (d,), kept as it is.
+        limit: scales beyond ±limit are a failure.
+
+    Raises:
+        NumericalFailure: the solve failed or a scale is out of bounds.
+    """
+    weight = weight.double()
+    cross = moments.cross - torch.outer(moments.feature_sum, bias.double())
+    products = (weight.T @ weight) * moments.gram  # (p, p)
+    correlations = (weight.T * cross).sum(1)  # (p,)
+    units = len(products) // unit_width
+    gram = products.view(units, unit_width, units, unit_width).sum((1, 3))  # (U, U)
+    residual = correlations.view(units, unit_width).sum(1) - gram.sum(1)  # (U,)
+    normal = gram.T @ gram + damping**2 * torch.eye(units, dtype=torch.float64, device=gram.device)
+    scales = 1 + _solve(normal, gram.T @ residual)
+    if scales.abs().max() > limit:
+        raise NumericalFailure(f"a scale of {float(scales.abs().max()):.3g} is beyond ±{limit:g}")
+    return scales
+
+
+def solve_weights(moments: Moments, ridge: float) -> tuple[Tensor, Tensor]:
+    """Weight (d, p) and bias (d,) that fit the targets best, by ridge regression with a free intercept.
+
+    Args:
+        ridge: as a fraction of the mean diagonal of the centred Gram matrix.
+
+    Raises:
+        NumericalFailure: the solve failed.
+    """
+    if moments.count == 0:
+        raise NumericalFailure("no token was seen")
+    target_mean = moments.target_sum / moments.count
+    if not len(moments.gram):
+        return moments.cross.T, target_mean
+    gram, cross = moments.centred()
+    gram.diagonal().add_(ridge * float(gram.diagonal().mean()) + torch.finfo(torch.float64).tiny)
+    weight = _solve(gram, cross).T
+    return weight, target_mean - weight @ (moments.feature_sum / moments.count)
+
+
+def _solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """Solve a symmetric positive definite system; a jitter of 1e-10 of the diagonal is tried before giving up."""
+    for jitter in (0.0, 1e-10):
+        shifted = matrix + jitter * matrix.diagonal().mean() * torch.eye(len(matrix), device=matrix.device)
+        factor, info = torch.linalg.cholesky_ex(shifted)
+        if int(info) == 0:
+            solution = torch.cholesky_solve(right.view(len(matrix), -1), factor).view(right.shape)
+            if torch.isfinite(solution).all():
+                return solution
+    raise NumericalFailure("the normal equations are singular or not finite")

@@ -1,0 +1,75 @@
+"""Which units to keep under a budget, by additive importance (Kwon et al. 2022, algorithm 1).
+
+Heads cost the same in every layer, and so do neurons. For every number of heads kept, the rest of the budget goes to
+neurons, each taken by importance; the best total wins. That is exact for an additive objective: whatever the optimal
+number of heads is, the optimum keeps the most important ones, and as many of the most important neurons as fit.
+Departure from the authors' code: keeping no heads is a candidate too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rfprune.cost.constraint import CostModel
+from rfprune.errors import UserError
+from rfprune.model.layout import Layout
+from rfprune.model.masks import Masks
+
+
+def search(layout: Layout, importance: Sequence[Tensor], costs: CostModel, budget: float) -> Masks:
+    """Masks of the largest total importance whose cost stays within `budget`.
+
+    Args:
+        importance: per block the importance (U,) of its units, not negative.
+        costs: linear in the number of units, equal for all heads and for all neurons.
+        budget: what all kept units together may cost.
+
+    Raises:
+        UserError: not even one unit fits the budget.
+    """
+    heads = _Ranking(layout, importance, costs, "head")
+    neurons = _Ranking(layout, importance, costs, "neuron")
+    best, best_value = (0, 0), -1.0
+    for num_heads in range(heads.most_within(budget) + 1):
+        num_neurons = neurons.most_within(budget - num_heads * heads.unit_cost)
+        value = heads.gain[num_heads] + neurons.gain[num_neurons]
+        if value > best_value:
+            best, best_value = (num_heads, num_neurons), value
+    if best == (0, 0):
+        cheapest = min(ranking.unit_cost for ranking in (heads, neurons) if len(ranking.order))
+        raise UserError(
+            f"the constraint leaves a {costs.metric} budget of {budget:.4g}, less than one unit costs "
+            f"({cheapest:.4g}); choose a constraint above {(costs.constant + cheapest) / costs.original:.2g}"
+        )
+    masks = tuple(torch.zeros(block.num_units) for block in layout.blocks)
+    for ranking, count in zip((heads, neurons), best, strict=True):
+        for block, unit in ranking.order[:count]:
+            masks[block][unit] = 1.0
+    return masks
+
+
+class _Ranking:
+    """All units of one kind from the most to the least important, and what the first n are worth together."""
+
+    def __init__(self, layout: Layout, importance: Sequence[Tensor], costs: CostModel, kind: str) -> None:
+        indices = [b for b, block in enumerate(layout.blocks) if block.kind == kind]
+        unit_costs = {float(costs.tables[b][1]) for b in indices}
+        if len(unit_costs) > 1:
+            raise ValueError(f"the search needs {kind}s of equal cost in every layer, got {sorted(unit_costs)}")
+        self.unit_cost = unit_costs.pop() if unit_costs else float("inf")
+        values = np.concatenate([importance[b].double().cpu().numpy() for b in indices] or [np.zeros(0)])
+        owners = [(b, unit) for b in indices for unit in range(layout.blocks[b].num_units)]
+        descending = np.argsort(-values, kind="stable")
+        self.order = [owners[i] for i in descending]
+        self.gain: NDArray[np.float64] = np.concatenate([[0.0], np.cumsum(values[descending])])
+
+    def most_within(self, budget: float) -> int:
+        """How many units at the most fit `budget`; a relative 1e-12 forgives rounding in the product below."""
+        if not len(self.order) or budget < 0:
+            return 0
+        return min(len(self.order), int(budget * (1 + 1e-12) // self.unit_cost))

@@ -1,0 +1,75 @@
+"""Mask tuning: one scale per kept unit by least squares (Kwon et al. 2022, section 4.3).
+
+Departures from the authors' code: the closed form of their damped solve in float64 instead of an iterative solver; a
+failed block is reported and left alone, while theirs stops tuning every later layer; no intercept is fitted and
+thrown away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rfprune.model.layout import Block, Layout
+from rfprune.model.replay import Batch
+from rfprune.stages.least_squares import Moments, solve_scales
+from rfprune.stages.reconstruct import reconstruct
+
+DAMPING = 1.0
+"""LSMR's damp in the authors' code."""
+
+SCALE_LIMIT = 10.0
+"""Scales beyond this are rejected, as in the authors' code."""
+
+
+def tune_scales(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    layout: Layout,
+    batches: Sequence[Batch],
+    *,
+    progress: bool = False,
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Scale the kept units of `student` so that it follows `teacher`; the scales are folded into its weights.
+
+    The heads of the first layer are not tuned, and the last FFN of a classifier is tuned on the first token alone, as
+    in the authors' code.
+
+    Returns:
+        Scales (kept units,) by consumer, and a sentence for every block that failed.
+    """
+    scales: dict[str, Tensor] = {}
+
+    def fit(block: Block, moments: Moments, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        if not weight.numel():
+            return weight, bias
+        found = solve_scales(moments, weight, bias, block.unit_width, DAMPING, SCALE_LIMIT)
+        scales[block.consumer] = found.cpu()
+        return weight * found.repeat_interleave(block.unit_width).to(weight), bias
+
+    first_heads = [block.consumer for block in layout.blocks if block.layer == 0 and block.kind == "head"]
+    failures = reconstruct(
+        teacher,
+        student,
+        layout,
+        batches,
+        fit,
+        skip=first_heads,
+        first_token_only=last_ffn(layout) if reads_first_token(student) else (),
+        progress=progress,
+    )
+    return scales, failures
+
+
+def last_ffn(layout: Layout) -> list[str]:
+    """The consumer of the last layer's FFN, if it has one."""
+    last = len(layout.layers) - 1
+    return [block.consumer for block in layout.blocks if block.layer == last and block.kind == "neuron"]
+
+
+def reads_first_token(model: torch.nn.Module) -> bool:
+    """Whether the model's head reads the first token alone, as every encoder's sequence classifier here does."""
+    return type(model).__name__.endswith("ForSequenceClassification")
