@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from rfprune.cost.constraint import Constraint
     from rfprune.errors import RfpruneWarning, UserError
     from rfprune.model.checkpoint import load_pruned, save_pruned
-    from rfprune.pipeline import PruneResult, Settings, prune, prune_family
+    from rfprune.pipeline import prune, prune_family
+    from rfprune.result import PruneResult, Settings
 
 __version__ = "0.1.0"
 
@@ -33,9 +34,9 @@ __all__ = [
 
 _MODULES = {
     "Constraint": "rfprune.cost.constraint",
-    "PruneResult": "rfprune.pipeline",
+    "PruneResult": "rfprune.result",
     "RfpruneWarning": "rfprune.errors",
-    "Settings": "rfprune.pipeline",
+    "Settings": "rfprune.result",
     "UserError": "rfprune.errors",
     "load_pruned": "rfprune.model.checkpoint",
     "prune": "rfprune.pipeline",

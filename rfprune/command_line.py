@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +15,13 @@ from typing import NoReturn
 
 from rfprune import __version__
 from rfprune.errors import UserError
+from rfprune.output import check_output
 from rfprune.tasks.registry import TASKS
 
 METRICS = ("mac", "params")
-METHODS = ("kwon", "curvature")
-DEFAULT_METHOD = "kwon"
+METHODS = ("kwon",)
+DEFAULT_METHOD = METHODS[0]
 DTYPES = ("float32", "bfloat16", "float16")
-
-REPORT_FILE = "report.json"
-"""What marks a folder as an output of ours, which `--overwrite` may replace."""
 
 _EPILOG = """\
 examples:
@@ -86,36 +83,6 @@ def parse(argv: Sequence[str]) -> Options:
     for ratio in options.constraint:
         check_output(options.output_folder(ratio), overwrite=options.overwrite)
     return options
-
-
-def check_output(folder: Path, *, overwrite: bool) -> None:
-    """See that a run may write its output to `folder`, before it works for minutes.
-
-    Raises:
-        UserError: it is a file, holds something already, or cannot be written.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output-dir '{folder}' is a file: give the name of a folder.")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not overwrite:
-            raise UserError(
-                f"The output folder '{folder}' exists already: choose another with --output-dir, "
-                f"or replace it with --overwrite."
-            )
-        if not (folder / REPORT_FILE).is_file():
-            raise UserError(
-                f"The output folder '{folder}' holds something that rfprune has not written (it "
-                f"has no {REPORT_FILE}), so --overwrite leaves it alone: choose another folder."
-            )
-    existing = next(path for path in folder.absolute().parents if path.exists())
-    try:
-        with tempfile.TemporaryDirectory(prefix=".rfprune-", dir=existing):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"The output folder '{folder}' cannot be made, since '{existing}' is not writable "
-            f"({error.strerror}): choose another with --output-dir."
-        ) from error
 
 
 class _Parser(argparse.ArgumentParser):

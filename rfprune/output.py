@@ -1,0 +1,105 @@
+"""The output folder: checked before the work begins, put in place in one step when it is done.
+
+Everything is first written to a hidden folder beside it. Only a finished one is renamed, so an
+error, an interruption or a full disk leaves nothing half-written and no earlier output spoilt.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rfprune.errors import UserError
+
+REPORT_FILE = "report.json"
+"""What marks a folder as an output of ours, which `--overwrite` may replace."""
+
+
+def check_output(folder: Path, *, overwrite: bool) -> None:
+    """See that a run may write its output to `folder`, before it works for minutes.
+
+    Raises:
+        UserError: it is a file, holds something already, or cannot be written.
+    """
+    try:
+        _check_free(folder, overwrite)
+        existing = next(path for path in folder.absolute().parents if path.exists())
+        if not existing.is_dir():
+            raise UserError(
+                f"The output folder '{folder}' cannot be made, since '{existing}' is a file: "
+                f"choose another with --output-dir."
+            )
+        with tempfile.TemporaryDirectory(prefix=".rfprune-", dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"The output folder '{folder}' is not writable ({error.strerror}): choose another "
+            f"with --output-dir."
+        ) from error
+
+
+def _check_free(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output-dir '{folder}' is a file: give the name of a folder.")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(
+            f"The output folder '{folder}' exists already: choose another with --output-dir, or "
+            f"replace it with --overwrite."
+        )
+    if not (folder / REPORT_FILE).is_file():
+        raise UserError(
+            f"The output folder '{folder}' holds something that rfprune has not written (it has "
+            f"no {REPORT_FILE}), so --overwrite leaves it alone: choose another folder."
+        )
+
+
+@contextmanager
+def staged(folder: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A new folder to write to, which becomes `folder` at the end, or is gone after an error.
+
+    Raises:
+        UserError: the disk is full, or something else keeps the folder from being written.
+    """
+    made = [path for path in (folder.parent, *folder.parent.parents) if not path.exists()]
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        _put_in_place(temporary, folder, overwrite)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for path in made:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+        if is_writing_error(error):
+            raise UserError(
+                f"The pruned model cannot be written to '{folder}' "
+                f"({str(error).splitlines()[0].rstrip('.')}): make room or choose another place "
+                f"with --output-dir; nothing was left behind."
+            ) from error
+        raise
+
+
+def is_writing_error(error: BaseException) -> bool:
+    """Whether the disk, not the program, is at fault; safetensors has an error type of its own."""
+    return isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
+
+
+def _put_in_place(temporary: Path, folder: Path, overwrite: bool) -> None:
+    if not (overwrite and folder.exists()):
+        temporary.rename(folder)  # replaces an empty folder, refuses any other
+        return
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    folder.rename(old)
+    try:
+        temporary.rename(folder)
+    except BaseException:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,219 @@
+"""One run of the command: load, score, prune, score again, time both, write it down."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from rfprune.calibration import calibration_batches
+from rfprune.command_line import Options
+from rfprune.cost.constraint import Constraint
+from rfprune.cost.macs import total_macs
+from rfprune.cost.params import total_params
+from rfprune.errors import RfpruneWarning
+from rfprune.loading import Loaded, data_folder, length_limit, load, pick_device, quiet_transformers
+from rfprune.model.checkpoint import save_pruned
+from rfprune.model.layout import layout_of
+from rfprune.output import staged
+from rfprune.pipeline import prune_family
+from rfprune.report.latency import Latency, measure_latency, typical_batch
+from rfprune.report.report_json import SCHEMA, ratios, stage_seconds, versions, write_report
+from rfprune.report.table import print_report, write_log
+from rfprune.result import PruneResult, Settings
+from rfprune.tasks.evaluation import (
+    Evaluation,
+    EvaluationSet,
+    divergence,
+    evaluate_model,
+    prepare_evaluation,
+)
+from rfprune.tasks.registry import Task, get_task
+
+Batches = Sequence[Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What all constraints of a run share; `seconds` went into loading."""
+
+    loaded: Loaded
+    batches: Batches
+    evaluation_set: EvaluationSet
+    original: Evaluation
+    seconds: float
+
+
+def run(options: Options, arguments: Sequence[str]) -> None:
+    """Do what the flags ask for; `arguments` are the flags as they were given.
+
+    Raises:
+        UserError: something that the user can mend.
+    """
+    task = get_task(options.task)
+    progress = not options.quiet and sys.stderr.isatty()
+    told = Console(stderr=True, quiet=options.quiet, highlight=False)
+    screen = Console(quiet=options.quiet)
+    with collected_warnings(told, verbose=options.verbose) as heard:
+        prepared = _prepare(options, task, told, progress)
+        results = prune_family(
+            prepared.loaded.model,
+            prepared.batches,
+            [Constraint(options.metric, ratio) for ratio in options.constraint],
+            _settings(options),
+            progress=progress,
+        )
+        told.print("Pruning")
+        for result in results:
+            folder = options.output_folder(result.constraint.ratio)
+            report = _measure(options, prepared, result, progress)
+            report["command"] = shlex.join(["rfprune", *arguments])
+            report["warnings"] = list(dict.fromkeys([*heard, *result.warnings]))
+            with staged(folder, overwrite=options.overwrite) as temporary, quiet_transformers():
+                tokenizer = prepared.loaded.tokenizer
+                save_pruned(result.model, result.layout, result.masks, temporary, tokenizer)
+                report["pruned"]["bytes"] = _file_bytes(temporary)
+                write_report(report, temporary)
+                write_log(report, temporary)
+            print_report(report, screen)
+
+
+@contextmanager
+def collected_warnings(told: Console, *, verbose: bool) -> Iterator[list[str]]:
+    """Show our own warnings as they come and keep them; others only where `verbose` asks."""
+    heard: list[str] = []
+
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        ours = issubclass(category, RfpruneWarning)
+        if ours and str(message) not in heard:
+            heard.append(str(message))
+        if ours or verbose:
+            told.print(f"warning: {message}", markup=False, soft_wrap=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default" if verbose else "ignore")
+        warnings.simplefilter("always", RfpruneWarning)
+        warnings.showwarning = show
+        yield heard
+
+
+def _settings(options: Options) -> Settings:
+    return Settings(
+        method=options.method,
+        use_labels=options.use_labels,
+        gradients=options.gradients,
+        rearrange=not options.skip_rearrange,
+        tune=not options.skip_tune,
+        teacher=options.teacher,
+        seed=options.seed,
+    )
+
+
+def _prepare(options: Options, task: Task, told: Console, progress: bool) -> Prepared:
+    """Load the checkpoint and all data, and score the original: everything that can be wrong
+    with the input shows here, before the pruning."""
+    told.print(f"Loading {options.model}")
+    start = time.perf_counter()
+    device = pick_device(options.device)
+    loaded = load(options.model, task, device=device, dtype=getattr(torch, options.dtype))
+    max_length = length_limit(loaded, task, options.max_length)
+    data_dir = data_folder(options.model, options.data_dir)
+    batches = calibration_batches(
+        task,
+        loaded.tokenizer,
+        data_dir,
+        num_samples=options.samples,
+        batch_size=options.batch_size,
+        max_length=max_length,
+        seed=options.seed,
+        with_labels=options.use_labels,
+    )
+    evaluation_set = prepare_evaluation(
+        task,
+        loaded.tokenizer,
+        data_dir,
+        batch_size=options.batch_size,
+        max_length=max_length,
+        limit=options.eval_limit,
+    )
+    seconds = time.perf_counter() - start
+    told.print(f"Scoring the original on {evaluation_set.num_examples} examples")
+    original = evaluate_model(loaded.model, evaluation_set, progress=progress)
+    return Prepared(loaded, batches, evaluation_set, original, seconds)
+
+
+def _measure(
+    options: Options, prepared: Prepared, result: PruneResult, progress: bool
+) -> dict[str, Any]:
+    """Score and time a pruned model beside the original: the contents of report.json."""
+    model, original = prepared.loaded.model, prepared.original
+    pruned = evaluate_model(result.model, prepared.evaluation_set, progress=progress)
+    latency = measure_latency(model, result.model, typical_batch(prepared.batches))
+    before = _costs(model, original, latency.original_ms, result.mean_tokens)
+    after = _costs(result.model, pruned, latency.pruned_ms, result.mean_tokens)
+    return {
+        "schema": SCHEMA,
+        "model": options.model,
+        "source": prepared.loaded.source,
+        "task": options.task,
+        "method": options.method,
+        "metric": options.metric,
+        "constraint": result.constraint.ratio,
+        "seed": options.seed,
+        "samples": sum(len(batch["input_ids"]) for batch in prepared.batches),
+        "settings": dataclasses.asdict(_settings(options)),
+        "device": str(model.device),
+        "dtype": options.dtype,
+        "versions": versions(),
+        "original": before,
+        "pruned": after,
+        "achieved": ratios(before, after),
+        "metric_name": original.metric_name,
+        "scores": {"original": dict(original.scores), "pruned": dict(pruned.scores)},
+        "divergence": divergence(original, pruned),
+        "evaluated_examples": original.num_examples,
+        "mean_tokens": result.mean_tokens,
+        "latency": _conditions(latency),
+        "seconds": stage_seconds(
+            result.seconds, load=prepared.seconds, evaluate=original.seconds + pruned.seconds
+        ),
+        "layers": list(result.layers),
+        "output_dir": str(options.output_folder(result.constraint.ratio)),
+    }
+
+
+def _costs(
+    model: Any, evaluation: Evaluation, latency_ms: float, tokens: float
+) -> dict[str, float]:
+    """One model's column of the report; counted on the model as it stands."""
+    return {
+        "score": evaluation.score,
+        "macs": total_macs(layout_of(model), tokens),
+        "params": total_params(model),
+        "bytes": sum(tensor.nbytes for tensor in _distinct(model.state_dict())),
+        "latency_ms": latency_ms,
+    }
+
+
+def _distinct(state: Mapping[str, Tensor]) -> list[Tensor]:
+    """Tied weights are stored once."""
+    return list({tensor.data_ptr(): tensor for tensor in state.values()}.values())
+
+
+def _file_bytes(folder: Any) -> int:
+    return sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
+
+
+def _conditions(latency: Latency) -> dict[str, int]:
+    conditions = dataclasses.asdict(latency)
+    return {name: value for name, value in conditions.items() if not name.endswith("_ms")}
