@@ -14,10 +14,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+import hypothesis
 import pytest
 
 # No test may reach for the hub by accident, nor wait for one that does not answer.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# The first example pays for late imports: no test is judged by its time.
+hypothesis.settings.register_profile("rfprune", deadline=None)
+hypothesis.settings.load_profile("rfprune")
 
 Head = Literal["sequence-classification", "question-answering", "none"]
 TinyModel = Callable[..., Any]
