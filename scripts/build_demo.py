@@ -1,4 +1,4 @@
-"""Make rfprune/demo/ from a fine-tuned BERT checkpoint and SST-2: trim the vocabulary, nothing else.
+"""Make rfprune/demo/ from a fine-tuned BERT checkpoint and SST-2, by trimming its vocabulary.
 
 WordPiece takes the longest piece it knows. With every piece that the kept sentences use, they are
 tokenised as before; with every single character (and ##character) besides, so is any other word
@@ -51,8 +51,8 @@ Sentiment Treebank, Socher et al., "Recursive Deep Models for Semantic Compositi
 Sentiment Treebank", EMNLP 2013; sentences from movie reviews at rottentomatoes.com (Pang and Lee
 2005). It states no licence and is passed on here for research, as GLUE does: cite the authors.
 
-**Dense score** on the validation split: accuracy {score:.2f} (the full checkpoint: {source_score:.2f};
-largest difference of a logit: {difference:.1g}).
+**Dense score** on the validation split: accuracy {score:.2f}. The full checkpoint:
+{source_score:.2f}; largest difference of a logit: {difference:.1g}.
 
 | file | bytes | sha256 |
 |---|---:|---|

@@ -45,7 +45,11 @@ def load_split(
     if data_dir is None:
         table = _from_hub(task, split, wanted)
     else:
-        table = read_table(_find_split(task, split, data_dir), wanted)
+        try:
+            path = _find_split(task, split, data_dir)
+        except OSError as error:
+            raise UserError(f"{data_dir} cannot be read: {error.strerror or error}.") from error
+        table = read_table(path, wanted)
     return Dataset.from_dict(checked_columns(task, table, labels_required))
 
 

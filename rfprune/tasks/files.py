@@ -53,7 +53,8 @@ def read_table(path: Path, wanted: Collection[str]) -> Table:
 def table_of(dataset: Any, wanted: Collection[str], source: str) -> Table:
     """The wanted columns that a `datasets.Dataset` has."""
     names = tuple(dataset.column_names)
-    columns = {name: dataset[name][:] for name in wanted if name in names}
+    plain = dataset.with_format(None)
+    columns = {name: plain[name][:] for name in wanted if name in names}
     return Table(source, names, columns)
 
 

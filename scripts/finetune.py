@@ -1,0 +1,143 @@
+"""Fine-tune an encoder on a task with transformers' Trainer, where no checkpoint is to be had.
+
+python scripts/finetune.py --model ENCODER --task sst2 --data-dir DATA --output-dir CHECKPOINT
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rfprune.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train, save, score; exit code 2 where something has to be mended first."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--model", required=True, help="folder or hub id of a pretrained encoder")
+    add("--task", required=True, help="such as mrpc, sst2, stsb, squad")
+    add("--output-dir", type=Path, required=True, help="new folder for the checkpoint")
+    add("--data-dir", type=Path, help="folder that holds TASK/train.parquet; else the hub")
+    add("--epochs", type=float, default=3.0)
+    add("--learning-rate", type=float, default=3e-5)
+    add("--batch-size", type=int, default=32)
+    add("--max-length", type=int, help="in tokens; default: the task's")
+    add("--max-train-samples", type=int, help="train on a random part of so many rows")
+    add("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    try:
+        finetune(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def finetune(options: argparse.Namespace) -> None:
+    """Write the fine-tuned checkpoint and print its scores on the validation data."""
+    check(options)
+    # Late, so that --help and wrong flags are answered at once.
+    from transformers import Trainer, set_seed
+
+    from rfprune.calibration import sample
+    from rfprune.tasks.data import encode, load_split
+    from rfprune.tasks.evaluation import evaluate_model, prepare_evaluation
+    from rfprune.tasks.registry import get_task
+
+    task = get_task(options.task)
+    set_seed(options.seed)  # before the model: its head starts out random
+    train = load_split(task, task.train_split, options.data_dir)
+    if options.max_train_samples:
+        train = sample(train, options.max_train_samples, options.seed)
+    model, tokenizer = load(options.model, task)
+    # Tokenised before training: unfit validation data is better found now than in an hour.
+    prepared = prepare_evaluation(task, tokenizer, options.data_dir, max_length=options.max_length)
+    Trainer(
+        model=model,
+        args=training_arguments(options, len(train)),
+        train_dataset=encode(task, tokenizer, train, options.max_length),
+        data_collator=partial(pad, tokenizer),
+    ).train()
+    model.save_pretrained(options.output_dir)
+    tokenizer.save_pretrained(options.output_dir)
+    for name, score in evaluate_model(model, prepared).scores.items():
+        print(f"{task.name} {name}: {score:.2f}")
+
+
+def check(options: argparse.Namespace) -> None:
+    """UserError for what can be known to fail before anything is loaded."""
+    for name in ("epochs", "learning_rate", "batch_size", "max_train_samples"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"--{name.replace('_', '-')} {value}: it must be above 0.")
+    folder: Path = options.output_dir
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} exists already: name a new folder with --output-dir.")
+
+
+def load(name: str, task: Any) -> tuple[Any, Any]:
+    """The encoder with a new head for the task, which knows the names of its labels."""
+    from transformers import (
+        AutoModelForQuestionAnswering,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+    )
+
+    from rfprune.tasks.hub import cached_when_unreachable
+
+    head: dict[str, Any] = {}
+    model_class = AutoModelForQuestionAnswering
+    if task.kind != "question-answering":
+        model_class = AutoModelForSequenceClassification
+        names = task.label_names or ("LABEL_0",)
+        head = {
+            "num_labels": task.num_labels,
+            "id2label": dict(enumerate(names)),
+            "label2id": {label: number for number, label in enumerate(names)},
+            "problem_type": "single_label_classification" if task.label_names else "regression",
+        }
+    with cached_when_unreachable():
+        try:
+            model = model_class.from_pretrained(name, **head).float()
+            return model, AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0].rstrip(".")
+            raise UserError(
+                f"The encoder {name} cannot be loaded ({reason}): give a folder or a hub id of a "
+                f"pretrained encoder with its tokenizer."
+            ) from error
+
+
+def training_arguments(options: argparse.Namespace, num_examples: int) -> Any:
+    """The usual recipe for BERT: AdamW, six per cent of warm-up, then linear decay."""
+    import torch
+    from transformers import TrainingArguments
+
+    num_steps = max(1, int(options.epochs * num_examples / options.batch_size))
+    return TrainingArguments(
+        output_dir=str(options.output_dir),
+        num_train_epochs=options.epochs,
+        learning_rate=options.learning_rate,
+        per_device_train_batch_size=options.batch_size,
+        warmup_steps=num_steps * 6 // 100,
+        weight_decay=0.01,
+        seed=options.seed,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=max(1, num_steps // 20),
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def pad(tokenizer: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rows of the encoded data as one padded batch of (B, S) tensors."""
+    from rfprune.tasks.data import collate
+
+    return collate({name: [row[name] for row in rows] for name in rows[0]}, tokenizer)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
