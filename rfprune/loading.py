@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from rfprune.demo import DEMO_TASK, demo_data_dir, demo_path
 from rfprune.errors import UserError
 from rfprune.pipeline import check_finite
 from rfprune.tasks.registry import Task, check_labels
@@ -43,32 +44,6 @@ class Loaded:
     source: str
 
 
-def pick_device(name: str | None) -> torch.device:
-    """The device of that name, or the best there is.
-
-    Raises:
-        UserError: this machine, or this build of torch, has no such device.
-    """
-    if name is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise UserError(
-                f"--device {name}: torch {torch.__version__} finds {count} CUDA devices here; "
-                f"leave --device out to use the best there is."
-            )
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError(
-            f"--device mps: torch {torch.__version__} finds no Metal device here; "
-            f"leave --device out to use the best there is."
-        )
-    return device
-
-
 def load(name: str, task: Task, *, device: torch.device, dtype: torch.dtype) -> Loaded:
     """Load the checkpoint that `name` (folder, hub id, alias or demo) has for a task.
 
@@ -93,9 +68,12 @@ def locate(name: str, task: Task) -> str:
         UserError: no such folder, or an alias without a checkpoint for the task.
     """
     if name == DEMO:
-        from rfprune import demo
-
-        return str(demo.checkpoint_folder(task.name))
+        if task.name != DEMO_TASK:
+            raise UserError(
+                f"The demo is a checkpoint for task {DEMO_TASK}, not {task.name}: use --task "
+                f"{DEMO_TASK}, or --model with a checkpoint for {task.name}."
+            )
+        return str(demo_path())
     path = Path(name).expanduser()
     if path.is_file():
         raise UserError(f"Model '{name}' is a file: give the folder that holds config.json.")
@@ -104,11 +82,7 @@ def locate(name: str, task: Task) -> str:
 
 def data_folder(name: str, data_dir: Path | None) -> Path | None:
     """Where the data is: the folder that was given, the demo's own, or None for the hub."""
-    if name != DEMO or data_dir is not None:
-        return data_dir
-    from rfprune import demo
-
-    return demo.data_folder()
+    return demo_data_dir() if name == DEMO and data_dir is None else data_dir
 
 
 def length_limit(loaded: Loaded, task: Task, requested: int | None) -> int:

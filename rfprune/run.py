@@ -21,8 +21,9 @@ from rfprune.command_line import Options
 from rfprune.cost.constraint import Constraint
 from rfprune.cost.macs import total_macs
 from rfprune.cost.params import total_params
+from rfprune.device import pick_device
 from rfprune.errors import RfpruneWarning
-from rfprune.loading import Loaded, data_folder, length_limit, load, pick_device, quiet_transformers
+from rfprune.loading import Loaded, data_folder, length_limit, load, quiet_transformers
 from rfprune.model.checkpoint import save_pruned
 from rfprune.model.layout import layout_of
 from rfprune.output import staged
