@@ -1,0 +1,124 @@
+"""A model run over prepared batches: its logits as arrays, in the order of the data."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from inspect import Parameter, signature
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from rfprune.errors import UserError
+
+# Padded model inputs (B, S) by name, and the numbers of the B data rows in each batch.
+Batches = Sequence[Mapping[str, Tensor]]
+RowNumbers = Sequence[NDArray[np.int64]]
+
+
+def class_logits(
+    model: nn.Module, batches: Batches, rows: RowNumbers, num_outputs: int, *, progress: bool
+) -> NDArray[np.float32]:
+    """The logits (N, num_outputs) of N rows; UserError for a model that gives other outputs."""
+    parts = []
+    for batch, (logits,) in _outputs(model, batches, ("logits",), progress):
+        _check_shape(model, "logits", logits, (len(batch["input_ids"]), num_outputs))
+        parts.append(logits.numpy())
+    logits_of_rows = np.concatenate(parts)
+    ordered = np.empty_like(logits_of_rows)
+    ordered[np.concatenate(rows)] = logits_of_rows
+    return ordered
+
+
+def span_logits(
+    model: nn.Module, batches: Batches, rows: RowNumbers, *, progress: bool
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Start and end logits (W, S) of W rows of up to S tokens, padding taken out.
+
+    Positions count from a row's first token, whichever side was padded; behind a shorter row
+    stands -inf. UserError for a model that gives other outputs.
+    """
+    num_rows = sum(len(numbers) for numbers in rows)
+    longest = max(int(batch["attention_mask"].sum(dim=1).max()) for batch in batches)
+    start = np.full((num_rows, longest), -np.inf, dtype=np.float32)
+    end = start.copy()
+    names = ("start_logits", "end_logits")
+    outputs = _outputs(model, batches, names, progress)
+    for (batch, logits), numbers in zip(outputs, rows, strict=True):
+        is_token = batch["attention_mask"].bool().numpy()
+        for name, target, values in zip(names, (start, end), logits, strict=True):
+            _check_shape(model, name, values, is_token.shape)
+            for row, kept, row_values in zip(numbers, is_token, values.numpy(), strict=True):
+                target[row, : kept.sum()] = row_values[kept]
+    return start, end
+
+
+def _outputs(
+    model: nn.Module, batches: Batches, names: Sequence[str], progress: bool
+) -> Iterator[tuple[Mapping[str, Tensor], list[Tensor]]]:
+    """Each batch with the model's outputs of these names, as float32 on the CPU."""
+    from tqdm import tqdm
+
+    device = next(model.parameters()).device
+    accepted = _accepted_names(model, batches[0])
+    _check_fits(model, batches)
+    with _evaluating(model), torch.inference_mode():
+        for batch in tqdm(batches, desc="Evaluating", unit="batch", disable=not progress):
+            output = model(**{name: batch[name].to(device) for name in accepted})
+            missing = [name for name in names if not isinstance(output.get(name), Tensor)]
+            if missing:
+                raise UserError(
+                    f"{type(model).__name__} gives no {' and no '.join(missing)}: choose a "
+                    f"checkpoint with the head of this task."
+                )
+            yield batch, [output[name].float().cpu() for name in names]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; every module is back in its own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _accepted_names(model: nn.Module, batch: Mapping[str, Tensor]) -> list[str]:
+    """The inputs that the model's forward names: distilbert, for one, has no token types."""
+    parameters = signature(model.forward).parameters
+    accepted = [name for name in batch if name in parameters]
+    if "input_ids" in accepted:
+        return accepted
+    if not any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        raise UserError(f"{type(model).__name__} takes no input_ids: it is not a text model.")
+    return list(batch)
+
+
+def _check_fits(model: nn.Module, batches: Batches) -> None:
+    """Tokens that the model has no embedding for are a UserError here, a crash in the model."""
+    config = getattr(model, "config", None)
+    positions = getattr(config, "max_position_embeddings", None)
+    longest = max(batch["input_ids"].shape[1] for batch in batches)
+    if positions is not None and longest > positions:
+        raise UserError(
+            f"The model reads at most {positions} tokens, but a row has {longest}: give a maximum "
+            f"length of {positions} or less."
+        )
+    vocabulary = getattr(config, "vocab_size", None)
+    largest = max(int(batch["input_ids"].max()) for batch in batches)
+    if vocabulary is not None and largest >= vocabulary:
+        raise UserError(
+            f"The tokenizer gives token id {largest}, but the model has only {vocabulary} token "
+            f"embeddings: use the tokenizer that the model was trained with."
+        )
+
+
+def _check_shape(model: nn.Module, name: str, values: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(values.shape) != shape:
+        raise UserError(
+            f"{type(model).__name__} gave {name} of shape {tuple(values.shape)} where the task "
+            f"needs {shape}: choose a checkpoint fine-tuned on this task."
+        )

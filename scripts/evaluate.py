@@ -1,0 +1,151 @@
+"""Score a checkpoint, dense or pruned, on a task's validation data.
+
+python scripts/evaluate.py --model outputs/... --task mrpc --data-dir data --output scores.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rfprune.errors import UserError
+from rfprune.tasks.registry import TASKS, get_task
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rfprune.tasks.evaluation import Evaluation
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run with these flags (default: those of the process); 0 done, 2 user error, 130 stopped."""
+    options = _parser().parse_args(argv)
+    try:
+        task = get_task(options.task)
+        if options.output is not None:
+            _check_output(options.output)
+        _print_table(_evaluate(options, task.name), options.output)
+    except UserError as error:
+        sys.stderr.write(f"evaluate: error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("evaluate: interrupted; nothing was written.\n")
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--model", required=True, help="folder (dense or pruned), hub id or alias")
+    parser.add_argument("--task", required=True, help=", ".join(TASKS))
+    parser.add_argument("--data-dir", type=Path, help="local data, DIR/TASK/...; else the hub")
+    parser.add_argument("--batch-size", type=int, default=32, help="rows a batch (default: 32)")
+    parser.add_argument("--max-length", type=int, help="tokens a row (default: the task's)")
+    parser.add_argument("--limit", type=int, help="score so many random examples of each split")
+    parser.add_argument("--seed", type=int, default=0, help="draws them (default: 0)")
+    parser.add_argument("--device", type=_device, help="cpu, cuda, cuda:N or mps (default: best)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the scores there")
+    return parser
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"unknown device {text!r}: cpu, cuda, cuda:N or mps")
+    return text
+
+
+def _evaluate(options: argparse.Namespace, task_name: str) -> dict[str, Any]:
+    """Load, score, and say what was scored how: the contents of the output file."""
+    import torch
+    from rich.console import Console
+
+    from rfprune.device import pick_device
+    from rfprune.loading import data_folder, length_limit, load
+    from rfprune.report.report_json import versions
+    from rfprune.run import collected_warnings
+    from rfprune.tasks.evaluation import evaluate_model, prepare_evaluation
+
+    task = get_task(task_name)
+    with collected_warnings(Console(stderr=True, highlight=False), verbose=False) as heard:
+        device = pick_device(options.device)
+        loaded = load(options.model, task, device=device, dtype=getattr(torch, options.dtype))
+        max_length = length_limit(loaded, task, options.max_length)
+        evaluation_set = prepare_evaluation(
+            task,
+            loaded.tokenizer,
+            data_folder(options.model, options.data_dir),
+            batch_size=options.batch_size,
+            max_length=max_length,
+            limit=options.limit,
+            seed=options.seed,
+        )
+        evaluation = evaluate_model(loaded.model, evaluation_set, progress=sys.stderr.isatty())
+    return {
+        "model": options.model,
+        "source": loaded.source,
+        "task": task.name,
+        "params": sum(parameter.numel() for parameter in loaded.model.parameters()),
+        **_scores(evaluation),
+        "splits": dict(evaluation_set.split_sizes),
+        "limit": options.limit,
+        "seed": options.seed,
+        "max_length": max_length,
+        "batch_size": options.batch_size,
+        "device": str(device),
+        "dtype": options.dtype,
+        "versions": versions(),
+        "warnings": heard,
+    }
+
+
+def _scores(evaluation: Evaluation) -> dict[str, Any]:
+    return {
+        "metric_name": evaluation.metric_name,
+        "score": evaluation.score,
+        "scores": dict(evaluation.scores),
+        "examples": evaluation.num_examples,
+        "seconds": evaluation.seconds,
+    }
+
+
+def _check_output(path: Path) -> None:
+    """See that the file can be written before minutes are spent."""
+    if path.exists():
+        raise UserError(f"--output {path} exists already: give the name of a new file.")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--output {path}: there is no folder {path.absolute().parent}, make it.")
+
+
+def _print_table(result: dict[str, Any], output: Path | None) -> None:
+    """The scores on screen, and in the output file if there is to be one."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if output is not None:
+        try:
+            output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            output.unlink(missing_ok=True)
+            raise UserError(f"--output {output} cannot be written: {error.strerror}.") from error
+    table = Table()
+    table.add_column("score")
+    table.add_column("points", justify="right")
+    for name, value in result["scores"].items():
+        main_score = name == result["metric_name"]
+        table.add_row(name, f"{value:.2f}", style="bold" if main_score else None)
+    console = Console(highlight=False)
+    console.print(f"{result['model']} on {result['task']}", markup=False, soft_wrap=True)
+    console.print(table)
+    console.print(
+        f"{result['examples']} examples, {result['params'] / 1e6:.1f} million parameters, "
+        f"{result['seconds']:.1f} s on {result['device']}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
