@@ -97,6 +97,8 @@ def prepare_evaluation(
     """
     if limit is not None and limit < 1:
         raise UserError(f"A limit of {limit} examples is not possible: it must be at least 1.")
+    if seed < 0:
+        raise UserError(f"A seed of {seed} is not possible: it must be at least 0.")
     splits = {
         split: _draw(load_split(task, split, data_dir), limit, seed)
         for split in task.validation_splits

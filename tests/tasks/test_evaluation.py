@@ -85,7 +85,7 @@ def test_logits_are_each_rows_own_in_dataset_order(
         np.testing.assert_allclose(logits[row], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ("mrpc", "sst2", "stsb"))
+@pytest.mark.parametrize("name", ["mrpc", "sst2", "stsb"])
 def test_scores_are_the_tasks_in_points(
     name: str, tiny_tokenizer: TinyTokenizer, tiny_data_dir: Path
 ) -> None:
@@ -122,8 +122,8 @@ def test_mnli_scores_both_splits(tiny_tokenizer: TinyTokenizer, tiny_data_dir: P
     assert found.score == expected["accuracy"] != expected["accuracy_mismatched"]
 
 
-@pytest.mark.parametrize("side", ("left", "right"))
-@pytest.mark.parametrize("name", ("squad", "squad_v2"))
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["squad", "squad_v2"])
 def test_span_logits_are_the_tokens_own_whatever_the_padding(
     name: str, side: str, tiny_tokenizer: TinyTokenizer, tiny_data_dir: Path
 ) -> None:
@@ -217,6 +217,8 @@ def test_a_limit_draws_rows_by_seed(tiny_tokenizer: TinyTokenizer, tiny_data_dir
     assert [label for label in everything if label in first] == first
     with pytest.raises(UserError, match="limit of 0"):
         drawn(0)
+    with pytest.raises(UserError, match="seed of -1"):
+        drawn(8, seed=-1)
 
 
 def test_limited_questions_keep_their_answers(
@@ -278,8 +280,8 @@ def set_of(
     return prepare_evaluation(get_task(name), tiny_tokenizer(), tiny_data_dir, **options)
 
 
-@pytest.mark.parametrize("name", ("mrpc", "squad"))
-@pytest.mark.parametrize("value", ("nan", "inf"))
+@pytest.mark.parametrize("name", ["mrpc", "squad"])
+@pytest.mark.parametrize("value", ["nan", "inf"])
 def test_logits_that_are_no_numbers_are_named(
     name: str, value: str, tiny_tokenizer: TinyTokenizer, tiny_data_dir: Path
 ) -> None:
@@ -290,14 +292,14 @@ def test_logits_that_are_no_numbers_are_named(
 
 @pytest.mark.parametrize(
     ("name", "head", "config", "what"),
-    (
+    [
         ("squad", "sequence-classification", {}, "no start_logits and no end_logits"),
         ("mrpc", "question-answering", {}, "gives no logits"),
         ("mrpc", "none", {}, "gives no logits"),
         ("mnli", "sequence-classification", {}, r"\(32, 2\) where the task needs \(32, 3\)"),
         ("squad", "question-answering", {"max_position_embeddings": 40}, "at most 40 tokens"),
         ("mrpc", "sequence-classification", {"vocab_size": 50}, "only 50 token embeddings"),
-    ),
+    ],
 )
 def test_a_model_that_does_not_fit_is_refused(
     name: str,
@@ -382,11 +384,11 @@ def test_divergence_of_spans_is_over_what_can_be_an_answer() -> None:
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    (
+    [
         ([np.zeros((2, 2))], [np.zeros((3, 2))]),
         ([np.zeros((2, 2))], [np.zeros((2, 2))] * 2),
         ([np.array([[0.0, -np.inf]])] * 2, [np.zeros((1, 2))] * 2),
-    ),
+    ],
 )
 def test_divergence_needs_one_evaluation_set(first: Any, second: Any) -> None:
     with pytest.raises(ValueError, match=r"zip|same evaluation set"):
@@ -399,7 +401,7 @@ def test_divergence_needs_one_evaluation_set(first: Any, second: Any) -> None:
 @pytest.mark.shared
 @pytest.mark.parametrize(
     ("name", "expected", "one_row"),
-    (("mrpc", 76.5625, 100 / 64), ("sst2", 90.625, 100 / 64), ("stsb", 83.195, 0.5)),
+    [("mrpc", 76.5625, 100 / 64), ("sst2", 90.625, 100 / 64), ("stsb", 83.195, 0.5)],
 )
 def test_real_checkpoints_score_what_they_should(
     name: str, expected: float, one_row: float, shared: Path

@@ -72,7 +72,7 @@ def test_correlations_are_their_definitions(pairs: list[tuple[int, int]]) -> Non
     assert metrics.spearmanr(first, second) == pytest.approx(expected, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", ("pearson", "spearmanr", "matthews_correlation", "f1"))
+@pytest.mark.parametrize("name", ["pearson", "spearmanr", "matthews_correlation", "f1"])
 def test_constant_predictions_score_zero_without_a_warning(name: str) -> None:
     truth = [0, 1, 1, 0]
     assert metrics.SCORE_FUNCTIONS[name](truth, truth) == pytest.approx(1.0)
@@ -92,13 +92,13 @@ def test_nearly_constant_predictions_warn_nobody() -> None:
 
 @pytest.mark.parametrize(
     ("predictions", "references", "what"),
-    (
+    [
         ([1, 0], [1], "one length"),
         ([], [], "not empty"),
         ([[1, 0]], [[1, 0]], "vectors"),
         ([1.0, float("nan")], [1, 0], "finite"),
         ([1.0, 2.0], [1.0, float("inf")], "finite"),
-    ),
+    ],
 )
 def test_scores_refuse_what_has_none(predictions: Any, references: Any, what: str) -> None:
     for function in metrics.SCORE_FUNCTIONS.values():
@@ -125,14 +125,14 @@ def normal_form(text: str) -> str:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    (
+    [
         ("The  Cat.", "cat"),
         ("an apple a day", "apple day"),
         ("theme, a-team & U.S.", "theme ateam us"),
         ("the", ""),
         ("Äpfel – «the» 5%", "äpfel – « » 5"),
         ("", ""),
-    ),
+    ],
 )
 def test_normal_form_of_answers(text: str, expected: str) -> None:
     assert metrics.normalize_answer(text) == expected == normal_form(text)
@@ -287,7 +287,7 @@ def import_evaluate() -> Any:
 SQUAD = {"id": "q1", "answers": {"text": ["Denver Broncos", "broncos"], "answer_start": [0, 7]}}
 
 
-@pytest.mark.parametrize("loader", ("evaluate.load", "load_metric"))
+@pytest.mark.parametrize("loader", ["evaluate.load", "load_metric"])
 def test_metric_modules_give_what_the_functions_give(loader: str, caches: Path) -> None:
     evaluate = import_evaluate()
 
@@ -349,7 +349,7 @@ def test_glue_equals_the_hub(name: str) -> None:
 
 
 @pytest.mark.network
-@pytest.mark.parametrize("name", ("squad", "squad_v2"))
+@pytest.mark.parametrize("name", ["squad", "squad_v2"])
 def test_squad_equals_the_hub(name: str) -> None:
     texts = ["the broncos", "Denver", "gold", "a", ""]
     references = [SQUAD | {"id": f"q{row}"} for row in range(len(texts))]
