@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from rfprune.demo import DEMO_TASK, demo_data_dir, demo_path
 from rfprune.errors import UserError
@@ -27,8 +28,6 @@ _HEADS = {
     "regression": "SequenceClassification",
     "question-answering": "QuestionAnswering",
 }
-# Model types whose positions start after that of padding, as RoBERTa's do.
-_POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet")
 _WAYS_OUT = "give a folder that holds the checkpoint, or try --model demo"
 
 
@@ -91,10 +90,7 @@ def length_limit(loaded: Loaded, task: Task, requested: int | None) -> int:
     Raises:
         UserError: more was asked for than the model has positions.
     """
-    config = loaded.model.config
-    positions = int(getattr(config, "max_position_embeddings", task.max_length))
-    if config.model_type in _POSITIONS_AFTER_PADDING:
-        positions -= int(config.pad_token_id or 0) + 1
+    positions = _num_positions(loaded.model)
     if requested is None:
         return min(task.max_length, positions)
     if requested > positions:
@@ -103,6 +99,15 @@ def length_limit(loaded: Loaded, task: Task, requested: int | None) -> int:
             f"'{loaded.source}' has: choose {positions} or less."
         )
     return requested
+
+
+def _num_positions(model: Any) -> int:
+    """The longest input; where padding has a position (as in RoBERTa) the others come after it."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            before = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - before
+    return int(model.config.max_position_embeddings)
 
 
 @contextmanager
@@ -268,9 +273,12 @@ def _load_tokenizer(source: str, model: Any) -> Any:
         ) from error
     if not tokenizer.is_fast:
         raise UserError(f"The tokenizer of '{source}' is a slow one: save a fast tokenizer.json.")
+    vocabulary = tokenizer.get_vocab()
+    if len(vocabulary) <= len(tokenizer.all_special_tokens):  # made up where files are missing
+        raise UserError(f"'{source}' has no tokenizer: save the tokenizer beside the model.")
     rows = model.get_input_embeddings().num_embeddings
-    largest = max(tokenizer.get_vocab().values(), default=-1)
-    if not 0 <= largest < rows:
+    largest = max(vocabulary.values())
+    if largest >= rows:
         raise UserError(
             f"The tokenizer of '{source}' makes ids up to {largest} but the model has {rows} "
             f"embeddings: they do not belong together."

@@ -1,0 +1,115 @@
+"""Flags become the settings of a run; what cannot be is one sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rfprune.command_line import DEFAULT_METHOD, METHODS, METRICS, Options, parse
+from rfprune.cost import constraint
+from rfprune.errors import UserError
+from rfprune.result import CHOICES, Settings
+
+NEEDED = ["--model", "demo", "--task", "sst2", "--constraint", "0.5"]
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_defaults_are_those_of_the_paper() -> None:
+    options = parse(NEEDED)
+    assert (options.samples, options.batch_size, options.seed) == (2048, 32, 0)
+    assert (options.metric, options.method) == ("mac", DEFAULT_METHOD)
+    assert options.max_length is options.eval_limit is options.data_dir is options.device is None
+    assert not (options.use_labels or options.skip_rearrange or options.skip_tune)
+    assert options.dtype == "float32"
+
+
+def test_the_choices_are_those_of_the_pipeline() -> None:
+    """The flags are written out again, so that reading them needs no torch."""
+    assert METHODS == CHOICES["method"]
+    assert METRICS == constraint.METRICS
+    assert parse(NEEDED).gradients == Settings().gradients
+    assert parse(NEEDED).teacher == Settings().teacher
+    for flag in ("gradients", "teacher"):
+        for choice in CHOICES[flag]:
+            assert getattr(parse([*NEEDED, f"--{flag}", choice]), flag) == choice
+
+
+def test_several_constraints_go_to_a_folder_each(tmp_path: Path) -> None:
+    options = parse([*NEEDED, "0.3", "0.5", "--output-dir", str(tmp_path / "out")])
+    assert options.constraint == (0.5, 0.3), "one that is given twice is pruned to once"
+    assert options.output_folder(0.3) == tmp_path / "out" / "mac-0.3"
+
+
+def test_one_constraint_goes_to_the_folder_itself(tmp_path: Path) -> None:
+    options = parse([*NEEDED, "--output-dir", str(tmp_path / "out")])
+    assert options.output_folder(0.5) == tmp_path / "out"
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("demo", "demo"), ("owner/model", "owner--model"), ("here/model", "model"), (".", None)],
+)
+def test_the_default_folder_tells_runs_apart(model: str, name: str | None, tmp_path: Path) -> None:
+    (tmp_path / "here" / "model").mkdir(parents=True)
+    options = parse(["--model", model, *NEEDED[2:], "--seed", "3", "--metric", "params"])
+    expected = Path("outputs", name or tmp_path.name, "sst2", "params-0.5", "seed-3")
+    assert options.output_folder(0.5) == expected
+
+
+@given(st.floats(min_value=0, max_value=1, exclude_min=True, exclude_max=True))
+def test_every_fraction_is_a_constraint(ratio: float) -> None:
+    assert parse([*NEEDED[:5], repr(ratio)]).constraint == (ratio,)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ([*NEEDED[:4]], "required: --constraint"),
+        ([*NEEDED, "--tsak", "mrpc"], "unrecognized arguments: --tsak"),
+        ([*NEEDED, "--sample", "12"], "unrecognized arguments: --sample"),
+        ([*NEEDED, "--task", "mrcp"], "Unknown task 'mrcp', did you mean mrpc: .*squad_v2"),
+        ([*NEEDED, "--task", "?"], "Unknown task '?': the tasks are mrpc"),
+        *(
+            ([*NEEDED[:5], value], f"--constraint {value} is not a number between 0 and 1")
+            for value in ("0", "1", "1.5", "-1", "-0.5", "abc", "nan", "inf", "")
+        ),
+        ([*NEEDED, "--samples", "0"], "--samples 0 is not a whole number of at least 1"),
+        ([*NEEDED, "--samples", "-3"], "--samples -3 is not a whole number of at least 1"),
+        ([*NEEDED, "--samples", "many"], "--samples many is not a whole number"),
+        ([*NEEDED, "--batch-size", "0"], "--batch-size 0 is not"),
+        ([*NEEDED, "--max-length", "2"], "--max-length 2 is not .* at least 8"),
+        ([*NEEDED, "--eval-limit", "0"], "--eval-limit 0 is not"),
+        ([*NEEDED, "--seed", "-1"], "--seed -1 is not"),
+        ([*NEEDED, "--metric", "size"], "--metric: invalid choice: 'size'"),
+        ([*NEEDED, "--method", "magic"], "--method: invalid choice: 'magic'"),
+        ([*NEEDED, "--device", "gpu"], "Unknown device 'gpu': choose cpu, cuda"),
+        ([*NEEDED, "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
+    ],
+    ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_is_one_sentence(flags: list[str], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence.replace("?", r"\?")) as caught:
+        parse(flags)
+    assert "\n" not in str(caught.value)
+
+
+def test_options_cannot_be_changed() -> None:
+    with pytest.raises(AttributeError):
+        parse(NEEDED).model = "other"  # type: ignore[misc]
+
+
+def test_options_are_the_flags() -> None:
+    """A flag that is parsed and then forgotten would silently do nothing."""
+    from rfprune import run
+
+    source = Path(run.__file__).read_text(encoding="utf-8")
+    used_when_parsed = {"constraint", "output_dir", "overwrite"}
+    for name in set(Options.__dataclass_fields__) - used_when_parsed:
+        assert f"options.{name}" in source, name

@@ -1,0 +1,270 @@
+"""A checkpoint is loaded whole and fitting, or refused in a sentence that names what is wrong.
+
+Deleting this lets a random head, a foreign label order or a damaged file reach the pruning.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rfprune.errors import UserError
+from rfprune.loading import data_folder, length_limit, load, locate
+from rfprune.tasks.registry import get_task
+
+MRPC, SQUAD = get_task("mrpc"), get_task("squad")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder(tiny_folder: Callable[..., Path], tmp_path: Path) -> Path:
+    """A copy of a tiny fine-tuned checkpoint, to spoil."""
+    return Path(shutil.copytree(tiny_folder(), tmp_path / "model"))
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    """Set entries of config.json; None takes one away."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def refused(folder: Path, task: str = "mrpc") -> str:
+    """The one sentence with which a checkpoint is refused."""
+    with pytest.raises(UserError) as caught:
+        load(str(folder), get_task(task), device=CPU, dtype=torch.float32)
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    return sentence
+
+
+@pytest.mark.parametrize(
+    ("task", "head"), [("mrpc", "sequence-classification"), ("squad", "question-answering")]
+)
+def test_a_good_checkpoint_is_loaded(
+    task: str, head: str, tiny_folder: Callable[..., Path], tiny_model: Callable[..., Any]
+) -> None:
+    loaded = load(str(tiny_folder("bert", head)), get_task(task), device=CPU, dtype=torch.float32)
+    expected = tiny_model("bert", head).state_dict()
+    assert loaded.model.state_dict().keys() == expected.keys()
+    for name, value in loaded.model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    assert not loaded.model.training
+    assert loaded.tokenizer("a film")["input_ids"][0] == loaded.tokenizer.cls_token_id
+
+
+def test_weights_take_the_dtype_asked_for(folder: Path) -> None:
+    change_weights(
+        folder, lambda weights: weights.update({k: v.half() for k, v in weights.items()})
+    )
+    loaded = load(str(folder), MRPC, device=CPU, dtype=torch.float32)
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
+
+
+def test_weights_in_several_files_are_loaded(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Callable[..., Any], tmp_path: Path
+) -> None:
+    tiny_model().save_pretrained(tmp_path, max_shard_size="10KB")
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+    loaded = load(str(tmp_path), MRPC, device=CPU, dtype=torch.float32)
+    assert torch.equal(loaded.model.classifier.weight, tiny_model().classifier.weight)
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    assert "does not exist" in refused(tmp_path / "nowhere")
+
+
+def test_a_file_is_no_folder(folder: Path) -> None:
+    assert "is a file" in refused(folder / "config.json")
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    assert "is empty" in refused(tmp_path)
+
+
+def test_no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    assert "has no config.json" in refused(folder)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", b"\xff\xfe\x00"])
+def test_a_damaged_config(folder: Path, text: str | bytes) -> None:
+    (folder / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert "config.json' " in refused(folder)
+
+
+def test_no_model_type(folder: Path) -> None:
+    change_config(folder, model_type=None)
+    assert "names no model_type" in refused(folder)
+
+
+def test_an_unsupported_model_type_names_the_supported(folder: Path) -> None:
+    change_config(folder, model_type="gpt2")
+    sentence = refused(folder)
+    assert "'gpt2'" in sentence
+    for model_type in ("bert", "roberta", "distilbert", "mpnet"):
+        assert model_type in sentence
+
+
+def test_no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    assert "has no model.safetensors" in refused(folder)
+
+
+def test_a_pickle_is_not_read(folder: Path, tmp_path: Path) -> None:
+    """It would run this code if it were."""
+
+    class Code:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "it ran",)
+
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Code()))
+    sentence = refused(folder)
+    assert "pickle (pytorch_model.bin)" in sentence
+    assert "save_pretrained()" in sentence
+    assert not (tmp_path / "it ran").exists()
+
+
+@pytest.mark.parametrize("bytes_kept", [0, 4, 1000, -8])
+def test_truncated_weights(folder: Path, bytes_kept: int) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:bytes_kept])
+    assert "damaged or cut short" in refused(folder)
+
+
+def test_corrupt_weights(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"\xff" * 4096)
+    assert "damaged or cut short" in refused(folder)
+
+
+def test_weights_of_another_shape(folder: Path) -> None:
+    change_config(folder, intermediate_size=24)
+    assert "may not belong together" in refused(folder)
+
+
+def test_a_weight_that_is_missing_inside(folder: Path) -> None:
+    name = "bert.encoder.layer.1.output.dense.weight"
+    change_weights(folder, lambda weights: weights.pop(name))
+    sentence = refused(folder)
+    assert "lacks 1 weights" in sentence
+    assert name in sentence
+
+
+def test_a_base_checkpoint_by_its_architecture(tiny_folder: Callable[..., Path]) -> None:
+    assert "no trained head for task mrpc" in refused(tiny_folder("bert", "none"))
+
+
+def test_a_base_checkpoint_by_its_weights(folder: Path) -> None:
+    """Its config claims a head, as that of a model that was never trained may."""
+    change_weights(folder, lambda weights: weights.pop("classifier.weight"))
+    assert "no trained head for task mrpc (classifier.weight is missing)" in refused(folder)
+
+
+def test_the_head_of_another_kind_of_task(folder: Path) -> None:
+    assert "not a ...ForQuestionAnswering" in refused(folder, "squad")
+
+
+def test_the_number_of_labels_must_fit(tiny_folder: Callable[..., Path]) -> None:
+    assert "3 labels" in refused(tiny_folder(), "mnli")
+    assert "1 output" in refused(tiny_folder(), "stsb")
+
+
+def test_the_order_of_labels_must_fit(folder: Path) -> None:
+    change_config(folder, id2label={"0": "equivalent", "1": "not_equivalent"})
+    assert "label order is (equivalent, not_equivalent)" in refused(folder)
+
+
+@pytest.mark.parametrize("id2label", ["equivalent", {"zero": "a", "one": "b"}, [0, 1]])
+def test_labels_that_cannot_be_read(folder: Path, id2label: Any) -> None:
+    change_config(folder, id2label=id2label)
+    assert "label" in refused(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(folder: Path, value: float) -> None:
+    name = "bert.encoder.layer.1.attention.self.query.weight"
+    change_weights(folder, lambda weights: weights[name][0, 0].fill_(value))
+    assert name in refused(folder)
+
+
+def test_no_tokenizer(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    assert "tokenizer" in refused(folder)
+
+
+def test_a_tokenizer_of_another_model(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Callable[..., Any], tmp_path: Path
+) -> None:
+    tiny_model(vocab_size=10).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert "the model has 10 embeddings" in refused(tmp_path)
+
+
+def test_remote_code_is_not_run(folder: Path, tmp_path: Path) -> None:
+    change_config(folder, auto_map={"AutoModelForSequenceClassification": "code.Model"})
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'it ran')!r}, 'w')")
+    load(str(folder), MRPC, device=CPU, dtype=torch.float32)
+    assert not (tmp_path / "it ran").exists()
+
+
+@pytest.mark.parametrize("name", ["bert-base", "owner/model"])
+def test_what_is_not_on_the_hub_says_what_was_wanted_and_the_ways_out(name: str) -> None:
+    sentence = refused(Path(name))
+    assert locate(name, MRPC) in sentence
+    assert "--model demo" in sentence
+    assert "folder" in sentence
+
+
+def test_the_demo_has_one_task() -> None:
+    assert "--task sst2" in refused(Path("demo"))
+    assert (Path(locate("demo", get_task("sst2"))) / "config.json").is_file()
+
+
+def test_the_demo_brings_its_data(tmp_path: Path) -> None:
+    found = data_folder("demo", None)
+    assert found is not None
+    assert (found / "sst2").is_dir()
+    assert data_folder("demo", tmp_path) == tmp_path
+    assert data_folder("other", None) is None
+
+
+@pytest.mark.parametrize(
+    ("model_type", "positions"), [("bert", 20), ("roberta", 19), ("mpnet", 19), ("distilbert", 20)]
+)
+def test_no_more_tokens_than_positions(
+    model_type: str, positions: int, tiny_folder: Callable[..., Path]
+) -> None:
+    """The longest that is allowed runs; one token more would fail inside the model."""
+    path = tiny_folder(model_type, max_position_embeddings=20)
+    loaded = load(str(path), MRPC, device=CPU, dtype=torch.float32)
+    assert length_limit(loaded, MRPC, None) == positions
+    assert length_limit(loaded, MRPC, 12) == 12
+    with pytest.raises(UserError, match=f"{positions} positions"):
+        length_limit(loaded, MRPC, positions + 1)
+    longest = torch.full((1, positions), 7)
+    loaded.model(input_ids=longest)
+    with pytest.raises((IndexError, RuntimeError)):
+        loaded.model(input_ids=torch.full((1, positions + 1), 7))
+
+
+def test_the_task_s_length_where_there_is_room(tiny_folder: Callable[..., Path]) -> None:
+    loaded = load(str(tiny_folder()), MRPC, device=CPU, dtype=torch.float32)
+    assert length_limit(loaded, MRPC, None) == MRPC.max_length
+    assert length_limit(loaded, SQUAD, None) == SQUAD.max_length
