@@ -11,9 +11,9 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rfprune import calibration
 from rfprune.calibration import calibration_batches, sample
 from rfprune.errors import RfpruneWarning, UserError
+from rfprune.tasks.data import encode
 from rfprune.tasks.registry import get_task
 
 NUMBERS = Dataset.from_dict({"number": list(range(100))})
@@ -121,13 +121,12 @@ def test_only_what_is_drawn_is_tokenised(
 ) -> None:
     """Tokenising all of SQuAD to use 2048 questions would take longer than pruning."""
     seen = []
-    encode = calibration.encode
 
     def counting(task: Any, tokenizer: Any, dataset: Any, max_length: int | None) -> Any:
         seen.append(len(dataset))
         return encode(task, tokenizer, dataset, max_length)
 
-    monkeypatch.setattr(calibration, "encode", counting)
+    monkeypatch.setattr("rfprune.calibration.encode", counting)
     batches("squad", tiny_tokenizer(), tiny_data_dir, num_samples=5)
     assert seen == [5]
 

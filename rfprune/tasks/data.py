@@ -22,6 +22,8 @@ from rfprune.tasks.registry import Task
 ROWS_AT_A_TIME = 4096
 # A question keeps at most this part of the window, so that there is always room for context.
 QUESTION_SHARE = 3
+# Names of a folder's content shown in an error.
+SHOWN_NAMES = 20
 _KEPT_AS_THEY_ARE = ("id", "idx")
 _POSITIONS = ("start_positions", "end_positions")
 _LABELS = ("labels", *_POSITIONS)
@@ -38,6 +40,7 @@ def load_split(
     whatever is missing, unreadable or wrong in the data.
     """
     from datasets import Dataset
+    from pyarrow import ArrowException
 
     wanted = [*task.text_columns, *_KEPT_AS_THEY_ARE]
     if labels_required:
@@ -50,7 +53,14 @@ def load_split(
         except OSError as error:
             raise UserError(f"{data_dir} cannot be read: {error.strerror or error}.") from error
         table = read_table(path, wanted)
-    return Dataset.from_dict(checked_columns(task, table, labels_required))
+    columns = checked_columns(task, table, labels_required)
+    try:
+        return Dataset.from_dict(columns)
+    except (ArrowException, ValueError, TypeError) as error:
+        raise UserError(
+            f"{table.source} has values that make no table ({first_line(error)}): one type a "
+            f"column, and text in Unicode, is wanted."
+        ) from error
 
 
 def _from_hub(task: Task, split: str, wanted: Iterable[str]) -> Table:
@@ -84,7 +94,8 @@ def _find_split(task: Task, split: str, data_dir: Path) -> Path:
         raise UserError(f"The {split} split is there twice, {found[0]} and {found[1]}: keep one.")
     if not found:
         folder = folders[0] if folders[0].is_dir() else data_dir
-        there = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+        names = sorted(path.name for path in folder.iterdir()) or ["nothing"]
+        there = ", ".join(names[:SHOWN_NAMES] + ["..."] * (len(names) > SHOWN_NAMES))
         raise UserError(
             f"{data_dir} has no {split} split of {task.name}: wanted {task.name}/{split}.parquet "
             f"(or .csv, .tsv, .jsonl, or a save_to_disk folder), but {folder} holds {there}."

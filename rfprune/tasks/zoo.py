@@ -85,7 +85,7 @@ _HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 
 def is_alias(model: str) -> bool:
     """Whether this names an architecture, for which `resolve_checkpoint` has checkpoints."""
-    return model in CHECKPOINTS and not Path(model).is_dir()
+    return model in CHECKPOINTS and not _is_folder(model)
 
 
 def resolve_checkpoint(model: str, task: Task) -> str:
@@ -102,7 +102,7 @@ def resolve_checkpoint(model: str, task: Task) -> str:
                 f"checkpoint with scripts/finetune.py."
             )
         return known[task.name]
-    if Path(model).is_dir():
+    if _is_folder(model):
         return model
     if model.startswith((".", "~")) or not _HUB_ID.fullmatch(model):
         raise UserError(
@@ -110,3 +110,11 @@ def resolve_checkpoint(model: str, task: Task) -> str:
             f"checkpoint, a hub id (owner/name), or one of {', '.join(CHECKPOINTS)}."
         )
     return model
+
+
+def _is_folder(name: str) -> bool:
+    """Whether there is a folder of this name; no is the answer for what no name can be, too."""
+    try:
+        return name != "" and Path(name).is_dir()
+    except (OSError, ValueError):
+        return False
