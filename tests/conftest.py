@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import string
+import tempfile
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -41,7 +42,13 @@ WORDS = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep the hub out of every test but those marked `network`."""
+    """Keep the hub out of every test but those marked `network`, and the user's cache out of all.
+
+    Before anything is imported that would read these variables.
+    """
+    modules = tempfile.TemporaryDirectory(prefix="rfprune-tests-")
+    config.add_cleanup(modules.cleanup)
+    os.environ["HF_MODULES_CACHE"] = modules.name  # where code of a checkpoint is copied to
     if "network" not in str(config.getoption("-m")).replace("not network", ""):
         os.environ["HF_HUB_OFFLINE"] = "1"
         os.environ["HF_DATASETS_OFFLINE"] = "1"

@@ -1,0 +1,444 @@
+"""The command from end to end on tiny models: what it leaves, and what it says when it cannot.
+
+Deleting this lets a bad input end in a traceback, or an interrupted run leave half a model.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from rfprune import load_pruned, run
+from rfprune.main import main
+from rfprune.model.checkpoint import load_masks
+from rfprune.report.report_json import STAGES, read_report
+from tests.conftest import MODEL_TYPES, write_parquet
+
+SAVED = {
+    *("config.json", "model.safetensors", "modeling_rfprune.py", "masks.safetensors"),
+    *("tokenizer.json", "tokenizer_config.json", "report.json", "log.txt"),
+}
+
+
+@pytest.fixture
+def flags(
+    tiny_folder: Callable[..., Path],
+    tiny_data_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., list[str]]:
+    """`flags(task="mrpc", **changes)`: the flags of a small run; None takes a flag away.
+
+    The current folder is an empty one, where the output goes to `out`.
+    """
+    monkeypatch.chdir(tmp_path)
+    # Timing is tested elsewhere; here it would only take time.
+    monkeypatch.setattr("rfprune.report.latency.MAX_ROUNDS", 1)
+
+    def make(task: str = "mrpc", **changes: Any) -> list[str]:
+        values: dict[str, Any] = {
+            "model": tiny_folder(),
+            "task": task,
+            "data_dir": tiny_data_dir,
+            "constraint": 0.5,
+            "samples": 16,
+            "batch_size": 8,
+            "output_dir": "out",
+        }
+        values |= changes
+        made = []
+        for name, value in values.items():
+            if value is not None:
+                made.append("--" + name.replace("_", "-"))
+                made += [] if value is True else str(value).split(" ")
+        return made
+
+    return make
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
+    """`refused(flags)`: runs into exit code 2, one sentence and nothing written; the sentence."""
+
+    def run_into_error(arguments: list[str]) -> str:
+        before = everything_here()
+        capsys.readouterr()
+        assert main(arguments) == 2
+        assert everything_here() == before
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert "Traceback" not in said.err
+        *progress, last = said.err.splitlines()
+        assert last.startswith("rfprune: error: ")
+        assert not any("error" in line for line in progress)
+        return last.removeprefix("rfprune: error: ")
+
+    return run_into_error
+
+
+def everything_here() -> set[str]:
+    return {str(path) for path in Path().rglob("*")}
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    batch = {"input_ids": torch.arange(5, 45).reshape(2, 20)}
+    with torch.inference_mode():
+        logits: torch.Tensor = model(**batch).logits
+    return logits
+
+
+def test_a_run_leaves_a_smaller_model_that_reloads(
+    flags: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(flags()) == 0
+    assert {path.name for path in Path("out").iterdir()} == SAVED
+    assert {path.name for path in Path().iterdir()} == {"out"}
+    report = read_report(Path("out"))
+    with_code = AutoModelForSequenceClassification.from_pretrained("out", trust_remote_code=True)
+    without = load_pruned("out")
+    assert torch.equal(logits_of(with_code), logits_of(without))
+    size = sum(parameter.numel() for parameter in without.parameters())
+    assert size == report["pruned"]["params"] < report["original"]["params"]
+    assert Path("out/model.safetensors").stat().st_size == report["pruned"]["bytes"]
+    kept = [int((mask != 0).sum()) for mask in load_masks(Path("out")).values()]
+    assert sum(kept) == sum(layer["heads"] + layer["neurons"] for layer in report["layers"])
+    out = capsys.readouterr().out
+    assert "pruned / original" in out
+    assert 'from_pretrained("out", trust_remote_code=True)' in out
+
+
+def test_the_report_has_the_schema_of_the_plan(flags: Callable[..., list[str]]) -> None:
+    arguments = flags(seed=3)
+    assert main(arguments) == 0
+    report = json.loads(Path("out/report.json").read_text(encoding="utf-8"))
+    columns = {"score", "macs", "params", "bytes", "latency_ms"}
+    assert set(report["original"]) == set(report["pruned"]) == columns
+    assert set(report["achieved"]) == {"mac", "params", "latency"}
+    assert set(report["seconds"]) == {"load", *STAGES, "evaluate", "prune_total"}
+    assert all(seconds > 0 for seconds in report["seconds"].values())
+    assert report["seconds"]["prune_total"] == pytest.approx(
+        sum(report["seconds"][stage] for stage in STAGES)
+    )
+    expected = {
+        "schema": 1,
+        "task": "mrpc",
+        "method": "kwon",
+        "metric": "mac",
+        "constraint": 0.5,
+        "seed": 3,
+        "samples": 16,
+        "device": "cpu",
+        "dtype": "float32",
+        "metric_name": "accuracy",
+        "warnings": [],
+        "output_dir": "out",
+        "evaluated_examples": 24,
+    }
+    assert {name: report[name] for name in expected} == expected
+    assert report["command"].startswith("rfprune --model ")
+    assert report["divergence"] > 0
+    assert 0 < report["achieved"]["mac"] <= 0.5
+    assert all(set(layer) == {"heads", "neurons"} for layer in report["layers"])
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_every_model_type_runs(
+    model_type: str, flags: Callable[..., list[str]], tiny_folder: Callable[..., Path]
+) -> None:
+    assert main(flags(model=tiny_folder(model_type))) == 0
+    assert read_report(Path("out"))["achieved"]["mac"] <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("task", "head", "num_labels"),
+    [
+        ("sst2", "sequence-classification", 2),
+        ("stsb", "sequence-classification", 1),
+        ("mnli", "sequence-classification", 3),
+        ("squad", "question-answering", 2),
+        ("squad_v2", "question-answering", 2),
+    ],
+)
+@pytest.mark.parametrize("use_labels", [None, True])
+def test_every_kind_of_task_runs(
+    task: str,
+    head: str,
+    num_labels: int,
+    use_labels: bool | None,
+    flags: Callable[..., list[str]],
+    tiny_folder: Callable[..., Path],
+) -> None:
+    model = tiny_folder("bert", head, num_labels=num_labels)
+    assert main(flags(task, model=model, use_labels=use_labels)) == 0
+    report = read_report(Path("out"))
+    assert report["settings"]["use_labels"] is bool(use_labels)
+    assert report["metric_name"] in report["scores"]["pruned"]
+
+
+def test_several_constraints_make_several_models(flags: Callable[..., list[str]]) -> None:
+    assert main(flags(constraint="0.7 0.3")) == 0
+    large, small = (read_report(Path("out") / f"mac-{ratio}") for ratio in (0.7, 0.3))
+    assert small["pruned"]["macs"] < large["pruned"]["macs"]
+    assert small["original"]["macs"] == large["original"]["macs"]
+
+
+def test_the_default_folder_is_under_outputs(flags: Callable[..., list[str]]) -> None:
+    assert main(flags(output_dir=None, metric="params", constraint=0.9)) == 0
+    (folder,) = Path("outputs").rglob("report.json")
+    assert folder.parts[2:] == ("mrpc", "params-0.9", "seed-0", "report.json")
+    assert read_report(folder.parent)["achieved"]["params"] <= 0.9
+
+
+def test_a_pruned_model_can_be_pruned_again(flags: Callable[..., list[str]]) -> None:
+    assert main(flags(output_dir="first")) == 0
+    assert main(flags(model="first", output_dir="second")) == 0
+    first, second = read_report(Path("first")), read_report(Path("second"))
+    assert second["original"]["macs"] == pytest.approx(first["pruned"]["macs"])
+    assert second["original"]["score"] == pytest.approx(first["pruned"]["score"])
+    assert second["pruned"]["macs"] <= 0.5 * first["pruned"]["macs"]
+    load_pruned("second")
+
+
+def test_the_same_seed_gives_the_same_model(flags: Callable[..., list[str]]) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert main(flags(output_dir=name, seed=seed)) == 0
+    a, b, c = (Path(name, "model.safetensors").read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+
+
+@pytest.mark.parametrize(
+    ("flag", "stage"), [("skip_rearrange", "rearrange"), ("skip_tune", "tune")]
+)
+def test_a_stage_can_be_left_out(flag: str, stage: str, flags: Callable[..., list[str]]) -> None:
+    assert main(flags(**{flag: True})) == 0
+    assert read_report(Path("out"))["seconds"][stage] == 0.0
+
+
+def test_quiet_says_nothing(
+    flags: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(flags(quiet=True)) == 0
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "")
+    assert read_report(Path("out"))["schema"] == 1
+
+
+def test_more_samples_than_there_are_warn_and_use_all(
+    flags: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(flags(samples=4096)) == 0
+    report = read_report(Path("out"))
+    assert report["samples"] == 48
+    assert "only 48" in report["warnings"][0]
+    said = capsys.readouterr()
+    assert said.err.count("only 48") == 1
+    assert "only 48" in said.out.replace("\n", " ")
+
+
+def test_overwrite_replaces_an_earlier_run_and_nothing_else_does(
+    flags: Callable[..., list[str]], refused: Callable[[list[str]], str]
+) -> None:
+    assert main(flags()) == 0
+    assert "exists already" in refused(flags(seed=1))
+    assert read_report(Path("out"))["seed"] == 0
+    assert main(flags(seed=1, overwrite=True)) == 0
+    assert read_report(Path("out"))["seed"] == 1
+    assert {path.name for path in Path().iterdir()} == {"out"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"task": "mrcp"}, "did you mean mrpc"),
+        ({"constraint": 1.5}, "--constraint 1.5"),
+        ({"samples": 0}, "--samples 0"),
+        ({"samples": -5}, "--samples -5"),
+        ({"model": "nowhere/at/all"}, "does not exist"),
+        ({"model": "bert-base"}, "textattack/bert-base-uncased-MRPC"),
+        ({"data_dir": "nowhere"}, "data folder nowhere does not exist"),
+        ({"task": "rte"}, "rte"),
+        ({"task": "mnli"}, "3 labels"),
+        ({"max_length": 4096}, "514 positions"),
+        ({"metric": "params", "constraint": 0.01}, "cannot be met"),
+    ],
+    ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_one_sentence(
+    changes: dict[str, Any],
+    sentence: str,
+    flags: Callable[..., list[str]],
+    refused: Callable[[list[str]], str],
+) -> None:
+    assert sentence in refused(flags(**changes))
+
+
+def test_no_cuda_is_one_sentence(
+    flags: Callable[..., list[str]],
+    refused: Callable[[list[str]], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "finds 0 CUDA devices" in refused(flags(device="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("split", "rows", "sentence"),
+    [
+        ("validation", None, "validation"),
+        ("validation", [{"sentence1": "a", "label": 1}], "sentence2"),
+        ("validation", [{"sentence1": "a", "sentence2": "b", "label": 7}], "7"),
+        ("validation", [{"sentence1": "a", "sentence2": None, "label": 1}], "sentence2"),
+        ("train", None, "train"),
+    ],
+)
+def test_bad_data_is_one_sentence(
+    split: str,
+    rows: list[dict[str, Any]] | None,
+    sentence: str,
+    flags: Callable[..., list[str]],
+    refused: Callable[[list[str]], str],
+    tiny_data_dir: Path,
+) -> None:
+    shutil.copytree(tiny_data_dir / "mrpc", "data/mrpc")
+    path = Path("data/mrpc") / f"{split}.parquet"
+    path.unlink()
+    if rows is not None:
+        write_parquet(path, rows)
+    assert sentence in refused(flags(data_dir="data"))
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "empty"),
+        (b"sentence1,sentence2,label\n", "empty"),
+        ("sentence1,sentence2,label\ncafé,b,1\n".encode("latin-1"), "UTF-8"),
+        (b"sentence1,sentence2,label\na,b,yes\n", "yes"),
+    ],
+)
+def test_a_bad_csv_is_one_sentence(
+    content: bytes,
+    sentence: str,
+    flags: Callable[..., list[str]],
+    refused: Callable[[list[str]], str],
+) -> None:
+    Path("data/mrpc").mkdir(parents=True)
+    for split in ("train", "validation"):
+        (Path("data/mrpc") / f"{split}.csv").write_bytes(content)
+    assert sentence in refused(flags(data_dir="data", use_labels=True))
+
+
+def test_one_row_is_enough_to_run(flags: Callable[..., list[str]]) -> None:
+    for split in ("train", "validation"):
+        row = {"sentence1": "a good film", "sentence2": "a bad film", "label": 1}
+        write_parquet(Path("data/mrpc") / f"{split}.parquet", [row])
+    assert main(flags(data_dir="data")) == 0
+    assert read_report(Path("out"))["samples"] == 1
+
+
+STEPS = (
+    *("load", "calibration_batches", "prepare_evaluation", "evaluate_model", "measure_latency"),
+    *("save_pruned", "write_report", "write_log"),
+)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_ctrl_c_leaves_nothing_half_written(
+    step: str,
+    flags: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, step, interrupt)
+    assert main(flags()) == 130
+    assert everything_here() == set()
+    said = capsys.readouterr()
+    assert "interrupted" in said.err
+    assert "Traceback" not in said.err
+
+
+@pytest.mark.parametrize(
+    "stage", ["collect_gradients", "search", "rearrange", "compact", "tune_scales"]
+)
+def test_ctrl_c_in_a_stage_leaves_nothing(
+    stage: str, flags: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"rfprune.pipeline.{stage}", interrupt)
+    assert main(flags()) == 130
+    assert everything_here() == set()
+
+
+def test_ctrl_c_keeps_the_models_that_are_finished(
+    flags: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rfprune.report.report_json import write_report
+
+    def interrupt_the_second(report: dict[str, Any], folder: Path) -> Path:
+        if report["constraint"] == 0.3:
+            raise KeyboardInterrupt
+        return write_report(report, folder)
+
+    monkeypatch.setattr(run, "write_report", interrupt_the_second)
+    assert main(flags(constraint="0.7 0.3")) == 130
+    assert {path.name for path in Path("out").iterdir()} == {"mac-0.7"}
+    load_pruned("out/mac-0.7")
+
+
+@pytest.mark.parametrize("step", ["save_pruned", "write_report", "write_log"])
+def test_a_full_disk_is_one_sentence(
+    step: str,
+    flags: Callable[..., list[str]],
+    refused: Callable[[list[str]], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run, step, fail)
+    assert "No space left on device" in refused(flags())
+
+
+def test_a_bug_of_ours_is_not_hidden(
+    flags: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what a user can mend is shortened to a sentence."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("bug")
+
+    monkeypatch.setattr(run, "evaluate_model", fail)
+    with pytest.raises(RuntimeError, match="bug"):
+        main(flags())
+    assert everything_here() == set()
+
+
+@pytest.mark.slow
+def test_the_demo_runs_with_nothing_but_the_package(flags: Callable[..., list[str]]) -> None:
+    arguments = flags("sst2", model="demo", data_dir=None, samples=64, eval_limit=200)
+    assert main([*arguments, "--skip-tune"]) == 0
+    report = read_report(Path("out"))
+    assert report["original"]["score"] > 80
+    assert report["achieved"]["mac"] <= 0.5
+
+
+@pytest.mark.network
+def test_an_alias_runs_from_the_hub(flags: Callable[..., list[str]]) -> None:
+    """Needs the hub: RoBERTa and BERT have public checkpoints for MRPC."""
+    arguments = flags(model="distilbert", task="sst2", data_dir=None, samples=64, eval_limit=200)
+    assert main(arguments) == 0
+    assert read_report(Path("out"))["original"]["score"] > 85
