@@ -25,7 +25,8 @@ def test_the_defaults_are_those_of_the_paper() -> None:
     options = parse(NEEDED)
     assert (options.samples, options.batch_size, options.seed) == (2048, 32, 0)
     assert (options.metric, options.method) == ("mac", DEFAULT_METHOD)
-    assert options.max_length is options.eval_limit is options.data_dir is options.device is None
+    assert (options.max_length, options.eval_limit) == (None, None)
+    assert (options.data_dir, options.device) == (None, None)
     assert not (options.use_labels or options.skip_rearrange or options.skip_tune)
     assert options.dtype == "float32"
 
