@@ -1,8 +1,10 @@
 """prune(): the method on one page.
 
-    mask gradients -> Fisher importance -> search under the constraint -> rearrangement -> compaction -> tuning
+    mask gradients -> Fisher importance -> search under the constraint -> rearrangement ->
+    compaction -> tuning
 
-The model that is given stays as it is: masks act through hooks that are gone afterwards, and the student is a copy.
+The model that is given stays as it is: masks act through hooks that are gone afterwards, and the
+student is a copy.
 """
 
 from __future__ import annotations
@@ -41,12 +43,14 @@ def prune(
     """Prune a fine-tuned Transformer to a constraint, without retraining.
 
     Args:
-        model: with a sequence-classification or question-answering head; left untouched, also after an error.
-        batches: calibration batches of input_ids (B, S), attention_mask, ...; no labels needed; read once.
+        model: with a sequence-classification or question-answering head; left untouched, also after
+            an error.
+        batches: calibration batches of input_ids (B, S), attention_mask, ...; no labels needed;
+            read once.
 
     Raises:
-        UserError: the model type is not supported, the constraint cannot be met, there are no batches, or weights or
-            gradients are not finite.
+        UserError: the model type is not supported, the constraint cannot be met, there are no
+            batches, or weights or gradients are not finite.
     """
     return next(prune_family(model, batches, [constraint], settings, progress=progress))
 
@@ -59,14 +63,22 @@ def prune_family(
     *,
     progress: bool = False,
 ) -> Iterator[PruneResult]:
-    """Prune to several constraints from one collection of statistics; see `prune`. Yields results in their order."""
+    """Prune to several constraints from one collection of statistics; see `prune`. Yields results
+    in their order."""
     settings = settings or Settings()
     layout = layout_of(model)
     check_finite(model)
-    labelled = [{name: value.to(model.device) for name, value in batch.items()} for batch in batches]
+    labelled = [
+        {name: value.to(model.device) for name, value in batch.items()} for batch in batches
+    ]
     if not labelled or not layout.blocks:
-        raise UserError("there is nothing to calibrate on, or nothing to prune; give a batch and a model with units")
-    inputs = [{name: value for name, value in batch.items() if name not in LABELS} for batch in labelled]
+        raise UserError(
+            "there is nothing to calibrate on, or nothing to prune; give at least one batch, and a "
+            "model with heads or neurons"
+        )
+    inputs = [
+        {name: value for name, value in batch.items() if name not in LABELS} for batch in labelled
+    ]
     clock = Clock()
     with clock("collect"), frozen(model):
         gradients = collect_gradients(
@@ -79,7 +91,9 @@ def prune_family(
             progress=progress,
         )
     for constraint in constraints:
-        yield _prune_kwon(model, layout, inputs, constraint, gradients, settings, clock.fork(), progress)
+        yield _prune_kwon(
+            model, layout, inputs, constraint, gradients, settings, clock.fork(), progress
+        )
 
 
 def _prune_kwon(
@@ -100,7 +114,9 @@ def _prune_kwon(
         masks = search(layout, importance, costs, costs.budget(constraint))
     if settings.rearrange:
         with clock("rearrange"):
-            masks = tuple(rearrange(m, block_fisher(g)) for m, g in zip(masks, gradients, strict=True))
+            masks = tuple(
+                rearrange(m, block_fisher(g)) for m, g in zip(masks, gradients, strict=True)
+            )
     with clock("compact"):
         student = compact(model, layout, masks)
     if settings.tune:
@@ -108,7 +124,9 @@ def _prune_kwon(
             teacher: AbstractContextManager[None] = nullcontext()
             if settings.teacher == "scheduled":
                 halfway = Constraint(constraint.metric, math.sqrt(constraint.ratio))
-                teacher = masked(model, layout, search(layout, importance, costs, costs.budget(halfway)))
+                teacher = masked(
+                    model, layout, search(layout, importance, costs, costs.budget(halfway))
+                )
             with teacher:
                 scales, warnings = tune_scales(model, student, layout, batches, progress=progress)
             masks = _with_scales(layout, masks, scales)
@@ -155,7 +173,9 @@ def summarise(
     )
 
 
-def cost_model(metric: str, model: PreTrainedModel, layout: Layout, batches: Sequence[Batch]) -> CostModel:
+def cost_model(
+    metric: str, model: PreTrainedModel, layout: Layout, batches: Sequence[Batch]
+) -> CostModel:
     """What kept units cost by the metric of a constraint."""
     if metric == "params":
         return param_costs(model, layout)
@@ -176,4 +196,6 @@ def check_finite(model: PreTrainedModel) -> None:
     """
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise UserError(f"parameter '{name}' holds NaN or infinity; the checkpoint is damaged: save it again")
+            raise UserError(
+                f"parameter '{name}' holds NaN or infinity; save or download the checkpoint again"
+            )

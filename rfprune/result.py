@@ -32,7 +32,8 @@ class Settings:
         gradients: "per-example", or "per-batch" as the authors' code.
         rearrange: refine the searched masks with the block Fisher information.
         tune: fit what is left to the teacher by least squares.
-        teacher: "scheduled" (the model masked at the square root of the constraint, as the authors' code) or "dense".
+        teacher: "scheduled" (the model masked at the square root of the constraint, as the authors'
+            code) or "dense".
         seed: of the labels that are sampled where the exact Fisher is too costly.
 
     Raises:
@@ -62,7 +63,8 @@ class PruneResult:
         model: physically smaller; saves itself with `save_pretrained`.
         masks: one (U,) per block of `layout`; zeros were removed, other values are tuned scales.
         layout: of the model that was given.
-        achieved: pruned/original by metric: "mac" (Transformer layers, at the mean length), "params" (all).
+        achieved: pruned/original by metric: "mac" (Transformer layers, at the mean length),
+            "params" (all).
         seconds: by stage (collect, search, rearrange, compact, tune), and in all (prune_total).
         warnings: a sentence for whatever did not go as planned.
         layers: heads and neurons kept in every layer.

@@ -20,8 +20,8 @@ class Constraint:
 
     Attributes:
         metric: "mac" (multiply-accumulates of the Transformer layers) or "params" (all parameters).
-        ratio: in (0, 1); 0.5 keeps half. (Kwon et al. 2022 use the same meaning; some papers give the fraction
-            that is removed.)
+        ratio: in (0, 1); 0.5 keeps half. (Kwon et al. 2022 use the same meaning; some papers give
+            the fraction that is removed.)
 
     Raises:
         UserError: an unknown metric, or a ratio outside (0, 1).
@@ -32,8 +32,11 @@ class Constraint:
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
-            raise UserError(f"metric '{self.metric}' is unknown; choose one of {', '.join(METRICS)}")
-        if not (math.isfinite(self.ratio) and 0 < self.ratio < 1):
+            raise UserError(
+                f"metric '{self.metric}' is unknown; choose one of {', '.join(METRICS)}"
+            )
+        is_number = isinstance(self.ratio, (int, float))
+        if not (is_number and math.isfinite(self.ratio) and 0 < self.ratio < 1):
             raise UserError(
                 f"constraint {self.ratio} is not a fraction between 0 and 1 (both excluded); "
                 "0.5, for example, keeps half of the original cost"
@@ -46,7 +49,8 @@ class CostModel:
 
     Attributes:
         metric: see `Constraint`.
-        tables: one float64 array per block of a layout; `tables[b][n]` is the cost of keeping n units of block b.
+        tables: one float64 array per block of a layout; `tables[b][n]` is the cost of keeping n
+            units of block b.
         constant: the cost of what is never pruned and still counted.
     """
 
@@ -56,30 +60,40 @@ class CostModel:
 
     def total(self, kept: Sequence[int]) -> float:
         """The cost of keeping `kept[b]` units of each block b."""
-        return self.constant + sum(float(table[n]) for table, n in zip(self.tables, kept, strict=True))
+        return self.constant + sum(
+            float(table[n]) for table, n in zip(self.tables, kept, strict=True)
+        )
 
     @property
     def original(self) -> float:
         """The cost with nothing pruned."""
         return self.constant + sum(float(table[-1]) for table in self.tables)
 
+    def ratio_for(self, cost: float) -> float:
+        """The ratio, rounded up to four decimals, that allows a cost (the constant included)."""
+        return math.ceil(1e4 * cost / self.original) / 1e4
+
     def budget(self, constraint: Constraint) -> float:
         """The cost that a constraint allows for the blocks, the constant left out.
 
         Raises:
-            UserError: the constant alone is more than is allowed; the least possible ratio is named.
+            UserError: the constant alone is more than is allowed; the least possible ratio is
+                named.
         """
         budget = constraint.ratio * self.original - self.constant
         least = self.constant + sum(float(table.min()) for table in self.tables)
         if constraint.ratio * self.original < least:
             raise UserError(
-                f"constraint {constraint.ratio} on {self.metric} cannot be met: what is never pruned already makes "
-                f"{least / self.original:.4f} of the original; choose a constraint above that"
+                f"constraint {constraint.ratio} on {self.metric} cannot be met: what is never "
+                "pruned already costs more; choose a constraint of at least "
+                f"{self.ratio_for(least):g}"
             )
         return budget
 
 
-def linear_costs(metric: str, unit_costs: Sequence[float], num_units: Sequence[int], constant: float = 0.0) -> CostModel:
+def linear_costs(
+    metric: str, unit_costs: Sequence[float], num_units: Sequence[int], constant: float = 0.0
+) -> CostModel:
     """A cost model in which every unit of a block costs the same."""
     tables = tuple(
         float(unit_cost) * np.arange(units + 1, dtype=np.float64)

@@ -1,8 +1,8 @@
 """Multiply-accumulates of the Transformer layers, as Kwon et al. 2022 count them.
 
-Embeddings, norms, biases, pooler and the task's head are not counted. For S tokens, hidden size d and head width D,
-a head costs 3·S·d·D (query, key, value) + 2·S²·D (scores and their product with the values) + S·D·d (output), and
-a neuron 2·S·d.
+Embeddings, norms, biases, pooler and the task's head are not counted. For S tokens, hidden size d
+and head width D, a head costs 3·S·d·D (query, key, value) + 2·S²·D (scores and their product with
+the values) + S·D·d (output), and a neuron 2·S·d.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from rfprune.model.layout import Block, Layout
 
 
 def unit_macs(block: Block, hidden_size: int, sequence_length: float) -> float:
-    """MACs of one unit of `block` on one sequence of `sequence_length` tokens (the mean length may be fractional)."""
+    """MACs of one unit of `block` on one sequence of `sequence_length` tokens (a mean: a float)."""
     projections = (len(block.producers) + 1) * sequence_length * hidden_size * block.unit_width
     if block.kind == "neuron":
         return projections

@@ -1,18 +1,18 @@
-"""Parameters, by how many units each block keeps. Embeddings, norms and heads are counted as the constant part."""
+"""Parameters, by how many units each block keeps; whatever else a model has always stays."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from rfprune.cost.constraint import CostModel, linear_costs
-from rfprune.model.layout import Block, Layout
+from rfprune.model.layout import Block, Layout, linear
 
 
 def unit_params(model: nn.Module, block: Block) -> int:
-    """Parameters that go when one unit of `block` goes: rows of the producers, columns of the consumer."""
-    producers = [model.get_submodule(path) for path in block.producers]
-    rows = sum(producer.in_features + (producer.bias is not None) for producer in producers)
-    return int(block.unit_width * (rows + model.get_submodule(block.consumer).out_features))
+    """Parameters that go with one unit: rows of its producers, columns of its consumer."""
+    producers = [linear(model, path) for path in block.producers]
+    rows = sum(producer.weight.shape[1] + (producer.bias is not None) for producer in producers)
+    return block.unit_width * (rows + linear(model, block.consumer).out_features)
 
 
 def total_params(model: nn.Module) -> int:

@@ -1,7 +1,8 @@
 """Where each model family keeps its prunable projections: data, one row a family.
 
-To add a family, add a row. Paths of layers are relative to the base model (`model.base_model`), paths of a
-sublayer are relative to its layer. `rfprune.model.layout.layout_of` turns a row and a model into blocks.
+To add a family, add a row. Paths of layers are relative to the base model (`model.base_model`),
+paths of a sublayer are relative to its layer. `rfprune.model.layout.layout_of` turns a row and a
+model into blocks.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """Save a pruned model so that others can load it, and load one without running its code.
 
 A saved folder holds config.json, model.safetensors, modeling_rfprune.py (the model's own code, for
-`trust_remote_code=True`) and masks.safetensors (which units of the model that was pruned were kept).
+`trust_remote_code=True`) and masks.safetensors (which units of the model that was pruned were
+kept).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,17 @@ from transformers import PreTrainedModel
 from rfprune.errors import UserError
 from rfprune.model.architectures import ARCHITECTURES
 from rfprune.model.layout import Layout
-from rfprune.model.modeling_rfprune import FORMAT_VERSION, pruned_class
+from rfprune.model.modeling_rfprune import FORMAT_VERSION, check_description, pruned_class
 
 MASKS_FILE = "masks.safetensors"
 
 
 def save_pruned(
-    model: PreTrainedModel, layout: Layout, masks: Sequence[Tensor], folder: Path, tokenizer: Any = None
+    model: PreTrainedModel,
+    layout: Layout,
+    masks: Sequence[Tensor],
+    folder: str | Path,
+    tokenizer: Any = None,
 ) -> None:
     """Write a pruned model, its masks and its tokenizer to `folder`.
 
@@ -34,19 +39,23 @@ def save_pruned(
         layout: of the model that was pruned, to which `masks` (one (U,) per block) belong.
 
     Raises:
-        UserError: the model's class is not one of transformers', so nobody could load the checkpoint.
+        UserError: the model's class is not one of transformers', so nobody could load the
+            checkpoint.
     """
-    base = type(model).__name__.removeprefix("Pruned")
-    if not hasattr(transformers, base):
+    base = getattr(type(model), "pruned_from", type(model))
+    if getattr(transformers, base.__name__, None) is not base:
         raise UserError(
-            f"class '{base}' is not part of transformers, so a saved checkpoint could not be loaded; "
-            "load the model with transformers' own class before pruning it"
+            f"class '{base.__name__}' is not part of transformers, so a saved checkpoint could not "
+            "be loaded; load the model with transformers' own class before pruning it"
         )
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    named = {block.name: mask.contiguous() for block, mask in zip(layout.blocks, masks, strict=True)}
-    save_file(named, folder / MASKS_FILE, metadata={"format_version": str(FORMAT_VERSION)})
+    named = {
+        block.name: mask.detach().clone() for block, mask in zip(layout.blocks, masks, strict=True)
+    }
+    metadata = {"format_version": str(FORMAT_VERSION)}
+    save_file(named, Path(folder) / MASKS_FILE, metadata=metadata)
 
 
 def load_pruned(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -56,26 +65,35 @@ def load_pruned(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
         kwargs: passed on to `from_pretrained` (dtype, device_map, attn_implementation, ...).
 
     Raises:
-        UserError: the folder, its config.json or its weights are missing, damaged, newer than this version of
-            rfprune, or do not fit together; the sentence says which.
+        UserError: the folder, its config.json or its weights are missing, damaged, newer than this
+            version of rfprune, or do not fit together; the sentence says which.
     """
     folder = Path(folder)
     config = _read_config(folder)
-    description = config.get("rfprune")
-    check_description(description, folder)
-    name = str((config.get("architectures") or [""])[0]).removeprefix("Pruned")
-    base = getattr(transformers, name, None)
-    if config.get("model_type") not in ARCHITECTURES or not _is_model_class(base):
-        raise UserError(
-            f"'{folder}' names the architecture '{name}' of type '{config.get('model_type')}', which is not a "
-            f"supported class of transformers {transformers.__version__}; install the version that it was saved with"
-        )
-    _check_shapes(folder, description)
     try:
-        return pruned_class(base).from_pretrained(folder, use_safetensors=True, **kwargs)  # type: ignore[no-any-return,attr-defined]
-    except (OSError, ValueError, RuntimeError, SafetensorError, AttributeError) as error:
+        blocks = check_description(config.get("rfprune"))
+    except ValueError as error:
+        raise UserError(
+            f"'{folder / 'config.json'}' is not that of a pruned model that this rfprune can load: "
+            f"{error}"
+        ) from error
+    base = _base_class(config, folder)
+    _check_shapes(folder, blocks)
+    try:
+        model, info = pruned_class(base).from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True, **kwargs
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"the pruned model in '{folder}' cannot be loaded ({reason}); save or download it again")
+        raise UserError(
+            f"the pruned model in '{folder}' cannot be loaded ({reason}); save or download it again"
+        ) from error
+    if info["missing_keys"]:
+        raise UserError(
+            f"the weights in '{folder}' lack '{min(info['missing_keys'])}', which config.json "
+            "promises; save or download the model again"
+        )
+    return model
 
 
 def load_masks(folder: str | Path) -> dict[str, Tensor]:
@@ -88,15 +106,17 @@ def load_masks(folder: str | Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             version = (file.metadata() or {}).get("format_version")
-            if version != str(FORMAT_VERSION):
-                raise UserError(f"'{path}' has format version {version}, this rfprune reads {FORMAT_VERSION}; upgrade")
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            masks = {key: file.get_tensor(key) for key in list(file.keys())}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"'{path}' cannot be read ({error}); prune the model again to write it") from error
-
-
-def _is_model_class(candidate: Any) -> bool:
-    return isinstance(candidate, type) and issubclass(candidate, PreTrainedModel)
+        raise UserError(
+            f"'{path}' cannot be read ({error}); prune the model again to write it"
+        ) from error
+    if version != str(FORMAT_VERSION):
+        raise UserError(
+            f"'{path}' has format version {version}, but this rfprune reads {FORMAT_VERSION}; "
+            "upgrade rfprune, or prune the model again"
+        )
+    return masks
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -108,66 +128,48 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise UserError(f"'{path}' is not readable JSON ({error}); save or download the model again") from error
+        raise UserError(
+            f"'{path}' is not readable JSON ({error}); save or download the model again"
+        ) from error
     if not isinstance(config, dict):
         raise UserError(f"'{path}' does not hold a JSON object; save or download the model again")
     return config
 
 
-_BLOCK_FIELDS: Mapping[str, type | tuple[type, ...]] = {
-    "kind": str,
-    "layer": int,
-    "num_units": int,
-    "unit_width": int,
-    "units": (list, type(None)),
-    "producers": list,
-    "consumer": str,
-    "inner": str,
-    "inner_returns_tuple": bool,
-    "shared_position_bias": bool,
-}
-
-
-def check_description(description: Any, folder: Path) -> None:
-    """Check the entry "rfprune" of a config.json.
-
-    Raises:
-        UserError: it is missing, malformed, or of a format version that this rfprune does not read.
-    """
-    where = f"the entry 'rfprune' of '{folder / 'config.json'}'"
-    if not isinstance(description, dict):
-        raise UserError(f"{where} is missing, so this is not a pruned model; load it with from_pretrained instead")
-    version = description.get("format_version")
-    if version != FORMAT_VERSION:
+def _base_class(config: dict[str, Any], folder: Path) -> type:
+    """The class of transformers that was pruned."""
+    names = config.get("architectures")
+    name = str(names[0] if isinstance(names, list) and names else None).removeprefix("Pruned")
+    base: type | None = getattr(transformers, name, None)
+    is_model = isinstance(base, type) and issubclass(base, PreTrainedModel)
+    if base is None or not is_model or config.get("model_type") not in ARCHITECTURES:
         raise UserError(
-            f"{where} has format version {version!r} but this rfprune reads version {FORMAT_VERSION}; upgrade rfprune"
+            f"'{folder}' names the architecture '{name}' of type '{config.get('model_type')}', "
+            f"which is not a supported class of transformers {transformers.__version__}; install "
+            "the version that it was saved with"
         )
-    blocks = description.get("blocks")
-    if not isinstance(blocks, list):
-        raise UserError(f"{where} has no list of blocks; save or download the model again")
-    for block in blocks:
-        for field, kind in _BLOCK_FIELDS.items():
-            if not isinstance(block, dict) or not isinstance(block.get(field), kind):
-                raise UserError(f"{where} has a block with a bad '{field}': {block!r:.80}; download the model again")
-        if block["num_units"] < 0 or block["unit_width"] < 1:
-            raise UserError(f"{where} gives '{block['consumer']}' a negative size; save or download the model again")
+    return base
 
 
-def _check_shapes(folder: Path, description: dict[str, Any]) -> None:
+def _check_shapes(folder: Path, blocks: Sequence[dict[str, Any]]) -> None:
+    """Compare the weights' shapes with those that config.json promises, before any is read."""
     path = folder / "model.safetensors"
     if not path.is_file():  # sharded, or missing: from_pretrained says which
         return
     try:
         with safe_open(path, framework="pt") as file:
             keys = set(file.keys())
-            for block in description["blocks"]:
+            for block in blocks:
                 key = f"{block['consumer']}.weight"
-                shape = list(file.get_slice(key).get_shape()) if key in keys else [0, 0]
+                columns = file.get_slice(key).get_shape()[-1] if key in keys else 0
                 expected = block["num_units"] * block["unit_width"]
-                if shape[1] != expected:
+                if columns != expected:
                     raise UserError(
-                        f"'{key}' in '{path}' has {shape[1]} columns but config.json promises {expected}; "
-                        "the two files are not of the same model: save or download it again"
+                        f"'{key}' in '{path}' has {columns} columns but config.json promises "
+                        f"{expected}; the two files are not of the same model: save or download "
+                        "them again"
                     )
     except (OSError, SafetensorError) as error:
-        raise UserError(f"'{path}' is damaged or not safetensors ({error}); save or download it again") from error
+        raise UserError(
+            f"'{path}' is damaged or not safetensors ({error}); save or download it again"
+        ) from error

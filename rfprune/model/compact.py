@@ -1,4 +1,4 @@
-"""From masks to a physically smaller model: fold the scales, drop the rows and columns, bypass empty blocks."""
+"""From masks to a smaller model: fold scales, drop rows and columns, bypass empty blocks."""
 
 from __future__ import annotations
 
@@ -7,41 +7,65 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rfprune.model.layout import Block, Layout
+from rfprune.model.layout import Block, Layout, linear
 from rfprune.model.modeling_rfprune import FORMAT_VERSION, pruned_class, shrink
 
 
 def compact(model: PreTrainedModel, layout: Layout, masks: Sequence[Tensor]) -> PreTrainedModel:
     """A smaller copy of `model` that computes what `model` computes under `masks`.
 
+    What is sliced is never copied whole: the memory needed is that of the smaller model.
+
     Args:
         model: dense or already pruned; it is left as it is.
-        masks: one (U,) vector per block of `layout`; zeros are removed, other values folded into the weights.
+        masks: one (U,) vector per block of `layout`; zeros are removed, other values folded into
+            the weights.
 
     Returns:
         A model of the class `Pruned<class of model>`, whose `config.rfprune` describes its shapes.
     """
-    small = copy.deepcopy(model)
-    state = small.state_dict()
-    entries = {entry["consumer"]: entry for entry in _earlier_entries(model)}
-    for block, mask in zip(layout.blocks, masks, strict=True):
-        kept = torch.nonzero(mask).flatten()
-        entries[block.consumer] = _describe(block, kept)
-        _slice(state, block, mask, kept)
-    small.config.rfprune = {"format_version": FORMAT_VERSION, "blocks": list(entries.values())}
+    kept = [torch.nonzero(mask).flatten() for mask in masks]
+    state: dict[str, Tensor] = {}
+    for block, mask, units in zip(layout.blocks, masks, kept, strict=True):
+        state |= _sliced(model, block, mask, units)
+    small = _copy_without(model, layout)
+    entries = [_describe(block, units) for block, units in zip(layout.blocks, kept, strict=True)]
+    small.config.rfprune = {
+        "format_version": FORMAT_VERSION,
+        "blocks": [*_entries_of_empty_blocks(model, layout), *entries],
+    }
     small.__class__ = pruned_class(type(model))
-    shrink(small, small.config.rfprune)
-    small.load_state_dict(state, strict=True)
-    for parameter, source in zip(small.parameters(), _flags(model, small), strict=True):
-        parameter.requires_grad_(source)
+    shrink(small, entries)
+    small.load_state_dict(state, strict=False, assign=True)
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for name in state:
+        small.get_parameter(name).requires_grad_(flags[name])
     return small
 
 
-def _earlier_entries(model: PreTrainedModel) -> list[dict[str, Any]]:
-    return list((getattr(model.config, "rfprune", None) or {}).get("blocks", []))
+def _copy_without(model: PreTrainedModel, layout: Layout) -> PreTrainedModel:
+    """A deep copy in which the weights that are about to be replaced have shapes but no memory."""
+    sliced = [model.get_submodule(path) for block in layout.blocks for path in _linears(block)]
+    stand_ins = {
+        id(parameter): nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        for module in sliced
+        for parameter in module.parameters()
+    }
+    return copy.deepcopy(model, stand_ins)
+
+
+def _linears(block: Block) -> tuple[str, ...]:
+    return (*block.producers, block.consumer)
+
+
+def _entries_of_empty_blocks(model: PreTrainedModel, layout: Layout) -> list[dict[str, Any]]:
+    """What an earlier pruning emptied has no block any more; its description stays."""
+    earlier = (getattr(model.config, "rfprune", None) or {}).get("blocks", [])
+    present = {block.consumer for block in layout.blocks}
+    return [entry for entry in earlier if entry["consumer"] not in present]
 
 
 def _describe(block: Block, kept: Tensor) -> dict[str, Any]:
@@ -60,27 +84,23 @@ def _describe(block: Block, kept: Tensor) -> dict[str, Any]:
     }
 
 
-def _slice(state: dict[str, Tensor], block: Block, mask: Tensor, kept: Tensor) -> None:
-    features = unit_features(kept, block.unit_width).to(state[f"{block.consumer}.weight"].device)
-    for producer in block.producers:
-        for name in ("weight", "bias"):
-            key = f"{producer}.{name}"
-            if key in state:
-                state[key] = state[key].index_select(0, features)
-            if not len(kept):
-                state.pop(key, None)
-    weight = state.pop(f"{block.consumer}.weight")  # (d, U * width)
-    if len(kept):
-        scales = mask[kept].repeat_interleave(block.unit_width).to(weight)
-        state[f"{block.consumer}.weight"] = weight.index_select(1, features) * scales
+def _sliced(model: PreTrainedModel, block: Block, mask: Tensor, kept: Tensor) -> dict[str, Tensor]:
+    """The new parameters of a block by their names in the model."""
+    consumer = linear(model, block.consumer)
+    state = {f"{block.consumer}.bias": consumer.bias.detach().clone()}
+    if not len(kept):
+        return state
+    features = unit_features(kept, block.unit_width).to(consumer.weight.device)
+    scales = mask[kept].repeat_interleave(block.unit_width).to(consumer.weight)
+    columns = consumer.weight.detach().index_select(1, features)
+    state[f"{block.consumer}.weight"] = columns * scales
+    for path in block.producers:
+        for name, parameter in model.get_submodule(path).named_parameters():
+            state[f"{path}.{name}"] = parameter.detach().index_select(0, features)
+    return state
 
 
 def unit_features(units: Tensor, unit_width: int) -> Tensor:
     """Indices of the input features of `units` (n,) -> (n * width,)."""
     offsets = torch.arange(unit_width, device=units.device)
     return (units[:, None] * unit_width + offsets).flatten()
-
-
-def _flags(model: PreTrainedModel, small: PreTrainedModel) -> list[bool]:
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    return [flags.get(name, True) for name, _ in small.named_parameters()]

@@ -1,8 +1,9 @@
 """A Transformer as prunable blocks.
 
-Every unit (head or neuron) is a run of input features of one out-projection, the block's consumer, made by
-rows of its producers. Masking multiplies those features, folding scales the consumer's columns, removing drops
-columns of the consumer and rows of the producers: all that pruning needs to know of an architecture.
+Every unit (head or neuron) is a run of input features of one out-projection, the block's consumer,
+made by rows of its producers. Masking multiplies those features, folding scales the consumer's
+columns, removing drops columns of the consumer and rows of the producers: all that pruning needs to
+know of an architecture.
 """
 
 from __future__ import annotations
@@ -27,9 +28,12 @@ class Block:
         consumer: path of the out-projection whose input columns are the units.
         inner: path of the module that computes the units from the hidden states.
         residual_sum: path of the module whose input is the consumer's output plus the residual.
+        inner_returns_tuple: whether `inner` returns a tuple (attention does).
+        shared_position_bias: whether `inner` is handed a position bias with one slice a head.
         num_units: how many heads or neurons there are now.
         unit_width: input features of the consumer per unit (1 for a neuron).
-        units: for each unit, its index in the model before any pruning.
+        units: of each head, its index in the model before any pruning; neurons are numbered as
+            they are now.
     """
 
     kind: BlockKind
@@ -51,7 +55,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Layout:
-    """All blocks of a model in the order in which they run; sublayers without units have no block."""
+    """All blocks of a model in the order in which they run; a sublayer without units has none."""
 
     model_type: str
     hidden_size: int
@@ -62,11 +66,39 @@ class Layout:
         return tuple(block for block in self.blocks if block.layer == layer)
 
 
+def layout_of(model: PreTrainedModel) -> Layout:
+    """See a model as blocks, whatever has already been pruned from it.
+
+    Raises:
+        UserError: the model type is not supported, its modules are not where the architecture has
+            them, or they are not plain linear maps (adapters, quantisation, shared layers).
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(
+            f"a {type(model).__name__} is not a model of transformers; "
+            "give the model itself, not what wraps it"
+        )
+    architecture = check_supported(model.config)
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    layers_path = prefix + architecture.layers
+    layers = tuple(f"{layers_path}.{i}" for i in range(_num_layers(model, layers_path)))
+    unit_width = model.config.hidden_size // model.config.num_attention_heads
+    blocks = [
+        _block(model, sublayer, path, index, unit_width if sublayer.kind == "head" else 1)
+        for index, path in enumerate(layers)
+        for sublayer in architecture.sublayers
+    ]
+    present = tuple(block for block in blocks if block is not None)
+    _check_unshared(model, present)
+    return Layout(model.config.model_type, model.config.hidden_size, layers, present)
+
+
 def check_supported(config: PretrainedConfig) -> Architecture:
     """The architecture row of a configuration.
 
     Raises:
-        UserError: the model type has no row; the supported types are named.
+        UserError: the model type has no row (the supported types are named), or the configuration
+            asks for something that pruning does not handle.
     """
     model_type = str(config.model_type)
     if model_type not in ARCHITECTURES:
@@ -77,68 +109,67 @@ def check_supported(config: PretrainedConfig) -> Architecture:
         )
     if getattr(config, "add_cross_attention", False):
         raise UserError(
-            f"this {model_type} model has cross-attention (add_cross_attention=true), which is not supported; "
-            "use an encoder without it"
+            f"this {model_type} model has cross-attention (add_cross_attention=true), which is not "
+            "supported; use an encoder without it"
+        )
+    if getattr(config, "chunk_size_feed_forward", 0):
+        raise UserError(
+            f"this {model_type} model runs its FFNs in chunks (chunk_size_feed_forward="
+            f"{config.chunk_size_feed_forward}), which is not supported; load it with "
+            "chunk_size_feed_forward=0, which computes the same"
         )
     return ARCHITECTURES[model_type]
 
 
-def layout_of(model: PreTrainedModel) -> Layout:
-    """See a model as blocks, whatever has already been pruned from it.
+def linear(model: nn.Module, path: str) -> nn.Linear:
+    """The linear map at `path`.
 
     Raises:
-        UserError: the model type is not supported, or its modules are not where the architecture has them.
+        UserError: there is none, or its weights are not floating-point numbers.
     """
-    architecture = check_supported(model.config)
-    prefix = _prefix(model)
-    layers_path = prefix + architecture.layers
-    layers = tuple(f"{layers_path}.{i}" for i in range(len(_submodule(model, layers_path))))
-    unit_width = model.config.hidden_size // model.config.num_attention_heads
-    blocks = [
-        _block(model, sublayer, path, index, unit_width if sublayer.kind == "head" else 1)
-        for index, path in enumerate(layers)
-        for sublayer in architecture.sublayers
-    ]
-    return Layout(
-        model_type=model.config.model_type,
-        hidden_size=model.config.hidden_size,
-        layers=layers,
-        blocks=tuple(block for block in blocks if block is not None),
-    )
+    try:
+        module = model.get_submodule(path)
+    except AttributeError as error:
+        raise UserError(
+            f"this {type(model).__name__} has no module '{path}'; load the model with a class of "
+            "transformers for its model type"
+        ) from error
+    if not (isinstance(module, nn.Linear) and module.weight.is_floating_point()):
+        raise UserError(
+            f"'{path}' is a {type(module).__name__}, which is not a plain linear map; merge "
+            "adapters into the model, and load it without quantisation"
+        )
+    return module
 
 
-def _prefix(model: PreTrainedModel) -> str:
-    return "" if model.base_model is model else f"{model.base_model_prefix}."
-
-
-def _submodule(model: nn.Module, path: str) -> nn.ModuleList:
+def _num_layers(model: nn.Module, path: str) -> int:
     try:
         module = model.get_submodule(path)
     except AttributeError:
         module = None
     if not isinstance(module, nn.ModuleList):
         raise UserError(
-            f"this {type(model).__name__} has no list of layers at '{path}'; load the model with a class of "
-            "transformers for its model type"
+            f"this {type(model).__name__} has no list of layers at '{path}'; load the model with a "
+            "class of transformers for its model type"
         )
-    return module
+    return len(module)
 
 
 def _block(
     model: PreTrainedModel, sublayer: Sublayer, layer_path: str, layer: int, unit_width: int
 ) -> Block | None:
     consumer_path = f"{layer_path}.{sublayer.consumer}"
-    consumer = model.get_submodule(consumer_path)
-    if not hasattr(consumer, "in_features"):  # already pruned to nothing: only its bias is left
+    if is_empty(model, consumer_path):
         return None
+    in_features = linear(model, consumer_path).in_features
     producers = tuple(f"{layer_path}.{path}" for path in sublayer.producers)
-    features = {path: model.get_submodule(path).out_features for path in producers}
-    if any(width != consumer.in_features for width in features.values()):
+    features = {path: linear(model, path).out_features for path in producers}
+    if any(width != in_features for width in features.values()):
         raise UserError(
-            f"'{consumer_path}' reads {consumer.in_features} features but its producers make {features}; "
+            f"'{consumer_path}' reads {in_features} features but its producers make {features}; "
             "the checkpoint's shapes do not fit together"
         )
-    num_units = int(consumer.in_features) // unit_width
+    num_units = in_features // unit_width
     return Block(
         kind=sublayer.kind,
         layer=layer,
@@ -154,8 +185,28 @@ def _block(
     )
 
 
+def is_empty(model: nn.Module, consumer: str) -> bool:
+    """Whether the out-projection at path `consumer` has been pruned to nothing but its bias."""
+    try:
+        parameters = model.get_submodule(consumer).named_parameters()
+    except AttributeError:
+        return False
+    return [name for name, _ in parameters] == ["bias"]
+
+
 def _original_units(config: PretrainedConfig, consumer: str, num_units: int) -> tuple[int, ...]:
     for entry in (getattr(config, "rfprune", None) or {}).get("blocks", []):
-        if entry["consumer"] == consumer and entry.get("units") is not None:
+        if entry["consumer"] == consumer and entry["units"] is not None:
             return tuple(entry["units"])
     return tuple(range(num_units))
+
+
+def _check_unshared(model: nn.Module, blocks: tuple[Block, ...]) -> None:
+    owners: dict[int, str] = {}
+    for path in (path for block in blocks for path in (*block.producers, block.consumer)):
+        other = owners.setdefault(id(linear(model, path).weight), path)
+        if other != path:
+            raise UserError(
+                f"'{path}' and '{other}' share their weights, which cannot be pruned apart; "
+                "give every layer weights of its own"
+            )

@@ -1,7 +1,8 @@
 """Masks on heads and neurons, by hooks on the inputs of the out-projections.
 
-transformers 5 has no `head_mask` and ignores one that is passed, so a mask multiplies the features where they
-enter the block's consumer. That is exact for every architecture, and a mask of ones changes no bit.
+transformers 5 has no `head_mask` and ignores one that is passed, so a mask multiplies the features
+where they enter the block's consumer. That is exact for every architecture, and a mask of ones
+changes no bit.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from rfprune.model.layout import Layout
 
 Masks = tuple[Tensor, ...]
-"""One float vector (U,) per block of a layout, in its order; 0 removes a unit, other values scale it."""
+"""One float vector (U,) per block of a layout, in its order; 0 removes a unit, others scale it."""
 
 
 def full_masks(layout: Layout) -> Masks:
@@ -34,7 +35,8 @@ def masked(model: nn.Module, layout: Layout, masks: Sequence[Tensor]) -> Iterato
     """Run `model` under masks for as long as the context lasts.
 
     Args:
-        masks: one tensor per block, (U,), or (B, U) for masks of their own for each example of the batch.
+        masks: one tensor per block, (U,), or (B, U) for masks of their own for each example of the
+            batch.
     """
     with ExitStack() as stack:
         for block, mask in zip(layout.blocks, masks, strict=True):
@@ -59,7 +61,7 @@ def _multiply_by(mask: Tensor, unit_width: int) -> Callable[[nn.Module, Any], An
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without parameter gradients; modes and flags are put back afterwards, also on error."""
+    """Evaluation mode without weight gradients; all is put back afterwards, also on error."""
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:

@@ -1,8 +1,9 @@
 """A Transformer pruned by rfprune: the architecture's own class with smaller projections.
 
-This file travels with the weights, so that `from_pretrained(..., trust_remote_code=True)` needs no other package
-than transformers. It reads the sizes of the pruned blocks from the entry "rfprune" of config.json, gives the
-projections these sizes, and nothing else: it opens no file, no connection, and runs no other code.
+This file travels with the weights, so that `from_pretrained(..., trust_remote_code=True)` needs no
+other package than transformers. It reads the sizes of the pruned blocks from the entry "rfprune" of
+config.json, checks them, gives the projections these sizes, and nothing else: it opens no file, no
+connection, and runs no other code.
 """
 
 from typing import Any
@@ -12,7 +13,164 @@ import transformers
 from torch import nn
 
 FORMAT_VERSION = 1
+
 _PREFIX = "Pruned"
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "kind": (str,),  # "head" or "neuron"
+    "layer": (int,),
+    "num_units": (int,),  # heads or neurons that are left; without any, the sublayer is bypassed
+    "unit_width": (int,),  # features of one unit
+    "units": (list, type(None)),  # which heads of the unpruned model these are
+    "producers": (list,),  # paths of the linear maps whose output rows make the units
+    "consumer": (str,),  # path of the linear map whose input columns are the units
+    "inner": (str,),  # path of the module that holds the producers
+    "inner_returns_tuple": (bool,),
+    "shared_position_bias": (bool,),
+}
+
+
+def pruned_class(base: type) -> Any:
+    """The pruned counterpart of a model class of transformers: PrunedBertModel for BertModel."""
+    base = getattr(base, "pruned_from", base)
+    name = _PREFIX + base.__name__
+    known = globals().get(name)
+    if known is None or known.pruned_from is not base:
+        _, found, head = base.__name__.partition("For")
+        auto_class = f"AutoModelFor{head}" if found else "AutoModel"
+        entries = {"pruned_from": base, "_auto_class": auto_class, "__module__": __name__}
+        globals()[name] = type(name, (_Pruned, base), entries)
+    return globals()[name]
+
+
+def __getattr__(name: str) -> Any:
+    """Make a pruned class when transformers or pickle ask for it by its name."""
+    found = name.startswith(_PREFIX) and hasattr(transformers, name.removeprefix(_PREFIX))
+    base = getattr(transformers, name.removeprefix(_PREFIX)) if found else None
+    if not (isinstance(base, type) and issubclass(base, transformers.PreTrainedModel)):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return pruned_class(base)
+
+
+class _Pruned(nn.Module):
+    """Stands before a model class and shrinks the model when that has built it."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        shrink(self, check_description(getattr(config, "rfprune", None)))
+
+
+def check_description(description: Any) -> list[dict[str, Any]]:
+    """The blocks of `description`, the entry "rfprune" of a config.json.
+
+    Raises:
+        ValueError: the entry is missing, malformed or of another format version.
+    """
+    if not isinstance(description, dict):
+        raise ValueError("there is no entry 'rfprune', so this is not a pruned model")
+    version, blocks = description.get("format_version"), description.get("blocks")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"the format version is {version!r}, not {FORMAT_VERSION}: upgrade rfprune"
+        )
+    if not isinstance(blocks, list):
+        raise ValueError("there is no list of blocks")
+    for block in blocks:
+        _check_block(block)
+    return blocks
+
+
+def _check_block(block: Any) -> None:
+    if not isinstance(block, dict) or block.keys() != _FIELDS.keys():
+        raise ValueError(f"a block must have the fields {', '.join(_FIELDS)}; got {block!r:.80}")
+    bad = [field for field, types in _FIELDS.items() if type(block[field]) not in types]
+    if not bad:
+        units, start = block["units"], block["inner"] + "."
+        all_heads = units is None
+        sound = {
+            "num_units": block["num_units"] >= 0,
+            "unit_width": block["unit_width"] > 0,
+            "units": all_heads
+            or (len(units) == block["num_units"] and all(type(u) is int and u >= 0 for u in units)),
+            "producers": all(type(p) is str and p.startswith(start) for p in block["producers"]),
+            "shared_position_bias": not (block["shared_position_bias"] and all_heads),
+        }
+        bad = [field for field, is_sound in sound.items() if not is_sound]
+    if bad:
+        raise ValueError(f"a block has a bad '{bad[0]}': {block[bad[0]]!r:.80}")
+
+
+def shrink(model: nn.Module, blocks: list[dict[str, Any]]) -> None:
+    """Give the projections of `model` the sizes of `blocks`, which `check_description` has checked.
+
+    Raises:
+        ValueError: a path is not that of a linear map at least as large.
+    """
+    for block in blocks:
+        width = block["num_units"] * block["unit_width"]
+        producers = {path: _linear(model, path) for path in block["producers"]}
+        consumer = _linear(model, block["consumer"])
+        if width > min(consumer.in_features, *(old.out_features for old in producers.values())):
+            raise ValueError(f"'{block['consumer']}' is smaller than {width} features")
+        if width == 0:
+            _empty(model, block, consumer)
+            continue
+        for path, old in producers.items():
+            _replace(model, path, _linear_like(old, old.in_features, width))
+        _replace(model, block["consumer"], _linear_like(consumer, width, consumer.out_features))
+        if block["kind"] == "head":
+            _set_heads(model.get_submodule(block["inner"]), block, width)
+
+
+def _linear(model: nn.Module, path: str) -> nn.Linear:
+    try:
+        module = model.get_submodule(path)
+    except AttributeError as error:
+        raise ValueError(f"there is no module '{path}'") from error
+    if not isinstance(module, nn.Linear):
+        raise ValueError(f"'{path}' is a {type(module).__name__}, not a linear map")
+    return module
+
+
+def _linear_like(old: nn.Linear, in_features: int, out_features: int) -> nn.Linear:
+    like = {"device": old.weight.device, "dtype": old.weight.dtype}
+    return nn.Linear(in_features, out_features, bias=old.bias is not None, **like)
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module.train(model.training))
+
+
+def _set_heads(attention: Any, block: dict[str, Any], width: int) -> None:
+    for name in ("num_attention_heads", "n_heads", "num_heads"):
+        if hasattr(attention, name):
+            setattr(attention, name, block["num_units"])
+    if hasattr(attention, "all_head_size"):
+        attention.all_head_size = width
+    if block["shared_position_bias"]:
+        if not hasattr(attention, "kept_heads"):
+            attention.register_forward_pre_hook(_select_position_bias, with_kwargs=True)
+        attention.kept_heads = list(block["units"])
+
+
+def _select_position_bias(attention: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """From a position bias (B, H, S, S) that all layers share, take the kept heads of this one."""
+    if len(args) > 2 and args[2] is not None:
+        args = (*args[:2], args[2][:, attention.kept_heads], *args[3:])
+    elif kwargs.get("position_bias") is not None:
+        bias = kwargs["position_bias"][:, attention.kept_heads]
+        kwargs = {**kwargs, "position_bias": bias}
+    return args, kwargs
+
+
+def _empty(model: nn.Module, block: dict[str, Any], consumer: nn.Linear) -> None:
+    inner, output = block["inner"], ConstantOutput(consumer)
+    name = block["consumer"].removeprefix(inner + ".")
+    if name != block["consumer"]:  # the consumer is inside: it stays there, under its name
+        _replace(model, inner, EmptySublayer(block["inner_returns_tuple"], name, output))
+    else:
+        _replace(model, inner, EmptySublayer(block["inner_returns_tuple"]))
+        _replace(model, block["consumer"], output)
 
 
 class ConstantOutput(nn.Module):
@@ -29,7 +187,9 @@ class ConstantOutput(nn.Module):
 class EmptySublayer(nn.Module):
     """Stands where units were computed when none is left, and costs nothing."""
 
-    def __init__(self, returns_tuple: bool, output_name: str = "", output: nn.Module | None = None) -> None:
+    def __init__(
+        self, returns_tuple: bool, output_name: str = "", output: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.returns_tuple = returns_tuple
         self.output_name = output_name
@@ -40,95 +200,3 @@ class EmptySublayer(nn.Module):
         if self.output_name:
             hidden_states = self.get_submodule(self.output_name)(hidden_states)
         return (hidden_states, None) if self.returns_tuple else hidden_states
-
-
-def shrink(model: nn.Module, description: dict[str, Any]) -> None:
-    """Give the projections of `model` the sizes of `description`, the entry "rfprune" of a config.json."""
-    version = description.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"this pruned checkpoint has format version {version!r} but this file reads version {FORMAT_VERSION}: "
-            "use the modeling_rfprune.py that came with the checkpoint, or a newer rfprune"
-        )
-    for block in description["blocks"]:
-        if block["num_units"] == 0:
-            _empty(model, block)
-        else:
-            _resize(model, block)
-
-
-def _resize(model: nn.Module, block: dict[str, Any]) -> None:
-    width = block["num_units"] * block["unit_width"]
-    for path in block["producers"]:
-        old = model.get_submodule(path)
-        _replace(model, path, _linear_like(old, old.in_features, width))
-    old = model.get_submodule(block["consumer"])
-    _replace(model, block["consumer"], _linear_like(old, width, old.out_features))
-    if block["kind"] == "head":
-        inner = model.get_submodule(block["inner"])
-        for name in ("num_attention_heads", "n_heads", "num_heads"):
-            if hasattr(inner, name):
-                setattr(inner, name, block["num_units"])
-        if hasattr(inner, "all_head_size"):
-            inner.all_head_size = width
-        if block["shared_position_bias"]:
-            if not hasattr(inner, "kept_heads"):
-                inner.register_forward_pre_hook(_select_position_bias, with_kwargs=True)
-            inner.kept_heads = list(block["units"])
-
-
-def _empty(model: nn.Module, block: dict[str, Any]) -> None:
-    consumer, inner = block["consumer"], block["inner"]
-    old = model.get_submodule(consumer)
-    output = old if isinstance(old, ConstantOutput) else ConstantOutput(old)
-    if consumer.startswith(inner + "."):
-        name = consumer.removeprefix(inner + ".")
-        _replace(model, inner, EmptySublayer(block["inner_returns_tuple"], name, output))
-    else:
-        _replace(model, inner, EmptySublayer(block["inner_returns_tuple"]))
-        _replace(model, consumer, output)
-
-
-def _select_position_bias(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Hand a layer the slices of the shared position bias (B, H, S, S) that belong to its kept heads."""
-    if len(args) > 2 and args[2] is not None:
-        args = (*args[:2], args[2][:, module.kept_heads], *args[3:])
-    elif kwargs.get("position_bias") is not None:
-        kwargs = {**kwargs, "position_bias": kwargs["position_bias"][:, module.kept_heads]}
-    return args, kwargs
-
-
-def _linear_like(old: nn.Linear, in_features: int, out_features: int) -> nn.Linear:
-    weight = old.weight
-    return nn.Linear(in_features, out_features, old.bias is not None, device=weight.device, dtype=weight.dtype)
-
-
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    module.train(model.training)
-    setattr(model.get_submodule(parent), name, module)
-
-
-def pruned_class(base: type) -> type:
-    """The pruned counterpart of a model class of transformers, for example PrunedBertForSequenceClassification."""
-    if base.__name__.startswith(_PREFIX):
-        return base
-    name = _PREFIX + base.__name__
-    if name not in globals():
-
-        def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-            base.__init__(self, config, *args, **kwargs)
-            shrink(self, config.rfprune)
-
-        new = type(name, (base,), {"__init__": __init__, "__module__": __name__, "__doc__": __doc__})
-        _, found, head = base.__name__.partition("For")
-        new._auto_class = f"AutoModelFor{head}" if found else "AutoModel"
-        globals()[name] = new
-    return globals()[name]
-
-
-def __getattr__(name: str) -> type:
-    base = getattr(transformers, name.removeprefix(_PREFIX), None) if name.startswith(_PREFIX) else None
-    if not isinstance(base, type):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return pruned_class(base)

@@ -1,8 +1,8 @@
 """Run a model one layer at a time, and watch what enters and leaves the out-projections.
 
-Hidden states are kept without padding, (tokens, d) a batch, so that a pass over the layers needs memory for the
-real tokens alone. The keyword arguments of a layer (attention mask, position bias) are not kept: they come from
-the model itself, which is run up to its first layer again.
+Hidden states are kept without padding, (tokens, d) a batch, so that a pass over the layers needs
+memory for the real tokens alone. The keyword arguments of a layer (attention mask, position bias)
+are not kept: they come from the model itself, which is run up to its first layer again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class Trace:
     """One sublayer at work on a batch.
 
     Attributes:
-        features: (B, S, U * width), what enters the consumer; None where the block has no units left.
+        features: (B, S, U * width), what enters the consumer; None where the block has no units
+            left.
         output: (B, S, d), what leaves the consumer.
         total: (B, S, d), output plus residual.
     """

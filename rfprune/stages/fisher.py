@@ -1,13 +1,13 @@
-"""Mask gradients over the calibration batches, and the importance that they give (Kwon et al. 2022, section 4.1).
+"""Mask gradients over the calibration batches, and the importance that they give.
 
-The masks get a batch dimension, so that one backward pass yields the gradient of every example. The authors' code
-takes one gradient per batch instead: 64 vectors for 3072 neurons, whose block Fisher overfits;
-`gradients="per-batch"` gives that for comparison.
+Kwon et al. 2022, section 4.1. The masks get a batch dimension, so that one backward pass yields the
+gradient of every example. The authors' code takes one gradient per batch instead: 64 vectors for
+3072 neurons, whose block Fisher overfits; `gradients="per-batch"` gives that for comparison.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -39,50 +39,69 @@ def collect_gradients(
     Args:
         model: frozen (see `rfprune.model.masks.frozen`), so that no weight gradient is computed.
         use_labels: differentiate the loss on the labels instead of the label-free Fisher factors.
-        per_batch: one vector per batch (the mean over its examples) instead of one per example and factor.
+        per_batch: one vector per batch (the mean over its examples) instead of one per example and
+            factor.
 
     Returns:
         Per block a float32 matrix (n, U) on the CPU.
 
     Raises:
-        UserError: a gradient is not finite; the block is named.
+        UserError: a gradient is not finite (the block is named), or labels are needed and missing.
     """
     generator = torch.Generator().manual_seed(seed)
     rows: list[list[Tensor]] = [[] for _ in layout.blocks]
-    for batch in tqdm(batches, desc="mask gradients", unit="batch", disable=not progress, leave=False):
+    bar = tqdm(batches, desc="mask gradients", unit="batch", disable=not progress, leave=False)
+    for batch in bar:
         for gradients in _batch_gradients(model, layout, batch, use_labels, generator):
+            if per_batch:
+                gradients = _batch_means(gradients, signed=use_labels, generator=generator)
             for block_rows, gradient in zip(rows, gradients, strict=True):
-                gradient = gradient.mean(0, keepdim=True) if per_batch else gradient
                 block_rows.append(gradient.float().cpu())
-    collected = tuple(torch.cat(block_rows) for block_rows in rows)
+    collected = tuple(torch.cat(rows.pop(0)) for _ in layout.blocks)  # one copy at a time
     for block, gradient in zip(layout.blocks, collected, strict=True):
         if not torch.isfinite(gradient).all():
             raise UserError(
-                f"the mask gradients of {block.name} are not finite; check the checkpoint's weights, "
-                "or calibrate in float32 (--dtype float32)"
+                f"the mask gradients of {block.name} are not finite; check the checkpoint's "
+                "weights, or calibrate in float32 (--dtype float32)"
             )
     return collected
 
 
 def _batch_gradients(
-    model: PreTrainedModel, layout: Layout, batch: Batch, use_labels: bool, generator: torch.Generator
-) -> Iterable[tuple[Tensor, ...]]:
+    model: PreTrainedModel,
+    layout: Layout,
+    batch: Batch,
+    use_labels: bool,
+    generator: torch.Generator,
+) -> Iterator[tuple[Tensor, ...]]:
+    """For every factor one (B, U) gradient per block; the caller may be in no_grad mode."""
     weight = next(model.parameters())
-    num_examples = len(next(iter(batch.values())))
-    masks = [
-        torch.ones(num_examples, block.num_units, device=weight.device, dtype=weight.dtype, requires_grad=True)
-        for block in layout.blocks
-    ]
     inputs = {name: value for name, value in batch.items() if name not in LABELS}
-    with masked(model, layout, masks):
-        outputs = model(**inputs)
-    if use_labels:
-        factors = label_losses(outputs, batch, model.config)
-    else:
-        factors = fisher_factors(outputs, model.config, generator)
-    for i, factor in enumerate(factors):
-        yield torch.autograd.grad(factor.sum(), masks, retain_graph=i + 1 < len(factors))
+    num_examples = len(next(iter(inputs.values())))
+    with torch.inference_mode(False), torch.enable_grad():
+        masks = [
+            weight.new_ones(num_examples, block.num_units).requires_grad_()
+            for block in layout.blocks
+        ]
+        with masked(model, layout, masks):
+            outputs = model(**inputs, return_dict=True)
+        if use_labels:
+            factors = label_losses(outputs, batch, model.config)
+        else:
+            factors = fisher_factors(outputs, model.config, generator)
+        totals = [factor.sum() for factor in factors]
+    for i, total in enumerate(totals):
+        yield torch.autograd.grad(total, masks, retain_graph=i + 1 < len(totals))
 
+
+def _batch_means(
+    gradients: tuple[Tensor, ...], *, signed: bool, generator: torch.Generator
+) -> tuple[Tensor, ...]:
+    """(B, U) -> (1, U). Fisher factors have no sign of their own: random ones keep their mean 0."""
+    if not signed:
+        coins = torch.randint(0, 2, (len(gradients[0]), 1), generator=generator)
+        gradients = tuple(gradient * (2 * coins - 1).to(gradient) for gradient in gradients)
+    return tuple(gradient.mean(0, keepdim=True) for gradient in gradients)
 
 
 def diagonal_fisher(gradients: Gradients) -> tuple[Tensor, ...]:
@@ -91,6 +110,6 @@ def diagonal_fisher(gradients: Gradients) -> tuple[Tensor, ...]:
 
 
 def block_fisher(gradient: Tensor) -> Tensor:
-    """Fisher information of one block, (n, U) -> (U, U) float64: the Gram matrix of its gradient vectors."""
+    """Fisher information of one block, (n, U) -> (U, U) float64: a Gram matrix."""
     gradient = gradient.double()
     return gradient.T @ gradient

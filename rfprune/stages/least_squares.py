@@ -1,7 +1,7 @@
 """Least squares from accumulated moments: scales of units, or whole out-projections.
 
-Features X (tokens, p) enter an out-projection and should give targets Y (tokens, d). Xᵀ·X and Xᵀ·Y are summed batch
-by batch in float64, so that memory is O(p² + p·d) whatever the number of tokens.
+Features X (tokens, p) enter an out-projection and should give targets Y (tokens, d). Xᵀ·X and Xᵀ·Y
+are summed batch by batch in float64, so that memory is O(p² + p·d) whatever the number of tokens.
 """
 
 from __future__ import annotations
@@ -45,12 +45,13 @@ class Moments:
 
     def add(self, features: Tensor, targets: Tensor) -> None:
         """Take in features (tokens, p) and targets (tokens, d)."""
-        features, targets = features.float(), targets.float()
-        self.gram += features.T @ features
-        self.cross += features.T @ targets
-        self.feature_sum += features.sum(0, dtype=torch.float64)
-        self.target_sum += targets.sum(0, dtype=torch.float64)
-        self.target_energy += float(targets.double().square().sum())
+        features, targets = _at_least_float32(features), _at_least_float32(targets)
+        device = self.gram.device  # the CPU where the features' own device has no float64
+        self.gram += (features.T @ features).to(device)
+        self.cross += (features.T @ targets).to(device)
+        self.feature_sum += features.sum(0).to(device)
+        self.target_sum += targets.sum(0).to(device)
+        self.target_energy += float(targets.square().sum())
         self.count += len(features)
 
     def centred(self) -> tuple[Tensor, Tensor]:
@@ -61,7 +62,7 @@ class Moments:
 
     def error(self, weight: Tensor, bias: Tensor) -> float:
         """Sum over tokens of |y - W·x - b|² for a weight (d, p) and a bias (d,)."""
-        weight, bias = weight.double(), bias.double()
+        weight, bias = _like(self.gram, weight), _like(self.gram, bias)
         fitted = (weight @ self.gram * weight).sum() + 2 * bias @ (weight @ self.feature_sum)
         fitted = fitted + self.count * bias @ bias
         crossed = (weight.T * self.cross).sum() + bias @ self.target_sum
@@ -71,10 +72,11 @@ class Moments:
 def solve_scales(
     moments: Moments, weight: Tensor, bias: Tensor, unit_width: int, damping: float, limit: float
 ) -> Tensor:
-    """One scale per unit, so that the scaled units' outputs fit the targets (Kwon et al. 2022, section 4.3).
+    """One scale per unit, so that the scaled units' outputs fit the targets.
 
-    With z_u = W_u·x_u the output of unit u, G = sum of z_u·z_v and r = sum of z_u·(y - b - sum of z): the authors'
-    LSMR on the normal equations, damped around scale 1, has the closed form 1 + (GᵀG + damping²·I)⁻¹ Gᵀr.
+    Kwon et al. 2022, section 4.3. With z_u = W_u·x_u the output of unit u, G = sum of z_u·z_v and
+    r = sum of z_u·(y - b - sum of z): the authors' LSMR on the normal equations, damped around
+    scale 1, has the closed form 1 + (GᵀG + damping²·I)⁻¹·Gᵀr.
 
     Args:
         weight: (d, p) of the out-projection. bias: (d,), kept as it is.
@@ -83,8 +85,8 @@ def solve_scales(
     Raises:
         NumericalFailure: the solve failed or a scale is out of bounds.
     """
-    weight = weight.double()
-    cross = moments.cross - torch.outer(moments.feature_sum, bias.double())
+    weight, bias = _like(moments.gram, weight), _like(moments.gram, bias)
+    cross = moments.cross - torch.outer(moments.feature_sum, bias)
     products = (weight.T @ weight) * moments.gram  # (p, p)
     correlations = (weight.T * cross).sum(1)  # (p,)
     units = len(products) // unit_width
@@ -98,7 +100,7 @@ def solve_scales(
 
 
 def solve_weights(moments: Moments, ridge: float) -> tuple[Tensor, Tensor]:
-    """Weight (d, p) and bias (d,) that fit the targets best, by ridge regression with a free intercept.
+    """Weight (d, p) and bias (d,) that fit the targets best: ridge regression, free intercept.
 
     Args:
         ridge: as a fraction of the mean diagonal of the centred Gram matrix.
@@ -118,12 +120,22 @@ def solve_weights(moments: Moments, ridge: float) -> tuple[Tensor, Tensor]:
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """Solve a symmetric positive definite system; a jitter of 1e-10 of the diagonal is tried before giving up."""
+    """Solve a symmetric positive definite system, if need be with 1e-10 of its diagonal added."""
     for jitter in (0.0, 1e-10):
-        shifted = matrix + jitter * matrix.diagonal().mean() * torch.eye(len(matrix), device=matrix.device)
+        shifted = matrix.clone()
+        shifted.diagonal().add_(jitter * matrix.diagonal().mean())
         factor, info = torch.linalg.cholesky_ex(shifted)
         if int(info) == 0:
             solution = torch.cholesky_solve(right.view(len(matrix), -1), factor).view(right.shape)
             if torch.isfinite(solution).all():
                 return solution
     raise NumericalFailure("the normal equations are singular or not finite")
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _like(moment: Tensor, values: Tensor) -> Tensor:
+    """`values` in float64 where `moment` is; the device first, for it may have no float64."""
+    return values.detach().to(moment.device).double()

@@ -1,8 +1,8 @@
 """Rearrangement: swap pruned units for kept ones, with the correlations between units in view.
 
 Kwon et al. 2022, section 4.2, algorithm 2: per block, starting from the diagonal choice, minimise
-sum over pruned i, j of F_ij, the block Fisher's quadratic form. With the Gram matrix F (U, U) and the row sums
-r = F·1_pruned at hand, the best partner of a pruned unit is found in O(U).
+sum over pruned i, j of F_ij, the block Fisher's quadratic form. With the Gram matrix F (U, U) and
+the row sums r = F·1_pruned at hand, the best partner of a pruned unit is found in O(U).
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ def _sweep(pruned: Tensor, row_sums: Tensor, fisher: Tensor) -> bool:
     tolerance = 1e-12 * float(diagonal.sum())
     swapped = False
     for out in torch.nonzero(pruned).flatten().tolist():
-        # the quadratic form after `out` returns and j goes: minus 2 r_out - F_oo, plus 2 (r_j - F_oj) + F_jj
-        change = -2 * row_sums[out] + diagonal[out] + 2 * (row_sums - fisher[out]) + diagonal  # (U,)
+        # the return of `out` takes 2 r_out - F_oo away, then pruning j adds 2 (r_j - F_oj) + F_jj
+        returned = 2 * row_sums[out] - diagonal[out]
+        change = 2 * (row_sums - fisher[out]) + diagonal - returned  # (U,)
         change[pruned] = torch.inf
         best = int(change.argmin())
         if change[best] < -tolerance:

@@ -1,9 +1,11 @@
 """Fit the out-projections of a pruned student to a teacher, bottom up, one block at a time.
 
-Teacher and student hidden states advance together through the layers. A block's target is what its out-projection
-should give so that output plus residual match the teacher's: teacher output + teacher residual - student residual
-(Kwon et al. 2022, section 4.3; K-prune, ICLR 2024). A block therefore also repairs what went wrong below it.
-Cost: one teacher forward pass, and on the small student three passes through attention and two through the FFN.
+Teacher and student hidden states advance together through the layers. A block's target is what its
+out-projection should give so that output plus residual match the teacher's: teacher output +
+teacher residual - student residual (Kwon et al. 2022, section 4.3; K-prune, ICLR 2024). A block
+therefore also repairs what went wrong below it.
+Cost: one teacher forward pass, and on the small student three passes through attention and two
+through the FFN.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def reconstruct(
     first_token_only: Collection[str] = (),
     progress: bool = False,
 ) -> list[str]:
-    """Give every block of `student` the weight and bias that `fit` finds; the student is changed in place.
+    """Give every block of `student` the weight and bias that `fit` finds, in place.
 
     Args:
         teacher: the model to match, frozen; hooks on it (masks) act.
@@ -64,12 +66,25 @@ def reconstruct(
     failures = []
     with torch.no_grad():
         states = _enter(student, layout, batches)
-        bar = tqdm(total=len(layout.blocks), desc="reconstruction", unit="block", disable=not progress, leave=False)
+        bar = tqdm(
+            total=len(layout.blocks),
+            desc="reconstruction",
+            unit="block",
+            disable=not progress,
+            leave=False,
+        )
         for layer, path in enumerate(layout.layers):
             blocks = layout.blocks_of_layer(layer)
             for position, block in enumerate(blocks):
                 moments = _collect(
-                    teacher, student, layout, blocks, position, batches, states, block.consumer in first_token_only
+                    teacher,
+                    student,
+                    layout,
+                    blocks,
+                    position,
+                    batches,
+                    states,
+                    block.consumer in first_token_only,
                 )
                 if block.consumer not in skip:
                     failures += _apply(fit, student, block, moments)
@@ -81,7 +96,9 @@ def reconstruct(
 
 
 def _enter(student: PreTrainedModel, layout: Layout, batches: Sequence[Batch]) -> _States:
-    hidden = [pack(first_layer_call(student, layout, batch)[0], token_mask(batch)) for batch in batches]
+    hidden = [
+        pack(first_layer_call(student, layout, batch)[0], token_mask(batch)) for batch in batches
+    ]
     return _States(hidden, list(hidden), [{} for _ in hidden])
 
 
@@ -95,7 +112,7 @@ def _collect(
     states: _States,
     first_token_only: bool,
 ) -> Moments:
-    """Moments of a block's features in the student and its targets; the teacher runs with the layer's first block."""
+    """Moments of a block's features and targets; the teacher runs with its layer's first block."""
     block = blocks[position]
     path = layout.layers[block.layer]
     consumer = student.get_submodule(block.consumer)
@@ -105,14 +122,24 @@ def _collect(
         tokens = token_mask(batch)
         _, call = first_layer_call(student, layout, batch)
         if position == 0:
-            output, traces = run_layer(teacher, path, unpack(states.teacher[i], tokens), call, blocks)
+            output, traces = run_layer(
+                teacher, path, unpack(states.teacher[i], tokens), call, blocks
+            )
             assert output is not None
             states.teacher[i] = pack(output, tokens)
-            states.totals[i] = {b.consumer: pack(t.total, tokens) for b, t in zip(blocks, traces, strict=True)}
-        _, (trace,) = run_layer(student, path, unpack(states.student[i], tokens), call, [block], stop=True)
+            states.totals[i] = {
+                b.consumer: pack(t.total, tokens) for b, t in zip(blocks, traces, strict=True)
+            }
+        _, (trace,) = run_layer(
+            student, path, unpack(states.student[i], tokens), call, [block], stop=True
+        )
         residual = trace.total - trace.output
         target = states.totals[i].pop(block.consumer) - pack(residual, tokens)
-        features = target.new_zeros(len(target), 0) if trace.features is None else pack(trace.features, tokens)
+        features = (
+            target.new_zeros(len(target), 0)
+            if trace.features is None
+            else pack(trace.features, tokens)
+        )
         if first_token_only:
             first = torch.zeros_like(tokens)
             first[:, 0] = True
@@ -151,7 +178,7 @@ def _advance(
     states: _States,
     teacher_too: bool,
 ) -> None:
-    """Take the student through a layer that is done; the teacher went ahead unless the layer had no block."""
+    """Take the student through a finished layer, and the teacher where no block took it along."""
     models: list[tuple[nn.Module, list[Tensor]]] = [(student, states.student)]
     if teacher_too:
         models.append((teacher, states.teacher))

@@ -1,9 +1,10 @@
 """Which units to keep under a budget, by additive importance (Kwon et al. 2022, algorithm 1).
 
-Heads cost the same in every layer, and so do neurons. For every number of heads kept, the rest of the budget goes to
-neurons, each taken by importance; the best total wins. That is exact for an additive objective: whatever the optimal
-number of heads is, the optimum keeps the most important ones, and as many of the most important neurons as fit.
-Departure from the authors' code: keeping no heads is a candidate too.
+Heads cost the same in every layer, and so do neurons. For every number of heads kept, the rest of
+the budget goes to neurons, each taken by importance; the best total wins. That is exact for an
+additive objective: whatever the optimal number of heads is, the optimum keeps the most important
+ones, and as many of the most important neurons as fit. Departure from the authors' code: keeping no
+heads is a candidate too.
 """
 
 from __future__ import annotations
@@ -38,13 +39,14 @@ def search(layout: Layout, importance: Sequence[Tensor], costs: CostModel, budge
     for num_heads in range(heads.most_within(budget) + 1):
         num_neurons = neurons.most_within(budget - num_heads * heads.unit_cost)
         value = heads.gain[num_heads] + neurons.gain[num_neurons]
-        if value > best_value:
+        if value >= best_value:
             best, best_value = (num_heads, num_neurons), value
     if best == (0, 0):
         cheapest = min(ranking.unit_cost for ranking in (heads, neurons) if len(ranking.order))
         raise UserError(
-            f"the constraint leaves a {costs.metric} budget of {budget:.4g}, less than one unit costs "
-            f"({cheapest:.4g}); choose a constraint above {(costs.constant + cheapest) / costs.original:.2g}"
+            f"the constraint leaves a {costs.metric} budget of {budget:.4g}, less than one head or "
+            f"neuron costs ({cheapest:.4g}); choose a constraint of at least "
+            f"{costs.ratio_for(costs.constant + cheapest):g}"
         )
     masks = tuple(torch.zeros(block.num_units) for block in layout.blocks)
     for ranking, count in zip((heads, neurons), best, strict=True):
@@ -54,22 +56,28 @@ def search(layout: Layout, importance: Sequence[Tensor], costs: CostModel, budge
 
 
 class _Ranking:
-    """All units of one kind from the most to the least important, and what the first n are worth together."""
+    """All units of one kind by falling importance, and what the first n are worth together."""
 
-    def __init__(self, layout: Layout, importance: Sequence[Tensor], costs: CostModel, kind: str) -> None:
+    def __init__(
+        self, layout: Layout, importance: Sequence[Tensor], costs: CostModel, kind: str
+    ) -> None:
         indices = [b for b, block in enumerate(layout.blocks) if block.kind == kind]
         unit_costs = {float(costs.tables[b][1]) for b in indices}
         if len(unit_costs) > 1:
-            raise ValueError(f"the search needs {kind}s of equal cost in every layer, got {sorted(unit_costs)}")
+            raise ValueError(
+                f"the search needs {kind}s of equal cost in every layer, got {sorted(unit_costs)}"
+            )
         self.unit_cost = unit_costs.pop() if unit_costs else float("inf")
-        values = np.concatenate([importance[b].double().cpu().numpy() for b in indices] or [np.zeros(0)])
+        values = np.concatenate(
+            [importance[b].double().cpu().numpy() for b in indices] or [np.zeros(0)]
+        )
         owners = [(b, unit) for b in indices for unit in range(layout.blocks[b].num_units)]
         descending = np.argsort(-values, kind="stable")
         self.order = [owners[i] for i in descending]
         self.gain: NDArray[np.float64] = np.concatenate([[0.0], np.cumsum(values[descending])])
 
     def most_within(self, budget: float) -> int:
-        """How many units at the most fit `budget`; a relative 1e-12 forgives rounding in the product below."""
+        """How many units at the most fit `budget`."""
         if not len(self.order) or budget < 0:
             return 0
         return min(len(self.order), int(budget * (1 + 1e-12) // self.unit_cost))

@@ -1,8 +1,8 @@
 """Mask tuning: one scale per kept unit by least squares (Kwon et al. 2022, section 4.3).
 
-Departures from the authors' code: the closed form of their damped solve in float64 instead of an iterative solver; a
-failed block is reported and left alone, while theirs stops tuning every later layer; no intercept is fitted and
-thrown away.
+Departures from the authors' code: the closed form of their damped solve in float64 instead of an
+iterative solver; a failed block is reported and left alone, while theirs stops tuning every later
+layer; no intercept is fitted and thrown away.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def tune_scales(
     *,
     progress: bool = False,
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Scale the kept units of `student` so that it follows `teacher`; the scales are folded into its weights.
+    """Scale the kept units of `student` so that it follows `teacher`; scales go into its weights.
 
-    The heads of the first layer are not tuned, and the last FFN of a classifier is tuned on the first token alone, as
-    in the authors' code.
+    The heads of the first layer are not tuned, and the last FFN of a classifier is tuned on the
+    first token alone, as in the authors' code.
 
     Returns:
         Scales (kept units,) by consumer, and a sentence for every block that failed.
@@ -50,7 +50,9 @@ def tune_scales(
         scales[block.consumer] = found.cpu()
         return weight * found.repeat_interleave(block.unit_width).to(weight), bias
 
-    first_heads = [block.consumer for block in layout.blocks if block.layer == 0 and block.kind == "head"]
+    first_heads = [
+        block.consumer for block in layout.blocks if block.layer == 0 and block.kind == "head"
+    ]
     failures = reconstruct(
         teacher,
         student,
@@ -67,9 +69,11 @@ def tune_scales(
 def last_ffn(layout: Layout) -> list[str]:
     """The consumer of the last layer's FFN, if it has one."""
     last = len(layout.layers) - 1
-    return [block.consumer for block in layout.blocks if block.layer == last and block.kind == "neuron"]
+    return [
+        block.consumer for block in layout.blocks if block.layer == last and block.kind == "neuron"
+    ]
 
 
 def reads_first_token(model: torch.nn.Module) -> bool:
-    """Whether the model's head reads the first token alone, as every encoder's sequence classifier here does."""
+    """Whether the head reads the first token alone, as all sequence classifiers here do."""
     return type(model).__name__.endswith("ForSequenceClassification")
