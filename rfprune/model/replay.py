@@ -7,14 +7,15 @@ are not kept: they come from the model itself, which is run up to its first laye
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rfprune.errors import UserError
 from rfprune.model.layout import Block, Layout
 
 Batch = Mapping[str, Tensor]
@@ -49,10 +50,31 @@ class Trace:
 
 
 def token_mask(batch: Batch) -> Tensor:
-    """(B, S) booleans: true where there is a token, false where there is padding."""
-    if "attention_mask" in batch:
-        return batch["attention_mask"].bool()
-    return torch.ones(batch["input_ids"].shape, dtype=torch.bool, device=batch["input_ids"].device)
+    """(B, S) booleans: true where there is a token, false where there is padding.
+
+    Raises:
+        UserError: the batch has no inputs, or an attention mask that does not say what padding is.
+    """
+    inputs = batch.get("input_ids", batch.get("inputs_embeds"))
+    if inputs is None:
+        raise UserError(
+            f"a batch holds {', '.join(batch) or 'nothing'}, but a model needs input_ids (B, S)"
+        )
+    shape = inputs.shape[:2]
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return torch.ones(shape, dtype=torch.bool, device=inputs.device)
+    if mask.shape != shape:
+        raise UserError(
+            f"an attention_mask of shape {tuple(mask.shape)} does not fit {tuple(shape)} tokens; "
+            "give one number per token: 1, or 0 for padding"
+        )
+    return mask.bool()
+
+
+def first_tokens(tokens: Tensor) -> Tensor:
+    """(B, S) booleans, true at the first token of every example, wherever the padding is."""
+    return tokens & (tokens.cumsum(1) == 1)
 
 
 def pack(hidden: Tensor, tokens: Tensor) -> Tensor:
@@ -82,9 +104,8 @@ def first_layer_call(model: nn.Module, layout: Layout, batch: Batch) -> tuple[Te
     layer = model.get_submodule(layout.layers[0])
     handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        model(**batch)
-    except _Stop:
-        pass
+        with suppress(_Stop):
+            model(**batch)
     finally:
         handle.remove()
     return seen[0]
@@ -96,56 +117,54 @@ def run_layer(
     hidden: Tensor,
     call: LayerCall,
     trace: Sequence[Block] = (),
-    *,
-    stop: bool = False,
-) -> tuple[Tensor | None, list[Trace]]:
+) -> tuple[Tensor, list[Trace]]:
     """Run one layer on hidden states (B, S, d).
 
     Args:
-        trace: blocks of this layer to watch, by their consumers and residual sums.
-        stop: end the pass once the last of them has been seen; the layer's output is then None.
+        trace: blocks of this layer to watch at work.
 
     Returns:
         The layer's output (B, S, d) and a trace per watched block.
     """
-    watchers = [_Watcher(model, block) for block in trace]
     with ExitStack() as stack:
-        for i, watcher in enumerate(watchers):
-            last = stop and i == len(watchers) - 1
-            for remove in watcher.attach(last):
-                stack.callback(remove)
-        try:
-            output = model.get_submodule(layer)(hidden, *call.args, **call.kwargs)
-        except _Stop:
-            output = None
+        seen = [stack.enter_context(_watched(model, block)) for block in trace]
+        output = model.get_submodule(layer)(hidden, *call.args, **call.kwargs)
     if isinstance(output, tuple):
         output = output[0]
-    return output, [watcher.trace() for watcher in watchers]
+    return output, [_trace(one) for one in seen]
 
 
-class _Watcher:
-    """The hooks on one block's consumer and residual sum, and what they saw."""
+def trace_block(
+    model: nn.Module, layer: str, hidden: Tensor, call: LayerCall, block: Block
+) -> Trace:
+    """Run a layer on hidden states (B, S, d) as far as `block`, and no further."""
+    with _watched(model, block, stop=True) as seen, suppress(_Stop):
+        model.get_submodule(layer)(hidden, *call.args, **call.kwargs)
+    return _trace(seen)
 
-    def __init__(self, model: nn.Module, block: Block) -> None:
-        self.consumer = model.get_submodule(block.consumer)
-        self.residual_sum = model.get_submodule(block.residual_sum)
-        self.seen: dict[str, Tensor] = {}
 
-    def attach(self, stop: bool) -> list[Callable[[], None]]:
-        def after_consumer(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if hasattr(module, "in_features"):
-                self.seen["features"] = inputs[0]
-            self.seen["output"] = output
+@contextmanager
+def _watched(model: nn.Module, block: Block, *, stop: bool = False) -> Iterator[dict[str, Tensor]]:
+    """Note what enters and leaves a block's consumer and its residual sum."""
+    seen: dict[str, Tensor] = {}
 
-        def before_sum(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self.seen["total"] = inputs[0]
-            if stop:
-                raise _Stop
+    def after_consumer(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if hasattr(module, "in_features"):  # else no unit is left, and what enters means nothing
+            seen["features"] = inputs[0]
+        seen["output"] = output
 
-        return [
-            self.consumer.register_forward_hook(after_consumer).remove,
-            self.residual_sum.register_forward_pre_hook(before_sum).remove,
-        ]
+    def before_sum(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen["total"] = inputs[0]
+        if stop:
+            raise _Stop
 
-    def trace(self) -> Trace:
-        return Trace(self.seen.get("features"), self.seen["output"], self.seen["total"])
+    with ExitStack() as stack:
+        consumer = model.get_submodule(block.consumer)
+        stack.callback(consumer.register_forward_hook(after_consumer).remove)
+        residual_sum = model.get_submodule(block.residual_sum)
+        stack.callback(residual_sum.register_forward_pre_hook(before_sum).remove)
+        yield seen
+
+
+def _trace(seen: Mapping[str, Tensor]) -> Trace:
+    return Trace(seen.get("features"), seen["output"], seen["total"])

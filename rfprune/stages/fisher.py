@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from rfprune.errors import UserError
 from rfprune.model.layout import Layout
 from rfprune.model.masks import masked
-from rfprune.model.replay import Batch
+from rfprune.model.replay import Batch, token_mask
 from rfprune.stages.objective import LABELS, fisher_factors, label_losses
 
 Gradients = tuple[Tensor, ...]
@@ -77,7 +77,7 @@ def _batch_gradients(
     """For every factor one (B, U) gradient per block; the caller may be in no_grad mode."""
     weight = next(model.parameters())
     inputs = {name: value for name, value in batch.items() if name not in LABELS}
-    num_examples = len(next(iter(inputs.values())))
+    num_examples = len(token_mask(batch))
     with torch.inference_mode(False), torch.enable_grad():
         masks = [
             weight.new_ones(num_examples, block.num_units).requires_grad_()

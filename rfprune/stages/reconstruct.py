@@ -14,30 +14,44 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rfprune.model.layout import Block, Layout
-from rfprune.model.replay import Batch, first_layer_call, pack, run_layer, token_mask, unpack
+from rfprune.model.replay import (
+    Batch,
+    first_layer_call,
+    first_tokens,
+    pack,
+    run_layer,
+    token_mask,
+    trace_block,
+    unpack,
+)
 from rfprune.stages.least_squares import Moments, NumericalFailure
 
 Fit = Callable[[Block, Moments, Tensor, Tensor], tuple[Tensor, Tensor]]
 """From a block, its moments, weight (d, p) and bias (d,) to a new weight and bias."""
 
 
-@dataclass
-class _States:
-    """Hidden states (tokens, d) of every batch, padding left out.
+@dataclass(frozen=True)
+class _Run:
+    """Teacher and student on their way up, side by side.
 
     Attributes:
-        student: entering the student's current layer.
-        teacher: entering the teacher's next layer.
-        totals: output plus residual of the teacher's blocks in the current layer, by consumer.
+        student_states: hidden states (tokens, d) of every batch that enter the student's layer.
+        teacher_states: those that enter the teacher's next layer.
+        totals: output plus residual (tokens, d) of the teacher's blocks in the current layer, by
+            consumer, for every batch.
     """
 
-    student: list[Tensor]
-    teacher: list[Tensor]
+    teacher: PreTrainedModel
+    student: PreTrainedModel
+    layout: Layout
+    batches: Sequence[Batch]
+    student_states: list[Tensor]
+    teacher_states: list[Tensor]
     totals: list[dict[str, Tensor]]
 
 
@@ -64,88 +78,74 @@ def reconstruct(
         One sentence for every block whose fit failed; these blocks stay as they were.
     """
     failures = []
-    with torch.no_grad():
-        states = _enter(student, layout, batches)
-        bar = tqdm(
-            total=len(layout.blocks),
-            desc="reconstruction",
-            unit="block",
-            disable=not progress,
-            leave=False,
-        )
-        for layer, path in enumerate(layout.layers):
-            blocks = layout.blocks_of_layer(layer)
-            for position, block in enumerate(blocks):
-                moments = _collect(
-                    teacher,
-                    student,
-                    layout,
-                    blocks,
-                    position,
-                    batches,
-                    states,
-                    block.consumer in first_token_only,
-                )
-                if block.consumer not in skip:
-                    failures += _apply(fit, student, block, moments)
+    tried = [block for block in layout.blocks if block.consumer not in skip]
+    bar = tqdm(
+        total=len(tried), desc="reconstruction", unit="block", disable=not progress, leave=False
+    )
+    with bar, torch.no_grad():
+        run = _start(teacher, student, layout, batches)
+        for layer in range(len(layout.layers)):
+            blocks = [block for block in tried if block.layer == layer]
+            _advance_teacher(run, layer, blocks)
+            for block in blocks:
+                moments = _collect(run, block, block.consumer in first_token_only)
+                failures += _apply(fit, student, block, moments)
                 bar.update()
             if layer + 1 < len(layout.layers):
-                _advance(teacher, student, layout, path, batches, states, teacher_too=not blocks)
-        bar.close()
+                _advance_student(run, layer)
     return failures
 
 
-def _enter(student: PreTrainedModel, layout: Layout, batches: Sequence[Batch]) -> _States:
+def _start(
+    teacher: PreTrainedModel, student: PreTrainedModel, layout: Layout, batches: Sequence[Batch]
+) -> _Run:
     hidden = [
         pack(first_layer_call(student, layout, batch)[0], token_mask(batch)) for batch in batches
     ]
-    return _States(hidden, list(hidden), [{} for _ in hidden])
+    return _Run(teacher, student, layout, batches, hidden, list(hidden), [{} for _ in hidden])
 
 
-def _collect(
-    teacher: PreTrainedModel,
-    student: PreTrainedModel,
-    layout: Layout,
-    blocks: Sequence[Block],
-    position: int,
-    batches: Sequence[Batch],
-    states: _States,
-    first_token_only: bool,
-) -> Moments:
-    """Moments of a block's features and targets; the teacher runs with its layer's first block."""
-    block = blocks[position]
-    path = layout.layers[block.layer]
-    consumer = student.get_submodule(block.consumer)
-    features_in = getattr(consumer, "in_features", 0)
-    moments = Moments.zeros(features_in, layout.hidden_size, _float64_device(consumer.bias.device))
-    for i, batch in enumerate(batches):
+def _advance_teacher(run: _Run, layer: int, blocks: Sequence[Block]) -> None:
+    """Take the teacher through a layer; what `blocks` give there, plus residual, is kept."""
+    for i, batch in enumerate(run.batches):
         tokens = token_mask(batch)
-        _, call = first_layer_call(student, layout, batch)
-        if position == 0:
-            output, traces = run_layer(
-                teacher, path, unpack(states.teacher[i], tokens), call, blocks
-            )
-            assert output is not None
-            states.teacher[i] = pack(output, tokens)
-            states.totals[i] = {
-                b.consumer: pack(t.total, tokens) for b, t in zip(blocks, traces, strict=True)
-            }
-        _, (trace,) = run_layer(
-            student, path, unpack(states.student[i], tokens), call, [block], stop=True
-        )
-        residual = trace.total - trace.output
-        target = states.totals[i].pop(block.consumer) - pack(residual, tokens)
-        features = (
-            target.new_zeros(len(target), 0)
-            if trace.features is None
-            else pack(trace.features, tokens)
-        )
-        if first_token_only:
-            first = torch.zeros_like(tokens)
-            first[:, 0] = True
-            chosen = first[tokens]
-            features, target = features[chosen], target[chosen]
-        moments.add(features, target)
+        _, call = first_layer_call(run.student, run.layout, batch)
+        hidden = unpack(run.teacher_states[i], tokens)
+        output, traces = run_layer(run.teacher, run.layout.layers[layer], hidden, call, blocks)
+        run.teacher_states[i] = pack(output, tokens)
+        for block, trace in zip(blocks, traces, strict=True):
+            run.totals[i][block.consumer] = pack(trace.total, tokens)
+
+
+def _advance_student(run: _Run, layer: int) -> None:
+    for i, batch in enumerate(run.batches):
+        tokens = token_mask(batch)
+        _, call = first_layer_call(run.student, run.layout, batch)
+        hidden = unpack(run.student_states[i], tokens)
+        output, _ = run_layer(run.student, run.layout.layers[layer], hidden, call)
+        run.student_states[i] = pack(output, tokens)
+
+
+def _collect(run: _Run, block: Block, first_token_only: bool) -> Moments:
+    """Moments of the features that enter a block's consumer and of what it should give."""
+    consumer = run.student.get_submodule(block.consumer)
+    num_features = getattr(consumer, "in_features", 0)
+    device = _float64_device(consumer.bias.device)
+    moments = Moments.zeros(num_features, run.layout.hidden_size, device)
+    path = run.layout.layers[block.layer]
+    for i, batch in enumerate(run.batches):
+        tokens = token_mask(batch)
+        _, call = first_layer_call(run.student, run.layout, batch)
+        hidden = unpack(run.student_states[i], tokens)
+        trace = trace_block(run.student, path, hidden, call, block)
+        total = run.totals[i].pop(block.consumer)
+        chosen = first_tokens(tokens) if first_token_only else tokens
+        residual = pack(trace.total, chosen) - pack(trace.output, chosen)
+        target = total[chosen[tokens]] - residual
+        if trace.features is None:
+            moments.add(target.new_zeros(len(target), 0), target)
+        else:
+            moments.add(pack(trace.features, chosen), target)
     return moments
 
 
@@ -167,25 +167,3 @@ def _apply(fit: Fit, student: PreTrainedModel, block: Block, moments: Moments) -
         weight.copy_(new_weight)
     bias.copy_(new_bias)
     return []
-
-
-def _advance(
-    teacher: PreTrainedModel,
-    student: PreTrainedModel,
-    layout: Layout,
-    path: str,
-    batches: Sequence[Batch],
-    states: _States,
-    teacher_too: bool,
-) -> None:
-    """Take the student through a finished layer, and the teacher where no block took it along."""
-    models: list[tuple[nn.Module, list[Tensor]]] = [(student, states.student)]
-    if teacher_too:
-        models.append((teacher, states.teacher))
-    for i, batch in enumerate(batches):
-        tokens = token_mask(batch)
-        _, call = first_layer_call(student, layout, batch)
-        for model, hidden in models:
-            output, _ = run_layer(model, path, unpack(hidden[i], tokens), call)
-            assert output is not None
-            hidden[i] = pack(output, tokens)
