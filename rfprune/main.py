@@ -5,11 +5,19 @@ Exit codes: 0 done, 2 something the user can mend (one sentence on stderr), 130 
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
-from rfprune.command_line import parse
+from rfprune.command_line import Options, parse
 from rfprune.errors import UserError
+
+INTERRUPTED = 130
+_FAREWELL = "rfprune: interrupted; nothing half-written was left behind.\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,16 +25,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
         options = parse(arguments)
-        from rfprune.run import run  # only now: torch takes seconds to import
-
-        run(options, arguments)
+        _import_run()(options, arguments)
     except UserError as error:
         sys.stderr.write(f"rfprune: error: {error}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("rfprune: interrupted; nothing half-written was left behind.\n")
-        return 130
+        sys.stderr.write(_FAREWELL)
+        return INTERRUPTED
     return 0
+
+
+def _import_run() -> Callable[[Options, Sequence[str]], None]:
+    """Import what takes seconds, only now that the flags are known to be good."""
+    with _exit_when_interrupted():
+        import datasets  # noqa: F401  (first used in the middle of a run; see above)
+
+        from rfprune.run import run
+    return run
+
+
+@contextmanager
+def _exit_when_interrupted() -> Iterator[None]:
+    """Let Ctrl-C end the process on the spot, while there is nothing to clean up.
+
+    The libraries' imports catch whatever is raised in them: as an exception, an interruption
+    would be swallowed, or come out as a missing module.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(*_: Any) -> None:
+        os.write(2, _FAREWELL.encode())
+        os._exit(INTERRUPTED)
+
+    before = signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 if __name__ == "__main__":

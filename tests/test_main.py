@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -381,6 +384,26 @@ def test_ctrl_c_in_a_stage_leaves_nothing(
     monkeypatch.setattr(f"rfprune.pipeline.{stage}", interrupt)
     assert main(flags()) == 130
     assert everything_here() == set()
+
+
+def test_ctrl_c_while_libraries_are_imported_is_not_swallowed(tmp_path: Path) -> None:
+    """A library that catches whatever happens in its imports, as several do."""
+    (tmp_path / "datasets.py").write_text(
+        "import os, signal\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    pass\n"
+    )
+    flags = f"--model demo --task sst2 --constraint 0.5 --output-dir {tmp_path / 'out'}"
+    done = subprocess.run(
+        [sys.executable, "-m", "rfprune.main", *flags.split()],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
+    assert done.returncode == 130
+    assert done.stderr == "rfprune: interrupted; nothing half-written was left behind.\n"
+    assert not (tmp_path / "out").exists()
 
 
 def test_ctrl_c_keeps_the_models_that_are_finished(
