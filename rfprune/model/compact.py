@@ -40,9 +40,8 @@ def compact(model: PreTrainedModel, layout: Layout, masks: Sequence[Tensor]) -> 
     small.__class__ = pruned_class(type(model))
     shrink(small, entries)
     small.load_state_dict(state, strict=False, assign=True)
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    for name in state:
-        small.get_parameter(name).requires_grad_(flags[name])
+    for name, parameter in small.named_parameters():
+        parameter.requires_grad_(model.get_parameter(name).requires_grad)
     return small
 
 
@@ -87,14 +86,14 @@ def _describe(block: Block, kept: Tensor) -> dict[str, Any]:
 def _sliced(model: PreTrainedModel, block: Block, mask: Tensor, kept: Tensor) -> dict[str, Tensor]:
     """The new parameters of a block by their names in the model."""
     consumer = linear(model, block.consumer)
-    state = {f"{block.consumer}.bias": consumer.bias.detach().clone()}
-    if not len(kept):
-        return state
     features = unit_features(kept, block.unit_width).to(consumer.weight.device)
     scales = mask[kept].repeat_interleave(block.unit_width).to(consumer.weight)
     columns = consumer.weight.detach().index_select(1, features)
-    state[f"{block.consumer}.weight"] = columns * scales
-    for path in block.producers:
+    state = {
+        f"{block.consumer}.weight": columns * scales,
+        f"{block.consumer}.bias": consumer.bias.detach().clone(),
+    }
+    for path in block.producers if len(kept) else ():
         for name, parameter in model.get_submodule(path).named_parameters():
             state[f"{path}.{name}"] = parameter.detach().index_select(0, features)
     return state

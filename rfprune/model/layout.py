@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rfprune.errors import UserError
@@ -188,10 +188,10 @@ def _block(
 def is_empty(model: nn.Module, consumer: str) -> bool:
     """Whether the out-projection at path `consumer` has been pruned to nothing but its bias."""
     try:
-        parameters = model.get_submodule(consumer).named_parameters()
+        weight = model.get_submodule(consumer).weight
     except AttributeError:
         return False
-    return [name for name, _ in parameters] == ["bias"]
+    return isinstance(weight, Tensor) and weight.shape[-1] == 0
 
 
 def _original_units(config: PretrainedConfig, consumer: str, num_units: int) -> tuple[int, ...]:

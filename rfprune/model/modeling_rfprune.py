@@ -174,11 +174,18 @@ def _empty(model: nn.Module, block: dict[str, Any], consumer: nn.Linear) -> None
 
 
 class ConstantOutput(nn.Module):
-    """An out-projection that lost all its inputs: its bias is what is left."""
+    """An out-projection that lost all its inputs: its bias is what is left.
+
+    Its weight of no columns is saved too, so that the unpruned class refuses to load the shape
+    instead of making up a weight that it misses.
+    """
+
+    weight: torch.Tensor
 
     def __init__(self, like: nn.Linear) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros_like(like.weight[:, 0]))
+        self.register_buffer("weight", like.weight.new_empty(like.out_features, 0))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.bias.expand(*hidden_states.shape[:-1], -1)

@@ -149,7 +149,7 @@ def _watched(model: nn.Module, block: Block, *, stop: bool = False) -> Iterator[
     seen: dict[str, Tensor] = {}
 
     def after_consumer(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if hasattr(module, "in_features"):  # else no unit is left, and what enters means nothing
+        if isinstance(module, nn.Linear):  # else no unit is left, and what enters means nothing
             seen["features"] = inputs[0]
         seen["output"] = output
 

@@ -129,9 +129,8 @@ def _advance_student(run: _Run, layer: int) -> None:
 def _collect(run: _Run, block: Block, first_token_only: bool) -> Moments:
     """Moments of the features that enter a block's consumer and of what it should give."""
     consumer = run.student.get_submodule(block.consumer)
-    num_features = getattr(consumer, "in_features", 0)
-    device = _float64_device(consumer.bias.device)
-    moments = Moments.zeros(num_features, run.layout.hidden_size, device)
+    num_outputs, num_features = consumer.weight.shape
+    moments = Moments.zeros(num_features, num_outputs, _float64_device(consumer.weight.device))
     path = run.layout.layers[block.layer]
     for i, batch in enumerate(run.batches):
         tokens = token_mask(batch)
@@ -155,15 +154,12 @@ def _float64_device(device: torch.device) -> torch.device:
 
 def _apply(fit: Fit, student: PreTrainedModel, block: Block, moments: Moments) -> list[str]:
     consumer = student.get_submodule(block.consumer)
-    bias = consumer.bias
-    weight = getattr(consumer, "weight", bias.new_zeros(len(bias), 0))
     try:
-        new_weight, new_bias = fit(block, moments, weight, bias)
+        new_weight, new_bias = fit(block, moments, consumer.weight, consumer.bias)
         if not (torch.isfinite(new_weight).all() and torch.isfinite(new_bias).all()):
             raise NumericalFailure("the fitted weights are not finite")
     except NumericalFailure as failure:
         return [f"{block.name} was left as it was: {failure}"]
-    if weight.numel():
-        weight.copy_(new_weight)
-    bias.copy_(new_bias)
+    consumer.weight.copy_(new_weight)
+    consumer.bias.copy_(new_bias)
     return []
