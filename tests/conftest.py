@@ -28,6 +28,7 @@ hypothesis.settings.load_profile("rfprune")
 Head = Literal["sequence-classification", "question-answering", "none"]
 TinyModel = Callable[..., Any]
 TinyFolder = Callable[..., Path]
+TinyBatch = Callable[..., dict[str, Any]]
 
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "mpnet")
 """Every architecture of the table; `tests/model` checks that none is missing."""
@@ -91,6 +92,16 @@ def tiny_model() -> TinyModel:
     `num_attention_heads`, `intermediate_size`, `num_labels`, ...), for every model type.
     """
     return make_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_batch() -> TinyBatch:
+    """`tiny_batch(num_examples=4, length=7, *, padding="right", seed=0)`.
+
+    Random token ids and an attention mask; every other example is shorter by one to three tokens,
+    padded on the side that `padding` names, or none is ("none").
+    """
+    return make_tiny_batch
 
 
 @pytest.fixture(scope="session")
@@ -172,6 +183,28 @@ def make_tiny_model(
         model = model_class.from_config(tiny_config(model_type, **config))
         _spread_what_starts_constant(model)
     return model.eval()
+
+
+def make_tiny_batch(
+    num_examples: int = 4,
+    length: int = 7,
+    *,
+    padding: Literal["right", "left", "none"] = "right",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """What the fixture `tiny_batch` calls; see there."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, len(vocabulary()), (num_examples, length), generator=generator)
+    attention_mask = torch.ones_like(ids)
+    for row in range(1, num_examples, 2):
+        missing = 1 + row % 3
+        if padding == "right":
+            attention_mask[row, length - missing :] = 0
+        elif padding == "left":
+            attention_mask[row, :missing] = 0
+    return {"input_ids": ids * attention_mask, "attention_mask": attention_mask}
 
 
 def tiny_config(model_type: str = "bert", **changes: Any) -> Any:
