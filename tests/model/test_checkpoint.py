@@ -1,0 +1,351 @@
+"""Folders of pruned models: what is written can be read anywhere, and nothing else is.
+
+Deleting this lets a damaged or doctored folder load into a wrong model, or run code.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from rfprune.errors import UserError
+from rfprune.model.checkpoint import MASKS_FILE, load_masks, load_pruned, save_pruned
+from rfprune.model.compact import compact
+from rfprune.model.layout import layout_of
+from rfprune.model.masks import full_masks
+from rfprune.model.modeling_rfprune import pruned_class, shrink
+
+Tiny = Callable[..., Any]
+
+
+def pruned(model: Any) -> tuple[Any, Any, Any]:
+    layout = layout_of(model)
+    masks = full_masks(layout)
+    masks[0][1], masks[1][:5], masks[2][:] = 0, 0, 0
+    return compact(model, layout, masks), layout, masks
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, tiny_model: Tiny, tiny_tokenizer: Tiny) -> Path:
+    """A pruned bert with one head of layer 0 gone and no head left in layer 1. Copy to change."""
+    folder = tmp_path_factory.mktemp("saved")
+    save_pruned(*pruned(tiny_model()), folder, tiny_tokenizer())
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy of the saved folder that a test may change."""
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def edit_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_what_is_in_a_folder(saved: Path) -> None:
+    names = {path.name for path in saved.iterdir()}
+    assert {
+        "config.json",
+        "model.safetensors",
+        "modeling_rfprune.py",
+        "masks.safetensors",
+        "tokenizer.json",
+    } <= names
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl"))]
+    config = json.loads((saved / "config.json").read_text())
+    name = "PrunedBertForSequenceClassification"
+    assert config["architectures"] == [name]
+    assert config["auto_map"] == {"AutoModelForSequenceClassification": f"modeling_rfprune.{name}"}
+    assert [block["num_units"] for block in config["rfprune"]["blocks"]] == [3, 7, 0, 12]
+
+
+def test_a_fresh_process_needs_no_rfprune(saved: Path, tmp_path: Path, tiny_batch: Tiny) -> None:
+    batch = tiny_batch()
+    save_file(batch, tmp_path / "batch.safetensors")
+    program = """
+import sys
+sys.modules["rfprune"] = None  # importing it is an error, wherever it is installed
+import torch, transformers
+from safetensors.torch import load_file, save_file
+folder, batch, output = sys.argv[1:]
+model = transformers.AutoModelForSequenceClassification.from_pretrained(
+    folder, trust_remote_code=True
+)
+model.save_pretrained(output + "-again")
+with torch.no_grad():
+    save_file({"logits": model(**load_file(batch)).logits}, output)
+"""
+    output = tmp_path / "logits"
+    paths = [str(path) for path in (saved, tmp_path / "batch.safetensors", output)]
+    subprocess.run(
+        [sys.executable, "-c", program, *paths], check=True, cwd=tmp_path, capture_output=True
+    )
+    expected = load_pruned(saved)(**batch).logits
+    assert torch.equal(load_file(output)["logits"], expected)
+    again = load_pruned(tmp_path / "logits-again")
+    assert torch.equal(again(**batch).logits, expected)
+
+
+def test_load_pruned_runs_no_code_of_the_folder(folder: Path, tiny_batch: Tiny) -> None:
+    marker = folder / "executed"
+    code = f"import pathlib; pathlib.Path({str(marker)!r}).touch(); raise SystemExit"
+    (folder / "modeling_rfprune.py").write_text(code)
+    model = load_pruned(folder)
+    assert not marker.exists()
+    assert model(**tiny_batch()).logits.isfinite().all()
+    with pytest.raises(SystemExit):  # the code would have run, had it been asked for
+        transformers.AutoModelForSequenceClassification.from_pretrained(
+            folder, trust_remote_code=True
+        )
+    assert marker.exists()
+
+
+def test_the_unpruned_class_refuses_the_weights(saved: Path) -> None:
+    with pytest.raises(RuntimeError, match="size"):
+        transformers.AutoModelForSequenceClassification.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("with_code", [False, True])
+def test_a_reloaded_model_is_saved_again(
+    saved: Path, with_code: bool, tmp_path: Path, tiny_batch: Tiny
+) -> None:
+    batch = tiny_batch()
+    if with_code:
+        load = transformers.AutoModelForSequenceClassification.from_pretrained
+        model = load(saved, trust_remote_code=True)
+    else:
+        model = load_pruned(saved)
+    model.save_pretrained(tmp_path)
+    code = (saved / "modeling_rfprune.py").read_text()
+    assert (tmp_path / "modeling_rfprune.py").read_text() == code
+    assert torch.equal(load_pruned(tmp_path)(**batch).logits, model(**batch).logits)
+
+
+def test_a_model_loaded_with_its_own_code_is_pruned_again(
+    saved: Path, tmp_path: Path, tiny_batch: Tiny
+) -> None:
+    batch = tiny_batch()
+    load = transformers.AutoModelForSequenceClassification.from_pretrained
+    theirs, ours = load(saved, trust_remote_code=True), load_pruned(saved)
+    layout = layout_of(theirs)
+    assert layout == layout_of(ours)
+    masks = full_masks(layout)
+    masks[0][0] = 0
+    small = compact(theirs, layout, masks)
+    expected = compact(ours, layout, masks)(**batch).logits
+    assert torch.equal(small(**batch).logits, expected)
+    save_pruned(small, layout, masks, tmp_path)
+    assert torch.equal(load_pruned(tmp_path)(**batch).logits, expected)
+
+
+def test_arguments_of_from_pretrained_pass_through(saved: Path) -> None:
+    model = load_pruned(str(saved), dtype=torch.bfloat16, attn_implementation="eager")
+    assert model.dtype == torch.bfloat16
+    assert model.config._attn_implementation == "eager"
+
+
+def test_sharded_weights_load(saved: Path, tmp_path: Path, tiny_batch: Tiny) -> None:
+    model = load_pruned(saved)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert not (tmp_path / "model.safetensors").exists()
+    batch = tiny_batch()
+    assert torch.equal(load_pruned(tmp_path)(**batch).logits, model(**batch).logits)
+
+
+def test_masks_come_back(saved: Path, tiny_model: Tiny) -> None:
+    _, layout, masks = pruned(tiny_model())
+    loaded = load_masks(saved)
+    assert list(loaded) == sorted(block.name for block in layout.blocks)
+    for block, mask in zip(layout.blocks, masks, strict=True):
+        assert torch.equal(loaded[block.name], mask)
+
+
+def test_masks_that_cannot_be_read_are_named(folder: Path) -> None:
+    path = folder / MASKS_FILE
+    save_file({"layer.0.heads": torch.ones(2)}, path, metadata={"format_version": "9"})
+    with pytest.raises(UserError, match="format version 9, but this rfprune reads 1"):
+        load_masks(folder)
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(UserError, match="cannot be read"):
+        load_masks(folder)
+    path.unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        load_masks(folder)
+
+
+def test_a_class_that_nobody_could_load_is_not_saved(tiny_model: Tiny, tmp_path: Path) -> None:
+    model = tiny_model()
+    model.__class__ = type("MyModel", (type(model),), {})
+    small, layout, masks = pruned(model)
+    with pytest.raises(UserError, match="'MyModel' is not part of transformers"):
+        save_pruned(small, layout, masks, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_not_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a folder"):
+        load_pruned(tmp_path / "missing")
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        load_pruned(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not readable JSON"),
+        ("[1]", "does not hold a JSON object"),
+        ("{}", "no entry 'rfprune', so this is not a pruned model"),
+        ('{"rfprune": {"format_version": 2, "blocks": []}}', "format version is 2, not 1: upgrade"),
+        ('{"rfprune": {"format_version": 1, "blocks": {}}}', "no list of blocks"),
+        ('{"rfprune": {"format_version": 1, "blocks": [3]}}', "must have the fields kind, layer"),
+    ],
+)
+def test_a_config_that_is_none(text: str, message: str, folder: Path) -> None:
+    (folder / "config.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_pruned(folder)
+
+
+TAMPERED: list[tuple[str, Any]] = [
+    ("kind", 3),
+    ("layer", "0"),
+    ("num_units", True),
+    ("num_units", 3.0),
+    ("num_units", -1),
+    ("unit_width", 0),
+    ("units", "012"),
+    ("units", [0, 1]),
+    ("units", [0, 1, "__class__"]),
+    ("units", [0, 1, -1]),
+    ("producers", "query"),
+    ("producers", [1]),
+    ("producers", ["classifier"]),
+    ("consumer", ["classifier"]),
+    ("inner", None),
+    ("inner", ""),
+    ("inner_returns_tuple", 1),
+    ("shared_position_bias", "yes"),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), TAMPERED, ids=repr)
+@pytest.mark.parametrize("with_code", [False, True])
+def test_a_bad_field_is_refused(
+    field: str, value: Any, with_code: bool, folder: Path, tiny_model: Tiny
+) -> None:
+    """Also where the folder's own code reads it, which is all that a stranger runs."""
+    edit_config(folder, lambda config: config["rfprune"]["blocks"][0].update({field: value}))
+    if with_code:
+        model, config = tiny_model(), json.loads((folder / "config.json").read_text())
+        model.config.rfprune = config["rfprune"]
+        with pytest.raises(ValueError, match="a block has a bad '"):
+            pruned_class(type(model))(model.config)
+    else:
+        with pytest.raises(UserError, match="a block has a bad '"):
+            load_pruned(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"extra": 1}, "must have the fields"),
+        ({"consumer": "bert.encoder"}, "is a BertEncoder, not a linear map"),
+        ({"consumer": "bert.no.such"}, "there is no module 'bert.no.such'"),
+        ({"consumer": "__class__"}, "there is no module"),
+        ({"consumer": ""}, "not a linear map"),
+        ({"num_units": 10**9, "units": None}, "is smaller than 4000000000 features"),
+    ],
+)
+def test_a_path_must_be_that_of_a_linear_map_at_least_as_large(
+    change: dict[str, Any], message: str, folder: Path, tiny_model: Tiny
+) -> None:
+    edit_config(folder, lambda config: config["rfprune"]["blocks"][0].update(change))
+    model = tiny_model()
+    model.config.rfprune = json.loads((folder / "config.json").read_text())["rfprune"]
+    with pytest.raises(ValueError, match=message):
+        pruned_class(type(model))(model.config)
+    with pytest.raises(UserError):
+        load_pruned(folder)
+
+
+def test_shrinking_what_is_shrunk_already_is_refused(saved: Path) -> None:
+    model = load_pruned(saved)
+    with pytest.raises(ValueError, match="there is no module"):
+        shrink(model, model.config.rfprune["blocks"])
+
+
+@pytest.mark.parametrize(
+    "names", [["PrunedTrainer"], ["PrunedBertConfig"], ["NoSuchModel"], [], None, [{}]], ids=str
+)
+def test_an_architecture_that_is_none(names: Any, folder: Path) -> None:
+    edit_config(folder, lambda config: config.update(architectures=names))
+    with pytest.raises(UserError, match="not a supported class of transformers"):
+        load_pruned(folder)
+
+
+def test_an_unsupported_model_type(folder: Path) -> None:
+    edit_config(folder, lambda config: config.update(model_type="gpt2"))
+    with pytest.raises(UserError, match="of type 'gpt2'"):
+        load_pruned(folder)
+
+
+def test_only_model_classes_are_made_on_demand() -> None:
+    from rfprune.model import modeling_rfprune
+
+    assert modeling_rfprune.PrunedBertModel.pruned_from is transformers.BertModel
+    for name in ("PrunedTrainer", "PrunedNoSuchThing", "BertModel", "_secret", "Pruned"):
+        with pytest.raises(AttributeError, match=name):
+            getattr(modeling_rfprune, name)
+
+
+def test_weights_of_another_shape(folder: Path) -> None:
+    edit_config(folder, lambda config: config["rfprune"]["blocks"][1].update(num_units=6))
+    with pytest.raises(UserError, match="has 7 columns but config.json promises 6"):
+        load_pruned(folder)
+
+
+def test_weights_that_are_missing(folder: Path) -> None:
+    edit_weights(folder, lambda weights: weights.pop("classifier.bias"))
+    with pytest.raises(UserError, match=r"lack 'classifier\.bias'"):
+        load_pruned(folder)
+
+
+def test_rows_that_do_not_fit(folder: Path) -> None:
+    key = "bert.encoder.layer.0.intermediate.dense.bias"
+    edit_weights(folder, lambda weights: weights.update({key: torch.zeros(5)}))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_pruned(folder)
+
+
+def test_damaged_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(UserError, match="damaged or not safetensors"):
+        load_pruned(folder)
+
+
+def test_a_pickle_is_not_opened(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_pruned(folder)

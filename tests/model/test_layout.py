@@ -1,0 +1,148 @@
+"""Finding the blocks of a model, and refusing what cannot be seen as blocks.
+
+Deleting this lets unsupported models through to wrong results, or fail with a traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from rfprune.errors import UserError
+from rfprune.model.architectures import ARCHITECTURES
+from rfprune.model.compact import compact
+from rfprune.model.layout import layout_of, linear
+from rfprune.model.masks import full_masks
+
+TinyModel = Callable[..., Any]
+
+
+def test_blocks_name_their_modules_from_the_root(tiny_model: TinyModel) -> None:
+    layout = layout_of(tiny_model())
+    heads, neurons = layout.blocks_of_layer(1)
+    assert layout.layers == ("bert.encoder.layer.0", "bert.encoder.layer.1")
+    assert (heads.name, neurons.name) == ("layer.1.heads", "layer.1.neurons")
+    assert heads.consumer == "bert.encoder.layer.1.attention.output.dense"
+    assert heads.producers[2] == "bert.encoder.layer.1.attention.self.value"
+    assert neurons.producers == ("bert.encoder.layer.1.intermediate.dense",)
+    assert neurons.consumer == "bert.encoder.layer.1.output.dense"
+    assert heads.units == (0, 1, 2, 3)
+
+
+def test_blocks_run_in_their_order(tiny_model: TinyModel, tiny_batch: Callable[..., Any]) -> None:
+    for model_type in ARCHITECTURES:
+        model = tiny_model(model_type)
+        ran: list[str] = []
+        for block in layout_of(model).blocks:
+            module = model.get_submodule(block.consumer)
+            module.register_forward_hook(lambda *_, at=ran, name=block.name: at.append(name))
+        model(**tiny_batch())
+        assert ran == [block.name for block in layout_of(model).blocks]
+
+
+def test_a_bare_model_has_no_prefix(tiny_model: TinyModel) -> None:
+    assert layout_of(tiny_model(head="none")).layers == ("encoder.layer.0", "encoder.layer.1")
+
+
+def test_other_sizes_are_read_from_the_model(tiny_model: TinyModel) -> None:
+    model = tiny_model(num_attention_heads=2, intermediate_size=5, num_hidden_layers=1)
+    blocks = layout_of(model).blocks
+    assert [(block.num_units, block.unit_width) for block in blocks] == [(2, 8), (5, 1)]
+
+
+def test_an_emptied_sublayer_has_no_block(tiny_model: TinyModel) -> None:
+    model = tiny_model()
+    masks = full_masks(layout_of(model))
+    masks[0][:] = 0
+    masks[2][[0, 2]] = 0
+    layout = layout_of(compact(model, layout_of(model), masks))
+    assert [block.name for block in layout.blocks] == [
+        "layer.0.neurons",
+        "layer.1.heads",
+        "layer.1.neurons",
+    ]
+    assert layout.blocks[1].units == (1, 3)
+    assert len(layout.layers) == 2
+
+
+def test_an_unknown_model_type_names_the_known_ones() -> None:
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=10)
+    with pytest.raises(UserError, match=r"'gpt2' is not supported.*bert, camembert.*xlm-roberta"):
+        layout_of(transformers.GPT2Model(config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"is_decoder": True, "add_cross_attention": True}, "cross-attention"),
+        ({"chunk_size_feed_forward": 2}, "chunk_size_feed_forward=2.*chunk_size_feed_forward=0"),
+    ],
+)
+def test_what_the_blocks_cannot_express_is_refused(
+    changes: dict[str, Any], message: str, tiny_model: TinyModel
+) -> None:
+    with pytest.raises(UserError, match=message):
+        layout_of(tiny_model(**changes))
+
+
+def test_a_wrapper_is_not_a_model(tiny_model: TinyModel) -> None:
+    with pytest.raises(UserError, match="DataParallel is not a model of transformers"):
+        layout_of(nn.DataParallel(tiny_model()))
+
+
+def test_an_adapter_must_be_merged(tiny_model: TinyModel) -> None:
+    class Adapter(nn.Module):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.base, self.weight = base, base.weight
+            self.in_features, self.out_features = base.in_features, base.out_features
+
+    model = tiny_model()
+    attention = model.bert.encoder.layer[1].attention.self
+    attention.query = Adapter(attention.query)
+    with pytest.raises(UserError, match=r"layer\.1.*query' is a Adapter.*merge adapters"):
+        layout_of(model)
+
+
+def test_quantised_weights_are_refused(tiny_model: TinyModel) -> None:
+    model = tiny_model()
+    dense = model.bert.encoder.layer[0].output.dense
+    dense.weight = nn.Parameter(dense.weight.data.to(torch.int8), requires_grad=False)
+    with pytest.raises(UserError, match="without quantisation"):
+        layout_of(model)
+
+
+def test_layers_that_share_weights_are_refused(tiny_model: TinyModel) -> None:
+    model = tiny_model()
+    model.bert.encoder.layer[1] = model.bert.encoder.layer[0]
+    with pytest.raises(UserError, match="share their weights"):
+        layout_of(model)
+
+
+def test_shapes_that_do_not_fit_are_named(tiny_model: TinyModel) -> None:
+    model = tiny_model()
+    model.bert.encoder.layer[0].intermediate.dense = nn.Linear(16, 11)
+    with pytest.raises(UserError, match=r"output\.dense' reads 12 features.*11"):
+        layout_of(model)
+
+
+def test_missing_modules_are_named(tiny_model: TinyModel) -> None:
+    model = tiny_model()
+    del model.bert.encoder.layer[0].output.dense
+    with pytest.raises(UserError, match=r"no module 'bert\.encoder\.layer\.0\.output\.dense'"):
+        layout_of(model)
+    model.bert.encoder.layer = nn.Sequential()
+    with pytest.raises(UserError, match=r"no list of layers at 'bert\.encoder\.layer'"):
+        layout_of(model)
+
+
+def test_linear_gives_the_module_itself(tiny_model: TinyModel) -> None:
+    model = tiny_model()
+    assert linear(model, "classifier") is model.classifier
+    with pytest.raises(UserError, match="Dropout"):
+        linear(model, "dropout")

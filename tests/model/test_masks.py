@@ -1,0 +1,138 @@
+"""Masks act where they should, and leave no trace.
+
+Deleting this lets a hook stay behind after an error, or a mode or flag of the user's model change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from rfprune.model.layout import layout_of
+from rfprune.model.masks import frozen, full_masks, masked, num_kept
+
+Tiny = Callable[..., Any]
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(
+        len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()
+    )
+
+
+def test_head_mask_is_ignored_by_transformers_and_ours_are_not(
+    tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    model, batch = tiny_model(), tiny_batch()
+    layout = layout_of(model)
+    plain = model(**batch).logits
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        assert torch.equal(model(**batch, head_mask=torch.zeros(2, 4)).logits, plain)
+    masks = full_masks(layout)
+    for block, mask in zip(layout.blocks, masks, strict=True):
+        mask *= block.kind != "head"
+    with masked(model, layout, masks):
+        without_heads = model(**batch).logits
+    assert (without_heads - plain).abs().max() > 1e-2
+
+
+def test_a_mask_multiplies_the_features_of_its_unit(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    model, batch, seen = tiny_model(), tiny_batch(), []
+    layout = layout_of(model)
+    heads = layout.blocks[0]
+    masks = full_masks(layout)
+    masks[0][2] = -0.5
+    consumer = model.get_submodule(heads.consumer)
+    watch = consumer.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    model(**batch)
+    with masked(model, layout, masks):
+        model(**batch)
+    watch.remove()
+    plain, scaled = seen
+    factors = torch.tensor([1.0, 1.0, -0.5, 1.0]).repeat_interleave(heads.unit_width)
+    assert torch.equal(scaled, plain * factors)
+    assert not torch.equal(scaled, plain)
+
+
+def test_each_example_may_have_masks_of_its_own(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    model, batch = tiny_model(), tiny_batch()
+    layout = layout_of(model)
+    generator = torch.Generator().manual_seed(0)
+    masks = [torch.rand(4, block.num_units, generator=generator) for block in layout.blocks]
+    with masked(model, layout, masks):
+        together = model(**batch).logits
+    for row in range(4):
+        with masked(model, layout, [mask[row] for mask in masks]):
+            alone = model(**batch).logits[row]
+        torch.testing.assert_close(together[row], alone, rtol=1e-5, atol=1e-6)
+    assert (together - model(**batch).logits).abs().min() > 1e-4
+
+
+def test_hooks_are_gone_after_an_error(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    model, batch = tiny_model(), tiny_batch()
+    layout = layout_of(model)
+    plain, before = model(**batch).logits, hooks_of(model)
+
+    def fail_inside() -> None:
+        with masked(model, layout, [0 * mask for mask in full_masks(layout)]):
+            assert hooks_of(model) == before + len(layout.blocks)
+            model(input_ids=None)
+
+    with pytest.raises(ValueError, match="input_ids"):
+        fail_inside()
+    assert hooks_of(model) == before
+    assert torch.equal(model(**batch).logits, plain)
+
+
+def test_a_wrong_number_of_masks_leaves_no_hook(tiny_model: Tiny) -> None:
+    model = tiny_model()
+    layout = layout_of(model)
+    with (
+        pytest.raises(ValueError, match="shorter"),
+        masked(model, layout, full_masks(layout)[:2]),
+    ):
+        pass
+    assert hooks_of(model) == 0
+
+
+def test_num_kept_counts_scales_of_any_sign() -> None:
+    assert num_kept([torch.tensor([0.0, 1.0, -0.3]), torch.zeros(4)]) == (2, 0)
+
+
+def test_frozen_puts_modes_and_flags_back_also_after_an_error(tiny_model: Tiny) -> None:
+    model = tiny_model()
+    model.train()
+    model.bert.encoder.layer[0].eval()
+    model.bert.embeddings.requires_grad_(False)
+
+    def state() -> tuple[list[bool], list[bool]]:
+        modes = [module.training for module in model.modules()]
+        return modes, [parameter.requires_grad for parameter in model.parameters()]
+
+    before = state()
+    assert len(set(before[0])) == len(set(before[1])) == 2
+
+    def fail_inside() -> None:
+        with frozen(model):
+            assert state() == ([False] * len(before[0]), [False] * len(before[1]))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail_inside()
+    assert state() == before
+
+
+def test_no_weight_gradient_is_computed_when_frozen(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    model, batch = tiny_model(), tiny_batch()
+    layout = layout_of(model)
+    masks = [mask.requires_grad_() for mask in full_masks(layout)]
+    with frozen(model), masked(model, layout, masks):
+        loss: Tensor = model(**batch).logits.sum()
+    loss.backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(mask.grad is not None and mask.grad.abs().max() > 0 for mask in masks)

@@ -1,0 +1,126 @@
+"""Running a model layer by layer: what is captured is what the model computes.
+
+Deleting this lets reconstruction fit wrong targets (padding, residuals, order) unseen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from rfprune.errors import UserError
+from rfprune.model.architectures import ARCHITECTURES
+from rfprune.model.layout import layout_of
+from rfprune.model.replay import (
+    first_layer_call,
+    first_tokens,
+    pack,
+    run_layer,
+    token_mask,
+    trace_block,
+    unpack,
+)
+
+Tiny = Callable[..., Any]
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=4))
+def test_packing_loses_nothing_but_padding(rows: list[list[bool]]) -> None:
+    tokens = torch.tensor(rows)
+    hidden = torch.randn(*tokens.shape, 3)
+    packed = pack(hidden, tokens)
+    assert packed.shape == (int(tokens.sum()), 3)
+    restored = unpack(packed, tokens)
+    assert torch.equal(restored, hidden * tokens[:, :, None])
+
+
+def test_tokens_are_what_the_attention_mask_says(tiny_batch: Tiny) -> None:
+    batch = tiny_batch(padding="left")
+    assert torch.equal(token_mask(batch).long(), batch["attention_mask"])
+    assert not token_mask(batch).all()
+
+
+def test_without_an_attention_mask_all_are_tokens() -> None:
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    assert token_mask({"input_ids": ids}).tolist() == [[True] * 3] * 2
+    assert token_mask({"inputs_embeds": torch.zeros(2, 3, 16)}).shape == (2, 3)
+
+
+def test_a_batch_that_cannot_be_read_is_named() -> None:
+    with pytest.raises(UserError, match="a batch holds labels, but"):
+        token_mask({"labels": torch.zeros(2)})
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    with pytest.raises(UserError, match=r"shape \(2, 1, 3, 3\) does not fit \(2, 3\)"):
+        token_mask({"input_ids": ids, "attention_mask": torch.zeros(2, 1, 3, 3)})
+
+
+def test_the_first_token_is_found_behind_padding() -> None:
+    tokens = torch.tensor([[1, 1, 1], [0, 1, 1], [1, 1, 0], [0, 0, 1]]).bool()
+    assert first_tokens(tokens).nonzero().tolist() == [[0, 0], [1, 1], [2, 0], [3, 2]]
+
+
+def test_the_pass_stops_before_the_first_layer(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    model = tiny_model()
+    layout = layout_of(model)
+    ran: list[str] = []
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    hidden, _call = first_layer_call(model, layout, tiny_batch())
+    assert hidden.shape == (4, 7, 16)
+    assert "bert.embeddings" in ran
+    assert not [name for name in ran if name.startswith("bert.encoder")]
+    assert all(not module._forward_pre_hooks for module in model.modules())
+
+
+def test_no_hook_stays_when_the_model_fails(tiny_model: Tiny) -> None:
+    model = tiny_model()
+    layout = layout_of(model)
+    with pytest.raises(IndexError):
+        first_layer_call(model, layout, {"input_ids": torch.full((1, 2), 10**6)})
+    assert all(not module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+def test_a_trace_is_consistent_with_the_block(
+    model_type: str, tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    model, batch = tiny_model(model_type), tiny_batch()
+    layout = layout_of(model)
+    with torch.no_grad():
+        hidden, call = first_layer_call(model, layout, batch)
+        blocks = layout.blocks_of_layer(0)
+        output, traces = run_layer(model, layout.layers[0], hidden, call, blocks)
+        for block, trace in zip(blocks, traces, strict=True):
+            assert trace.features is not None
+            assert trace.features.shape[-1] == block.num_units * block.unit_width
+            consumer = model.get_submodule(block.consumer)
+            assert torch.equal(consumer(trace.features), trace.output)
+            alone = trace_block(model, layout.layers[0], hidden, call, block)
+            assert torch.equal(alone.total, trace.total)
+        heads, neurons = traces
+        torch.testing.assert_close(heads.total - heads.output, hidden)  # the residual of attention
+        between = model.get_submodule(blocks[0].residual_sum)(heads.total)
+        torch.testing.assert_close(neurons.total - neurons.output, between)
+        after = model.get_submodule(blocks[1].residual_sum)(neurons.total)
+        torch.testing.assert_close(after, output)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_traced_pass_goes_no_further_than_its_block(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    model = tiny_model()
+    layout = layout_of(model)
+    hidden, call = first_layer_call(model, layout, tiny_batch())
+    ran: list[str] = []
+    ffn: nn.Module = model.bert.encoder.layer[0].intermediate
+    ffn.register_forward_hook(lambda *_: ran.append("ffn"))
+    heads, neurons = layout.blocks_of_layer(0)
+    trace_block(model, layout.layers[0], hidden, call, heads)
+    assert ran == []
+    trace_block(model, layout.layers[0], hidden, call, neurons)
+    assert ran == ["ffn"]
