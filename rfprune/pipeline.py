@@ -1,7 +1,9 @@
 """prune(): the method on one page.
 
-    mask gradients -> Fisher importance -> search under the constraint -> rearrangement ->
-    compaction -> tuning
+    kwon:       mask gradients -> Fisher importance -> search under the constraint ->
+                rearrangement -> compaction -> one scale per kept unit by least squares
+    curvature:  input and gradient moments -> error curve of every block -> exact allocation ->
+                compaction -> every out-projection by least squares
 
 The model that is given stays as it is: masks act through hooks that are gone afterwards, and the
 student is a copy.
@@ -12,8 +14,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rfprune.cost.constraint import Constraint, CostModel
@@ -25,11 +29,13 @@ from rfprune.model.layout import Layout, layout_of
 from rfprune.model.masks import Masks, frozen, masked, num_kept
 from rfprune.model.replay import Batch, token_mask
 from rfprune.result import Clock, PruneResult, Settings
-from rfprune.stages.fisher import Gradients, block_fisher, collect_gradients, diagonal_fisher
+from rfprune.stages.allocate import allocate
+from rfprune.stages.curvature import collect_curvature, error_curves
+from rfprune.stages.fisher import block_fisher, collect_gradients, diagonal_fisher
 from rfprune.stages.objective import LABELS
 from rfprune.stages.rearrange import rearrange
 from rfprune.stages.search import search
-from rfprune.stages.tune import tune_scales
+from rfprune.stages.tune import refit, tune_scales
 
 
 def prune(
@@ -79,61 +85,109 @@ def prune_family(
     inputs = [
         {name: value for name, value in batch.items() if name not in LABELS} for batch in labelled
     ]
-    clock = Clock()
-    with clock("collect"), frozen(model):
+    job = _Job(model, layout, labelled, inputs, settings, progress)
+    methods = {"kwon": _kwon, "curvature": _curvature}
+    yield from methods[settings.method](job, constraints)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What all constraints share; `inputs` are the `batches` without labels."""
+
+    model: PreTrainedModel
+    layout: Layout
+    batches: Sequence[Batch]
+    inputs: Sequence[Batch]
+    settings: Settings
+    progress: bool
+
+
+def _kwon(job: _Job, constraints: Sequence[Constraint]) -> Iterator[PruneResult]:
+    """The published method (Kwon et al. 2022, section 4)."""
+    model, layout, settings = job.model, job.layout, job.settings
+    shared = Clock()
+    with shared("collect"), frozen(model):
         gradients = collect_gradients(
             model,
             layout,
-            labelled,
+            job.batches,
             use_labels=settings.use_labels,
             per_batch=settings.gradients == "per-batch",
             seed=settings.seed,
-            progress=progress,
+            progress=job.progress,
         )
-    for constraint in constraints:
-        yield _prune_kwon(
-            model, layout, inputs, constraint, gradients, settings, clock.fork(), progress
-        )
-
-
-def _prune_kwon(
-    model: PreTrainedModel,
-    layout: Layout,
-    batches: Sequence[Batch],
-    constraint: Constraint,
-    gradients: Gradients,
-    settings: Settings,
-    clock: Clock,
-    progress: bool,
-) -> PruneResult:
-    """Kwon et al. 2022, section 4, from the mask gradients on."""
-    costs = cost_model(constraint.metric, model, layout, batches)
-    warnings: list[str] = []
-    with clock("search"):
         importance = diagonal_fisher(gradients)
-        masks = search(layout, importance, costs, costs.budget(constraint))
-    if settings.rearrange:
-        with clock("rearrange"):
-            masks = tuple(
-                rearrange(m, block_fisher(g)) for m, g in zip(masks, gradients, strict=True)
-            )
-    with clock("compact"):
-        student = compact(model, layout, masks)
-    if settings.tune:
-        with clock("tune"), frozen(model), frozen(student):
-            teacher: AbstractContextManager[None] = nullcontext()
-            if settings.teacher == "scheduled":
-                halfway = Constraint(constraint.metric, math.sqrt(constraint.ratio))
-                teacher = masked(
-                    model, layout, search(layout, importance, costs, costs.budget(halfway))
+    for constraint in constraints:
+        clock = shared.fork()
+        warnings: list[str] = []
+        costs = cost_model(constraint.metric, model, layout, job.inputs)
+        with clock("search"):
+            masks = search(layout, importance, costs, costs.budget(constraint))
+        if settings.rearrange:
+            with clock("rearrange"):
+                masks = tuple(
+                    rearrange(mask, block_fisher(gradient))
+                    for mask, gradient in zip(masks, gradients, strict=True)
                 )
-            with teacher:
-                scales, warnings = tune_scales(model, student, layout, batches, progress=progress)
-            masks = _with_scales(layout, masks, scales)
-    return summarise(model, student, layout, masks, constraint, batches, clock, warnings)
+        with clock("compact"):
+            student = compact(model, layout, masks)
+        if settings.tune:
+            with (
+                clock("tune"),
+                frozen(model),
+                frozen(student),
+                _teacher(job, constraint, costs, importance),
+            ):
+                scales, warnings = tune_scales(
+                    model, student, layout, job.inputs, progress=job.progress
+                )
+                masks = _with_scales(layout, masks, scales)
+        yield _summarise(job, student, masks, constraint, clock, warnings)
 
 
-def _with_scales(layout: Layout, masks: Masks, scales: dict[str, torch.Tensor]) -> Masks:
+def _teacher(
+    job: _Job, constraint: Constraint, costs: CostModel, importance: Sequence[Tensor]
+) -> AbstractContextManager[None]:
+    """The model as it is, or, as in the authors' code, masked at the constraint's square root."""
+    if job.settings.teacher == "dense":
+        return nullcontext()
+    halfway = Constraint(constraint.metric, math.sqrt(constraint.ratio))
+    masks = search(job.layout, importance, costs, costs.budget(halfway))
+    return masked(job.model, job.layout, masks)
+
+
+def _curvature(job: _Job, constraints: Sequence[Constraint]) -> Iterator[PruneResult]:
+    """Past the published method: error curves, exact allocation, refitted out-projections."""
+    model, layout, settings = job.model, job.layout, job.settings
+    shared = Clock()
+    with shared("collect"), frozen(model):
+        collected = collect_curvature(
+            model,
+            layout,
+            job.batches,
+            use_labels=settings.use_labels,
+            seed=settings.seed,
+            progress=job.progress,
+        )
+    with shared("search"):
+        curves = error_curves(model, layout, collected, progress=job.progress)
+    for constraint in constraints:
+        clock = shared.fork()
+        warnings: list[str] = []
+        costs = cost_model(constraint.metric, model, layout, job.inputs)
+        with clock("search"):
+            errors = [curve.errors.numpy() for curve in curves]
+            kept = allocate(errors, costs, costs.budget(constraint))
+            masks = tuple(curve.mask(n) for curve, n in zip(curves, kept, strict=True))
+        with clock("compact"):
+            student = compact(model, layout, masks)
+        if settings.tune:
+            with clock("tune"), frozen(model), frozen(student):
+                warnings = refit(model, student, layout, job.inputs, progress=job.progress)
+        yield _summarise(job, student, masks, constraint, clock, warnings)
+
+
+def _with_scales(layout: Layout, masks: Masks, scales: dict[str, Tensor]) -> Masks:
     tuned = [mask.clone() for mask in masks]
     for block, mask in zip(layout.blocks, tuned, strict=True):
         if block.consumer in scales:
@@ -141,18 +195,17 @@ def _with_scales(layout: Layout, masks: Masks, scales: dict[str, torch.Tensor]) 
     return tuple(tuned)
 
 
-def summarise(
-    model: PreTrainedModel,
+def _summarise(
+    job: _Job,
     student: PreTrainedModel,
-    layout: Layout,
     masks: Masks,
     constraint: Constraint,
-    batches: Sequence[Batch],
     clock: Clock,
     warnings: Sequence[str],
 ) -> PruneResult:
     """Put a pruned model together with what it kept and what that took."""
-    tokens = mean_tokens(batches)
+    layout = job.layout
+    tokens = mean_tokens(job.inputs)
     kept = num_kept(masks)
     layers = [{"heads": 0, "neurons": 0} for _ in layout.layers]
     for block, count in zip(layout.blocks, kept, strict=True):
@@ -164,7 +217,7 @@ def summarise(
         constraint=constraint,
         achieved={
             "mac": mac_costs(layout, tokens).total(kept) / total_macs(layout, tokens),
-            "params": total_params(student) / total_params(model),
+            "params": total_params(student) / total_params(job.model),
         },
         seconds=clock.report(),
         warnings=tuple(warnings),

@@ -99,11 +99,14 @@ def solve_scales(
     return scales
 
 
-def solve_weights(moments: Moments, ridge: float) -> tuple[Tensor, Tensor]:
+def solve_weights(
+    moments: Moments, ridge: float, prior: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Weight (d, p) and bias (d,) that fit the targets best: ridge regression, free intercept.
 
     Args:
         ridge: as a fraction of the mean diagonal of the centred Gram matrix.
+        prior: weight (d, p) that the ridge draws the solution to; zero if None.
 
     Raises:
         NumericalFailure: the solve failed.
@@ -114,7 +117,10 @@ def solve_weights(moments: Moments, ridge: float) -> tuple[Tensor, Tensor]:
     if not len(moments.gram):
         return moments.cross.T, target_mean
     gram, cross = moments.centred()
-    gram.diagonal().add_(ridge * float(gram.diagonal().mean()) + torch.finfo(torch.float64).tiny)
+    strength = ridge * float(gram.diagonal().mean()) + torch.finfo(torch.float64).tiny
+    gram.diagonal().add_(strength)
+    if prior is not None:
+        cross = cross + strength * _like(gram, prior).T
     weight = _solve(gram, cross).T
     return weight, target_mean - weight @ (moments.feature_sum / moments.count)
 

@@ -1,4 +1,7 @@
-"""Mask tuning: one scale per kept unit by least squares (Kwon et al. 2022, section 4.3).
+"""Tuning by least squares against the teacher: one scale per kept unit, or whole out-projections.
+
+`tune_scales` is the mask tuning of Kwon et al. 2022, section 4.3. `refit` goes past it: all weights
+of an out-projection and its bias are fitted, a superset of the scales at the same cost.
 
 Departures from the authors' code: the closed form of their damped solve in float64 instead of an
 iterative solver; a failed block is reported and left alone, while theirs stops tuning every later
@@ -15,7 +18,7 @@ from transformers import PreTrainedModel
 
 from rfprune.model.layout import Block, Layout
 from rfprune.model.replay import Batch
-from rfprune.stages.least_squares import Moments, solve_scales
+from rfprune.stages.least_squares import Moments, solve_scales, solve_weights
 from rfprune.stages.reconstruct import reconstruct
 
 DAMPING = 1.0
@@ -23,6 +26,9 @@ DAMPING = 1.0
 
 SCALE_LIMIT = 10.0
 """Scales beyond this are rejected, as in the authors' code."""
+
+RIDGE = 1e-2
+"""Of `refit`, as a fraction of the mean diagonal; it draws to the weights as they were."""
 
 
 def tune_scales(
@@ -64,6 +70,28 @@ def tune_scales(
         progress=progress,
     )
     return scales, failures
+
+
+def refit(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    layout: Layout,
+    batches: Sequence[Batch],
+    *,
+    progress: bool = False,
+) -> list[str]:
+    """Fit weight and bias of every out-projection of `student` to `teacher`, bottom up, in place.
+
+    A sublayer that lost all its units gets the bias that makes up for them on average.
+
+    Returns:
+        A sentence for every block that failed; it stays as it was.
+    """
+
+    def fit(_: Block, moments: Moments, weight: Tensor, __: Tensor) -> tuple[Tensor, Tensor]:
+        return solve_weights(moments, RIDGE, prior=weight)
+
+    return reconstruct(teacher, student, layout, batches, fit, progress=progress)
 
 
 def last_ffn(layout: Layout) -> list[str]:
