@@ -188,7 +188,8 @@ class ConstantOutput(nn.Module):
         self.register_buffer("weight", like.weight.new_empty(like.out_features, 0))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.bias.expand(*hidden_states.shape[:-1], -1)
+        # a copy, for a view of a parameter confuses torch's own counters and in-place operations
+        return self.bias.expand(*hidden_states.shape[:-1], -1).clone()
 
 
 class EmptySublayer(nn.Module):

@@ -1,0 +1,66 @@
+"""Our MACs are those that torch counts when the model runs.
+
+Deleting this lets a formula drift from what runs, and with it what "half the MACs" means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from rfprune.cost.macs import mac_costs, total_macs, unit_macs
+from rfprune.model.architectures import ARCHITECTURES
+from rfprune.model.compact import compact
+from rfprune.model.layout import Layout, layout_of
+from rfprune.model.masks import full_masks, num_kept
+
+Tiny = Callable[..., Any]
+LENGTH = 9
+
+
+def counted_macs(model: Any, layout: Layout) -> float:
+    """MACs of all layers on one sequence, counted while the model runs with eager attention."""
+    if model.config.model_type != "mpnet":  # which knows no other
+        model.set_attn_implementation("eager")
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(torch.full((1, LENGTH), 7))
+    counts = counter.get_flop_counts()
+    flops = sum(
+        sum(counts[name].values())
+        for name in {f"{type(model).__name__}.{path}" for path in layout.layers}
+        if name in counts
+    )
+    return flops / 2
+
+
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+def test_macs_are_what_torch_counts(model_type: str, tiny_model: Tiny) -> None:
+    model = tiny_model(model_type)
+    layout = layout_of(model)
+    assert total_macs(layout, LENGTH) == counted_macs(model, layout) > 0
+    masks = full_masks(layout)
+    masks[0][1:], masks[1][3:], masks[2][:] = 0, 0, 0
+    small = compact(model, layout, masks)
+    kept = mac_costs(layout, LENGTH).total(num_kept(masks))
+    assert kept == total_macs(layout_of(small), LENGTH) == counted_macs(small, layout)
+    assert kept < total_macs(layout, LENGTH) / 2
+
+
+def test_nothing_left_costs_nothing(tiny_model: Tiny) -> None:
+    model = tiny_model()
+    layout = layout_of(model)
+    small = compact(model, layout, [0 * mask for mask in full_masks(layout)])
+    assert counted_macs(small, layout) == total_macs(layout_of(small), LENGTH) == 0
+
+
+def test_the_formulas_are_those_of_the_paper(tiny_model: Tiny) -> None:
+    heads, neurons = layout_of(tiny_model()).blocks[:2]
+    length, hidden, width = 53.24, 16, 4
+    attention = 3 * length * hidden * width + 2 * length**2 * width + length * width * hidden
+    assert unit_macs(heads, hidden, length) == pytest.approx(attention)
+    assert unit_macs(neurons, hidden, length) == pytest.approx(2 * length * hidden)

@@ -1,0 +1,55 @@
+"""Parameters by the formula are those of real compact models.
+
+Deleting this lets a parameter budget be missed by the models that are made for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rfprune.cost.params import param_costs, total_params, unit_params
+from rfprune.model.architectures import ARCHITECTURES
+from rfprune.model.compact import compact
+from rfprune.model.layout import layout_of
+from rfprune.model.masks import full_masks, num_kept
+
+Tiny = Callable[..., Any]
+
+
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+def test_costs_are_the_sizes_of_compact_models(model_type: str, tiny_model: Tiny) -> None:
+    model = tiny_model(model_type, num_attention_heads=2)
+    layout = layout_of(model)
+    costs = param_costs(model, layout)
+    assert costs.original == total_params(model)
+    generator = torch.Generator().manual_seed(0)
+    sizes = set()
+    for chance in (0.0, 0.3, 0.6, 1.0):
+        masks = full_masks(layout)
+        for mask in masks:
+            mask[torch.rand(len(mask), generator=generator) < chance] = 0
+        small = compact(model, layout, masks)
+        assert total_params(small) == costs.total(num_kept(masks))
+        again = param_costs(small, layout_of(small))
+        assert again.original == total_params(small)
+        sizes.add(total_params(small))
+    assert len(sizes) == 4
+
+
+def test_one_unit_is_rows_of_the_producers_and_columns_of_the_consumer(tiny_model: Tiny) -> None:
+    model = tiny_model()
+    heads, neurons = layout_of(model).blocks[:2]
+    assert unit_params(model, heads) == 3 * 4 * (16 + 1) + 4 * 16
+    assert unit_params(model, neurons) == (16 + 1) + 16
+
+
+def test_shared_parameters_count_once() -> None:
+    first, second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+    apart = total_params(nn.Sequential(first, second))
+    second.weight = first.weight
+    assert (apart, total_params(nn.Sequential(first, second))) == (18, 9)
