@@ -1,0 +1,109 @@
+"""The moments against loops over tokens, and what the curves do not depend on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rfprune.errors import UserError
+from rfprune.model.layout import layout_of
+from rfprune.model.masks import frozen
+from rfprune.stages.curvature import Curvature, collect_curvature, error_curves
+from rfprune.stages.objective import fisher_factors
+
+
+def collect(model: Any, batches: list[Any], **settings: Any) -> tuple[Curvature, ...]:
+    with frozen(model):
+        return collect_curvature(model, layout_of(model), batches, **settings)
+
+
+def test_moments_are_those_of_a_loop_over_tokens(tiny_model: Any, tiny_batch: Any) -> None:
+    model, batch = tiny_model("bert"), tiny_batch(3, 6)
+    layout = layout_of(model)
+    collected = collect(model, [batch])
+    for index, block in enumerate(layout.blocks):
+        seen: list[Tensor] = []
+        consumer = model.get_submodule(block.consumer)
+        handle = consumer.register_forward_hook(lambda _, i, o, seen=seen: seen.extend((i[0], o)))
+        outputs = model(**batch)
+        handle.remove()
+        factors = fisher_factors(outputs, model.config, torch.Generator())
+        inputs, leaving = seen
+        expected_inputs = torch.zeros_like(collected[index].input_moment)
+        expected_gradients = torch.zeros_like(collected[index].gradient_moment)
+        gradients = [torch.autograd.grad(f.sum(), leaving, retain_graph=True)[0] for f in factors]
+        for b, s in torch.nonzero(batch["attention_mask"]).tolist():
+            expected_inputs += torch.outer(inputs[b, s], inputs[b, s]).detach()
+            for gradient in gradients:
+                expected_gradients += torch.outer(gradient[b, s], gradient[b, s])
+        assert expected_gradients.abs().max() > 0
+        torch.testing.assert_close(collected[index].input_moment, expected_inputs)
+        torch.testing.assert_close(collected[index].gradient_moment, expected_gradients)
+        assert collected[index].tokens == int(batch["attention_mask"].sum())
+        assert collected[index].examples == 3
+
+
+def test_a_mean_costs_nothing_since_the_bias_makes_up_for_it() -> None:
+    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)) + 7
+    curvature = Curvature(x.T @ x, x.sum(0), torch.eye(2), tokens=50, examples=5)
+    plain = torch.cov(x.double().T, correction=0)
+    damped = curvature.input_covariance()
+    torch.testing.assert_close(
+        damped - damped.diag().diag(), plain - plain.diag().diag(), atol=1e-4, rtol=1e-3
+    )
+    assert float((x.T @ x / 50).diagonal().min()) > 40 * float(damped.diagonal().max() ** 0.5)
+
+
+@pytest.mark.parametrize("head", ["sequence-classification", "question-answering"])
+def test_curves_do_not_depend_on_batches_or_on_seeing_everything_twice(
+    tiny_model: Any, tiny_batch: Any, head: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = tiny_model("bert", head), tiny_batch(4, 7)
+    # labels that are sampled differ from batch to batch: take the exact factors of fixed positions
+    monkeypatch.setattr(
+        "rfprune.stages.curvature.fisher_factors",
+        lambda outputs, *_: [outputs[0][:, 0]],
+    )
+    layout = layout_of(model)
+    singles = [{name: value[i : i + 1] for name, value in batch.items()} for i in range(4)]
+    reference = error_curves(model, layout, collect(model, [batch]))
+    assert max(float(curve.errors[0]) for curve in reference) > 0
+    for batches in (singles, [batch, batch], [tiny_batch(4, 7, seed=0)]):
+        again = error_curves(model, layout, collect(model, batches))
+        for one, two in zip(reference, again, strict=True):
+            torch.testing.assert_close(one.errors, two.errors, rtol=1e-3, atol=1e-8)
+    other = error_curves(model, layout, collect(model, [tiny_batch(4, 7, seed=1)]))
+    assert not torch.allclose(reference[0].errors, other[0].errors, rtol=1e-2)
+
+
+def test_labels_are_used_only_when_asked_for(tiny_model: Any, tiny_batch: Any) -> None:
+    model, batch = tiny_model("bert"), tiny_batch(4, 7)
+    labelled = {**batch, "labels": torch.tensor([0, 1, 1, 0])}
+    free, with_labels = collect(model, [labelled]), collect(model, [labelled], use_labels=True)
+    unlabelled = collect(model, [batch])
+    assert torch.equal(free[0].gradient_moment, unlabelled[0].gradient_moment)
+    assert not torch.allclose(free[0].gradient_moment, with_labels[0].gradient_moment)
+    with pytest.raises(UserError, match="labels"):
+        collect(model, [batch], use_labels=True)
+
+
+def test_a_block_whose_gradients_are_not_finite_is_named(tiny_model: Any, tiny_batch: Any) -> None:
+    model = tiny_model("bert")
+    with torch.no_grad():
+        model.bert.encoder.layer[1].intermediate.dense.weight[0, 0] = torch.inf
+    with pytest.raises(UserError, match=r"layer\.\d\.(heads|neurons)"):
+        collect(model, [tiny_batch()])
+
+
+def test_a_block_that_is_never_active_is_free_to_go(tiny_model: Any, tiny_batch: Any) -> None:
+    model = tiny_model("bert")
+    layout = layout_of(model)
+    with torch.no_grad():
+        model.bert.encoder.layer[0].attention.self.value.weight.zero_()
+        model.bert.encoder.layer[0].attention.self.value.bias.zero_()
+    curves = error_curves(model, layout, collect(model, [tiny_batch()]))
+    assert float(curves[0].errors[0]) == pytest.approx(0.0, abs=1e-12)
+    assert float(curves[1].errors[0]) > 1e-6

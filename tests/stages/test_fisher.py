@@ -1,0 +1,171 @@
+"""Mask gradients of real (tiny) models: one vector an example, whatever batch it came in.
+
+Deleting this lets examples of a batch leak into each other's gradients, or a label into a
+label-free run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rfprune.errors import UserError
+from rfprune.model.layout import layout_of
+from rfprune.model.masks import frozen, full_masks, masked
+from rfprune.stages.fisher import block_fisher, collect_gradients, diagonal_fisher
+
+Tiny = Callable[..., Any]
+LABELS = torch.tensor([0, 1, 1, 0])
+
+
+def one_by_one(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Each example in a batch of its own, without its padding."""
+    lengths = batch["attention_mask"].sum(1).tolist()
+    rows = range(len(lengths))
+    return [
+        {
+            name: value[row : row + 1, : lengths[row]] if value.dim() == 2 else value[row : row + 1]
+            for name, value in batch.items()
+        }
+        for row in rows
+    ]
+
+
+def collect(model: Any, batches: list[dict[str, Tensor]], **options: Any) -> tuple[Tensor, ...]:
+    with frozen(model):
+        return collect_gradients(model, layout_of(model), batches, **options)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet"])
+@pytest.mark.parametrize("use_labels", [False, True])
+def test_every_example_has_its_own_gradient(
+    model_type: str, use_labels: bool, tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    model, batch = tiny_model(model_type), {**tiny_batch(), "labels": LABELS}
+    together = collect(model, [batch], use_labels=use_labels)
+    alone = collect(model, one_by_one(batch), use_labels=use_labels)
+    for block, left, right in zip(layout_of(model).blocks, together, alone, strict=True):
+        assert left.shape == (4, block.num_units)
+        assert left.dtype == torch.float32
+        signs = torch.sign((left * right).sum(1, keepdim=True))  # a factor has no sign of its own
+        torch.testing.assert_close(left, right * signs, rtol=1e-3, atol=1e-5)
+        assert left.abs().max() > 1e-3
+        assert not torch.allclose(left[0], left[1], rtol=0.1)
+
+
+def test_label_gradients_are_those_of_the_loss(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    model, batch = tiny_model(num_labels=3), tiny_batch()
+    layout = layout_of(model)
+    labels = torch.tensor([0, 2, 1, 2])
+    masks = [mask.requires_grad_() for mask in full_masks(layout)]
+    with masked(model, layout, masks):
+        model(**batch, labels=labels).loss.backward()
+    labelled = [{**batch, "labels": labels}]
+    for mask, gradient in zip(masks, collect(model, labelled, use_labels=True), strict=True):
+        assert mask.grad is not None
+        torch.testing.assert_close(gradient.mean(0), mask.grad, rtol=1e-4, atol=1e-6)
+    per_batch = collect(model, labelled, use_labels=True, per_batch=True)
+    for mask, gradient in zip(masks, per_batch, strict=True):
+        assert mask.grad is not None
+        torch.testing.assert_close(gradient[0], mask.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_labels_do_not_matter_without_use_labels(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    model, batch = tiny_model(), tiny_batch()
+    labels = [LABELS, 1 - LABELS, torch.full((4,), 99)]
+    plain = collect(model, [batch])
+    for given in labels:
+        for left, right in zip(collect(model, [{**batch, "labels": given}]), plain, strict=True):
+            assert torch.equal(left, right)
+    with_labels = [collect(model, [{**batch, "labels": y}], use_labels=True) for y in labels[:2]]
+    assert not torch.allclose(with_labels[0][0], with_labels[1][0])
+
+
+def test_several_classes_give_several_rows_an_example(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    model = tiny_model(num_labels=4)
+    batches = [tiny_batch(), tiny_batch(2, 5)]
+    gradients = collect(model, batches)
+    assert [len(gradient) for gradient in gradients] == [3 * (4 + 2)] * 4
+
+
+def test_batch_means_of_factors_estimate_their_sum(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    """Random signs: a batch's mean vector has the squared norm of its examples' on average."""
+    model, batch = tiny_model(), tiny_batch()
+    exact = [importance / 16 for importance in diagonal_fisher(collect(model, [batch]))]
+    draws = [collect(model, [batch], per_batch=True, seed=seed) for seed in range(200)]
+    assert draws[0][0].shape == (1, 4)
+    for block, expected in enumerate(exact):
+        mean = torch.cat([draw[block] for draw in draws]).double().square().mean(0)
+        assert (mean - expected).norm() < 0.2 * expected.norm()
+
+
+def test_sampling_follows_the_seed(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    model, batch = tiny_model("bert", "question-answering"), tiny_batch()
+    before = torch.random.get_rng_state()
+    first, again = (collect(model, [batch], seed=3)[0] for _ in range(2))
+    assert torch.equal(first, again)
+    others = [collect(model, [batch], seed=seed)[0] for seed in range(4, 9)]
+    assert any(not torch.equal(first, other) for other in others)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_caller_may_have_gradients_off(
+    mode: Callable[[], Any], tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    model, batch = tiny_model(), tiny_batch()
+    expected = collect(model, [batch])
+    with mode():
+        gradients = collect(model, [batch])
+    assert all(torch.equal(*pair) for pair in zip(gradients, expected, strict=True))
+
+
+def test_batches_may_hold_embeddings_or_a_position_row(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    model, batch = tiny_model(), tiny_batch(padding="none")
+    expected = collect(model, [batch])
+    embeds = model.get_input_embeddings()(batch["input_ids"]).detach()
+    for other in (
+        {"input_ids": batch["input_ids"]},
+        {"inputs_embeds": embeds},
+        {"position_ids": torch.arange(7)[None], "input_ids": batch["input_ids"]},
+    ):
+        for left, right in zip(collect(model, [other]), expected, strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_that_returns_tuples_by_default(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    model, batch = tiny_model(), tiny_batch()
+    expected = collect(model, [batch])
+    model.config.return_dict = False
+    for left, right in zip(collect(model, [batch]), expected, strict=True):
+        assert torch.equal(left, right)
+
+
+def test_half_precision_is_collected_in_float32(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    model, batch = tiny_model(), tiny_batch()
+    expected = diagonal_fisher(collect(model, [batch]))
+    half = collect(model.to(torch.bfloat16), [batch])
+    assert all(gradient.dtype == torch.float32 for gradient in half)
+    for left, right in zip(diagonal_fisher(half), expected, strict=True):
+        assert (left - right).norm() < 0.2 * right.norm()
+
+
+def test_a_gradient_that_is_not_finite_names_its_block(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.dense.weight[0, 0] = torch.inf
+    with pytest.raises(UserError, match=r"mask gradients of layer\.\d\.\w+ are not finite"):
+        collect(model, [tiny_batch()])
+    assert all(not module._forward_pre_hooks for module in model.modules())
+
+
+def test_importance_is_the_diagonal_of_the_block_fisher() -> None:
+    gradient = torch.randn(20, 6)
+    fisher = block_fisher(gradient)
+    brute = sum(torch.outer(row, row) for row in gradient.double())
+    torch.testing.assert_close(fisher, brute)
+    torch.testing.assert_close(diagonal_fisher((gradient,))[0], fisher.diagonal())

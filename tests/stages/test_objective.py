@@ -1,0 +1,191 @@
+"""Fisher factors against brute force over all labels, and losses against those of transformers.
+
+Deleting this lets the importance of units be that of another quantity than the one documented.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rfprune.errors import UserError
+from rfprune.stages.objective import EXACT_CLASSES, fisher_factors, label_losses
+
+Tiny = Callable[..., Any]
+
+
+def config_of(num_labels: int, problem_type: str | None = None) -> Any:
+    return SimpleNamespace(num_labels=num_labels, problem_type=problem_type)
+
+
+def network(num_outputs: int, seed: int = 0) -> Callable[[Tensor], Tensor]:
+    """From masks (B, 5) to logits (B, num_outputs), in float64; the examples differ."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(3, 5, generator=generator, dtype=torch.float64)
+    weight = torch.randn(5, num_outputs, generator=generator, dtype=torch.float64)
+    return lambda masks: torch.tanh(inputs[: len(masks)] * masks) @ weight
+
+
+def gradients_of(values: Tensor, masks: Tensor) -> Tensor:
+    """d values[b] / d masks[b], (B, 5), of values (B,)."""
+    return torch.autograd.grad(values.sum(), masks, retain_graph=True)[0]
+
+
+def outer(gradients: Tensor) -> Tensor:
+    return torch.einsum("bi,bj->bij", gradients, gradients)
+
+
+def fisher_of_factors(logits: Tensor, masks: Tensor, config: Any) -> Tensor:
+    factors = fisher_factors({"logits": logits}, config, torch.Generator().manual_seed(0))
+    return torch.stack([outer(gradients_of(factor, masks)) for factor in factors]).sum(0)
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, EXACT_CLASSES])
+def test_classification_is_the_exact_sum_over_classes(num_classes: int) -> None:
+    masks = torch.ones(3, 5, dtype=torch.float64, requires_grad=True)
+    logits = network(num_classes)(masks)
+    log_probabilities = logits.log_softmax(-1)
+    brute = torch.zeros(3, 5, 5, dtype=torch.float64)
+    for c in range(num_classes):
+        probability = log_probabilities[:, c].exp().detach()[:, None, None]
+        brute += probability * outer(gradients_of(log_probabilities[:, c], masks))
+    assert brute.abs().min() > 0
+    torch.testing.assert_close(fisher_of_factors(logits, masks, config_of(num_classes)), brute)
+
+
+def test_it_is_the_hessian_of_the_divergence() -> None:
+    net, ones = network(4), torch.ones(1, 5, dtype=torch.float64)
+
+    def divergence(masks: Tensor) -> Tensor:
+        p, q = net(ones).softmax(-1), net(masks[None]).softmax(-1)
+        return (p * (p.log() - q.log())).sum()
+
+    hessian = torch.autograd.functional.hessian(divergence, ones[0])
+    masks = ones.clone().requires_grad_()
+    torch.testing.assert_close(fisher_of_factors(net(masks), masks, config_of(4))[0], hessian)
+
+
+def test_a_certain_model_has_no_fisher_information() -> None:
+    masks = torch.ones(3, 5, dtype=torch.float64, requires_grad=True)
+    logits = 1e4 * network(3)(masks)
+    fisher = fisher_of_factors(logits, masks, config_of(3))
+    assert torch.isfinite(fisher).all()
+    assert fisher.abs().max() < 1e-6
+
+
+def test_many_classes_are_sampled_without_bias() -> None:
+    num_classes, draws = EXACT_CLASSES + 1, 20_000
+    generator = torch.Generator().manual_seed(1)
+    weight = 0.3 * torch.randn(5, num_classes, generator=generator, dtype=torch.float64)
+    masks = torch.ones(draws, 5, dtype=torch.float64, requires_grad=True)
+    logits = masks @ weight
+    factors = fisher_factors({"logits": logits}, config_of(num_classes), generator)
+    assert len(factors) == 1
+    estimate = outer(gradients_of(factors[0], masks)).mean(0)
+    p = logits[0].detach().softmax(-1)
+    exact = weight @ (torch.diag(p) - torch.outer(p, p)) @ weight.T
+    assert (estimate - exact).norm() < 0.05 * exact.norm()
+
+
+def test_question_answering_adds_start_and_end() -> None:
+    draws, length = 20_000, 6
+    generator = torch.Generator().manual_seed(2)
+    start, end = torch.randn(2, 5, length, generator=generator, dtype=torch.float64)
+    masks = torch.ones(draws, 5, dtype=torch.float64, requires_grad=True)
+    outputs = {"start_logits": masks @ start, "end_logits": masks @ end}
+    (factor,) = fisher_factors(outputs, config_of(2), generator)
+    estimate = outer(gradients_of(factor, masks)).mean(0)
+    exact = torch.zeros(5, 5, dtype=torch.float64)
+    for weight in (start, end):
+        p = weight.sum(0).softmax(-1)
+        exact += weight @ (torch.diag(p) - torch.outer(p, p)) @ weight.T
+    assert (estimate - exact).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize(("num_outputs", "problem_type"), [(1, None), (3, "regression")])
+def test_regression_is_the_gradient_of_the_outputs(
+    num_outputs: int, problem_type: str | None
+) -> None:
+    masks = torch.ones(3, 5, dtype=torch.float64, requires_grad=True)
+    outputs = network(num_outputs)(masks)
+    brute = sum(outer(gradients_of(outputs[:, k], masks)) for k in range(num_outputs))
+    fisher = fisher_of_factors(outputs, masks, config_of(num_outputs, problem_type))
+    torch.testing.assert_close(fisher, brute)
+
+
+def test_several_labels_are_independent_bernoullis() -> None:
+    masks = torch.ones(3, 5, dtype=torch.float64, requires_grad=True)
+    logits = network(3)(masks)
+    brute = torch.zeros(3, 5, 5, dtype=torch.float64)
+    for labels in torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3):  # all 8 combinations
+        signs = 2 * labels.double() - 1
+        log_probability = torch.nn.functional.logsigmoid(signs * logits).sum(1)
+        probability = log_probability.exp().detach()[:, None, None]
+        brute += probability * outer(gradients_of(log_probability, masks))
+    config = config_of(3, "multi_label_classification")
+    torch.testing.assert_close(fisher_of_factors(logits, masks, config), brute)
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        {"last_hidden_state": torch.zeros(2, 3, 4)},
+        {"logits": torch.zeros(2, 7, 2)},
+        {"logits": torch.zeros(2, 7)},
+    ],
+    ids=["none", "tokens", "electra's discriminator"],
+)
+def test_other_heads_are_refused(outputs: dict[str, Tensor]) -> None:
+    with pytest.raises(UserError, match="sequence-classification or question-answering head"):
+        fisher_factors(outputs, config_of(2), torch.Generator())
+
+
+LABELLED: list[tuple[str, dict[str, Any], dict[str, Tensor]]] = [
+    ("sequence-classification", {"num_labels": 3}, {"labels": torch.tensor([0, 2, 1, 2])}),
+    ("sequence-classification", {"num_labels": 1}, {"labels": torch.tensor([0.5, 2, -1, 3])}),
+    (
+        "sequence-classification",
+        {"num_labels": 3, "problem_type": "multi_label_classification"},
+        {"labels": torch.tensor([[0.0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 1]])},
+    ),
+    (
+        "question-answering",
+        {},
+        {
+            "start_positions": torch.tensor([0, 3, 1, 7]),  # the last is beyond the 7 tokens
+            "end_positions": torch.tensor([2, 3, 6, 9]),
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("head", "changes", "labels"), LABELLED)
+def test_losses_are_those_of_transformers(
+    head: str,
+    changes: dict[str, Any],
+    labels: dict[str, Tensor],
+    tiny_model: Tiny,
+    tiny_batch: Tiny,
+) -> None:
+    model, batch = tiny_model("bert", head, **changes), tiny_batch()
+    (losses,) = label_losses(model(**batch), labels, model.config)
+    for row in range(4):
+        example = {name: value[row : row + 1] for name, value in {**batch, **labels}.items()}
+        if head == "question-answering" and row == 3:
+            expected = torch.tensor(0.0)  # transformers gives nan: a mean over no example
+        else:
+            expected = model(**example).loss
+        torch.testing.assert_close(losses[row], expected, rtol=1e-4, atol=1e-5)
+    assert losses[:3].min() > 0
+
+
+@pytest.mark.parametrize("head", ["sequence-classification", "question-answering"])
+def test_missing_labels_are_named(head: str, tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    model, batch = tiny_model("bert", head), tiny_batch()
+    with pytest.raises(UserError, match=r"hold no (labels|start_positions and end_positions),"):
+        label_losses(model(**batch), batch, model.config)
