@@ -19,14 +19,15 @@ def random_block(features: int, outputs: int = 5, seed: int = 0) -> tuple[Tensor
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    x, g = normal(4 * features, features) @ normal(features, features), normal(20, outputs)
+    mixing = torch.eye(features, dtype=torch.float64) + 0.3 * normal(features, features)
+    x, g = normal(4 * features, features) @ mixing, normal(20, outputs)
     inputs = x.T @ x / len(x)
     inputs.diagonal().add_(1e-3 * inputs.diagonal().mean())
     return inputs, normal(outputs, features), g.T @ g / len(g)
 
 
 def cost_of_removing(block: tuple[Tensor, Tensor, Tensor], columns: list[int]) -> float:
-    """The least tr((W - W')·A·(W - W')ᵀ·G) over W' that are zero in `columns`, by solving for it."""
+    """The least tr((W - W')·A·(W - W')ᵀ·G) over all W' that are zero in `columns`."""
     inputs, weight, gradients = block
     kept = [column for column in range(len(inputs)) if column not in columns]
     # the best W' is the same for every G: project W onto the kept columns in the metric of A
@@ -98,7 +99,7 @@ def test_cheap_neurons_that_are_dear_together_do_not_go_in_one_chunk() -> None:
     weight = torch.randn(8, 128, generator=generator, dtype=torch.float64)
     curve = removal_curve(inputs, weight, torch.eye(8, dtype=torch.float64), 1)
     assert {int(unit) % 64 for unit in curve.order[:64]} == set(range(64))
-    assert float(curve.errors[64]) < 1e-4 * float(curve.errors[63])
+    assert float(curve.errors[64]) < 1e-3 * float(curve.errors[63])
 
 
 def test_a_dead_head_goes_first_at_no_cost() -> None:

@@ -1,0 +1,163 @@
+"""The search against brute force over all masks.
+
+Deleting this lets it exceed the budget, or leave importance on the table.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rfprune.cost.constraint import Constraint, CostModel, linear_costs
+from rfprune.cost.macs import mac_costs
+from rfprune.cost.params import param_costs
+from rfprune.errors import UserError
+from rfprune.model.layout import Block, Layout, layout_of
+from rfprune.model.masks import num_kept
+from rfprune.stages.search import search
+
+Tiny = Callable[..., Any]
+Problem = tuple[Layout, list[Tensor], CostModel, float]
+
+
+def made_layout(heads: list[int], neurons: list[int]) -> Layout:
+    """Layers with so many heads and neurons; a sublayer without any has no block."""
+    blocks = []
+    for layer, sizes in enumerate(itertools.zip_longest(heads, neurons, fillvalue=0)):
+        for kind, size in zip(("head", "neuron"), sizes, strict=True):
+            block = Block(
+                kind=kind,  # type: ignore[arg-type]
+                layer=layer,
+                producers=(),
+                consumer=f"{layer}.{kind}",
+                inner="",
+                residual_sum="",
+                inner_returns_tuple=False,
+                shared_position_bias=False,
+                num_units=size,
+                unit_width=1,
+                units=tuple(range(size)),
+            )
+            if size:
+                blocks.append(block)
+    return Layout("made", 4, tuple(f"layer.{i}" for i in range(len(heads))), tuple(blocks))
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    """At most ten units in two layers, with ties, zeros and budgets from nothing to everything."""
+    sizes = st.lists(st.integers(0, 3), min_size=2, max_size=2)
+    layout = made_layout(draw(sizes), draw(sizes))
+    importance = [
+        torch.tensor(draw(st.lists(st.sampled_from([0.0, 0.1, 1, 2, 2.5, 7]) | st.floats(0, 10),
+                                   min_size=block.num_units, max_size=block.num_units)))
+        for block in layout.blocks
+    ]  # fmt: skip
+    head_cost = draw(st.sampled_from([1.0, 3.0, 0.3]) | st.floats(0.1, 10))
+    neuron_cost = draw(st.sampled_from([1.0, 0.1]) | st.floats(0.1, 10))
+    unit_costs = [{"head": head_cost, "neuron": neuron_cost}[b.kind] for b in layout.blocks]
+    constant = draw(st.floats(0, 100))
+    costs = linear_costs("params", unit_costs, [b.num_units for b in layout.blocks], constant)
+    budget = draw(st.floats(0, 1.2)) * (costs.original - costs.constant)
+    return layout, importance, costs, budget
+
+
+def all_masks(layout: Layout) -> Iterator[tuple[tuple[int, ...], ...]]:
+    return itertools.product(
+        *(itertools.product((0, 1), repeat=block.num_units) for block in layout.blocks)
+    )
+
+
+def value_of(importance: list[Tensor], masks: Any) -> float:
+    return sum(
+        float((values.double() * torch.as_tensor(mask)).sum())
+        for values, mask in zip(importance, masks, strict=True)
+    )
+
+
+@given(problems())
+def test_it_is_as_good_as_brute_force_and_never_above_the_budget(problem: Problem) -> None:
+    layout, importance, costs, budget = problem
+    allowed = (budget + costs.constant) * (1 + 1e-9)
+    best = max(
+        value_of(importance, masks)
+        for masks in all_masks(layout)
+        if costs.total([sum(mask) for mask in masks]) <= allowed
+    )
+    try:
+        masks = search(layout, importance, costs, budget)
+    except UserError:
+        cheapest = min((float(table[1]) for table in costs.tables), default=float("inf"))
+        assert budget < cheapest * (1 + 1e-9)
+        return
+    assert costs.total(num_kept(masks)) <= allowed
+    assert [len(mask) for mask in masks] == [block.num_units for block in layout.blocks]
+    assert all(set(mask.tolist()) <= {0.0, 1.0} for mask in masks)
+    assert value_of(importance, masks) >= best - 1e-6 * max(1.0, best)
+
+
+@pytest.mark.parametrize("metric", ["mac", "params"])
+@pytest.mark.parametrize("ratio", [0.95, 0.93, 0.9])
+def test_real_costs_are_met_and_nothing_more_fits(
+    metric: str, ratio: float, tiny_model: Tiny
+) -> None:
+    model = tiny_model()
+    layout = layout_of(model)
+    costs = param_costs(model, layout) if metric == "params" else mac_costs(layout, 9.5)
+    generator = torch.Generator().manual_seed(0)
+    importance = [torch.rand(block.num_units, generator=generator) for block in layout.blocks]
+    budget = costs.budget(Constraint(metric, ratio))
+    kept = num_kept(search(layout, importance, costs, budget))
+    assert costs.total(kept) <= ratio * costs.original
+    for block, table, count in zip(layout.blocks, costs.tables, kept, strict=True):
+        if count < block.num_units:
+            assert costs.total(kept) + float(table[1]) > ratio * costs.original
+
+
+def test_the_most_important_units_stay(tiny_model: Tiny) -> None:
+    layout = made_layout([2, 2], [3, 0])
+    importance = [torch.tensor([1.0, 9]), torch.tensor([0.1, 5, 0.2]), torch.tensor([8.0, 2])]
+    costs = linear_costs("mac", [10.0, 1, 10], [2, 3, 2])
+    masks = search(layout, importance, costs, 21.0)
+    assert [mask.tolist() for mask in masks] == [[0, 1], [0, 1, 0], [1, 0]]
+
+
+def test_no_heads_at_all_is_a_candidate() -> None:
+    layout = made_layout([2], [3])
+    importance = [torch.tensor([1.0, 1]), torch.tensor([5.0, 5, 5])]
+    masks = search(layout, importance, linear_costs("mac", [3.0, 1], [2, 3]), 3.0)
+    assert num_kept(masks) == (0, 3)
+
+
+def test_without_any_importance_the_budget_is_still_used() -> None:
+    layout = made_layout([2], [])
+    masks = search(layout, [torch.zeros(2)], linear_costs("mac", [1.0], [2]), 1.0)
+    assert num_kept(masks) == (1,)
+
+
+def test_too_small_a_budget_names_a_constraint_that_would_do() -> None:
+    layout = made_layout([1], [1])
+    importance = [torch.ones(1), torch.ones(1)]
+    costs = linear_costs("mac", [3.0, 7.0], [1, 1], constant=90.0)
+    with pytest.raises(UserError, match="less than one head or neuron costs") as raised:
+        search(layout, importance, costs, costs.budget(Constraint("mac", 0.92)))
+    named = re.search(r"at least ([\d.]+)", str(raised.value))
+    assert named
+    assert float(named[1]) == pytest.approx(0.93)
+    budget = costs.budget(Constraint("mac", float(named[1])))
+    assert num_kept(search(layout, importance, costs, budget)) == (1, 0)
+
+
+def test_units_of_unequal_cost_are_a_mistake_of_the_caller() -> None:
+    layout = made_layout([1, 1], [])
+    costs = linear_costs("mac", [1.0, 2.0], [1, 1])
+    with pytest.raises(ValueError, match=r"heads of equal cost.*\[1.0, 2.0\]"):
+        search(layout, [torch.ones(1), torch.ones(1)], costs, 2.0)
