@@ -19,7 +19,7 @@ from rfprune.output import check_output
 from rfprune.tasks.registry import TASKS
 
 METRICS = ("mac", "params")
-METHODS = ("kwon",)
+METHODS = ("kwon", "curvature")
 DEFAULT_METHOD = METHODS[0]
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -80,6 +80,7 @@ def parse(argv: Sequence[str]) -> Options:
     options = Options(**flags)
     _check_task(options.task)
     _check_device(options.device)
+    _check_method(options)
     for ratio in options.constraint:
         check_output(options.output_folder(ratio), overwrite=options.overwrite)
     return options
@@ -178,7 +179,8 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         "--method",
         choices=METHODS,
         default=DEFAULT_METHOD,
-        help=f"kwon: Kwon et al. 2022 (default: {DEFAULT_METHOD})",
+        help="kwon: Kwon et al. 2022; curvature: error curves, exact allocation, refitted "
+        f"projections (default: {DEFAULT_METHOD})",
     )
     group.add_argument(
         "--use-labels", action="store_true", help="importance from labels, not from predictions"
@@ -187,17 +189,19 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         "--gradients",
         choices=("per-example", "per-batch"),
         default="per-example",
-        help="per-batch is what the authors' code does (default: per-example)",
+        help="of kwon; per-batch is what the authors' code does (default: per-example)",
     )
     group.add_argument(
         "--teacher",
         choices=("dense", "scheduled"),
         default="scheduled",
-        help="whom tuning imitates: the original, or, as the authors' code, the model pruned to "
-        "the square root of the constraint (default: scheduled)",
+        help="of kwon; whom tuning imitates: the original, or, as the authors' code, the model "
+        "pruned to the square root of the constraint (default: scheduled)",
     )
-    group.add_argument("--skip-rearrange", action="store_true", help="leave out the second stage")
-    group.add_argument("--skip-tune", action="store_true", help="leave out the third stage")
+    group.add_argument(
+        "--skip-rearrange", action="store_true", help="of kwon; leave out the rearrangement"
+    )
+    group.add_argument("--skip-tune", action="store_true", help="leave out the least squares")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -255,3 +259,19 @@ def _check_task(name: str) -> None:
 def _check_device(name: str | None) -> None:
     if name is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise UserError(f"Unknown device {name!r}: choose cpu, cuda, cuda:N or mps.")
+
+
+def _check_method(options: Options) -> None:
+    """A flag that the method does not know would silently do nothing."""
+    if options.method == "kwon":
+        return
+    given = {
+        "--gradients per-batch": options.gradients == "per-batch",
+        "--teacher dense": options.teacher == "dense",
+        "--skip-rearrange": options.skip_rearrange,
+    }
+    for flag, is_given in given.items():
+        if is_given:
+            raise UserError(
+                f"{flag} belongs to --method kwon: {options.method} has no such choice."
+            )

@@ -90,6 +90,10 @@ def test_every_fraction_is_a_constraint(ratio: float) -> None:
         ([*NEEDED, "--seed", "-1"], "--seed -1 is not"),
         ([*NEEDED, "--metric", "size"], "--metric: invalid choice: 'size'"),
         ([*NEEDED, "--method", "magic"], "--method: invalid choice: 'magic'"),
+        *(
+            ([*NEEDED, "--method", "curvature", *flag.split()], f"{flag} belongs to --method kwon")
+            for flag in ("--gradients per-batch", "--teacher dense", "--skip-rearrange")
+        ),
         ([*NEEDED, "--device", "gpu"], "Unknown device 'gpu': choose cpu, cuda"),
         ([*NEEDED, "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
     ],

@@ -20,6 +20,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from rfprune import load_pruned, run
+from rfprune.command_line import METHODS
 from rfprune.main import main
 from rfprune.model.checkpoint import load_masks
 from rfprune.report.report_json import STAGES, read_report
@@ -153,11 +154,14 @@ def test_the_report_has_the_schema_of_the_plan(flags: Callable[..., list[str]]) 
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("method", METHODS)
 def test_every_model_type_runs(
-    model_type: str, flags: Callable[..., list[str]], tiny_folder: Callable[..., Path]
+    method: str, model_type: str, flags: Callable[..., list[str]], tiny_folder: Callable[..., Path]
 ) -> None:
-    assert main(flags(model=tiny_folder(model_type))) == 0
-    assert read_report(Path("out"))["achieved"]["mac"] <= 0.5
+    assert main(flags(model=tiny_folder(model_type), method=method)) == 0
+    report = read_report(Path("out"))
+    assert report["method"] == method
+    assert report["achieved"]["mac"] <= 0.5
 
 
 @pytest.mark.parametrize(
