@@ -1,16 +1,18 @@
-"""Error curves of all blocks in one unit, nats of loss: what goes past the published method.
+"""Error curves of all blocks in one unit of loss: what goes past the published method.
 
 One forward and backward pass over the calibration batches gives every block the second moments A of
 its consumer's inputs and G of the loss gradient at its consumer's outputs. Greedy removal (see
 `rfprune.stages.obs`) turns them into a removal order and an error curve that is comparable between
 heads and neurons and between layers, with no weight to tune and no labels.
 
-Two choices of our own: A is taken about the mean, since the consumer's bias makes up for a mean at
-no cost, and all tokens count alike in A, which did better than weighting them by their gradient.
+Choices of our own: A is taken about the mean, since the consumer's bias makes up for a mean at no
+cost; all tokens count alike in A, which did better than weighting them by their gradient; errors low
+in the model weigh more than errors above (`DEPTH`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -29,6 +31,10 @@ from rfprune.stages.obs import Curve, removal_curve
 
 DAMPING = 1e-2
 """Added to the diagonal of A, as a fraction of its mean diagonal."""
+
+DEPTH = 1.0
+"""An error in the first layer counts exp(DEPTH) times as much as one in the last, since the blocks
+above see it too: the Fisher information is local and does not know how far the others have moved."""
 
 
 @dataclass
@@ -152,9 +158,10 @@ def error_curves(
     *,
     progress: bool = False,
 ) -> tuple[Curve, ...]:
-    """Removal order and error curve of every block; errors are expected nats an example.
+    """Removal order and error curve of every block.
 
-    The loss of an example grows by half of the Fisher's quadratic form, summed over its tokens.
+    The loss of an example grows by half of the Fisher's quadratic form, summed over its tokens; in
+    nats, before depth is weighted in (see `DEPTH`).
 
     Raises:
         UserError: the moments of a block are degenerate beyond repair; the block is named.
@@ -165,7 +172,9 @@ def error_curves(
         pairs, desc="error curves", unit="block", disable=not progress, leave=False
     ):
         weight = model.get_submodule(block.consumer).weight.detach()
-        gradients = moments.gradient_moment.double() / (2 * moments.examples)
+        height = 1 - block.layer / max(1, len(layout.layers) - 1)  # 1 at the bottom, 0 at the top
+        importance = math.exp(DEPTH * height) / (2 * moments.examples)
+        gradients = importance * moments.gradient_moment.double()
         try:
             curves.append(
                 removal_curve(moments.input_covariance(), weight, gradients, block.unit_width)
