@@ -67,7 +67,7 @@ class _Ranking:
             raise ValueError(
                 f"the search needs {kind}s of equal cost in every layer, got {sorted(unit_costs)}"
             )
-        self.unit_cost = unit_costs.pop() if unit_costs else float("inf")
+        self.unit_cost = unit_costs.pop() if unit_costs else 0.0
         values = np.concatenate(
             [importance[b].double().cpu().numpy() for b in indices] or [np.zeros(0)]
         )

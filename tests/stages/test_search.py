@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -56,6 +56,7 @@ def problems(draw: st.DrawFn) -> Problem:
     """At most ten units in two layers, with ties, zeros and budgets from nothing to everything."""
     sizes = st.lists(st.integers(0, 3), min_size=2, max_size=2)
     layout = made_layout(draw(sizes), draw(sizes))
+    assume(layout.blocks)
     importance = [
         torch.tensor(draw(st.lists(st.sampled_from([0.0, 0.1, 1, 2, 2.5, 7]) | st.floats(0, 10),
                                    min_size=block.num_units, max_size=block.num_units)))
