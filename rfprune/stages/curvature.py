@@ -6,8 +6,8 @@ its consumer's inputs and G of the loss gradient at its consumer's outputs. Gree
 heads and neurons and between layers, with no weight to tune and no labels.
 
 Choices of our own: A is taken about the mean, since the consumer's bias makes up for a mean at no
-cost; all tokens count alike in A, which did better than weighting them by their gradient; errors low
-in the model weigh more than errors above (`DEPTH`).
+cost; all tokens count alike in A, which did better than weighting them by their gradient; errors
+low in the model weigh more than errors above (`DEPTH`).
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ DAMPING = 1e-2
 """Added to the diagonal of A, as a fraction of its mean diagonal."""
 
 DEPTH = 1.0
-"""An error in the first layer counts exp(DEPTH) times as much as one in the last, since the blocks
-above see it too: the Fisher information is local and does not know how far the others have moved."""
+"""An error in the first layer counts exp(DEPTH) times as much as one in the last: the Fisher
+information is local, and does not know that the blocks above have moved as well."""
 
 
 @dataclass
