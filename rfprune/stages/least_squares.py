@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_PRECISION = torch.finfo(torch.float32).eps  # that in which products of features are computed
+_TINY = torch.finfo(torch.float64).tiny
+
 
 class NumericalFailure(Exception):
     """A solve gave nothing usable; the block stays as it was and the user is told."""
@@ -117,7 +120,8 @@ def solve_weights(
     if not len(moments.gram):
         return moments.cross.T, target_mean
     gram, cross = moments.centred()
-    strength = ridge * float(gram.diagonal().mean()) + torch.finfo(torch.float64).tiny
+    noise = _PRECISION * float(moments.gram.diagonal().mean())  # what centring cannot see below
+    strength = ridge * float(gram.diagonal().mean()) + noise + _TINY
     gram.diagonal().add_(strength)
     if prior is not None:
         cross = cross + strength * _like(gram, prior).T

@@ -1,0 +1,287 @@
+"""Teacher and student side by side: what is fitted, to what, and what a failure leaves behind.
+
+Deleting this lets a block be fitted to the wrong layer, to padding, or to a residual of the wrong
+model; or one failure stop all later blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rfprune.model.compact import compact
+from rfprune.model.layout import Block, Layout, layout_of
+from rfprune.model.masks import frozen, full_masks, masked
+from rfprune.stages.least_squares import Moments, NumericalFailure, solve_weights
+from rfprune.stages.reconstruct import reconstruct
+
+Tiny = Callable[..., Any]
+Pair = tuple[Tensor, Tensor]
+FAMILIES = ["bert", "distilbert", "mpnet"]
+
+
+class Spy:
+    """A fit that changes nothing and remembers what it was given."""
+
+    def __init__(self) -> None:
+        self.moments: dict[str, Moments] = {}
+        self.errors: dict[str, float] = {}  # mean square over tokens with the weights as they are
+
+    def __call__(self, block: Block, moments: Moments, weight: Tensor, bias: Tensor) -> Pair:
+        self.moments[block.name] = moments
+        self.errors[block.name] = moments.error(weight, bias) / moments.count
+        return weight, bias
+
+
+def refit(_: Block, moments: Moments, weight: Tensor, bias: Tensor) -> Pair:
+    return solve_weights(moments, ridge=1e-8)
+
+
+def run(
+    teacher: Any, student: Any, layout: Layout, batches: Any, fit: Any, **how: Any
+) -> list[str]:
+    with frozen(teacher), frozen(student):
+        return reconstruct(teacher, student, layout, batches, fit, **how)
+
+
+def hidden_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Last hidden states of the real tokens, (tokens, d)."""
+    with torch.no_grad():
+        states = model.base_model(**batch).last_hidden_state
+    return states[batch["attention_mask"].bool()]  # type: ignore[no-any-return]
+
+
+def batches_of(tiny_batch: Tiny, padding: str = "right") -> list[dict[str, Tensor]]:
+    return [tiny_batch(8, 7 + seed, padding=padding, seed=seed) for seed in range(3)]
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_an_equal_student_has_no_error(
+    model_type: str, padding: str, tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    teacher, batches, spy = tiny_model(model_type), batches_of(tiny_batch, padding), Spy()
+    layout = layout_of(teacher)
+    student = compact(teacher, layout, full_masks(layout))
+    assert run(teacher, student, layout, batches, spy) == []
+    assert list(spy.errors) == [block.name for block in layout.blocks]
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    for block in layout.blocks:
+        moments = spy.moments[block.name]
+        assert moments.count == tokens
+        assert spy.errors[block.name] < 1e-5 * moments.target_energy / tokens
+        assert moments.target_energy > 1
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_damaged_out_projections_are_repaired(
+    model_type: str, tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    teacher, batches = tiny_model(model_type), batches_of(tiny_batch)
+    layout = layout_of(teacher)
+    student = compact(teacher, layout, full_masks(layout))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for block in layout.blocks:
+            consumer = student.get_submodule(block.consumer)
+            consumer.weight.copy_(torch.randn(consumer.weight.shape, generator=generator))
+            consumer.bias.zero_()
+    expected = hidden_of(teacher, batches[0])
+    assert (hidden_of(student, batches[0]) - expected).abs().mean() > 0.1
+    assert run(teacher, student, layout, batches, refit) == []
+    assert (hidden_of(student, batches[0]) - expected).abs().max() < 1e-2
+    for block in layout.blocks:
+        for name in ("weight", "bias"):
+            path = f"{block.consumer}.{name}"
+            found, true = student.get_parameter(path), teacher.get_parameter(path)
+            torch.testing.assert_close(found, true, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_later_blocks_repair_what_was_lost_before(
+    model_type: str, tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    teacher, batches = tiny_model(model_type), batches_of(tiny_batch)
+    layout = layout_of(teacher)
+    masks = full_masks(layout)
+    masks[0][:2], masks[1][:6], masks[2][1:], masks[3][:3] = 0, 0, 0, 0
+    plain, fitted = compact(teacher, layout, masks), compact(teacher, layout, masks)
+    assert run(teacher, fitted, layout, batches, refit) == []
+    expected = hidden_of(teacher, batches[0])
+    before = (hidden_of(plain, batches[0]) - expected).square().mean()
+    after = (hidden_of(fitted, batches[0]) - expected).square().mean()
+    assert after < 0.7 * before
+
+
+def test_the_target_makes_up_for_the_residual(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    """Output plus the student's residual should be the teacher's total: checked by full passes."""
+    teacher, batch, spy = tiny_model(), tiny_batch(), Spy()
+    layout = layout_of(teacher)
+    masks = full_masks(layout)
+    masks[0][:3] = 0
+    student = compact(teacher, layout, masks)
+    seen: dict[str, Tensor] = {}
+
+    def watch(name: str, model: Any, path: str) -> Any:
+        def note(_: Any, inputs: tuple[Tensor, ...]) -> None:
+            seen[name] = inputs[0]
+
+        return model.get_submodule(path).register_forward_pre_hook(note)
+
+    neurons = layout.blocks[1]
+    watches = [
+        watch("teacher total", teacher, neurons.residual_sum),
+        watch("student total", student, neurons.residual_sum),
+        watch("features", student, neurons.consumer),
+    ]
+    tokens = batch["attention_mask"].bool()
+    with torch.no_grad():
+        teacher(**batch), student(**batch)
+        for handle in watches:
+            handle.remove()
+        output = student.get_submodule(neurons.consumer)(seen["features"])
+        residual = seen["student total"] - output
+        target = (seen["teacher total"] - residual)[tokens]
+    run(teacher, student, layout, [batch], spy)
+    expected = Moments.zeros(12, 16)
+    expected.add(seen["features"][tokens], target)
+    moments = spy.moments[neurons.name]
+    torch.testing.assert_close(moments.gram, expected.gram, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(moments.cross, expected.cross, rtol=1e-4, atol=1e-4)
+    assert spy.errors["layer.0.neurons"] > 1e-2
+
+
+def test_a_failure_is_reported_and_later_blocks_go_on(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    teacher = tiny_model()
+    layout = layout_of(teacher)
+    student = compact(teacher, layout, full_masks(layout))
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+
+    def fit(block: Block, moments: Moments, weight: Tensor, bias: Tensor) -> Pair:
+        if block.name == "layer.0.heads":
+            raise NumericalFailure("of old age")
+        if block.name == "layer.1.heads":
+            return weight * torch.nan, bias
+        return 2 * weight, bias + 1
+
+    failures = run(teacher, student, layout, [tiny_batch()], fit)
+    assert failures == [
+        "layer.0.heads was left as it was: of old age",
+        "layer.1.heads was left as it was: the fitted weights are not finite",
+    ]
+    changed = {
+        name for name, value in student.state_dict().items() if not torch.equal(value, before[name])
+    }
+    assert changed == {
+        f"bert.encoder.layer.{layer}.output.dense.{name}"
+        for layer in (0, 1)
+        for name in ("weight", "bias")
+    }
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_an_emptied_block_still_gets_its_bias(
+    model_type: str, tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    teacher, batches, spy = tiny_model(model_type), batches_of(tiny_batch), Spy()
+    layout = layout_of(teacher)
+    masks = full_masks(layout)
+    masks[0][:], masks[3][:] = 0, 0
+    student = compact(teacher, layout, masks)
+    run(teacher, student, layout, batches, spy)
+    assert run(teacher, student, layout, batches, refit) == []
+    moments = spy.moments["layer.0.heads"]
+    mean = (moments.target_sum / moments.count).float()
+    bias = student.get_submodule(layout.blocks[0].consumer).bias
+    torch.testing.assert_close(bias, mean)
+    assert (mean - teacher.get_submodule(layout.blocks[0].consumer).bias).abs().max() > 1e-2
+
+
+def test_a_layer_without_blocks_is_passed_through(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    """A model whose first layer an earlier pruning emptied; the teacher must go on all the same."""
+    dense = tiny_model(num_hidden_layers=3)
+    masks = full_masks(layout_of(dense))
+    masks[0][:], masks[1][:], masks[4][:] = 0, 0, 0
+    teacher = compact(dense, layout_of(dense), masks)
+    layout, batches, spy = layout_of(teacher), batches_of(tiny_batch), Spy()
+    assert [block.name for block in layout.blocks] == [
+        *("layer.1.heads", "layer.1.neurons", "layer.2.neurons"),
+    ]
+    student = compact(teacher, layout, full_masks(layout))
+    assert run(teacher, student, layout, batches, spy) == []
+    assert max(spy.errors.values()) < 1e-5
+
+
+def test_masks_on_the_teacher_act(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    teacher, batches, spy, plain = tiny_model(), batches_of(tiny_batch), Spy(), Spy()
+    layout = layout_of(teacher)
+    masks = full_masks(layout)
+    masks[0][1], masks[1][:4], masks[3][5:] = 0, 0.5, 0
+    student = compact(teacher, layout, masks)
+    with masked(teacher, layout, masks):
+        run(teacher, student, layout, batches, spy)
+    run(teacher, student, layout, batches, plain)
+    assert max(spy.errors.values()) < 1e-5 < 1e-2 < min(plain.errors.values())
+
+
+def test_what_is_skipped_is_not_fitted(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    teacher, spy = tiny_model(), Spy()
+    layout = layout_of(teacher)
+    student = compact(teacher, layout, full_masks(layout))
+    skip = {layout.blocks[0].consumer, layout.blocks[3].consumer}
+    run(teacher, student, layout, [tiny_batch()], spy, skip=skip)
+    assert list(spy.moments) == ["layer.0.neurons", "layer.1.heads"]
+    assert max(spy.errors.values()) < 1e-5
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_the_first_token_alone(padding: str, tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    teacher, spy = tiny_model(), Spy()
+    layout, batch = layout_of(teacher), tiny_batch(padding=padding)
+    student = compact(teacher, layout, full_masks(layout))
+    last = layout.blocks[3]
+    run(teacher, student, layout, [batch], spy, first_token_only=[last.consumer])
+    assert [spy.moments[block.name].count for block in layout.blocks] == [*[25] * 3, 4]
+    seen: list[Tensor] = []
+    consumer = student.get_submodule(last.consumer)
+    handle = consumer.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    student(**batch)
+    handle.remove()
+    first = batch["attention_mask"].argmax(1)
+    expected = seen[0][range(4), first].double().sum(0)
+    torch.testing.assert_close(spy.moments[last.name].feature_sum, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_but_the_student_changes(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    teacher = tiny_model()
+    layout = layout_of(teacher)
+    student = compact(teacher, layout, full_masks(layout))
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+
+    def fail(*_: Any) -> Pair:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(teacher, student, layout, [tiny_batch()], fail)
+    for model in (teacher, student):
+        assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+        assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_half_precision_is_fitted_in_float64(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    teacher, batches = tiny_model().to(torch.bfloat16), batches_of(tiny_batch)
+    layout = layout_of(teacher)
+    masks = full_masks(layout)
+    masks[1][:6], masks[2][:2] = 0, 0
+    plain, fitted = compact(teacher, layout, masks), compact(teacher, layout, masks)
+    assert run(teacher, fitted, layout, batches, refit) == []
+    assert {parameter.dtype for parameter in fitted.parameters()} == {torch.bfloat16}
+    expected = hidden_of(teacher, batches[0]).float()
+    before = (hidden_of(plain, batches[0]) - expected).square().mean()
+    after = (hidden_of(fitted, batches[0]) - expected).square().mean()
+    assert after < 0.9 * before
