@@ -12,9 +12,10 @@ student is a copy.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,20 +75,34 @@ def prune_family(
     settings = settings or Settings()
     layout = layout_of(model)
     check_finite(model)
-    labelled = [
-        {name: value.to(model.device) for name, value in batch.items()} for batch in batches
-    ]
-    if not labelled or not layout.blocks:
+    labelled = [_on_device(batch, model.device) for batch in batches]
+    if not any(token_mask(batch).any() for batch in labelled) or not layout.blocks:
         raise UserError(
-            "there is nothing to calibrate on, or nothing to prune; give at least one batch, and a "
-            "model with heads or neurons"
+            "there is nothing to calibrate on, or nothing to prune; give at least one example, and "
+            "a model with heads or neurons"
         )
     inputs = [
         {name: value for name, value in batch.items() if name not in LABELS} for batch in labelled
     ]
     job = _Job(model, layout, labelled, inputs, settings, progress)
     methods = {"kwon": _kwon, "curvature": _curvature}
-    yield from methods[settings.method](job, constraints)
+    results = methods[settings.method](job, constraints)
+    while True:
+        with torch.inference_mode(False), torch.enable_grad():  # in whatever mode the caller is
+            result = next(results, None)
+        if result is None:
+            return
+        yield result
+
+
+def _on_device(batch: Any, device: torch.device) -> Batch:
+    """Raises UserError where a batch is none."""
+    if not (isinstance(batch, Mapping) and all(isinstance(v, Tensor) for v in batch.values())):
+        raise UserError(
+            f"a batch must map names to tensors, as a data collator's output does; got a "
+            f"{type(batch).__name__}: collate the examples with tensors first"
+        )
+    return {name: value.to(device) for name, value in batch.items()}
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def _add_batch(
             consumer = model.get_submodule(block.consumer)
             hook = _watch(curvature, tokens, leaving)
             stack.callback(consumer.register_forward_hook(hook).remove)
-        outputs = model(**inputs)
+        outputs = model(**inputs, return_dict=True)
     if use_labels:
         factors = label_losses(outputs, batch, model.config)
     else:
