@@ -27,6 +27,7 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 TABLE = ("metric", "requested_samples", "batch_size", "max_length", "dtype")
 """One table in README.md for each combination of these."""
 ROW = (*TABLE, "model", "task", "eval_limit", "variant")
+"""One row of a table for each combination of these."""
 COSTS = {"mac": "MACs", "params": "parameters"}
 
 Line = Mapping[str, Any]
@@ -167,7 +168,7 @@ def summary(cells: Sequence[Cell]) -> str:
 
 def _summary_row(cell: Cell) -> dict[str, Any]:
     line = cell.lines[0]
-    names = ("model", "task", "variant", "metric", "constraint", "requested_samples", "metric_name")
+    names = (*ROW, "constraint", "metric_name")
     numbers = {
         "original_score": cell.mean("original_score"),
         "score_mean": cell.mean("score"),

@@ -12,22 +12,23 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import os
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rfprune.command_line import DTYPES, METRICS
 from rfprune.errors import UserError
 from rfprune.tasks.registry import TASKS, get_task
 
 if TYPE_CHECKING:
     from rfprune.loading import Loaded
-    from rfprune.result import PruneResult, Settings
     from rfprune.tasks.evaluation import Evaluation, EvaluationSet
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
@@ -46,27 +47,14 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
 }
 """What each variant asks of `rfprune.Settings`; the first ones are the stages of the paper."""
 
-METRICS = ("mac", "params")
 CONDITIONS = (
     *("model", "task", "variant", "metric", "constraint", "seed", "requested_samples"),
     *("eval_limit", "batch_size", "max_length", "dtype"),
 )
 """Two lines that agree in all of these are the same measurement."""
 
-
-@dataclass(frozen=True)
-class Measurement:
-    """One thing to measure; `conditions` by the names of `CONDITIONS`."""
-
-    variant: str
-    constraint: float
-    seed: int
-    conditions: Mapping[str, Any]
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What tells measurements apart."""
-        return key_of(self.conditions)
+Conditions = dict[str, Any]
+"""A measurement to make: a value for each of `CONDITIONS`."""
 
 
 @dataclass(frozen=True)
@@ -81,17 +69,15 @@ class Bench:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run with these flags (default: those of the process).
-
-    Returns 0 for done, 1 where a variant could not be measured, 2 for a user error, 130 stopped.
-    """
+    """Run with these flags (default: those of the process): 0 done, 1 something was not to be
+    measured, 2 user error, 130 stopped."""
     options = _parser().parse_args(argv)
     try:
         get_task(options.task)
-        output = options.output or default_output(options)
+        output: Path = options.output or default_output(options)
         measured = {key_of(line) for line in read_lines(output)}
         wanted = list(measurements(options))
-        missing = [measurement for measurement in wanted if measurement.key not in measured]
+        missing = [conditions for conditions in wanted if key_of(conditions) not in measured]
         _say(f"{output}: {len(missing)} of {len(wanted)} measurements to make")
         return _sweep(options, missing, output) if missing else 0
     except UserError as error:
@@ -108,69 +94,47 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    whole, ratio = _number(int, 1, math.inf), _number(float, 0, 1)
-    parser.add_argument("--model", required=True, help="a folder, hub id, alias, or demo")
-    parser.add_argument("--task", required=True, help=", ".join(TASKS))
-    parser.add_argument("--data-dir", type=Path, help="local data, DIR/TASK/...; else the hub")
-    parser.add_argument("--constraint", required=True, nargs="+", type=ratio, metavar="RATIO")
-    parser.add_argument("--metric", choices=METRICS, default="mac")
-    parser.add_argument("--seed", nargs="+", type=_number(int, 0, math.inf), default=[0])
-    parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--samples", type=whole, default=2048, help="to calibrate on")
-    parser.add_argument("--batch-size", type=whole, default=32)
-    parser.add_argument("--max-length", type=whole, help="tokens an example (default: the task's)")
-    parser.add_argument("--eval-limit", type=whole, help="score so many validation examples")
-    parser.add_argument("--device", type=_device, help="cpu, cuda, cuda:N or mps (default: best)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE.jsonl",
-        help="default: results/quality_MODEL_TASK_METRIC_Nsamples.jsonl",
-    )
+    add = parser.add_argument
+    add("--model", required=True, help="a folder, hub id, alias, or demo")
+    add("--task", required=True, help=", ".join(TASKS))
+    add("--data-dir", type=Path, help="local data, DIR/TASK/...; else the hub")
+    add("--constraint", required=True, nargs="+", type=_ratio, help="fractions of cost to keep")
+    add("--metric", choices=METRICS, default="mac", help="the cost that counts (default: mac)")
+    add("--seed", nargs="+", type=_whole(0), default=[0], help="draw the samples (default: 0)")
+    add("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all")
+    add("--samples", type=_whole(1), default=2048, help="to calibrate on (default: 2048)")
+    add("--batch-size", type=_whole(1), default=32, help="examples a batch (default: 32)")
+    add("--max-length", type=_whole(8), help="tokens an example (default: the task's)")
+    add("--eval-limit", type=_whole(1), help="score so many validation examples, not all")
+    add("--device", choices=("cpu", "cuda", "mps"), help="default: the best there is")
+    add("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
+    add("--output", type=Path, help="default: results/quality_MODEL_TASK_METRIC_Nsamples.jsonl")
     return parser
 
 
-def _number(kind: type, smallest: float, largest: float) -> Callable[[str], Any]:
-    """Whole numbers from `smallest`; fractions strictly between the two."""
-
-    def read(text: str) -> Any:
-        try:
-            number = kind(text)
-        except ValueError:
-            number = math.nan
-        if not (smallest <= number <= largest) or (kind is float and number in (0, 1)):
-            sort = f"a number between {smallest} and {largest}" if kind is float else ""
-            sort = sort or f"a whole number of at least {smallest}"
-            raise argparse.ArgumentTypeError(f"{text} is not {sort}")
-        return number
+def _whole(smallest: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < smallest:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number from {smallest}")
+        return int(text)
 
     return read
 
 
-def _device(text: str) -> str:
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"unknown device {text!r}: cpu, cuda, cuda:N or mps")
-    return text
+def _ratio(text: str) -> float:
+    if not re.fullmatch(r"0?\.\d*[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text} is not a fraction such as 0.5, between 0 and 1")
+    return float(text)
 
 
-def measurements(options: argparse.Namespace) -> Iterator[Measurement]:
-    """All that the flags ask for: by seed, then variant, then constraint."""
-    shared = {
-        "model": model_name(options.model),
-        "task": options.task,
-        "metric": options.metric,
-        "requested_samples": options.samples,
-        "eval_limit": options.eval_limit,
-        "batch_size": options.batch_size,
-        "max_length": options.max_length,
-        "dtype": options.dtype,
-    }
-    for seed in dict.fromkeys(options.seed):
-        for variant in dict.fromkeys(options.variant):
-            for constraint in dict.fromkeys(options.constraint):
-                own = {"variant": variant, "constraint": constraint, "seed": seed}
-                yield Measurement(variant, constraint, seed, shared | own)
+def measurements(options: argparse.Namespace) -> Iterator[Conditions]:
+    """All that the flags ask for: by seed, then variant, then constraint; nothing twice."""
+    names = ("task", "metric", "eval_limit", "batch_size", "max_length", "dtype")
+    shared = {name: getattr(options, name) for name in names}
+    shared |= {"model": model_name(options.model), "requested_samples": options.samples}
+    wanted = product(options.seed, options.variant, options.constraint)
+    for seed, variant, constraint in dict.fromkeys(wanted):
+        yield shared | {"seed": seed, "variant": variant, "constraint": constraint}
 
 
 def model_name(model: str) -> str:
@@ -198,67 +162,70 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     A last line that was cut short by a kill is taken off the file.
 
     Raises:
-        UserError: the file cannot be read, or another line is no JSON object.
+        UserError: the file cannot be read, or is not one of this script's.
     """
+    if path.suffix != ".jsonl":  # a cut line must not be taken off a file of something else
+        raise UserError(f"--output {path} must end in .jsonl: it gets a line of JSON each time.")
     try:
         content = path.read_bytes() if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
+        lines = [dict(json.loads(text)) for text in whole.splitlines()]
         if whole != content:
             os.truncate(path, len(whole))
     except OSError as error:
         raise UserError(f"--output {path} cannot be read: {error.strerror}.") from error
-    lines = []
-    for number, text in enumerate(whole.splitlines(), start=1):
-        try:
-            line = json.loads(text)
-        except ValueError:
-            line = None
-        if not isinstance(line, dict):
-            raise UserError(f"--output {path}: line {number} is no JSON object, take it out.")
-        lines.append(line)
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"--output {path} holds something else than measurements ({error}): name another file."
+        ) from error
     return lines
 
 
-def append_line(path: Path, line: Mapping[str, Any]) -> None:
-    """Add a line and see that it is on the disk.
+def append_line(path: Path, line: Mapping[str, Any] | None) -> None:
+    """Add a line and see that it is on the disk; None: only see that the file can be written.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            if line is not None:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise UserError(f"--output {path} cannot be written: {error.strerror}.") from error
 
 
-def _sweep(options: argparse.Namespace, missing: Sequence[Measurement], output: Path) -> int:
+def _sweep(options: argparse.Namespace, missing: Sequence[Conditions], output: Path) -> int:
     """Measure what is missing, seed by seed: a seed's variants share its calibration batches."""
     bench = _prepare(options)
-    failed = 0
-    for seed in dict.fromkeys(measurement.seed for measurement in missing):
-        group = [measurement for measurement in missing if measurement.seed == seed]
+    failed = False
+    append_line(output, None)
+    for seed, group in _grouped(missing, "seed"):
         batches, heard = _calibrate(options, bench, group)
-        for variant in dict.fromkeys(measurement.variant for measurement in group):
-            family = [measurement for measurement in group if measurement.variant == variant]
+        for variant, family in _grouped(group, "variant"):
             try:
-                for line in _measure(bench, family, batches):
-                    line["warnings"] = list(
-                        dict.fromkeys([*bench.warnings, *heard, *line["warnings"]])
-                    )
+                for line in _measure(bench, family, batches, heard):
                     append_line(output, line)
                     _say(_in_words(line))
             except _NotMeasured as error:
-                failed += 1
+                failed = True
                 _say(f"seed {seed} {variant}: not measured: {error}")
     return 1 if failed else 0
 
 
+def _grouped(all_conditions: Sequence[Conditions], name: str) -> list[tuple[Any, list[Conditions]]]:
+    """What is to be measured by the values of one condition, in the order they come in."""
+    groups: dict[Any, list[Conditions]] = {}
+    for conditions in all_conditions:
+        groups.setdefault(conditions[name], []).append(conditions)
+    return list(groups.items())
+
+
 class _NotMeasured(Exception):
-    """A variant that does not work here; the others go on."""
+    """A variant does not work here; the others go on."""
 
 
 def _prepare(options: argparse.Namespace) -> Bench:
@@ -287,10 +254,10 @@ def _prepare(options: argparse.Namespace) -> Bench:
 
 
 def _calibrate(
-    options: argparse.Namespace, bench: Bench, group: Sequence[Measurement]
+    options: argparse.Namespace, bench: Bench, group: Sequence[Conditions]
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """A seed's batches and the warnings on the way; with labels only where one of a group needs
-    them, since they change nothing for the others."""
+    """A seed's batches and the warnings so far; with labels only where a variant needs them,
+    since they change nothing for the others."""
     from rfprune.calibration import calibration_batches
     from rfprune.loading import data_folder
 
@@ -302,70 +269,61 @@ def _calibrate(
             num_samples=options.samples,
             batch_size=options.batch_size,
             max_length=bench.max_length,
-            seed=group[0].seed,
-            with_labels=any(VARIANTS[one.variant].get("use_labels", False) for one in group),
+            seed=group[0]["seed"],
+            with_labels=any(VARIANTS[one["variant"]].get("use_labels", False) for one in group),
         )
-    return batches, heard
+    return batches, [*bench.warnings, *heard]
 
 
 def _measure(
-    bench: Bench, family: Sequence[Measurement], batches: Sequence[Mapping[str, Any]]
+    bench: Bench,
+    family: Sequence[Conditions],
+    batches: Sequence[Mapping[str, Any]],
+    warnings: Sequence[str],
 ) -> Iterator[dict[str, Any]]:
-    """Prune to the constraints of a family (one variant, one seed) and score each model."""
+    """Prune to the constraints of one variant and seed, and score each model: lines of the file.
+
+    Scores are in points of 100; the seconds of collecting are those of the whole family.
+    """
     from rfprune.cost.constraint import Constraint
     from rfprune.pipeline import prune_family
+    from rfprune.report.report_json import versions
     from rfprune.result import Settings
-    from rfprune.tasks.evaluation import evaluate_model
+    from rfprune.tasks.evaluation import divergence, evaluate_model
 
-    settings = Settings(**VARIANTS[family[0].variant], seed=family[0].seed)
-    constraints = [Constraint(one.conditions["metric"], one.constraint) for one in family]
+    settings = Settings(**VARIANTS[family[0]["variant"]], seed=family[0]["seed"])
+    constraints = [Constraint(one["metric"], one["constraint"]) for one in family]
+    original = bench.original
     with _collected_warnings() as heard:
         results = prune_family(bench.loaded.model, batches, constraints, settings)
-        for measurement in family:
+        for conditions in family:
             try:
                 result = next(results)
                 pruned = evaluate_model(result.model, bench.evaluation_set)
             except UserError as error:
                 raise _NotMeasured(str(error)) from error
-            line = _line(bench, measurement, settings, result, pruned)
-            line["samples"] = sum(len(batch["input_ids"]) for batch in batches)
-            line["warnings"] = [*heard, *result.warnings]
-            yield line
-            del result, pruned
+            yield {
+                **conditions,
+                "samples": sum(len(batch["input_ids"]) for batch in batches),
+                "settings": dataclasses.asdict(settings),
+                "device": bench.loaded.model.device.type,
+                "metric_name": original.metric_name,
+                "original_score": original.score,
+                "score": pruned.score,
+                "scores": {"original": dict(original.scores), "pruned": dict(pruned.scores)},
+                "divergence": divergence(original, pruned),
+                "evaluated_examples": original.num_examples,
+                "achieved": result.achieved,
+                "mean_tokens": result.mean_tokens,
+                "seconds": {**result.seconds, "evaluate": pruned.seconds},
+                "layers": list(result.layers),
+                "warnings": list(dict.fromkeys([*warnings, *heard, *result.warnings])),
+                "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "versions": versions(),
+            }
 
 
-def _line(
-    bench: Bench,
-    measurement: Measurement,
-    settings: Settings,
-    result: PruneResult,
-    pruned: Evaluation,
-) -> dict[str, Any]:
-    """A line of the results file: conditions, then what came out. Scores in points of 100."""
-    from rfprune.report.report_json import versions
-    from rfprune.tasks.evaluation import divergence
-
-    original = bench.original
-    return {
-        **measurement.conditions,
-        "settings": dataclasses.asdict(settings),
-        "device": bench.loaded.model.device.type,
-        "metric_name": original.metric_name,
-        "original_score": original.score,
-        "score": pruned.score,
-        "scores": {"original": dict(original.scores), "pruned": dict(pruned.scores)},
-        "divergence": divergence(original, pruned),
-        "evaluated_examples": original.num_examples,
-        "achieved": result.achieved,
-        "mean_tokens": result.mean_tokens,
-        "seconds": {**result.seconds, "evaluate": pruned.seconds},
-        "layers": list(result.layers),
-        "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "versions": versions(),
-    }
-
-
-def _collected_warnings() -> Any:
+def _collected_warnings() -> AbstractContextManager[list[str]]:
     from rich.console import Console
 
     from rfprune.run import collected_warnings
@@ -383,7 +341,6 @@ def _in_words(line: Mapping[str, Any]) -> str:
 
 def _say(text: str) -> None:
     sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
-    sys.stderr.flush()
 
 
 if __name__ == "__main__":
