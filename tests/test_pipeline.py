@@ -310,6 +310,17 @@ def test_heads_of_every_kind(
     assert logits_of(result.model, batches[0]).shape == (6, changes["num_labels"])
 
 
+@pytest.mark.cuda
+def test_on_a_gpu(settings: Settings, tiny_model: Tiny, batches: list[Batch]) -> None:
+    expected = prune(tiny_model(), batches, HALF, settings)
+    result = prune(tiny_model().cuda(), batches, HALF, settings)  # the batches are taken along
+    assert {parameter.device.type for parameter in result.model.parameters()} == {"cuda"}
+    assert num_kept(result.masks) == num_kept(expected.masks)
+    on_gpu = logits_of(result.model, {name: value.cuda() for name, value in batches[0].items()})
+    on_cpu = logits_of(expected.model, batches[0])
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-2, atol=1e-2)
+
+
 def test_half_precision(settings: Settings, tiny_model: Tiny, batches: list[Batch]) -> None:
     result = prune(tiny_model().to(torch.bfloat16), batches, HALF, settings)
     assert result.achieved["mac"] <= 0.5
@@ -426,5 +437,5 @@ def test_a_model_without_a_head_is_refused(
 
 
 def test_an_unknown_setting_names_the_known_ones() -> None:
-    with pytest.raises(UserError, match="method 'magic' is unknown; choose one of kwon"):
+    with pytest.raises(UserError, match="method 'magic' is unknown; choose one of curvature, kwon"):
         Settings(method="magic")

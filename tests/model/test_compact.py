@@ -108,6 +108,7 @@ def test_scales_are_folded_into_the_columns(model: Any) -> None:
 
 
 def test_modes_and_flags_are_those_of_the_original(model: Any) -> None:
+    assert not any(module.training for module in made_smaller(model).modules())
     model.train()
     model.bert.encoder.layer[0].requires_grad_(False)
     small = made_smaller(model)

@@ -61,7 +61,7 @@ def test_a_batch_that_cannot_be_read_is_named() -> None:
 
 
 def test_the_first_token_is_found_behind_padding() -> None:
-    tokens = torch.tensor([[1, 1, 1], [0, 1, 1], [1, 1, 0], [0, 0, 1]]).bool()
+    tokens = torch.tensor([[1, 1, 1], [0, 1, 1], [1, 0, 0], [0, 0, 1]]).bool()
     assert first_tokens(tokens).nonzero().tolist() == [[0, 0], [1, 1], [2, 0], [3, 2]]
 
 
