@@ -19,7 +19,7 @@ from rfprune.output import check_output
 from rfprune.tasks.registry import TASKS
 
 METRICS = ("mac", "params")
-METHODS = ("kwon", "curvature")
+METHODS = ("curvature", "kwon")
 DEFAULT_METHOD = METHODS[0]
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -179,8 +179,8 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         "--method",
         choices=METHODS,
         default=DEFAULT_METHOD,
-        help="kwon: Kwon et al. 2022; curvature: error curves, exact allocation, refitted "
-        f"projections (default: {DEFAULT_METHOD})",
+        help="curvature: error curves, exact allocation, refitted projections; kwon: Kwon et al. "
+        f"2022, as published (default: {DEFAULT_METHOD})",
     )
     group.add_argument(
         "--use-labels", action="store_true", help="importance from labels, not from predictions"
@@ -273,5 +273,6 @@ def _check_method(options: Options) -> None:
     for flag, is_given in given.items():
         if is_given:
             raise UserError(
-                f"{flag} belongs to --method kwon: {options.method} has no such choice."
+                f"{flag} belongs to --method kwon and does nothing for {options.method}: leave it "
+                f"out, or add --method kwon."
             )

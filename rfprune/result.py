@@ -15,7 +15,7 @@ from rfprune.model.layout import Layout
 from rfprune.model.masks import Masks
 
 CHOICES = {
-    "method": ("kwon", "curvature"),
+    "method": ("curvature", "kwon"),
     "gradients": ("per-example", "per-batch"),
     "teacher": ("scheduled", "dense"),
 }
@@ -27,7 +27,7 @@ class Settings:
     """How to prune.
 
     Attributes:
-        method: "kwon", the published method, or "curvature", which goes past it.
+        method: "curvature", or "kwon", the published method that it goes past.
         use_labels: importance from the loss on labels, as the authors' code; else label-free.
         gradients: "per-example", or "per-batch" as the authors' code.
         rearrange: refine the searched masks with the block Fisher information.

@@ -39,7 +39,8 @@ def test_the_choices_are_those_of_the_pipeline() -> None:
     assert parse(NEEDED).teacher == Settings().teacher
     for flag in ("gradients", "teacher"):
         for choice in CHOICES[flag]:
-            assert getattr(parse([*NEEDED, f"--{flag}", choice]), flag) == choice
+            options = parse([*NEEDED, "--method", "kwon", f"--{flag}", choice])
+            assert getattr(options, flag) == choice
 
 
 def test_several_constraints_go_to_a_folder_each(tmp_path: Path) -> None:

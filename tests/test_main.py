@@ -120,7 +120,7 @@ def test_a_run_leaves_a_smaller_model_that_reloads(
 
 
 def test_the_report_has_the_schema_of_the_plan(flags: Callable[..., list[str]]) -> None:
-    arguments = flags(seed=3)
+    arguments = [*flags(seed=3), "--method", "kwon"]
     assert main(arguments) == 0
     report = json.loads(Path("out/report.json").read_text(encoding="utf-8"))
     columns = {"score", "macs", "params", "bytes", "latency_ms"}
@@ -226,7 +226,7 @@ def test_the_same_seed_gives_the_same_model(flags: Callable[..., list[str]]) -> 
     ("flag", "stage"), [("skip_rearrange", "rearrange"), ("skip_tune", "tune")]
 )
 def test_a_stage_can_be_left_out(flag: str, stage: str, flags: Callable[..., list[str]]) -> None:
-    assert main(flags(**{flag: True})) == 0
+    assert main([*flags(**{flag: True}), "--method", "kwon"]) == 0
     assert read_report(Path("out"))["seconds"][stage] == 0.0
 
 
@@ -377,16 +377,21 @@ def test_ctrl_c_leaves_nothing_half_written(
 
 
 @pytest.mark.parametrize(
-    "stage", ["collect_gradients", "search", "rearrange", "compact", "tune_scales"]
+    ("method", "stage"),
+    [
+        *(("kwon", s) for s in ("collect_gradients", "search", "rearrange", "tune_scales")),
+        *(("curvature", s) for s in ("collect_curvature", "error_curves", "allocate", "compact")),
+        ("curvature", "refit"),
+    ],
 )
 def test_ctrl_c_in_a_stage_leaves_nothing(
-    stage: str, flags: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+    method: str, stage: str, flags: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(f"rfprune.pipeline.{stage}", interrupt)
-    assert main(flags()) == 130
+    assert main([*flags(), "--method", method]) == 130
     assert everything_here() == set()
 
 

@@ -31,6 +31,7 @@ from rfprune.result import CHOICES, PruneResult, Settings
 Tiny = Callable[..., Any]
 Batch = dict[str, Tensor]
 METHODS = list(CHOICES["method"])
+KWON = Settings(method="kwon")
 HALF = Constraint("mac", 0.5)
 
 
@@ -120,7 +121,7 @@ def test_the_budget_is_met_by_the_model_itself(
 def test_published_masks_describe_the_model(tiny_model: Tiny, batches: list[Batch]) -> None:
     """The scales in the masks are those in the weights."""
     model = tiny_model()
-    result = prune(model, batches, HALF)
+    result = prune(model, batches, HALF, KWON)
     assert any(((mask != 0) & (mask != 1)).any() for mask in result.masks)
     with masked(model, result.layout, result.masks):
         expected = logits_of(model, batches[0])
@@ -132,7 +133,7 @@ def test_published_masks_describe_the_model(tiny_model: Tiny, batches: list[Batc
     [
         {"rearrange": False},
         {"tune": False},
-        {"teacher": "dense"},
+        {"teacher": CHOICES["teacher"][1]},
         {"use_labels": True},
         {"gradients": "per-batch"},
     ],
@@ -142,8 +143,8 @@ def test_every_setting_of_the_published_method_matters(
     changes: dict[str, Any], tiny_model: Tiny, batches: list[Batch]
 ) -> None:
     labelled = [{**batch, "labels": torch.arange(6) % 2} for batch in batches]
-    plain = prune(tiny_model(), labelled, HALF)
-    other = prune(tiny_model(), labelled, HALF, Settings(**changes))
+    plain = prune(tiny_model(), labelled, HALF, KWON)
+    other = prune(tiny_model(), labelled, HALF, Settings(method="kwon", **changes))
     assert other.achieved["mac"] <= 0.5
     left, right = (logits_of(result.model, batches[0]) for result in (plain, other))
     assert not torch.allclose(left, right)
@@ -369,7 +370,7 @@ def test_failures_of_tuning_are_reported(
     tiny_model: Tiny, batches: list[Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rfprune.stages.tune.SCALE_LIMIT", 1e-6)
-    result = prune(tiny_model(), batches, HALF)
+    result = prune(tiny_model(), batches, HALF, KWON)
     assert len(result.warnings) >= 1
     assert all(re.fullmatch(r"layer\.\d\.\w+ was left as it was: .*", w) for w in result.warnings)
     assert all(set(mask.tolist()) <= {0.0, 1.0} for mask in result.masks)
