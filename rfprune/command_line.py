@@ -22,6 +22,7 @@ METRICS = ("mac", "params")
 METHODS = ("curvature", "kwon")
 DEFAULT_METHOD = METHODS[0]
 DTYPES = ("float32", "bfloat16", "float16")
+LARGEST_SEED = 2**63 - 1  # what torch takes
 
 _EPILOG = """\
 examples:
@@ -114,6 +115,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model",
         required=True,
+        type=_name("--model"),
         help="a folder, a hub id, an alias such as bert-base, or demo (embedded, needs no network)",
     )
     group.add_argument("--task", required=True, help=", ".join(TASKS))
@@ -166,7 +168,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--seed",
-        type=_whole_number("--seed", 0),
+        type=_whole_number("--seed", 0, LARGEST_SEED),
         default=0,
         metavar="N",
         help="draws the calibration examples (default: 0)",
@@ -194,9 +196,9 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--teacher",
         choices=("dense", "scheduled"),
-        default="scheduled",
+        default="dense",
         help="of kwon; whom tuning imitates: the original, or, as the authors' code, the model "
-        "pruned to the square root of the constraint (default: scheduled)",
+        "masked at the square root of the constraint (default: dense)",
     )
     group.add_argument(
         "--skip-rearrange", action="store_true", help="of kwon; leave out the rearrangement"
@@ -222,6 +224,15 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--verbose", action="store_true", help="print the libraries' warnings too")
 
 
+def _name(flag: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if not text.strip():
+            raise UserError(f"{flag} is empty: was a variable of the shell not set?")
+        return text
+
+    return read
+
+
 def _ratio(text: str) -> float:
     try:
         ratio = float(text)
@@ -229,20 +240,22 @@ def _ratio(text: str) -> float:
         ratio = float("nan")
     if not 0.0 < ratio < 1.0:
         raise UserError(
-            f"--constraint {text} is not a number between 0 and 1 (both excluded): it is the "
+            f"--constraint {text or repr(text)} is not a number between 0 and 1 (both excluded): it is the "
             f"fraction of the original cost to keep, such as 0.5."
         )
     return ratio
 
 
-def _whole_number(flag: str, smallest: int) -> Callable[[str], int]:
+def _whole_number(flag: str, smallest: int, largest: int | None = None) -> Callable[[str], int]:
+    wanted = f"of at least {smallest}" if largest is None else f"from {smallest} to {largest}"
+
     def read(text: str) -> int:
         try:
             number = int(text)
         except ValueError:
             number = smallest - 1
-        if number < smallest:
-            raise UserError(f"{flag} {text} is not a whole number of at least {smallest}.")
+        if number < smallest or (largest is not None and number > largest):
+            raise UserError(f"{flag} {text or repr(text)} is not a whole number {wanted}.")
         return number
 
     return read
@@ -267,7 +280,7 @@ def _check_method(options: Options) -> None:
         return
     given = {
         "--gradients per-batch": options.gradients == "per-batch",
-        "--teacher dense": options.teacher == "dense",
+        "--teacher scheduled": options.teacher == "scheduled",
         "--skip-rearrange": options.skip_rearrange,
     }
     for flag, is_given in given.items():

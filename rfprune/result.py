@@ -17,7 +17,7 @@ from rfprune.model.masks import Masks
 CHOICES = {
     "method": ("curvature", "kwon"),
     "gradients": ("per-example", "per-batch"),
-    "teacher": ("scheduled", "dense"),
+    "teacher": ("dense", "scheduled"),
 }
 """What the settings of the same names may be; the first is the default."""
 
@@ -32,8 +32,8 @@ class Settings:
         gradients: "per-example", or "per-batch" as the authors' code.
         rearrange: refine the searched masks with the block Fisher information.
         tune: fit what is left to the teacher by least squares.
-        teacher: "scheduled" (the model masked at the square root of the constraint, as the authors'
-            code) or "dense".
+        teacher: "dense" (the model as it is, which measures better), or "scheduled" (masked at the
+            square root of the constraint, as the authors' code).
         seed: of the labels that are sampled where the exact Fisher is too costly.
 
     Raises:

@@ -93,7 +93,7 @@ def test_every_fraction_is_a_constraint(ratio: float) -> None:
         ([*NEEDED, "--method", "magic"], "--method: invalid choice: 'magic'"),
         *(
             ([*NEEDED, "--method", "curvature", *flag.split()], f"{flag} belongs to --method kwon")
-            for flag in ("--gradients per-batch", "--teacher dense", "--skip-rearrange")
+            for flag in ("--gradients per-batch", "--teacher scheduled", "--skip-rearrange")
         ),
         ([*NEEDED, "--device", "gpu"], "Unknown device 'gpu': choose cpu, cuda"),
         ([*NEEDED, "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
