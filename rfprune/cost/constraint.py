@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +36,7 @@ class Constraint:
             raise UserError(
                 f"metric '{self.metric}' is unknown; choose one of {', '.join(METRICS)}"
             )
-        is_number = isinstance(self.ratio, (int, float))
+        is_number = isinstance(self.ratio, Real)
         if not (is_number and math.isfinite(self.ratio) and 0 < self.ratio < 1):
             raise UserError(
                 f"constraint {self.ratio} is not a fraction between 0 and 1 (both excluded); "

@@ -166,6 +166,8 @@ def _select_position_bias(attention: Any, args: Any, kwargs: dict[str, Any]) -> 
 def _empty(model: nn.Module, block: dict[str, Any], consumer: nn.Linear) -> None:
     inner, output = block["inner"], ConstantOutput(consumer)
     name = block["consumer"].removeprefix(inner + ".")
+    if "." in name and name != block["consumer"]:
+        raise ValueError(f"'{block['consumer']}' is too deep inside of '{inner}'")
     if name != block["consumer"]:  # the consumer is inside: it stays there, under its name
         _replace(model, inner, EmptySublayer(block["inner_returns_tuple"], name, output))
     else:

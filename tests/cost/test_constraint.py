@@ -24,6 +24,11 @@ def test_a_ratio_outside_0_and_1_is_refused(ratio: Any) -> None:
         Constraint("mac", ratio)
 
 
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert Constraint("mac", float(np.float64(0.5))) == Constraint("mac", np.float64(0.5))
+    assert Constraint("mac", np.float32(0.5)).ratio == 0.5  # type: ignore[arg-type]
+
+
 def test_an_unknown_metric_is_refused() -> None:
     with pytest.raises(UserError, match="metric 'flops' is unknown; choose one of mac"):
         Constraint("flops", 0.5)

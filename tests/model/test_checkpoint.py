@@ -274,6 +274,7 @@ def test_a_bad_field_is_refused(
         ({"consumer": "__class__"}, "there is no module"),
         ({"consumer": ""}, "not a linear map"),
         ({"num_units": 10**9, "units": None}, "is smaller than 4000000000 features"),
+        ({"num_units": 0, "units": [], "inner": "bert.encoder.layer.0"}, "is too deep inside"),
     ],
 )
 def test_a_path_must_be_that_of_a_linear_map_at_least_as_large(
