@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from rfprune.errors import RfpruneWarning, UserError
-from rfprune.tasks.data import encode, load_split, make_batches
+from rfprune.tasks.data import check_not_single, encode, load_split, make_batches
 from rfprune.tasks.registry import Task
 
 
@@ -49,6 +49,7 @@ def calibration_batches(
     `load_split`, `encode` and `make_batches` for the shapes and for what is refused.
     """
     train = load_split(task, task.train_split, data_dir, labels_required=with_labels)
+    check_not_single(task, task.train_split, train)
     encoded = encode(task, tokenizer, sample(train, num_samples, seed), max_length)
     if len(encoded) > num_samples:
         encoded = sample(encoded, num_samples, seed)

@@ -240,8 +240,8 @@ def _ratio(text: str) -> float:
         ratio = float("nan")
     if not 0.0 < ratio < 1.0:
         raise UserError(
-            f"--constraint {text or repr(text)} is not a number between 0 and 1 (both excluded): it is the "
-            f"fraction of the original cost to keep, such as 0.5."
+            f"--constraint {text or repr(text)} is not a number between 0 and 1 (both excluded): "
+            f"it is the fraction of the original cost to keep, such as 0.5."
         )
     return ratio
 

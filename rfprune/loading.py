@@ -7,28 +7,25 @@ only then the weights.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from rfprune.demo import DEMO_TASK, demo_data_dir, demo_path
 from rfprune.errors import UserError
+from rfprune.inspection import HEADS, WAYS_OUT, check_config, no_head, read_config, reason
+from rfprune.model.architectures import ARCHITECTURES
 from rfprune.pipeline import check_finite
-from rfprune.tasks.registry import Task, check_labels
+from rfprune.tasks.registry import Task
 from rfprune.tasks.zoo import resolve_checkpoint
 
 DEMO = "demo"
-_HEADS = {
-    "classification": "SequenceClassification",
-    "regression": "SequenceClassification",
-    "question-answering": "QuestionAnswering",
-}
-_WAYS_OUT = "give a folder that holds the checkpoint, or try --model demo"
 
 
 @dataclass(frozen=True)
@@ -52,8 +49,8 @@ def load(name: str, task: Task, *, device: torch.device, dtype: torch.dtype) -> 
     """
     source = locate(name, task)
     with quiet_transformers(), _hub_errors(name, source):
-        config = _read_config(source)
-        _check_config(config, source, task)
+        config = read_config(source)
+        check_config(config, source, task)
         model = _load_pruned(source, dtype) if "rfprune" in config else _load(source, task, dtype)
         tokenizer = _load_tokenizer(source, model)
     check_finite(model)
@@ -129,89 +126,6 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _read_config(source: str) -> dict[str, Any]:
-    """The configuration as it stands in config.json."""
-    if not Path(source).is_dir():
-        from transformers import PretrainedConfig
-
-        found: dict[str, Any] = PretrainedConfig.get_config_dict(source)[0]
-        if not found:
-            raise UserError(f"'{source}' on the hub has no config.json: {_WAYS_OUT}.")
-        return found
-    import json
-
-    folder = Path(source)
-    if not any(folder.iterdir()):
-        raise UserError(f"Model folder '{source}' is empty: {_WAYS_OUT}.")
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"Model folder '{source}' has no config.json: save the model again.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"'{path}' is not readable as JSON ({_first_line(error)}).") from error
-    if not isinstance(config, dict):
-        raise UserError(f"'{path}' does not hold a JSON object: save the model again.")
-    _check_files(folder)
-    return config
-
-
-def _check_files(folder: Path) -> None:
-    """A folder must hold safetensors: reading a pickle can run whatever code it carries."""
-    if any((folder / f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
-        return
-    pickles = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")]
-    if pickles:
-        raise UserError(
-            f"Model folder '{folder}' holds its weights as a pickle ({min(pickles)}), which can "
-            f"run code when read: load it where you trust it and save it with "
-            f"save_pretrained(), which writes model.safetensors."
-        )
-    raise UserError(f"Model folder '{folder}' has no model.safetensors: save the model again.")
-
-
-def _check_config(config: Mapping[str, Any], source: str, task: Task) -> None:
-    """A supported model type, a head of the task's kind, and the task's labels."""
-    from transformers import PretrainedConfig
-
-    from rfprune.model.architectures import ARCHITECTURES
-
-    model_type = config.get("model_type")
-    if not model_type:
-        raise UserError(f"The config.json of '{source}' names no model_type: save the model again.")
-    if model_type not in ARCHITECTURES:
-        raise UserError(
-            f"Model type '{model_type}' of '{source}' is not supported: the supported types are "
-            f"{', '.join(sorted(ARCHITECTURES))}."
-        )
-    head = _HEADS[task.kind]
-    names = [str(name) for name in config.get("architectures") or ()]
-    if names and not any(name.endswith(f"For{head}") for name in names):
-        raise _no_head(source, task, f"it is a {names[0]}, not a ...For{head}")
-    if task.kind != "question-answering":
-        try:
-            labels = PretrainedConfig.from_dict(
-                {
-                    key: config[key]
-                    for key in ("id2label", "label2id", "num_labels")
-                    if key in config
-                }
-            )
-        except (TypeError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"The labels in the config.json of '{source}' cannot be read "
-                f"({_first_line(error)}): mend id2label."
-            ) from error
-        check_labels(labels, task)
-
-
-def _no_head(source: str, task: Task, reason: str) -> UserError:
-    return UserError(
-        f"'{source}' has no trained head for task {task.name} ({reason}): fine-tune it on "
-        f"{task.name} first, or choose a checkpoint that is."
-    )
-
-
 def _load_pruned(source: str, dtype: torch.dtype) -> Any:
     """A model that rfprune has pruned before, from a folder or the hub."""
     from rfprune.model.checkpoint import load_pruned
@@ -224,38 +138,75 @@ def _load_pruned(source: str, dtype: torch.dtype) -> Any:
 
 
 def _load(source: str, task: Task, dtype: torch.dtype) -> Any:
+    """A model as transformers has it, every weight in its place; the caller is quiet."""
     import transformers
-    from safetensors import SafetensorError
 
-    model_class = getattr(transformers, f"AutoModelFor{_HEADS[task.kind]}")
+    model_class = getattr(transformers, f"AutoModelFor{HEADS[task.kind]}")
     try:
         model, info = model_class.from_pretrained(
             source,
             dtype=dtype,
             use_safetensors=True if Path(source).is_dir() else None,
+            ignore_mismatched_sizes=True,  # they are looked for below
             trust_remote_code=False,
             output_loading_info=True,
         )
     except SafetensorError as error:
         raise UserError(
-            f"The weights in '{source}' are damaged or cut short ({_first_line(error)}): copy or "
+            f"The weights in '{source}' are damaged or cut short ({reason(error)}): copy or "
             f"download them again."
         ) from error
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # each configuration and model fails in its own way
+        if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
+            raise
+        if isinstance(error, OSError) and not Path(source).is_dir():
+            raise
         raise UserError(
-            f"The checkpoint '{source}' cannot be loaded ({_first_line(error)}): its weights and "
-            f"its config.json may not belong together."
+            f"The checkpoint '{source}' cannot be loaded ({reason(error)}): its config.json may "
+            f"not be that of its weights, or a file is missing or damaged; copy or download it "
+            f"again."
         ) from error
-    missing = sorted(str(key) for key in info["missing_keys"])
-    inside = [key for key in missing if key.startswith(f"{model.base_model_prefix}.")]
-    if missing and not inside:
-        raise _no_head(source, task, f"{missing[0]} is missing")
-    if inside:
-        raise UserError(
-            f"The checkpoint '{source}' lacks {len(missing)} weights, such as '{inside[0]}': copy "
-            f"or download it again."
-        )
+    _check_shapes(info["mismatched_keys"], source)
+    _check_missing(info["missing_keys"], model, source, task)
+    _check_left_over(info["unexpected_keys"], model, source)
     return model
+
+
+def _check_shapes(mismatched: Collection[tuple[Any, ...]], source: str) -> None:
+    """`mismatched`: name, shape in the checkpoint, shape by the configuration."""
+    if mismatched:
+        name, saved, promised = min(mismatched, key=lambda entry: str(entry[0]))
+        raise UserError(
+            f"'{name}' in the checkpoint '{source}' has the shape {tuple(saved)}, but by its "
+            f"config.json it should have {tuple(promised)}: the two do not belong together; copy "
+            f"or download both again."
+        )
+
+
+def _check_missing(missing: Iterable[str], model: Any, source: str, task: Task) -> None:
+    """Weights that transformers would draw at random."""
+    names = sorted(str(name) for name in missing)
+    inside = [name for name in names if name.startswith(f"{model.base_model_prefix}.")]
+    if names and not inside:
+        raise no_head(source, task, f"{names[0]} is missing")
+    if inside:
+        number = "a weight" if len(inside) == 1 else f"{len(inside)} weights"
+        raise UserError(
+            f"The checkpoint '{source}' lacks {number} that its config.json asks for, such as "
+            f"'{inside[0]}': copy or download it again."
+        )
+
+
+def _check_left_over(unexpected: Iterable[str], model: Any, source: str) -> None:
+    """Weights of the layers that transformers would leave out: without them it is another model."""
+    layers = f"{model.base_model_prefix}.{ARCHITECTURES[model.config.model_type].layers}."
+    names = sorted(str(name) for name in unexpected if str(name).startswith(layers))
+    if names:
+        raise UserError(
+            f"The checkpoint '{source}' holds '{names[0]}', for which a {model.config.model_type} "
+            f"model of its config.json has no place: the two do not belong together, or an adapter "
+            f"is to be merged first."
+        )
 
 
 def _load_tokenizer(source: str, model: Any) -> Any:
@@ -268,20 +219,23 @@ def _load_tokenizer(source: str, model: Any) -> Any:
         if not Path(source).is_dir() and isinstance(error, OSError):
             raise
         raise UserError(
-            f"No tokenizer can be loaded from '{source}' ({_first_line(error)}): save the "
+            f"No tokenizer can be loaded from '{source}' ({reason(error)}): save the "
             f"tokenizer beside the model."
         ) from error
     if not tokenizer.is_fast:
         raise UserError(f"The tokenizer of '{source}' is a slow one: save a fast tokenizer.json.")
     vocabulary = tokenizer.get_vocab()
     if len(vocabulary) <= len(tokenizer.all_special_tokens):  # made up where files are missing
-        raise UserError(f"'{source}' has no tokenizer: save the tokenizer beside the model.")
+        raise UserError(
+            f"'{source}' has no tokenizer.json: save the tokenizer beside the model, with its "
+            f"save_pretrained()."
+        )
     rows = model.get_input_embeddings().num_embeddings
     largest = max(vocabulary.values())
     if largest >= rows:
         raise UserError(
             f"The tokenizer of '{source}' makes ids up to {largest} but the model has {rows} "
-            f"embeddings: they do not belong together."
+            f"embeddings: save the tokenizer that the model was trained with beside it."
         )
     return tokenizer
 
@@ -301,12 +255,5 @@ def _hub_errors(name: str, source: str) -> Iterator[None]:
             wanted = f"'{source}'" if name == source else f"'{source}' (for --model {name})"
             raise UserError(
                 f"The checkpoint {wanted} is neither a folder here nor to be had from the Hugging "
-                f"Face hub ({_first_line(error)}): check the name and the connection, {_WAYS_OUT}."
+                f"Face hub ({reason(error)}): check the name and the connection, {WAYS_OUT}."
             ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    """What an error says, short enough for one sentence."""
-    lines = str(error).strip().splitlines()
-    text = lines[0].strip() if lines else type(error).__name__
-    return (text if len(text) <= 200 else text[:200] + "...").rstrip(".:")

@@ -27,12 +27,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parse(arguments)
         _import_run()(options, arguments)
     except UserError as error:
-        sys.stderr.write(f"rfprune: error: {error}\n")
+        sys.stderr.write(f"rfprune: error: {_sentence(error)}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write(_FAREWELL)
         return INTERRUPTED
     return 0
+
+
+def _sentence(error: UserError) -> str:
+    """One line, one capital, one full stop: the Python API says the same without the last two."""
+    text = " ".join(str(error).split()).removesuffix(".")
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _import_run() -> Callable[[Options, Sequence[str]], None]:

@@ -33,8 +33,9 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
                 f"The output folder '{folder}' cannot be made, since '{existing}' is a file: "
                 f"choose another with --output-dir."
             )
-        with tempfile.TemporaryDirectory(prefix=".rfprune-", dir=existing):
-            pass
+        with tempfile.TemporaryDirectory(prefix=".rfprune-", dir=existing) as temporary:
+            # All of it, since a name can be too long, or not allowed on this disk.
+            Path(temporary, folder.absolute().relative_to(existing)).mkdir(parents=True)
     except OSError as error:
         raise UserError(
             f"The output folder '{folder}' is not writable ({error.strerror}): choose another "
@@ -67,7 +68,7 @@ def staged(folder: Path, *, overwrite: bool) -> Iterator[Path]:
         UserError: the disk is full, or something else keeps the folder from being written.
     """
     made = [path for path in (folder.parent, *folder.parent.parents) if not path.exists()]
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    temporary = _beside(folder, "partial")
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -86,6 +87,11 @@ def staged(folder: Path, *, overwrite: bool) -> Iterator[Path]:
         raise
 
 
+def _beside(folder: Path, purpose: str) -> Path:
+    """A hidden name of this process, short where the folder's own is as long as names may be."""
+    return folder.with_name(f".{folder.name[:30]}.{os.getpid()}.{purpose}")
+
+
 def is_writing_error(error: BaseException) -> bool:
     """Whether the disk, not the program, is at fault; safetensors has an error type of its own."""
     return isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
@@ -95,7 +101,7 @@ def _put_in_place(temporary: Path, folder: Path, overwrite: bool) -> None:
     if not (overwrite and folder.exists()):
         temporary.rename(folder)  # replaces an empty folder, refuses any other
         return
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    old = _beside(folder, "old")
     folder.rename(old)
     try:
         temporary.rename(folder)

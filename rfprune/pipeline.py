@@ -84,6 +84,7 @@ def prune_family(
     inputs = [
         {name: value for name, value in batch.items() if name not in LABELS} for batch in labelled
     ]
+    check_constraints(model, inputs, constraints)
     job = _Job(model, layout, labelled, inputs, settings, progress)
     methods = {"kwon": _kwon, "curvature": _curvature}
     results = methods[settings.method](job, constraints)
@@ -248,6 +249,30 @@ def cost_model(
     if metric == "params":
         return param_costs(model, layout)
     return mac_costs(layout, mean_tokens(batches))
+
+
+def check_constraints(
+    model: PreTrainedModel, batches: Sequence[Batch], constraints: Iterable[Constraint]
+) -> None:
+    """Refuse what cannot be met before any work is done for it.
+
+    Raises:
+        UserError: a constraint is too small for a single head or neuron; the least is named.
+    """
+    layout = layout_of(model)
+    for constraint in constraints:
+        costs = cost_model(constraint.metric, model, layout, batches)
+        cheapest = min(
+            (float(table[1:].min()) for table in costs.tables if len(table) > 1), default=0.0
+        )
+        least = costs.constant + cheapest
+        if constraint.ratio * costs.original < least:
+            ratio = costs.ratio_for(least)
+            raise UserError(
+                f"constraint {constraint.ratio:g} on {constraint.metric} cannot be met: what is "
+                f"never pruned and a single head or neuron already cost {ratio:g} of the original; "
+                f"choose {ratio:g} or more"
+            )
 
 
 def mean_tokens(batches: Sequence[Batch]) -> float:

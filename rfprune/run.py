@@ -22,15 +22,16 @@ from rfprune.cost.constraint import Constraint
 from rfprune.cost.macs import total_macs
 from rfprune.cost.params import total_params
 from rfprune.device import pick_device
-from rfprune.errors import RfpruneWarning
+from rfprune.errors import RfpruneWarning, UserError
+from rfprune.inspection import reason
 from rfprune.loading import Loaded, data_folder, length_limit, load, quiet_transformers
 from rfprune.model.checkpoint import save_pruned
 from rfprune.model.layout import layout_of
 from rfprune.output import staged
-from rfprune.pipeline import prune_family
+from rfprune.pipeline import check_constraints, prune_family
 from rfprune.report.latency import Latency, measure_latency, typical_batch
 from rfprune.report.report_json import SCHEMA, ratios, stage_seconds, versions, write_report
-from rfprune.report.table import print_report, write_log
+from rfprune.report.table import LOG_WIDTH, print_report, write_log
 from rfprune.result import PruneResult, Settings
 from rfprune.tasks.evaluation import (
     Evaluation,
@@ -63,20 +64,27 @@ def run(options: Options, arguments: Sequence[str]) -> None:
     """
     task = get_task(options.task)
     progress = not options.quiet and sys.stderr.isatty()
-    told = Console(stderr=True, quiet=options.quiet, highlight=False)
-    screen = Console(quiet=options.quiet)
-    with collected_warnings(told, verbose=options.verbose) as heard:
+    told = Console(
+        stderr=True, quiet=options.quiet, highlight=False, markup=False, emoji=False, soft_wrap=True
+    )
+    # A file or a pipe has no width: the table's own, rather than 80 columns that cut it.
+    screen = Console(quiet=options.quiet, width=None if sys.stdout.isatty() else LOG_WIDTH)
+    with (
+        collected_warnings(told, verbose=options.verbose) as heard,
+        out_of_memory_is_said(options.batch_size),
+    ):
         prepared = _prepare(options, task, told, progress)
         results = prune_family(
             prepared.loaded.model,
             prepared.batches,
-            [Constraint(options.metric, ratio) for ratio in options.constraint],
+            _constraints(options),
             _settings(options),
             progress=progress,
         )
         told.print("Pruning")
         for result in results:
             folder = options.output_folder(result.constraint.ratio)
+            told.print(f"Scoring and timing the model pruned to {result.constraint.ratio:g}")
             report = _measure(options, prepared, result, progress)
             report["command"] = shlex.join(["rfprune", *arguments])
             report["warnings"] = list(dict.fromkeys([*heard, *result.warnings]))
@@ -90,22 +98,47 @@ def run(options: Options, arguments: Sequence[str]) -> None:
 
 
 @contextmanager
+def out_of_memory_is_said(batch_size: int) -> Iterator[None]:
+    """Smaller batches mend it.
+
+    Raises:
+        UserError: memory ran out, on the device or beside it.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        on_cpu = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+        if not (on_cpu or isinstance(error, torch.cuda.OutOfMemoryError)):
+            raise
+        raise UserError(
+            f"Memory ran out with batches of {batch_size} ({reason(error)}): give a smaller "
+            f"--batch-size, fewer --samples or a smaller --max-length."
+        ) from error
+
+
+@contextmanager
 def collected_warnings(told: Console, *, verbose: bool) -> Iterator[list[str]]:
     """Show our own warnings as they come and keep them; others only where `verbose` asks."""
     heard: list[str] = []
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-        ours = issubclass(category, RfpruneWarning)
-        if ours and str(message) not in heard:
+        if issubclass(category, RfpruneWarning):
+            if str(message) in heard:
+                return
             heard.append(str(message))
-        if ours or verbose:
-            told.print(f"warning: {message}", markup=False, soft_wrap=True)
+        elif not verbose:
+            return
+        told.print(f"warning: {message}")
 
     with warnings.catch_warnings():
         warnings.simplefilter("default" if verbose else "ignore")
         warnings.simplefilter("always", RfpruneWarning)
         warnings.showwarning = show
         yield heard
+
+
+def _constraints(options: Options) -> list[Constraint]:
+    return [Constraint(options.metric, ratio) for ratio in options.constraint]
 
 
 def _settings(options: Options) -> Settings:
@@ -123,7 +156,7 @@ def _settings(options: Options) -> Settings:
 def _prepare(options: Options, task: Task, told: Console, progress: bool) -> Prepared:
     """Load the checkpoint and all data, and score the original: everything that can be wrong
     with the input shows here, before the pruning."""
-    told.print(f"Loading {options.model}")
+    told.print(f"Loading {options.model} and the data of {task.name}")
     start = time.perf_counter()
     device = pick_device(options.device)
     loaded = load(options.model, task, device=device, dtype=getattr(torch, options.dtype))
@@ -139,6 +172,7 @@ def _prepare(options: Options, task: Task, told: Console, progress: bool) -> Pre
         seed=options.seed,
         with_labels=options.use_labels,
     )
+    check_constraints(loaded.model, batches, _constraints(options))
     evaluation_set = prepare_evaluation(
         task,
         loaded.tokenizer,

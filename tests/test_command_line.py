@@ -78,9 +78,10 @@ def test_every_fraction_is_a_constraint(ratio: float) -> None:
         ([*NEEDED, "--sample", "12"], "unrecognized arguments: --sample"),
         ([*NEEDED, "--task", "mrcp"], "Unknown task 'mrcp', did you mean mrpc: .*squad_v2"),
         ([*NEEDED, "--task", "?"], "Unknown task '?': the tasks are mrpc"),
+        ([*NEEDED[:5], ""], "--constraint '' is not a number between 0 and 1"),
         *(
             ([*NEEDED[:5], value], f"--constraint {value} is not a number between 0 and 1")
-            for value in ("0", "1", "1.5", "-1", "-0.5", "abc", "nan", "inf", "")
+            for value in ("0", "1", "1.5", "-1", "-0.5", "abc", "nan", "inf")
         ),
         ([*NEEDED, "--samples", "0"], "--samples 0 is not a whole number of at least 1"),
         ([*NEEDED, "--samples", "-3"], "--samples -3 is not a whole number of at least 1"),
@@ -88,7 +89,9 @@ def test_every_fraction_is_a_constraint(ratio: float) -> None:
         ([*NEEDED, "--batch-size", "0"], "--batch-size 0 is not"),
         ([*NEEDED, "--max-length", "2"], "--max-length 2 is not .* at least 8"),
         ([*NEEDED, "--eval-limit", "0"], "--eval-limit 0 is not"),
-        ([*NEEDED, "--seed", "-1"], "--seed -1 is not"),
+        ([*NEEDED, "--seed", "-1"], "--seed -1 is not .* from 0 to"),
+        ([*NEEDED, "--seed", str(2**63)], "is not a whole number from 0 to 9223372036854775807"),
+        ([*NEEDED, "--model", " "], "--model is empty"),
         ([*NEEDED, "--metric", "size"], "--metric: invalid choice: 'size'"),
         ([*NEEDED, "--method", "magic"], "--method: invalid choice: 'magic'"),
         *(

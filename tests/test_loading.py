@@ -155,15 +155,77 @@ def test_corrupt_weights(folder: Path) -> None:
 
 def test_weights_of_another_shape(folder: Path) -> None:
     change_config(folder, intermediate_size=24)
-    assert "may not belong together" in refused(folder)
+    sentence = refused(folder)
+    assert "do not belong together" in sentence
+    assert "'bert.encoder.layer.0.intermediate.dense.bias'" in sentence
+    assert "(12,)" in sentence
+    assert "(24,)" in sentence
 
 
 def test_a_weight_that_is_missing_inside(folder: Path) -> None:
     name = "bert.encoder.layer.1.output.dense.weight"
     change_weights(folder, lambda weights: weights.pop(name))
     sentence = refused(folder)
-    assert "lacks 1 weights" in sentence
+    assert "lacks a weight" in sentence
     assert name in sentence
+
+
+def test_more_layers_than_the_config_has(folder: Path) -> None:
+    """transformers would leave them out without a word, and it would be another model."""
+    change_config(folder, num_hidden_layers=1)
+    sentence = refused(folder)
+    assert "holds 'bert.encoder.layer.1." in sentence
+    assert "do not belong together" in sentence
+
+
+def test_fewer_layers_than_the_config_has(folder: Path) -> None:
+    change_config(folder, num_hidden_layers=3)
+    assert "lacks 16 weights" in refused(folder)
+
+
+def test_weights_of_another_head_do_no_harm(folder: Path) -> None:
+    """What training left behind outside the layers is not read."""
+    extra = {"cls.predictions.bias": torch.ones(3)}
+    change_weights(folder, lambda weights: weights.update(extra))
+    load(str(folder), MRPC, device=CPU, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"hidden_size": "big"}, "'hidden_size' expected int"),
+        ({"num_attention_heads": 3}, "multiple of the number of attention heads"),
+        ({"hidden_act": "magic"}, "unknown 'magic'"),
+        ({"model_type": ["bert"]}, "Model type ['bert']"),
+        ({"architectures": "BertModel"}, "it is a BertModel"),
+        ({"num_hidden_layers": -1}, "layer"),
+    ],
+)
+def test_a_config_that_makes_no_model(folder: Path, changes: dict[str, Any], word: str) -> None:
+    change_config(folder, **changes)
+    assert word in refused(folder)
+
+
+def test_a_part_of_the_weights_is_missing(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Callable[..., Any], tmp_path: Path
+) -> None:
+    tiny_model().save_pretrained(tmp_path, max_shard_size="10KB")
+    tiny_tokenizer().save_pretrained(tmp_path)
+    part = min(tmp_path.glob("model-*.safetensors"))
+    part.unlink()
+    assert part.name in refused(tmp_path)
+
+
+def test_a_pointer_of_git_lfs(folder: Path) -> None:
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 45439980\n"
+    (folder / "model.safetensors").write_text(text)
+    assert "git lfs pull" in refused(folder)
+
+
+def test_an_adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "config.json").unlink()
+    assert "merge_and_unload()" in refused(folder)
 
 
 def test_a_base_checkpoint_by_its_architecture(tiny_folder: Callable[..., Path]) -> None:
@@ -193,7 +255,7 @@ def test_the_order_of_labels_must_fit(folder: Path) -> None:
 @pytest.mark.parametrize("id2label", ["equivalent", {"zero": "a", "one": "b"}, [0, 1]])
 def test_labels_that_cannot_be_read(folder: Path, id2label: Any) -> None:
     change_config(folder, id2label=id2label)
-    assert "label" in refused(folder)
+    assert "id2label must map the ids to names" in refused(folder)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

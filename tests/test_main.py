@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ from transformers import AutoModelForSequenceClassification
 
 from rfprune import load_pruned, run
 from rfprune.command_line import METHODS
+from rfprune.errors import RfpruneWarning, UserError
 from rfprune.main import main
 from rfprune.model.checkpoint import load_masks
 from rfprune.report.report_json import STAGES, read_report
+from rfprune.tasks import evaluation
 from tests.conftest import MODEL_TYPES, write_parquet
 
 SAVED = {
@@ -271,7 +274,7 @@ def test_overwrite_replaces_an_earlier_run_and_nothing_else_does(
         ({"samples": -5}, "--samples -5"),
         ({"model": "nowhere/at/all"}, "does not exist"),
         ({"model": "bert-base"}, "textattack/bert-base-uncased-MRPC"),
-        ({"data_dir": "nowhere"}, "data folder nowhere does not exist"),
+        ({"data_dir": "nowhere"}, "data folder 'nowhere' does not exist"),
         ({"task": "rte"}, "rte"),
         ({"task": "mnli"}, "3 labels"),
         ({"max_length": 4096}, "514 positions"),
@@ -344,12 +347,48 @@ def test_a_bad_csv_is_one_sentence(
     assert sentence in refused(flags(data_dir="data", use_labels=True))
 
 
-def test_one_row_is_enough_to_run(flags: Callable[..., list[str]]) -> None:
+@pytest.mark.parametrize(("train", "validation"), [(1, 2), (2, 1)])
+def test_a_set_of_one_row_is_one_sentence(
+    train: int,
+    validation: int,
+    flags: Callable[..., list[str]],
+    refused: Callable[[list[str]], str],
+) -> None:
+    for split, rows in (("train", train), ("validation", validation)):
+        row = {"sentence1": "a good film", "sentence2": "a bad film", "label": 1}
+        write_parquet(Path("data/mrpc") / f"{split}.parquet", [row] * rows)
+    single = "train" if train == 1 else "validation"
+    assert f"The {single} split of mrpc has 1 row" in refused(flags(data_dir="data"))
+
+
+def test_two_rows_are_enough_to_run(flags: Callable[..., list[str]]) -> None:
     for split in ("train", "validation"):
         row = {"sentence1": "a good film", "sentence2": "a bad film", "label": 1}
-        write_parquet(Path("data/mrpc") / f"{split}.parquet", [row])
+        write_parquet(Path("data/mrpc") / f"{split}.parquet", [row, row])
     assert main(flags(data_dir="data")) == 0
-    assert read_report(Path("out"))["samples"] == 1
+    assert read_report(Path("out"))["samples"] == 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("metric", "small"), [("mac", 1e-9), ("params", 0.01)])
+def test_a_constraint_that_cannot_be_met_is_found_before_any_work(
+    metric: str,
+    small: float,
+    method: str,
+    flags: Callable[..., list[str]],
+    refused: Callable[[list[str]], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the models of the other constraints would be written first."""
+    arguments = flags(constraint=f"0.9 {small}", metric=metric, method=method)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "evaluate_model", None)
+        sentence = refused(arguments)
+    assert f"Constraint {small:g} on {metric} cannot be met" in sentence
+    least = sentence.split("choose ")[1].split()[0]
+    assert main(flags(constraint=least, metric=metric, method=method)) == 0
+    layers = read_report(Path("out"))["layers"]
+    assert sum(layer["heads"] + layer["neurons"] for layer in layers) >= 1
 
 
 STEPS = (
@@ -443,6 +482,52 @@ def test_a_full_disk_is_one_sentence(
 
     monkeypatch.setattr(run, step, fail)
     assert "No space left on device" in refused(flags())
+
+
+@pytest.mark.parametrize(
+    "error", [torch.cuda.OutOfMemoryError("CUDA out of memory"), MemoryError()]
+)
+def test_too_little_memory_is_one_sentence(
+    error: BaseException,
+    flags: Callable[..., list[str]],
+    refused: Callable[[list[str]], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(run, "evaluate_model", fail)
+    assert "give a smaller --batch-size" in refused(flags())
+
+
+def test_every_sentence_has_one_capital_and_one_full_stop(
+    flags: Callable[..., list[str]],
+    refused: Callable[[list[str]], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise UserError("the model is\n  not one")
+
+    monkeypatch.setattr(run, "load", fail)
+    assert refused(flags()) == "The model is not one."
+
+
+def test_a_warning_is_told_once(
+    flags: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    prepare = evaluation.prepare_evaluation
+
+    def warn_twice(*arguments: Any, **options: Any) -> Any:
+        for _ in range(2):
+            warnings.warn("[bold]odd[/bold] data", RfpruneWarning, stacklevel=1)
+        return prepare(*arguments, **options)
+
+    monkeypatch.setattr(run, "prepare_evaluation", warn_twice)
+    assert main(flags()) == 0
+    assert capsys.readouterr().err.count("warning: [bold]odd[/bold] data") == 1
+    assert read_report(Path("out"))["warnings"] == ["[bold]odd[/bold] data"]
 
 
 def test_a_bug_of_ours_is_not_hidden(

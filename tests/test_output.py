@@ -108,6 +108,22 @@ def test_a_file_is_no_output_folder(tmp_path: Path, below: str) -> None:
         check_output(Path(f"{tmp_path}/file{below}"), overwrite=True)
 
 
+def test_a_name_that_is_too_long_is_found_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not writable .File name too long"):
+        check_output(tmp_path / ("a" * 300), overwrite=False)
+    assert everything_in(tmp_path) == set()
+
+
+def test_the_longest_name_there_can_be(tmp_path: Path) -> None:
+    folder = tmp_path / ("a" * 255)
+    check_output(folder, overwrite=False)
+    for content in ("first", "second"):
+        with staged(folder, overwrite=True) as temporary:
+            (temporary / "file").write_text(content)
+    assert (folder / "file").read_text() == "second"
+    assert everything_in(tmp_path) == {folder.name, f"{folder.name}/file"}
+
+
 def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")

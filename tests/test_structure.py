@@ -36,10 +36,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"__init__", "output"},
     "command_line": {"__init__", "output", "tasks"},
     "device": set(),
-    "loading": {"demo", "model", "pipeline", "tasks"},
+    "inspection": {"model", "tasks"},
+    "loading": {"demo", "inspection", "model", "pipeline", "tasks"},
     "run": {
-        *("calibration", "command_line", "cost", "device", "loading", "model", "output"),
-        *("pipeline", "report", "result", "tasks"),
+        *("calibration", "command_line", "cost", "device", "inspection", "loading", "model"),
+        *("output", "pipeline", "report", "result", "tasks"),
     },
     "main": {"command_line", "run"},
 }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,11 @@ if TYPE_CHECKING:
     from rich.console import Console, Group
 
 LOG_FILE = "log.txt"
-_STAGE_ORDER = ("load", "collect", "search", "rearrange", "compact", "tune", "evaluate")
+LOG_WIDTH = 100
+_PRUNING = ("collect", "search", "rearrange", "compact", "tune")
+_METRIC_NAMES = {"mac": "MACs", "params": "parameters", "latency": "latency"}
+# SQuAD 2.0 has a dozen scores; those of its halves and thresholds are in the report alone.
+_DETAILS = ("HasAns_", "NoAns_", "best_")
 
 
 def render(report: Mapping[str, Any]) -> Group:
@@ -24,50 +29,53 @@ def render(report: Mapping[str, Any]) -> Group:
     for name in ("original", "pruned", "pruned / original"):
         table.add_column(name, justify="right")
     for row in _rows(report):
-        table.add_row(*row)
-    lines = [f"Seconds: {_seconds(report['seconds'])}"]
-    if report["divergence"] is not None:
-        lines.insert(0, f"{_divergence_name(report)}: {report['divergence']:.4f}")
+        table.add_row(*(Text(cell) for cell in row))
+    lines = [_scoring(report), _seconds(report["seconds"])]
     lines += [f"Warning: {warning}" for warning in report["warnings"]]
     return Group(Text(_title(report), style="bold"), table, *(Text(line) for line in lines))
 
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
     """Show one run on the screen, and how to load what it made."""
+    from rich.text import Text
+
     console.print(render(report))
-    console.print("Load it, with no need of rfprune:")
-    console.print(f"  {reload_line(report)}", style="bold", soft_wrap=True, highlight=False)
+    console.print("Saved, with report.json and log.txt. It loads without rfprune:")
+    console.print(Text(f"  {reload_line(report)}", style="bold"), soft_wrap=True)
 
 
 def reload_line(report: Mapping[str, Any]) -> str:
     """The one line that loads the pruned model."""
     head = "QuestionAnswering" if "squad" in report["task"] else "SequenceClassification"
-    return (
-        f'transformers.AutoModelFor{head}.from_pretrained("{report["output_dir"]}", '
-        f"trust_remote_code=True)"
-    )
+    folder = json.dumps(report["output_dir"], ensure_ascii=False)
+    return f"transformers.AutoModelFor{head}.from_pretrained({folder}, trust_remote_code=True)"
 
 
 def write_log(report: Mapping[str, Any], folder: Path) -> Path:
     """Write the command and what it showed to folder/log.txt."""
     from rich.console import Console
+    from rich.text import Text
 
     path = folder / LOG_FILE
     with path.open("w", encoding="utf-8") as file:
-        console = Console(file=file, width=100, color_system=None)
-        console.print(f"$ {report['command']}", soft_wrap=True, highlight=False, markup=False)
+        console = Console(file=file, width=LOG_WIDTH, color_system=None)
+        console.print(Text(f"$ {report['command']}"), soft_wrap=True)
         print_report(report, console)
     return path
 
 
 def _title(report: Mapping[str, Any]) -> str:
+    # 0.125 is 12.5%, and 0.07 not 7.000000000000001%
+    percent = f"{100 * report['constraint']:.6g}%"
     return (
-        f"{report['model']} on {report['task']}, {report['constraint']:.0%} of its "
-        f"{_METRIC_NAMES[report['metric']]} ({report['method']}, {report['samples']} samples)"
+        f"{report['model']} on {report['task']}, pruned to {percent} of its "
+        f"{_METRIC_NAMES[report['metric']]} ({report['method']}, "
+        f"{_number(report['samples'], 'calibration example')})"
     )
 
 
-_METRIC_NAMES = {"mac": "MACs", "params": "parameters", "latency": "latency"}
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -75,12 +83,7 @@ def _rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     conditions = report["latency"]
     size = f"{conditions['batch_size']} x {conditions['sequence_length']}"
     return [
-        (
-            report["metric_name"],
-            _points(original["score"]),
-            _points(pruned["score"]),
-            _difference(original["score"], pruned["score"]),
-        ),
+        *_score_rows(report),
         _costs(f"MACs ({report['mean_tokens']:.0f} tokens)", original, pruned, "macs", _count),
         _costs("parameters", original, pruned, "params", _count),
         _costs(f"weights ({report['dtype']})", original, pruned, "bytes", _megabytes),
@@ -88,13 +91,28 @@ def _rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     ]
 
 
+def _score_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """The task's main score first."""
+    main, scores = report["metric_name"], report["scores"]
+    names = [name for name in scores["original"] if not name.startswith(_DETAILS)]
+    rows = []
+    for name in sorted(names, key=lambda name: name != main):
+        before, after = scores["original"][name], scores["pruned"].get(name)
+        rows.append((name, _points(before), _points(after), _difference(before, after)))
+    return rows
+
+
 def _costs(
-    name: str, original: Mapping[str, float], pruned: Mapping[str, float], key: str, show: Any
+    name: str,
+    original: Mapping[str, float],
+    pruned: Mapping[str, float],
+    key: str,
+    show: Callable[[float], str],
 ) -> tuple[str, str, str, str]:
     before, after = original[key], pruned[key]
     ratio = f"{after / before:.1%}"
     if key == "latency_ms":
-        ratio += f" ({before / after:.2f}x faster)"
+        ratio += f" (speedup {before / after:.2f}x)"
     return (name, show(before), show(after), ratio)
 
 
@@ -103,7 +121,10 @@ def _points(score: float | None) -> str:
 
 
 def _difference(before: float | None, after: float | None) -> str:
-    return "" if before is None or after is None else f"{after - before:+.2f} points"
+    """In points; the sum with 0.0 takes the sign from what rounds to -0.00."""
+    if before is None or after is None:
+        return ""
+    return f"{round(after - before, 2) + 0.0:+.2f} points"
 
 
 def _count(number: float) -> str:
@@ -118,14 +139,24 @@ def _megabytes(number: float) -> str:
 
 
 def _milliseconds(number: float) -> str:
-    return f"{number:.2f} ms"
+    """Three digits: there are no more in a measurement of time."""
+    return f"{number:.{0 if number >= 100 else 1 if number >= 10 else 2}f} ms"
+
+
+def _scoring(report: Mapping[str, Any]) -> str:
+    examples = _number(report["evaluated_examples"], "validation example")
+    if report["divergence"] is None:
+        return f"Scored on {examples}."
+    name = "KL divergence from the original's predictions"
+    if report["task"] == "stsb":
+        name = "half the mean squared difference from the original's outputs"
+    return f"Scored on {examples}; {name}: {report['divergence']:.4f}."
 
 
 def _seconds(seconds: Mapping[str, float]) -> str:
-    shown = [f"{stage} {seconds[stage]:.1f}" for stage in _STAGE_ORDER if stage in seconds]
-    return f"{', '.join(shown)}; pruning in all {seconds['prune_total']:.1f}"
-
-
-def _divergence_name(report: Mapping[str, Any]) -> str:
-    regression = report["task"] == "stsb"
-    return "Mean squared difference / 2" if regression else "KL(original || pruned) an example"
+    """Stages that were left out took exactly none."""
+    stages = ", ".join(f"{name} {seconds[name]:.1f}" for name in _PRUNING if seconds.get(name))
+    return (
+        f"Pruning took {seconds['prune_total']:.1f} s ({stages}), besides {seconds['load']:.1f} s "
+        f"of loading and {seconds['evaluate']:.1f} s of scoring."
+    )

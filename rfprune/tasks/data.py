@@ -51,7 +51,7 @@ def load_split(
         try:
             path = _find_split(task, split, data_dir)
         except OSError as error:
-            raise UserError(f"{data_dir} cannot be read: {error.strerror or error}.") from error
+            raise UserError(f"'{data_dir}' cannot be read: {error.strerror or error}.") from error
         table = read_table(path, wanted)
     columns = checked_columns(task, table, labels_required)
     try:
@@ -61,6 +61,15 @@ def load_split(
             f"{table.source} has values that make no table ({first_line(error)}): one type a "
             f"column, and text in Unicode, is wanted."
         ) from error
+
+
+def check_not_single(task: Task, split: str, dataset: Any) -> None:
+    """UserError for a split of one row, which must be a mistake."""
+    if len(dataset) == 1:
+        raise UserError(
+            f"The {split} split of {task.name} has 1 row: no model can be calibrated or scored on "
+            f"a single example; give at least 2, better hundreds."
+        )
 
 
 def _from_hub(task: Task, split: str, wanted: Iterable[str]) -> Table:
@@ -78,29 +87,43 @@ def _from_hub(task: Task, split: str, wanted: Iterable[str]) -> Table:
                 f"({reason}): connect to it, or give local files with --data-dir DIR, holding "
                 f"DIR/{task.name}/{split}.parquet (or .csv, .tsv, .jsonl)."
             ) from error
-    return table_of(dataset, list(wanted), f"{name}, {split}")
+    return table_of(dataset, list(wanted), f"The {split} split of dataset {name}")
 
 
 def _find_split(task: Task, split: str, data_dir: Path) -> Path:
     """The file or saved dataset that holds the split; UserError says what is there instead."""
     if not data_dir.is_dir():
         problem = "is not a folder" if data_dir.exists() else "does not exist"
-        raise UserError(f"The data folder {data_dir} {problem}: give one that holds {task.name}/.")
+        raise UserError(
+            f"The data folder '{data_dir}' {problem}: give one that holds {task.name}/."
+        )
     folders = [data_dir / task.name, data_dir]
     found = [folders[0] / f"{split}{extension}" for extension in EXTENSIONS]
     found = [path for path in found if path.is_file()]
     found += [folder / split for folder in folders if _is_saved_dataset(folder / split)]
     if len(found) > 1:
-        raise UserError(f"The {split} split is there twice, {found[0]} and {found[1]}: keep one.")
+        raise UserError(
+            f"The {split} split is there twice, '{found[0]}' and '{found[1]}': keep one."
+        )
     if not found:
         folder = folders[0] if folders[0].is_dir() else data_dir
         names = sorted(path.name for path in folder.iterdir()) or ["nothing"]
         there = ", ".join(names[:SHOWN_NAMES] + ["..."] * (len(names) > SHOWN_NAMES))
         raise UserError(
-            f"{data_dir} has no {split} split of {task.name}: wanted {task.name}/{split}.parquet "
-            f"(or .csv, .tsv, .jsonl, or a save_to_disk folder), but {folder} holds {there}."
+            f"'{data_dir}' has no {split} split of {task.name}: wanted {task.name}/{split}.parquet "
+            f"(or .csv, .tsv, .jsonl, or a save_to_disk folder), but '{folder}' holds "
+            f"{there}{_one_level_off(task, split, data_dir)}."
         )
     return found[0]
+
+
+def _one_level_off(task: Task, split: str, data_dir: Path) -> str:
+    """What to do where the files lie in the data folder itself, and not in one for the task."""
+    if not any((data_dir / f"{split}{extension}").is_file() for extension in EXTENSIONS):
+        return ""
+    if data_dir.resolve().name == task.name:
+        return f": give the folder above, '{data_dir.resolve().parent}'"
+    return f": move them to '{data_dir / task.name}'"
 
 
 def _is_saved_dataset(folder: Path) -> bool:

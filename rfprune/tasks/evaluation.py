@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rfprune.errors import UserError
-from rfprune.tasks.data import collate, encode, length_sorted_rows, load_split
+from rfprune.tasks.data import check_not_single, collate, encode, length_sorted_rows, load_split
 from rfprune.tasks.forward import class_logits, span_logits
 from rfprune.tasks.metrics import (
     NO_ANSWER_THRESHOLD,
@@ -99,10 +99,11 @@ def prepare_evaluation(
         raise UserError(f"A limit of {limit} examples is not possible: it must be at least 1.")
     if seed < 0:
         raise UserError(f"A seed of {seed} is not possible: it must be at least 0.")
-    splits = {
-        split: _draw(load_split(task, split, data_dir), limit, seed)
-        for split in task.validation_splits
-    }
+    splits = {}
+    for split in task.validation_splits:
+        dataset = load_split(task, split, data_dir)
+        check_not_single(task, split, dataset)
+        splits[split] = _draw(dataset, limit, seed)
     sizes = {split: len(dataset) for split, dataset in splits.items()}
     if task.kind == "question-answering":
         (dataset,) = splits.values()

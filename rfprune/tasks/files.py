@@ -41,13 +41,13 @@ def read_table(path: Path, wanted: Collection[str]) -> Table:
     }
     try:
         if path.is_dir():
-            return table_of(_load_from_disk(path), wanted, str(path))
+            return table_of(_load_from_disk(path), wanted, f"'{path}'")
         if path.stat().st_size == 0:
-            raise UserError(f"{path} is empty: 0 bytes.")
+            raise UserError(f"'{path}' is empty: 0 bytes.")
         names, columns = readers[path.suffix](path, wanted)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
-    return Table(str(path), tuple(names), columns)
+        raise UserError(f"'{path}' cannot be read: {error.strerror or error}.") from error
+    return Table(f"'{path}'", tuple(names), columns)
 
 
 def table_of(dataset: Any, wanted: Collection[str], source: str) -> Table:
@@ -65,7 +65,9 @@ def _load_from_disk(path: Path) -> Any:
     try:
         return datasets.load_from_disk(str(path), keep_in_memory=True)
     except Exception as error:  # the library promises no particular one
-        raise UserError(f"{path} is not a readable saved dataset: {first_line(error)}.") from error
+        raise UserError(
+            f"'{path}' is not a readable saved dataset: {first_line(error)}."
+        ) from error
 
 
 def _read_parquet(path: Path, wanted: Collection[str]) -> tuple[list[str], dict[str, list[Any]]]:
@@ -81,7 +83,7 @@ def _read_parquet(path: Path, wanted: Collection[str]) -> tuple[list[str], dict[
             table = read_parquet(file, columns=present)
         return names, {name: table.column(name).to_pylist() for name in present}
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a readable parquet file: {first_line(error)}.") from error
+        raise UserError(f"'{path}' is not a readable parquet file: {first_line(error)}.") from error
 
 
 def _read_json_lines(path: Path, wanted: Collection[str]) -> tuple[list[str], dict[str, list[Any]]]:
@@ -94,10 +96,10 @@ def _read_json_lines(path: Path, wanted: Collection[str]) -> tuple[list[str], di
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number} is not JSON: {error}.") from error
+            raise UserError(f"'{path}', line {number} is not JSON: {error}.") from error
         if not isinstance(row, dict):
             raise UserError(
-                f"{path}, line {number} is not a JSON object: one object a line is wanted."
+                f"'{path}', line {number} is not a JSON object: one object a line is wanted."
             )
         names |= dict.fromkeys(row)
         rows.append(row)
@@ -110,7 +112,7 @@ def _read_delimited(path: Path, wanted: Collection[str]) -> tuple[list[str], dic
     text = _read_text(path)
     header, *rows = _tab_separated(path, text) if path.suffix == ".tsv" else _quoted(path, text)
     if len(set(header)) != len(header):
-        raise UserError(f"{path} names a column twice in its first line: {', '.join(header)}.")
+        raise UserError(f"'{path}' names a column twice in its first line: {', '.join(header)}.")
     columns = {
         name: [row[position] or None for row in rows]
         for position, name in enumerate(header)
@@ -141,15 +143,15 @@ def _quoted(path: Path, text: str, delimiter: str = ",") -> list[list[str]]:
         for row in reader:
             if row and rows and len(row) != len(rows[0]):
                 raise UserError(
-                    f"{path}, line {reader.line_num} has {len(row)} fields, its first line "
+                    f"'{path}', line {reader.line_num} has {len(row)} fields, its first line "
                     f"{len(rows[0])}: mend the line, or quote what holds a separator."
                 )
             if row:
                 rows.append(row)
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num} cannot be parsed: {error}.") from error
+        raise UserError(f"'{path}', line {reader.line_num} cannot be parsed: {error}.") from error
     if not rows:
-        raise UserError(f"{path} is empty: it has no header line.")
+        raise UserError(f"'{path}' is empty: it has no header line.")
     return rows
 
 
@@ -161,7 +163,7 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"{path} is not UTF-8 (line {line}, byte {error.start}): save it as UTF-8."
+            f"'{path}' is not UTF-8 (line {line}, byte {error.start}): save it as UTF-8."
         ) from error
 
 

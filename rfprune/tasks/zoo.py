@@ -106,8 +106,8 @@ def resolve_checkpoint(model: str, task: Task) -> str:
         return model
     if model.startswith((".", "~")) or not _HUB_ID.fullmatch(model):
         raise UserError(
-            f"The model folder {model} does not exist: give a folder with a fine-tuned "
-            f"checkpoint, a hub id (owner/name), or one of {', '.join(CHECKPOINTS)}."
+            f"The model folder '{model}' does not exist: give a folder with a fine-tuned "
+            f"checkpoint, a hub id (owner/name), demo, or one of {', '.join(CHECKPOINTS)}."
         )
     return model
 

@@ -48,7 +48,7 @@ def test_a_label_out_of_range_or_of_the_wrong_type(
     label: Any, parts: tuple[str, ...], tmp_path: Path, write: Write, refused: Refused
 ) -> None:
     path = write(tmp_path, [GOOD, {"sentence": "fine", "label": label}])
-    refused(tmp_path, f"{path}, row 2", *parts)
+    refused(tmp_path, f"'{path}', row 2", *parts)
 
 
 @pytest.mark.parametrize("score", [-0.1, 5.1, "high", None, float("inf")])

@@ -135,6 +135,18 @@ def test_a_missing_task_lists_what_is_there(tmp_path: Path, write: Write, refuse
     refused(tmp_path, "no train split of mrpc", "holds sst2", task="mrpc")
 
 
+def test_the_task_s_own_folder_is_one_too_deep(
+    tmp_path: Path, write: Write, refused: Refused
+) -> None:
+    write(tmp_path, SENTENCES)
+    refused(tmp_path / "sst2", "holds train.jsonl", f"give the folder above, '{tmp_path}'")
+
+
+def test_files_outside_of_the_task_s_folder(tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "train.csv").write_text("sentence,label\nfine,1\n")
+    refused(tmp_path, "holds train.csv", f"move them to '{tmp_path / 'sst2'}'")
+
+
 def test_a_folder_full_of_other_things_is_not_listed_whole(tmp_path: Path) -> None:
     for number in range(100):
         (tmp_path / f"other-{number:03}").touch()

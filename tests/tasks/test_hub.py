@@ -42,7 +42,7 @@ def test_what_the_hub_has_is_checked_like_a_file(monkeypatch: pytest.MonkeyPatch
         return datasets.Dataset.from_list([{"sentence": "fine", "label": -1, "idx": 0}])
 
     monkeypatch.setattr(datasets, "load_dataset", loading)
-    with pytest.raises(UserError, match=r"nyu-mll/glue \(sst2\), test, row 1"):
+    with pytest.raises(UserError, match=r"The test split of dataset nyu-mll/glue \(sst2\), row 1"):
         load_split(SST2, "test", None)
     assert len(load_split(SST2, "test", None, labels_required=False)) == 1
     assert asked[0] == ("nyu-mll/glue", "sst2", "test")
