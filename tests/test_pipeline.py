@@ -6,10 +6,12 @@ back changed.
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +29,7 @@ from rfprune.model.layout import layout_of
 from rfprune.model.masks import masked, num_kept
 from rfprune.pipeline import mean_tokens, prune, prune_family
 from rfprune.result import CHOICES, PruneResult, Settings
+from rfprune.stages.search import search
 
 Tiny = Callable[..., Any]
 Batch = dict[str, Tensor]
@@ -381,6 +384,39 @@ def test_seconds_add_up(settings: Settings, tiny_model: Tiny, batches: list[Batc
     stages = {name: value for name, value in result.seconds.items() if name != "prune_total"}
     assert {"collect", "search", "compact", "tune"} <= set(stages)
     assert result.seconds["prune_total"] == pytest.approx(sum(stages.values()))
+
+
+def test_a_family_shares_the_seconds_of_what_it_shares(
+    settings: Settings,
+    tiny_model: Tiny,
+    batches: list[Batch],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By a clock that ticks once a look: every stage lasts as long in a family as alone."""
+    ticking = SimpleNamespace(perf_counter=itertools.count(0.0).__next__)
+    monkeypatch.setattr("rfprune.result.time", ticking)
+    model = tiny_model()
+    family = list(prune_family(model, batches, [HALF, Constraint("mac", 0.3)], settings))
+    alone = prune(model, batches, HALF, settings)
+    assert family[0].seconds == family[1].seconds == alone.seconds
+    assert alone.seconds["collect"] == 1
+
+
+def test_the_scheduled_teacher_is_masked_at_the_square_root(
+    tiny_model: Tiny, batches: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept_macs = []
+
+    def spy(layout: Any, importance: Any, costs: Any, budget: float) -> Any:
+        kept_macs.append(budget / costs.original)
+        return search(layout, importance, costs, budget)
+
+    monkeypatch.setattr("rfprune.pipeline.search", spy)
+    for teacher, expected in (("scheduled", [0.25, 0.5]), ("dense", [0.25])):
+        kept_macs.clear()
+        settings = Settings(method="kwon", teacher=teacher)
+        prune(tiny_model(), batches, Constraint("mac", 0.25), settings)
+        assert kept_macs == pytest.approx(expected)
 
 
 def test_weights_that_are_not_finite_are_named(
