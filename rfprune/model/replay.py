@@ -1,4 +1,4 @@
-"""Run a model one layer at a time, and watch what enters and leaves the out-projections.
+"""Run a model one layer or one block at a time, and watch what enters and leaves out-projections.
 
 Hidden states are kept without padding, (tokens, d) a batch, so that a pass over the layers needs
 memory for the real tokens alone. The keyword arguments of a layer (attention mask, position bias)
@@ -116,36 +116,70 @@ def run_layer(
     layer: str,
     hidden: Tensor,
     call: LayerCall,
-    trace: Sequence[Block] = (),
-) -> tuple[Tensor, list[Trace]]:
-    """Run one layer on hidden states (B, S, d).
+    *,
+    done: Sequence[Block] = (),
+) -> Tensor:
+    """The output (B, S, d) of one layer.
 
     Args:
-        trace: blocks of this layer to watch at work.
-
-    Returns:
-        The layer's output (B, S, d) and a trace per watched block.
+        hidden: (B, S, d), what enters the layer; if there are `done` blocks, the last one's total.
+        done: blocks of this layer, from its first on, that are not to be run again.
     """
-    with ExitStack() as stack:
-        seen = [stack.enter_context(_watched(model, block)) for block in trace]
+    with _skipped(model, done, hidden):
         output = model.get_submodule(layer)(hidden, *call.args, **call.kwargs)
-    if isinstance(output, tuple):
-        output = output[0]
-    return output, [_trace(one) for one in seen]
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
 
 
 def trace_block(
-    model: nn.Module, layer: str, hidden: Tensor, call: LayerCall, block: Block
+    model: nn.Module,
+    layer: str,
+    hidden: Tensor,
+    call: LayerCall,
+    block: Block,
+    *,
+    done: Sequence[Block] = (),
 ) -> Trace:
-    """Run a layer on hidden states (B, S, d) as far as `block`, and no further."""
-    with _watched(model, block, stop=True) as seen, suppress(_Stop):
+    """Run a layer as far as `block`, and no further; see `run_layer`."""
+    with _skipped(model, done, hidden), _watched(model, block) as seen, suppress(_Stop):
         model.get_submodule(layer)(hidden, *call.args, **call.kwargs)
-    return _trace(seen)
+    return Trace(seen.get("features"), seen["output"], seen["total"])
 
 
 @contextmanager
-def _watched(model: nn.Module, block: Block, *, stop: bool = False) -> Iterator[dict[str, Tensor]]:
-    """Note what enters and leaves a block's consumer and its residual sum."""
+def _skipped(model: nn.Module, done: Sequence[Block], total: Tensor) -> Iterator[None]:
+    """Compute nothing in the blocks `done`; `total` (B, S, d) comes after the last one."""
+    with ExitStack() as stack:
+        for block in done:
+            inside = block.consumer.startswith(block.inner + ".")
+            features = total if inside else total[:1, :1, :1]  # masks of the consumer may multiply
+            inner = (features, None) if block.inner_returns_tuple else features
+            stack.enter_context(_returning(model, block.inner, inner))
+            stack.enter_context(_returning(model, block.consumer, total))
+        if done:
+            residual_sum = model.get_submodule(done[-1].residual_sum)
+            handle = residual_sum.register_forward_pre_hook(lambda *_: (total,))
+            stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def _returning(model: nn.Module, path: str, value: Any) -> Iterator[None]:
+    """Have a module return a value instead of computing anything."""
+    module: Any = model.get_submodule(path)
+    own = vars(module).get("forward")  # where a library has wrapped it
+    module.forward = lambda *_, **__: value
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+@contextmanager
+def _watched(model: nn.Module, block: Block) -> Iterator[dict[str, Tensor]]:
+    """Note what enters and leaves a block's consumer and its residual sum; stop there."""
     seen: dict[str, Tensor] = {}
 
     def after_consumer(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -155,8 +189,7 @@ def _watched(model: nn.Module, block: Block, *, stop: bool = False) -> Iterator[
 
     def before_sum(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         seen["total"] = inputs[0]
-        if stop:
-            raise _Stop
+        raise _Stop
 
     with ExitStack() as stack:
         consumer = model.get_submodule(block.consumer)
@@ -164,7 +197,3 @@ def _watched(model: nn.Module, block: Block, *, stop: bool = False) -> Iterator[
         residual_sum = model.get_submodule(block.residual_sum)
         stack.callback(residual_sum.register_forward_pre_hook(before_sum).remove)
         yield seen
-
-
-def _trace(seen: Mapping[str, Tensor]) -> Trace:
-    return Trace(seen.get("features"), seen["output"], seen["total"])

@@ -4,8 +4,8 @@ Teacher and student hidden states advance together through the layers. A block's
 out-projection should give so that output plus residual match the teacher's: teacher output +
 teacher residual - student residual (Kwon et al. 2022, section 4.3; K-prune, ICLR 2024). A block
 therefore also repairs what went wrong below it.
-Cost: one teacher forward pass, and on the small student three passes through attention and two
-through the FFN.
+Cost: one forward pass of the teacher and two of the small student; memory: one hidden state of
+each a token.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from transformers import PreTrainedModel
 from rfprune.model.layout import Block, Layout
 from rfprune.model.replay import (
     Batch,
+    LayerCall,
+    Trace,
     first_layer_call,
     first_tokens,
     pack,
@@ -35,24 +37,32 @@ Fit = Callable[[Block, Moments, Tensor, Tensor], tuple[Tensor, Tensor]]
 """From a block, its moments, weight (d, p) and bias (d,) to a new weight and bias."""
 
 
-@dataclass(frozen=True)
-class _Run:
-    """Teacher and student on their way up, side by side.
+@dataclass
+class _Walk:
+    """A model on its way up, block by block.
 
     Attributes:
-        student_states: hidden states (tokens, d) of every batch that enter the student's layer.
-        teacher_states: those that enter the teacher's next layer.
-        totals: output plus residual (tokens, d) of the teacher's blocks in the current layer, by
-            consumer, for every batch.
+        states: for every batch the total of the last block that was passed, its output plus the
+            residual (tokens, d); before the first one what enters the first layer.
+        last: that block.
     """
 
-    teacher: PreTrainedModel
-    student: PreTrainedModel
+    model: PreTrainedModel
     layout: Layout
-    batches: Sequence[Batch]
-    student_states: list[Tensor]
-    teacher_states: list[Tensor]
-    totals: list[dict[str, Tensor]]
+    states: list[Tensor]
+    last: Block | None = None
+
+    def trace(self, i: int, tokens: Tensor, call: LayerCall, block: Block) -> Trace:
+        """Batch i at `block`, on its way from the last one."""
+        hidden = unpack(self.states[i], tokens)
+        layer, done = 0, list[Block]()
+        if self.last is not None:
+            layer, blocks = self.last.layer, self.layout.blocks_of_layer(self.last.layer)
+            done = [*blocks[: blocks.index(self.last)], self.last]
+        for path in self.layout.layers[layer : block.layer]:
+            hidden, done = run_layer(self.model, path, hidden, call, done=done), []
+        path = self.layout.layers[block.layer]
+        return trace_block(self.model, path, hidden, call, block, done=done)
 
 
 def reconstruct(
@@ -79,73 +89,56 @@ def reconstruct(
     """
     failures = []
     tried = [block for block in layout.blocks if block.consumer not in skip]
-    bar = tqdm(
-        total=len(tried), desc="reconstruction", unit="block", disable=not progress, leave=False
-    )
-    with bar, torch.no_grad():
-        run = _start(teacher, student, layout, batches)
-        for layer in range(len(layout.layers)):
-            blocks = [block for block in tried if block.layer == layer]
-            _advance_teacher(run, layer, blocks)
-            for block in blocks:
-                moments = _collect(run, block, block.consumer in first_token_only)
-                failures += _apply(fit, student, block, moments)
-                bar.update()
-            if layer + 1 < len(layout.layers):
-                _advance_student(run, layer)
+    bar = tqdm(tried, desc="reconstruction", unit="block", disable=not progress, leave=False)
+    with torch.no_grad():
+        first = [pack(first_layer_call(student, layout, b)[0], token_mask(b)) for b in batches]
+        walks = _Walk(teacher, layout, first), _Walk(student, layout, list(first))
+        del first  # each state is freed when both have left it
+        for block in bar:
+            moments = _collect(*walks, batches, block, block.consumer in first_token_only)
+            failures += _apply(fit, student, block, moments)
+            if block is not tried[-1]:
+                _pass(walks[1], batches, block)
     return failures
 
 
-def _start(
-    teacher: PreTrainedModel, student: PreTrainedModel, layout: Layout, batches: Sequence[Batch]
-) -> _Run:
-    hidden = [
-        pack(first_layer_call(student, layout, batch)[0], token_mask(batch)) for batch in batches
-    ]
-    return _Run(teacher, student, layout, batches, hidden, list(hidden), [{} for _ in hidden])
+def _collect(
+    teacher: _Walk,
+    student: _Walk,
+    batches: Sequence[Batch],
+    block: Block,
+    first_token_only: bool,
+) -> Moments:
+    """Moments of the features that enter the student's consumer and of what it should give.
 
-
-def _advance_teacher(run: _Run, layer: int, blocks: Sequence[Block]) -> None:
-    """Take the teacher through a layer; what `blocks` give there, plus residual, is kept."""
-    for i, batch in enumerate(run.batches):
-        tokens = token_mask(batch)
-        _, call = first_layer_call(run.student, run.layout, batch)
-        hidden = unpack(run.teacher_states[i], tokens)
-        output, traces = run_layer(run.teacher, run.layout.layers[layer], hidden, call, blocks)
-        run.teacher_states[i] = pack(output, tokens)
-        for block, trace in zip(blocks, traces, strict=True):
-            run.totals[i][block.consumer] = pack(trace.total, tokens)
-
-
-def _advance_student(run: _Run, layer: int) -> None:
-    for i, batch in enumerate(run.batches):
-        tokens = token_mask(batch)
-        _, call = first_layer_call(run.student, run.layout, batch)
-        hidden = unpack(run.student_states[i], tokens)
-        output, _ = run_layer(run.student, run.layout.layers[layer], hidden, call)
-        run.student_states[i] = pack(output, tokens)
-
-
-def _collect(run: _Run, block: Block, first_token_only: bool) -> Moments:
-    """Moments of the features that enter a block's consumer and of what it should give."""
-    consumer = run.student.get_submodule(block.consumer)
+    The teacher passes the block; the student does so when it has been fitted.
+    """
+    consumer = student.model.get_submodule(block.consumer)
     num_outputs, num_features = consumer.weight.shape
     moments = Moments.zeros(num_features, num_outputs, _float64_device(consumer.weight.device))
-    path = run.layout.layers[block.layer]
-    for i, batch in enumerate(run.batches):
+    for i, batch in enumerate(batches):
         tokens = token_mask(batch)
-        _, call = first_layer_call(run.student, run.layout, batch)
-        hidden = unpack(run.student_states[i], tokens)
-        trace = trace_block(run.student, path, hidden, call, block)
-        total = run.totals[i].pop(block.consumer)
+        _, call = first_layer_call(student.model, student.layout, batch)
+        wanted = teacher.trace(i, tokens, call, block).total
+        teacher.states[i] = pack(wanted, tokens)
+        trace = student.trace(i, tokens, call, block)
         chosen = first_tokens(tokens) if first_token_only else tokens
         residual = pack(trace.total, chosen) - pack(trace.output, chosen)
-        target = total[chosen[tokens]] - residual
+        target = pack(wanted, chosen) - residual
         if trace.features is None:
             moments.add(target.new_zeros(len(target), 0), target)
         else:
             moments.add(pack(trace.features, chosen), target)
+    teacher.last = block
     return moments
+
+
+def _pass(walk: _Walk, batches: Sequence[Batch], block: Block) -> None:
+    for i, batch in enumerate(batches):
+        tokens = token_mask(batch)
+        _, call = first_layer_call(walk.model, walk.layout, batch)
+        walk.states[i] = pack(walk.trace(i, tokens, call, block).total, tokens)
+    walk.last = block
 
 
 def _float64_device(device: torch.device) -> torch.device:

@@ -16,7 +16,9 @@ from torch import nn
 
 from rfprune.errors import UserError
 from rfprune.model.architectures import ARCHITECTURES
+from rfprune.model.compact import compact
 from rfprune.model.layout import layout_of
+from rfprune.model.masks import full_masks, masked
 from rfprune.model.replay import (
     first_layer_call,
     first_tokens,
@@ -94,22 +96,92 @@ def test_a_trace_is_consistent_with_the_block(
     layout = layout_of(model)
     with torch.no_grad():
         hidden, call = first_layer_call(model, layout, batch)
-        blocks = layout.blocks_of_layer(0)
-        output, traces = run_layer(model, layout.layers[0], hidden, call, blocks)
-        for block, trace in zip(blocks, traces, strict=True):
+        path, blocks = layout.layers[0], layout.blocks_of_layer(0)
+        heads, neurons = (trace_block(model, path, hidden, call, block) for block in blocks)
+        for block, trace in zip(blocks, (heads, neurons), strict=True):
             assert trace.features is not None
             assert trace.features.shape[-1] == block.num_units * block.unit_width
             consumer = model.get_submodule(block.consumer)
             assert torch.equal(consumer(trace.features), trace.output)
-            alone = trace_block(model, layout.layers[0], hidden, call, block)
-            assert torch.equal(alone.total, trace.total)
-        heads, neurons = traces
         torch.testing.assert_close(heads.total - heads.output, hidden)  # the residual of attention
         between = model.get_submodule(blocks[0].residual_sum)(heads.total)
         torch.testing.assert_close(neurons.total - neurons.output, between)
         after = model.get_submodule(blocks[1].residual_sum)(neurons.total)
-        torch.testing.assert_close(after, output)
+        torch.testing.assert_close(after, run_layer(model, path, hidden, call))
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("emptied", [False, True])
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+def test_a_layer_goes_on_after_what_is_done(
+    model_type: str, emptied: bool, tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    """From any block's total, whatever else the layer is given, and without running it again."""
+    model, batch = tiny_model(model_type), tiny_batch()
+    layout = layout_of(model)
+    if emptied:
+        masks = full_masks(layout)
+        masks[0][:] = 0
+        model = compact(model, layout, masks)
+    path, (heads, neurons) = layout.layers[0], layout.blocks_of_layer(0)
+    ran: list[str] = []
+    with torch.no_grad():
+        hidden, call = first_layer_call(model, layout, batch)
+        between = trace_block(model, path, hidden, call, heads).total
+        expected = trace_block(model, path, hidden, call, neurons)
+        output = run_layer(model, path, hidden, call)
+        for block in (heads, neurons):
+            for producer in block.producers if not emptied or block is neurons else ():
+                module = model.get_submodule(producer)
+                module.register_forward_hook(lambda *_, name=block.kind: ran.append(name))
+        found = trace_block(model, path, between, call, neurons, done=[heads])
+        assert ran == ["neuron"]
+        assert torch.equal(found.total, expected.total)
+        assert torch.equal(found.output, expected.output)
+        assert torch.equal(run_layer(model, path, between, call, done=[heads]), output)
+        ran.clear()
+        end = run_layer(model, path, expected.total, call, done=[heads, neurons])
+        assert torch.equal(end, output)
+        assert ran == []
+        assert not torch.equal(run_layer(model, path, hidden, call, done=[heads]), output)
+    assert all("forward" not in vars(module) for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.get_submodule(path).children())
+
+
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet"])
+def test_masks_of_what_is_done_do_no_harm(
+    model_type: str, tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    model, batch = tiny_model(model_type), tiny_batch()
+    layout = layout_of(model)
+    path, blocks = layout.layers[0], layout.blocks_of_layer(0)
+    masks = full_masks(layout)
+    masks[0][0], masks[1][:4] = 0, 0.5
+    with torch.no_grad():
+        hidden, call = first_layer_call(model, layout, batch)
+        plain = run_layer(model, path, hidden, call)
+        with masked(model, layout, masks):
+            output = run_layer(model, path, hidden, call)
+            total = trace_block(model, path, hidden, call, blocks[1]).total
+            assert torch.equal(run_layer(model, path, total, call, done=blocks), output)
+    assert (output - plain).abs().max() > 0.1
+
+
+def test_what_others_have_wrapped_stays_wrapped(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    """Libraries replace a module's forward too; ours must go away, also after an error."""
+    model = tiny_model()
+    layout = layout_of(model)
+    heads, neurons = layout.blocks_of_layer(0)
+    consumer = model.get_submodule(heads.consumer)
+    plain = consumer.forward
+    consumer.forward = wrapped = lambda features: plain(features)
+    hidden, call = first_layer_call(model, layout, tiny_batch())
+    run_layer(model, layout.layers[0], hidden, call, done=[heads, neurons])
+    assert consumer.forward is wrapped
+    with pytest.raises(RuntimeError):
+        run_layer(model, layout.layers[0], hidden[..., :3], call, done=[heads])
+    assert consumer.forward is wrapped
+    assert "forward" not in vars(model.get_submodule(heads.inner))
 
 
 def test_a_traced_pass_goes_no_further_than_its_block(tiny_model: Tiny, tiny_batch: Tiny) -> None:
