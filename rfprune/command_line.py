@@ -53,7 +53,7 @@ class Options:
     skip_rearrange: bool
     skip_tune: bool
     device: str | None
-    dtype: str
+    dtype: str | None
     output_dir: Path | None
     overwrite: bool
     quiet: bool
@@ -210,7 +210,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
     group.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)"
+        "--dtype",
+        choices=DTYPES,
+        help="of the weights (default: float32, and stored as the original's are)",
     )
     group.add_argument(
         "--output-dir",

@@ -72,6 +72,7 @@ def staged(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
+        _give_ordinary_rights(temporary)
         _put_in_place(temporary, folder, overwrite)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -85,6 +86,15 @@ def staged(folder: Path, *, overwrite: bool) -> Iterator[Path]:
                 f"with --output-dir; nothing was left behind."
             ) from error
         raise
+
+
+def _give_ordinary_rights(folder: Path) -> None:
+    """Those that any new file gets: safetensors makes its files for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
 
 
 def _beside(folder: Path, purpose: str) -> Path:

@@ -10,11 +10,12 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from rfprune.calibration import calibration_batches
 from rfprune.command_line import Options
@@ -29,6 +30,7 @@ from rfprune.model.checkpoint import save_pruned
 from rfprune.model.layout import layout_of
 from rfprune.output import staged
 from rfprune.pipeline import check_constraints, prune_family
+from rfprune.precision import round_weights, stored_dtype
 from rfprune.report.latency import Latency, measure_latency, typical_batch
 from rfprune.report.report_json import SCHEMA, ratios, stage_seconds, versions, write_report
 from rfprune.report.table import LOG_WIDTH, print_report, write_log
@@ -47,9 +49,13 @@ Batches = Sequence[Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Prepared:
-    """What all constraints of a run share; `seconds` went into loading."""
+    """What all constraints of a run share; `seconds` went into loading.
+
+    `stored`: the dtype that weights are saved in.
+    """
 
     loaded: Loaded
+    stored: torch.dtype
     batches: Batches
     evaluation_set: EvaluationSet
     original: Evaluation
@@ -83,18 +89,50 @@ def run(options: Options, arguments: Sequence[str]) -> None:
         )
         told.print("Pruning")
         for result in results:
-            folder = options.output_folder(result.constraint.ratio)
+            stored = _rounded_to(prepared.stored, result.model)
             told.print(f"Scoring and timing the model pruned to {result.constraint.ratio:g}")
-            report = _measure(options, prepared, result, progress)
-            report["command"] = shlex.join(["rfprune", *arguments])
-            report["warnings"] = list(dict.fromkeys([*heard, *result.warnings]))
-            with staged(folder, overwrite=options.overwrite) as temporary, quiet_transformers():
-                tokenizer = prepared.loaded.tokenizer
-                save_pruned(result.model, result.layout, result.masks, temporary, tokenizer)
-                report["pruned"]["bytes"] = _file_bytes(temporary)
-                write_report(report, temporary)
-                write_log(report, temporary)
+            report = {
+                "schema": SCHEMA,
+                "command": shlex.join(["rfprune", *arguments]),
+                **_measure(options, prepared, result, stored, progress),
+                "warnings": list(dict.fromkeys([*heard, *result.warnings])),
+            }
+            _save(options, prepared, result, stored, report)
             print_report(report, screen)
+
+
+def _save(
+    options: Options,
+    prepared: Prepared,
+    result: PruneResult,
+    stored: torch.dtype,
+    report: dict[str, Any],
+) -> None:
+    """Write model, masks, tokenizer, report and log, all of them or nothing; completes `report`."""
+    folder = options.output_folder(result.constraint.ratio)
+    with staged(folder, overwrite=options.overwrite) as temporary, quiet_transformers():
+        tokenizer = prepared.loaded.tokenizer
+        save_pruned(result.model, result.layout, result.masks, temporary, tokenizer, dtype=stored)
+        report["pruned"]["bytes"] = _file_bytes(temporary)
+        write_report(report, temporary)
+        write_log(report, temporary)
+
+
+def _rounded_to(dtype: torch.dtype, model: nn.Module) -> torch.dtype:
+    """Round the weights to what will be stored of them, so that this is what is measured."""
+    if dtype == next(model.parameters()).dtype or round_weights(model, dtype):
+        return dtype
+    warnings.warn(
+        f"The pruned weights are beyond the range of {_name(dtype)}, the dtype of the original's "
+        f"file: they are stored in float32.",
+        RfpruneWarning,
+        stacklevel=2,
+    )
+    return torch.float32
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @contextmanager
@@ -159,7 +197,9 @@ def _prepare(options: Options, task: Task, told: Console, progress: bool) -> Pre
     told.print(f"Loading {options.model} and the data of {task.name}")
     start = time.perf_counter()
     device = pick_device(options.device)
-    loaded = load(options.model, task, device=device, dtype=getattr(torch, options.dtype))
+    dtype = getattr(torch, options.dtype or "float32")
+    loaded = load(options.model, task, device=device, dtype=dtype)
+    stored = stored_dtype(loaded.source) if options.dtype is None else dtype
     max_length = length_limit(loaded, task, options.max_length)
     data_dir = data_folder(options.model, options.data_dir)
     batches = calibration_batches(
@@ -184,20 +224,23 @@ def _prepare(options: Options, task: Task, told: Console, progress: bool) -> Pre
     seconds = time.perf_counter() - start
     told.print(f"Scoring the original on {evaluation_set.num_examples} examples")
     original = evaluate_model(loaded.model, evaluation_set, progress=progress)
-    return Prepared(loaded, batches, evaluation_set, original, seconds)
+    return Prepared(loaded, stored, batches, evaluation_set, original, seconds)
 
 
 def _measure(
-    options: Options, prepared: Prepared, result: PruneResult, progress: bool
+    options: Options,
+    prepared: Prepared,
+    result: PruneResult,
+    stored: torch.dtype,
+    progress: bool,
 ) -> dict[str, Any]:
-    """Score and time a pruned model beside the original: the contents of report.json."""
+    """Score and time a pruned model beside the original: most of report.json."""
     model, original = prepared.loaded.model, prepared.original
     pruned = evaluate_model(result.model, prepared.evaluation_set, progress=progress)
     latency = measure_latency(model, result.model, typical_batch(prepared.batches))
-    before = _costs(model, original, latency.original_ms, result.mean_tokens)
-    after = _costs(result.model, pruned, latency.pruned_ms, result.mean_tokens)
+    before = _costs(model, original, latency.original_ms, result.mean_tokens, prepared.stored)
+    after = _costs(result.model, pruned, latency.pruned_ms, result.mean_tokens, stored)
     return {
-        "schema": SCHEMA,
         "model": options.model,
         "source": prepared.loaded.source,
         "task": options.task,
@@ -208,7 +251,8 @@ def _measure(
         "samples": sum(len(batch["input_ids"]) for batch in prepared.batches),
         "settings": dataclasses.asdict(_settings(options)),
         "device": str(model.device),
-        "dtype": options.dtype,
+        "dtype": _name(model.dtype),
+        "stored_dtype": _name(stored),
         "versions": versions(),
         "original": before,
         "pruned": after,
@@ -228,14 +272,18 @@ def _measure(
 
 
 def _costs(
-    model: Any, evaluation: Evaluation, latency_ms: float, tokens: float
+    model: Any, evaluation: Evaluation, latency_ms: float, tokens: float, stored: torch.dtype
 ) -> dict[str, float]:
     """One model's column of the report; counted on the model as it stands."""
+    tensors = _distinct(model.state_dict())
     return {
         "score": evaluation.score,
         "macs": total_macs(layout_of(model), tokens),
         "params": total_params(model),
-        "bytes": sum(tensor.nbytes for tensor in _distinct(model.state_dict())),
+        "bytes": sum(
+            tensor.numel() * (stored if tensor.is_floating_point() else tensor.dtype).itemsize
+            for tensor in tensors
+        ),
         "latency_ms": latency_ms,
     }
 
@@ -245,7 +293,7 @@ def _distinct(state: Mapping[str, Tensor]) -> list[Tensor]:
     return list({tensor.data_ptr(): tensor for tensor in state.values()}.values())
 
 
-def _file_bytes(folder: Any) -> int:
+def _file_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from rfprune import load_pruned, run
@@ -191,6 +192,45 @@ def test_every_kind_of_task_runs(
     report = read_report(Path("out"))
     assert report["settings"]["use_labels"] is bool(use_labels)
     assert report["metric_name"] in report["scores"]["pruned"]
+
+
+def test_a_checkpoint_in_half_precision_stays_in_it(
+    flags: Callable[..., list[str]],
+    tiny_folder: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As the demo's: config.json says float32, the file is float16. Else it would come out larger.
+
+    What was scored is what is stored.
+    """
+    shutil.copytree(tiny_folder(), "half")
+    weights = load_file("half/model.safetensors")
+    halves = {name: weight.half() for name, weight in weights.items()}
+    save_file(halves, "half/model.safetensors", metadata={"format": "pt"})
+    assert main(flags(model="half")) == 0
+    report = read_report(Path("out"))
+    stored = load_file("out/model.safetensors")
+    assert {weight.dtype for weight in stored.values()} == {torch.float16}
+    assert (report["dtype"], report["stored_dtype"]) == ("float32", "float16")
+    assert report["pruned"]["bytes"] == Path("out/model.safetensors").stat().st_size
+    assert report["original"]["bytes"] == 2 * report["original"]["params"]
+    assert load_pruned("out").dtype == torch.float32
+
+    assert main(flags(model="out", output_dir="again", constraint=0.9)) == 0
+    again = read_report(Path("again"))
+    assert again["original"]["score"] == report["pruned"]["score"]
+    assert again["stored_dtype"] == "float16"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "round_weights", lambda *_: False)
+        assert main(flags(model="half", output_dir="large")) == 0
+    report = read_report(Path("large"))
+    assert "beyond the range of float16" in report["warnings"][0]
+    assert report["stored_dtype"] == "float32"
+
+    assert main(flags(model="half", output_dir="whole", dtype="float32")) == 0
+    stored = load_file("whole/model.safetensors")
+    assert {weight.dtype for weight in stored.values()} == {torch.float32}
 
 
 def test_several_constraints_make_several_models(flags: Callable[..., list[str]]) -> None:

@@ -32,6 +32,14 @@ def test_a_finished_folder_takes_its_place(tmp_path: Path) -> None:
     assert everything_in(tmp_path) == {"a", "a/b", "a/b/file"}
 
 
+def test_others_may_read_what_others_may_read_elsewhere(tmp_path: Path) -> None:
+    with staged(tmp_path / "a", overwrite=False) as temporary:
+        (temporary / "file").touch(mode=0o600)
+    (tmp_path / "ordinary").touch()
+    modes = [(tmp_path / name).stat().st_mode for name in ("a/file", "ordinary")]
+    assert modes[0] == modes[1]
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("bug")])
 def test_nothing_is_left_after_an_error(tmp_path: Path, error: BaseException) -> None:
     with (

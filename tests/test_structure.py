@@ -37,10 +37,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "command_line": {"__init__", "output", "tasks"},
     "device": set(),
     "inspection": {"model", "tasks"},
+    "precision": set(),
     "loading": {"demo", "inspection", "model", "pipeline", "tasks"},
     "run": {
         *("calibration", "command_line", "cost", "device", "inspection", "loading", "model"),
-        *("output", "pipeline", "report", "result", "tasks"),
+        *("output", "pipeline", "precision", "report", "result", "tasks"),
     },
     "main": {"command_line", "run"},
 }

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -32,11 +33,15 @@ def save_pruned(
     masks: Sequence[Tensor],
     folder: str | Path,
     tokenizer: Any = None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write a pruned model, its masks and its tokenizer to `folder`.
 
     Args:
         layout: of the model that was pruned, to which `masks` (one (U,) per block) belong.
+        dtype: that the weights are stored in; the config.json keeps the model's own, in which they
+            are loaded again.
 
     Raises:
         UserError: the model's class is not one of transformers', so nobody could load the
@@ -48,7 +53,7 @@ def save_pruned(
             f"class '{base.__name__}' is not part of transformers, so a saved checkpoint could not "
             "be loaded; load the model with transformers' own class before pruning it"
         )
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=None if dtype is None else _cast(model, dtype))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     named = {
@@ -56,6 +61,13 @@ def save_pruned(
     }
     metadata = {"format_version": str(FORMAT_VERSION)}
     save_file(named, Path(folder) / MASKS_FILE, metadata=metadata)
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {
+        name: value.to(dtype) if value.is_floating_point() else value
+        for name, value in model.state_dict().items()
+    }
 
 
 def load_pruned(folder: str | Path, **kwargs: Any) -> PreTrainedModel:

@@ -86,7 +86,7 @@ def _rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         *_score_rows(report),
         _costs(f"MACs ({report['mean_tokens']:.0f} tokens)", original, pruned, "macs", _count),
         _costs("parameters", original, pruned, "params", _count),
-        _costs(f"weights ({report['dtype']})", original, pruned, "bytes", _megabytes),
+        _costs(f"weights ({report['stored_dtype']})", original, pruned, "bytes", _megabytes),
         _costs(f"latency (batch {size})", original, pruned, "latency_ms", _milliseconds),
     ]
 

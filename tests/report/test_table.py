@@ -22,7 +22,7 @@ def report(**changes: Any) -> dict[str, Any]:
         "metric": "mac",
         "constraint": 0.5,
         "samples": 2048,
-        "dtype": "float32",
+        "stored_dtype": "float32",
         "command": "rfprune --model some/folder",
         "metric_name": "accuracy",
         "original": costs | {"latency_ms": 200.0},
