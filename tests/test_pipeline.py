@@ -459,11 +459,15 @@ def test_a_model_with_nothing_left_is_refused(
         prune(nothing, batches, HALF, settings)
 
 
-def test_a_constraint_that_cannot_be_met_is_refused(
+def test_a_constraint_that_cannot_be_met_names_one_that_can(
     settings: Settings, tiny_model: Tiny, batches: list[Batch]
 ) -> None:
-    with pytest.raises(UserError, match=r"choose a constraint of at least 0\.8"):
+    with pytest.raises(UserError, match="cannot be met") as raised:
         prune(tiny_model(), batches, Constraint("params", 0.1), settings)
+    named = re.search(r"0\.8\d*", str(raised.value))
+    assert named
+    result = prune(tiny_model(), batches, Constraint("params", float(named[0])), settings)
+    assert sum(num_kept(result.masks)) == 1
 
 
 def test_a_model_without_a_head_is_refused(
