@@ -104,8 +104,8 @@ def test_it_answers_questions(
     ("changes", "what"),
     [
         ({"--task": "mprc"}, "Unknown task 'mprc'"),
-        ({"--model": "missing/folder/here"}, "missing/folder/here does not exist"),
-        ({"--data-dir": "missing"}, "data folder missing does not exist"),
+        ({"--model": "missing/folder/here"}, "'missing/folder/here' does not exist"),
+        ({"--data-dir": "missing"}, "data folder 'missing' does not exist"),
         ({"--batch-size": "0"}, "batch size of 0"),
         ({"--limit": "-3"}, "limit of -3"),
         ({"--seed": "-3"}, "seed of -3"),

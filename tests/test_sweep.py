@@ -90,7 +90,8 @@ def test_a_line_is_what_the_package_measures(
         seed=3,
         with_labels=False,
     )
-    result = prune(model, batches, Constraint("params", 0.9), Settings(tune=False, seed=3))
+    settings = Settings(method="kwon", tune=False, seed=3)
+    result = prune(model, batches, Constraint("params", 0.9), settings)
     evaluation_set = prepare_evaluation(task, tokenizer, tiny_data_dir, limit=20)
     original = evaluate_model(model, evaluation_set)
     pruned = evaluate_model(result.model, evaluation_set)
