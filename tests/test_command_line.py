@@ -28,7 +28,7 @@ def test_the_defaults_are_those_of_the_paper() -> None:
     assert (options.max_length, options.eval_limit) == (None, None)
     assert (options.data_dir, options.device) == (None, None)
     assert not (options.use_labels or options.skip_rearrange or options.skip_tune)
-    assert options.dtype == "float32"
+    assert options.dtype is None, "float32, and stored as the original is"
 
 
 def test_the_choices_are_those_of_the_pipeline() -> None:
