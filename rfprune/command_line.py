@@ -229,7 +229,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 def _name(flag: str) -> Callable[[str], str]:
     def read(text: str) -> str:
         if not text.strip():
-            raise UserError(f"{flag} is empty: was a variable of the shell not set?")
+            raise UserError(f"{flag} is empty: give a folder, a hub id, an alias, or demo.")
         return text
 
     return read

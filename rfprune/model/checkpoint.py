@@ -93,13 +93,24 @@ def load_pruned(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     _check_shapes(folder, blocks)
     try:
         model, info = pruned_class(base).from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True, **kwargs
+            folder,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are looked for below
+            **kwargs,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"the pruned model in '{folder}' cannot be loaded ({reason}); save or download it again"
         ) from error
+    if info["mismatched_keys"]:
+        name, saved, promised = min(info["mismatched_keys"], key=lambda entry: str(entry[0]))
+        raise UserError(
+            f"'{name}' in '{folder}' has the shape {tuple(saved)}, but config.json promises "
+            f"{tuple(promised)}; the two files are not of the same model: save or download them "
+            "again"
+        )
     if info["missing_keys"]:
         raise UserError(
             f"the weights in '{folder}' lack '{min(info['missing_keys'])}', which config.json "

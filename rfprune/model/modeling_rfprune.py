@@ -87,10 +87,15 @@ def _check_block(block: Any) -> None:
         units, start = block["units"], block["inner"] + "."
         all_heads = units is None
         sound = {
+            "kind": block["kind"] in ("head", "neuron"),
             "num_units": block["num_units"] >= 0,
             "unit_width": block["unit_width"] > 0,
             "units": all_heads
-            or (len(units) == block["num_units"] and all(type(u) is int and u >= 0 for u in units)),
+            or (
+                len(units) == block["num_units"]
+                and all(type(unit) is int and unit >= 0 for unit in units)
+                and len(set(units)) == len(units)
+            ),
             "producers": all(type(p) is str and p.startswith(start) for p in block["producers"]),
             "shared_position_bias": not (block["shared_position_bias"] and all_heads),
         }

@@ -20,6 +20,11 @@ from rfprune.errors import UserError
 CELLS = 32768
 """Grid cells that the budget is divided into: 24 blocks waste at most 0.07% of it."""
 
+_WORTHLESS = (
+    "no head or neuron has any influence on the model's predictions: its outputs are constant, or "
+    "so large that its probabilities are exactly 0 and 1; check the checkpoint's weights"
+)
+
 
 def allocate(
     errors: Sequence[NDArray[np.float64]],
@@ -35,7 +40,7 @@ def allocate(
         costs: per block, `costs.tables[b][n]` is the cost of keeping n units.
 
     Raises:
-        UserError: the budget allows no unit at all.
+        UserError: the budget allows no unit at all, or none is worth anything.
     """
     weights = [_on_grid(table, budget, cells) for table in costs.tables]
     least = np.zeros(cells + 1)  # least error of the blocks so far, by cells they may cost
@@ -50,7 +55,8 @@ def allocate(
         kept.append(int(choice[cell]))
         cell -= int(weight[kept[-1]])
     if not any(kept):
-        raise UserError(_too_small(costs))
+        affordable = any((weight[1:] <= cells).any() for weight in weights)
+        raise UserError(_WORTHLESS if affordable else _too_small(costs))
     return tuple(reversed(kept))
 
 

@@ -228,6 +228,7 @@ def test_a_config_that_is_none(text: str, message: str, folder: Path) -> None:
 
 TAMPERED: list[tuple[str, Any]] = [
     ("kind", 3),
+    ("kind", "expert"),
     ("layer", "0"),
     ("num_units", True),
     ("num_units", 3.0),
@@ -237,6 +238,7 @@ TAMPERED: list[tuple[str, Any]] = [
     ("units", [0, 1]),
     ("units", [0, 1, "__class__"]),
     ("units", [0, 1, -1]),
+    ("units", [0, 1, 1]),
     ("producers", "query"),
     ("producers", [1]),
     ("producers", ["classifier"]),
@@ -263,6 +265,14 @@ def test_a_bad_field_is_refused(
     else:
         with pytest.raises(UserError, match="a block has a bad '"):
             load_pruned(folder)
+
+
+def test_a_block_that_is_left_out_is_named(saved: Path, tmp_path: Path) -> None:
+    """transformers says no more than to look at a report, which nobody has seen."""
+    folder = Path(shutil.copytree(saved, tmp_path / "copy"))
+    edit_config(folder, lambda config: config["rfprune"]["blocks"].pop(0))
+    with pytest.raises(UserError, match=r"attention\.self\..* config\.json promises"):
+        load_pruned(folder)
 
 
 @pytest.mark.parametrize(

@@ -98,3 +98,10 @@ def test_a_budget_for_nothing_is_refused_and_the_least_is_named() -> None:
     errors = [np.array([2.0, 1.0, 0.0])] * 2
     with pytest.raises(UserError, match=r"above 0\.2"):
         allocate(errors, costs, 3.0)
+
+
+def test_units_that_are_worth_nothing_are_not_blamed_on_the_constraint() -> None:
+    """So it is where the outputs are constant, or probabilities exactly 0 and 1."""
+    costs = CostModel("mac", (np.array([0.0, 5.0, 10.0]), np.array([0.0, 4.0, 10.0])))
+    with pytest.raises(UserError, match="no head or neuron has any influence"):
+        allocate([np.zeros(3)] * 2, costs, 12.0)
