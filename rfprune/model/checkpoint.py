@@ -116,6 +116,11 @@ def load_pruned(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
             f"the weights in '{folder}' lack '{min(info['missing_keys'])}', which config.json "
             "promises; save or download the model again"
         )
+    if info["unexpected_keys"]:
+        raise UserError(
+            f"the weights in '{folder}' hold '{min(info['unexpected_keys'])}', for which config.json "
+            "has no place; the two files are not of the same model: save or download them again"
+        )
     return model
 
 

@@ -271,7 +271,7 @@ def test_a_block_that_is_left_out_is_named(saved: Path, tmp_path: Path) -> None:
     """transformers says no more than to look at a report, which nobody has seen."""
     folder = Path(shutil.copytree(saved, tmp_path / "copy"))
     edit_config(folder, lambda config: config["rfprune"]["blocks"].pop(0))
-    with pytest.raises(UserError, match=r"attention\.self\..* config\.json promises"):
+    with pytest.raises(UserError, match=r"layer\.0\.attention\..* config\.json promises"):
         load_pruned(folder)
 
 
@@ -344,7 +344,14 @@ def test_weights_that_are_missing(folder: Path) -> None:
 def test_rows_that_do_not_fit(folder: Path) -> None:
     key = "bert.encoder.layer.0.intermediate.dense.bias"
     edit_weights(folder, lambda weights: weights.update({key: torch.zeros(5)}))
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match=rf"'{key}' .* has the shape \(5,\)"):
+        load_pruned(folder)
+
+
+def test_weights_without_a_place(folder: Path) -> None:
+    key = "bert.encoder.layer.2.output.dense.weight"
+    edit_weights(folder, lambda weights: weights.update({key: torch.zeros(5)}))
+    with pytest.raises(UserError, match=rf"hold '{key}', for which"):
         load_pruned(folder)
 
 
