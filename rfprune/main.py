@@ -11,10 +11,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rfprune.command_line import Options, parse
 from rfprune.errors import UserError
+
+if TYPE_CHECKING:
+    from rfprune.command_line import Options
 
 INTERRUPTED = 130
 _FAREWELL = "rfprune: interrupted; nothing half-written was left behind.\n"
@@ -24,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these flags (default: those of the process); gives the exit code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
-        options = parse(arguments)
+        options = _parse(arguments)
         _import_run()(options, arguments)
     except UserError as error:
         sys.stderr.write(f"rfprune: error: {_sentence(error)}\n")
@@ -39,6 +41,13 @@ def _sentence(error: UserError) -> str:
     """One line, one capital, one full stop: the Python API says the same without the last two."""
     text = " ".join(str(error).split()).removesuffix(".")
     return f"{text[:1].upper()}{text[1:]}."
+
+
+def _parse(arguments: Sequence[str]) -> Options:
+    """Import late even what is quick: from the first moment on Ctrl-C shows no traceback."""
+    with _exit_when_interrupted():
+        from rfprune.command_line import parse
+    return parse(arguments)
 
 
 def _import_run() -> Callable[[Options, Sequence[str]], None]:

@@ -118,8 +118,9 @@ def load_pruned(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
         )
     if info["unexpected_keys"]:
         raise UserError(
-            f"the weights in '{folder}' hold '{min(info['unexpected_keys'])}', for which config.json "
-            "has no place; the two files are not of the same model: save or download them again"
+            f"the weights in '{folder}' hold '{min(info['unexpected_keys'])}', for which "
+            "config.json has no place; the two files are not of the same model: save or download "
+            "them again"
         )
     return model
 
