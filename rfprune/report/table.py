@@ -107,13 +107,14 @@ def _costs(
     original: Mapping[str, float],
     pruned: Mapping[str, float],
     key: str,
-    show: Callable[[float], str],
+    show: Callable[[float, float], str],
 ) -> tuple[str, str, str, str]:
     before, after = original[key], pruned[key]
     ratio = f"{after / before:.1%}"
     if key == "latency_ms":
         ratio += f" (speedup {before / after:.2f}x)"
-    return (name, show(before), show(after), ratio)
+    largest = max(before, after)
+    return (name, show(before, largest), show(after, largest), ratio)
 
 
 def _points(score: float | None) -> str:
@@ -127,20 +128,21 @@ def _difference(before: float | None, after: float | None) -> str:
     return f"{round(after - before, 2) + 0.0:+.2f} points"
 
 
-def _count(number: float) -> str:
+def _count(number: float, largest: float) -> str:
+    """In the unit that suits the largest of the numbers side by side."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
+        if largest >= size:
             return f"{number / size:.2f} {unit}"
     return f"{number:.0f}"
 
 
-def _megabytes(number: float) -> str:
+def _megabytes(number: float, _: float) -> str:
     return f"{number / 1e6:.2f} MB"
 
 
-def _milliseconds(number: float) -> str:
-    """Three digits: there are no more in a measurement of time."""
-    return f"{number:.{0 if number >= 100 else 1 if number >= 10 else 2}f} ms"
+def _milliseconds(number: float, largest: float) -> str:
+    """About three digits: there are no more in a measurement of time."""
+    return f"{number:.{0 if largest >= 100 else 1 if largest >= 10 else 2}f} ms"
 
 
 def _scoring(report: Mapping[str, Any]) -> str:

@@ -78,7 +78,15 @@ def test_the_constraint_is_not_rounded_away(ratio: float, percent: str) -> None:
 )
 def test_times_have_three_digits(milliseconds: float, text: str) -> None:
     costs = report()["pruned"] | {"latency_ms": milliseconds}
-    assert text in shown(report(pruned=costs))
+    assert text in shown(report(original=costs, pruned=costs))
+
+
+def test_numbers_side_by_side_have_one_unit() -> None:
+    original = report()["original"] | {"macs": 1.692e9, "latency_ms": 123.4}
+    pruned = report()["pruned"] | {"macs": 8.4693e8, "latency_ms": 56.78}
+    text = shown(report(original=original, pruned=pruned))
+    for part in ("1.69 G", "0.85 G", "123 ms", "57 ms"):
+        assert part in text, part
 
 
 def test_no_difference_has_no_minus() -> None:
