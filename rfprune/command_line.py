@@ -136,7 +136,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data-dir",
-        type=Path,
+        type=_folder("--data-dir"),
         metavar="DIR",
         help="local data, DIR/TASK/{train,validation}.{parquet,csv,tsv,jsonl}; else the hub",
     )
@@ -216,7 +216,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--output-dir",
-        type=Path,
+        type=_folder("--output-dir"),
         metavar="DIR",
         help="default: outputs/MODEL/TASK/METRIC-CONSTRAINT/seed-N; several constraints make "
         "folders in it",
@@ -231,6 +231,15 @@ def _name(flag: str) -> Callable[[str], str]:
         if not text.strip():
             raise UserError(f"{flag} is empty: give a folder, a hub id, an alias, or demo.")
         return text
+
+    return read
+
+
+def _folder(flag: str) -> Callable[[str], Path]:
+    def read(text: str) -> Path:
+        if not text.strip():
+            raise UserError(f"{flag} is empty: give the name of a folder.")
+        return Path(text).expanduser()  # shells leave the ~ of --flag=~/folder alone
 
     return read
 

@@ -92,6 +92,8 @@ def test_every_fraction_is_a_constraint(ratio: float) -> None:
         ([*NEEDED, "--seed", "-1"], "--seed -1 is not .* from 0 to"),
         ([*NEEDED, "--seed", str(2**63)], "is not a whole number from 0 to 9223372036854775807"),
         ([*NEEDED, "--model", " "], "--model is empty"),
+        ([*NEEDED, "--data-dir", ""], "--data-dir is empty"),
+        ([*NEEDED, "--output-dir", ""], "--output-dir is empty"),
         ([*NEEDED, "--metric", "size"], "--metric: invalid choice: 'size'"),
         ([*NEEDED, "--method", "magic"], "--method: invalid choice: 'magic'"),
         *(
@@ -107,6 +109,13 @@ def test_what_cannot_be_is_one_sentence(flags: list[str], sentence: str) -> None
     with pytest.raises(UserError, match=sentence.replace("?", r"\?")) as caught:
         parse(flags)
     assert "\n" not in str(caught.value)
+
+
+def test_a_tilde_is_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Shells leave it alone in --output-dir=~/out, which would make a folder called ~."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    options = parse([*NEEDED, "--output-dir=~/out", "--data-dir=~/data"])
+    assert (options.output_dir, options.data_dir) == (tmp_path / "out", tmp_path / "data")
 
 
 def test_options_cannot_be_changed() -> None:

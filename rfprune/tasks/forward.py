@@ -63,7 +63,8 @@ def _outputs(
     accepted = _accepted_names(model, batches[0])
     _check_fits(model, batches)
     with _evaluating(model), torch.inference_mode():
-        for batch in tqdm(batches, desc="Evaluating", unit="batch", disable=not progress):
+        bar = tqdm(batches, desc="scoring", unit="batch", disable=not progress, leave=False)
+        for batch in bar:
             output = model(**{name: batch[name].to(device) for name in accepted})
             missing = [name for name in names if not isinstance(output.get(name), Tensor)]
             if missing:
