@@ -43,13 +43,14 @@ class _Walk:
 
     Attributes:
         states: for every batch the total of the last block that was passed, its output plus the
-            residual (tokens, d); before the first one what enters the first layer.
+            residual (tokens, d); before the first one what enters the first layer. All are parts
+            of one tensor, since tensors that come and go between others leave holes in memory.
         last: that block.
     """
 
     model: PreTrainedModel
     layout: Layout
-    states: list[Tensor]
+    states: Sequence[Tensor]
     last: Block | None = None
 
     def trace(self, i: int, tokens: Tensor, call: LayerCall, block: Block) -> Trace:
@@ -91,15 +92,25 @@ def reconstruct(
     tried = [block for block in layout.blocks if block.consumer not in skip]
     bar = tqdm(tried, desc="reconstruction", unit="block", disable=not progress, leave=False)
     with torch.no_grad():
-        first = [pack(first_layer_call(student, layout, b)[0], token_mask(b)) for b in batches]
-        walks = _Walk(teacher, layout, first), _Walk(student, layout, list(first))
-        del first  # each state is freed when both have left it
+        walks = _start(teacher, student, layout, batches)
         for block in bar:
             moments = _collect(*walks, batches, block, block.consumer in first_token_only)
             failures += _apply(fit, student, block, moments)
             if block is not tried[-1]:
                 _pass(walks[1], batches, block)
     return failures
+
+
+def _start(
+    teacher: PreTrainedModel, student: PreTrainedModel, layout: Layout, batches: Sequence[Batch]
+) -> tuple[_Walk, _Walk]:
+    states = [pack(first_layer_call(student, layout, b)[0], token_mask(b)) for b in batches]
+    sizes, together = [len(state) for state in states], torch.cat(states)
+    del states
+    return (
+        _Walk(teacher, layout, together.clone().split(sizes)),
+        _Walk(student, layout, together.split(sizes)),
+    )
 
 
 def _collect(
@@ -120,7 +131,7 @@ def _collect(
         tokens = token_mask(batch)
         _, call = first_layer_call(student.model, student.layout, batch)
         wanted = teacher.trace(i, tokens, call, block).total
-        teacher.states[i] = pack(wanted, tokens)
+        teacher.states[i].copy_(pack(wanted, tokens))
         trace = student.trace(i, tokens, call, block)
         chosen = first_tokens(tokens) if first_token_only else tokens
         residual = pack(trace.total, chosen) - pack(trace.output, chosen)
@@ -137,7 +148,7 @@ def _pass(walk: _Walk, batches: Sequence[Batch], block: Block) -> None:
     for i, batch in enumerate(batches):
         tokens = token_mask(batch)
         _, call = first_layer_call(walk.model, walk.layout, batch)
-        walk.states[i] = pack(walk.trace(i, tokens, call, block).total, tokens)
+        walk.states[i].copy_(pack(walk.trace(i, tokens, call, block).total, tokens))
     walk.last = block
 
 
