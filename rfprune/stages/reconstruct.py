@@ -104,9 +104,11 @@ def reconstruct(
 def _start(
     teacher: PreTrainedModel, student: PreTrainedModel, layout: Layout, batches: Sequence[Batch]
 ) -> tuple[_Walk, _Walk]:
-    states = [pack(first_layer_call(student, layout, b)[0], token_mask(b)) for b in batches]
-    sizes, together = [len(state) for state in states], torch.cat(states)
-    del states
+    sizes = [int(token_mask(batch).sum()) for batch in batches]
+    hidden, _ = first_layer_call(student, layout, batches[0])
+    together = hidden.new_empty(sum(sizes), hidden.shape[-1])
+    for state, batch in zip(together.split(sizes), batches, strict=True):
+        state.copy_(pack(first_layer_call(student, layout, batch)[0], token_mask(batch)))
     return (
         _Walk(teacher, layout, together.clone().split(sizes)),
         _Walk(student, layout, together.split(sizes)),
