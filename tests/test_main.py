@@ -432,7 +432,7 @@ def test_a_constraint_that_cannot_be_met_is_found_before_any_work(
 
 
 STEPS = (
-    *("load", "calibration_batches", "prepare_evaluation", "evaluate_model", "measure_latency"),
+    *("load", "calibration_batches", "prepare_evaluation", "evaluate_model", "measure"),
     *("save_pruned", "write_report", "write_log"),
 )
 

@@ -39,9 +39,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inspection": {"model", "tasks"},
     "precision": set(),
     "loading": {"demo", "inspection", "model", "pipeline", "tasks"},
+    "measure": {"command_line", "cost", "loading", "model", "report", "result", "tasks"},
     "run": {
-        *("calibration", "command_line", "cost", "device", "inspection", "loading", "model"),
-        *("output", "pipeline", "precision", "report", "result", "tasks"),
+        *("calibration", "command_line", "cost", "device", "inspection", "loading", "measure"),
+        *("model", "output", "pipeline", "precision", "report", "result", "tasks"),
     },
     "main": {"command_line", "run"},
 }
