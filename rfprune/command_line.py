@@ -22,6 +22,7 @@ METRICS = ("mac", "params")
 METHODS = ("curvature", "kwon")
 DEFAULT_METHOD = METHODS[0]
 DTYPES = ("float32", "bfloat16", "float16")
+MOST_ROUNDS = 16
 LARGEST_SEED = 2**63 - 1  # what torch takes
 
 _EPILOG = """\
@@ -52,6 +53,8 @@ class Options:
     teacher: str
     skip_rearrange: bool
     skip_tune: bool
+    rounds: int
+    polish: bool
     device: str | None
     dtype: str | None
     output_dir: Path | None
@@ -204,6 +207,18 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         "--skip-rearrange", action="store_true", help="of kwon; leave out the rearrangement"
     )
     group.add_argument("--skip-tune", action="store_true", help="leave out the least squares")
+    group.add_argument(
+        "--rounds",
+        type=_whole_number("--rounds", 1, MOST_ROUNDS),
+        default=1,
+        metavar="N",
+        help="prune in so many steps, looking afresh at what is left after each (default: 1)",
+    )
+    group.add_argument(
+        "--polish",
+        action="store_true",
+        help="train what is left's norms and biases for a moment on the original's predictions",
+    )
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:

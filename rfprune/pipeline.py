@@ -5,8 +5,9 @@
     curvature:  input and gradient moments -> error curve of every block -> exact allocation ->
                 compaction -> every out-projection by least squares
 
-The model that is given stays as it is: masks act through hooks that are gone afterwards, and the
-student is a copy.
+Which units stay is in `rfprune.selection`; the stages themselves are in `rfprune.stages`. The model
+that is given stays as it is: masks act through hooks that are gone afterwards, and the student is a
+copy.
 """
 
 from __future__ import annotations
@@ -23,18 +24,17 @@ from transformers import PreTrainedModel
 
 from rfprune.cost.constraint import Constraint, CostModel
 from rfprune.cost.macs import mac_costs, total_macs
-from rfprune.cost.params import param_costs, total_params
+from rfprune.cost.metrics import check_constraints, cost_model, mean_tokens
+from rfprune.cost.params import total_params
 from rfprune.errors import UserError
 from rfprune.model.compact import compact
 from rfprune.model.layout import Layout, layout_of
-from rfprune.model.masks import Masks, frozen, masked, num_kept
+from rfprune.model.masks import Masks, frozen, full_masks, masked, num_kept
 from rfprune.model.replay import Batch, token_mask
 from rfprune.result import Clock, PruneResult, Settings
-from rfprune.stages.allocate import allocate
-from rfprune.stages.curvature import collect_curvature, error_curves
-from rfprune.stages.fisher import block_fisher, collect_gradients, diagonal_fisher
+from rfprune.selection import Selection, learn
 from rfprune.stages.objective import LABELS
-from rfprune.stages.rearrange import rearrange
+from rfprune.stages.polish import polish
 from rfprune.stages.search import search
 from rfprune.stages.tune import refit, tune_scales
 
@@ -86,8 +86,7 @@ def prune_family(
     ]
     check_constraints(model, inputs, constraints)
     job = _Job(model, layout, labelled, inputs, settings, progress)
-    methods = {"kwon": _kwon, "curvature": _curvature}
-    results = methods[settings.method](job, constraints)
+    results = _family(job, constraints)
     while True:
         with torch.inference_mode(False), torch.enable_grad():  # in whatever mode the caller is
             result = next(results, None)
@@ -117,98 +116,97 @@ class _Job:
     settings: Settings
     progress: bool
 
+    def learn(self, model: PreTrainedModel, layout: Layout, clock: Clock) -> Selection:
+        return learn(model, layout, self.batches, self.settings, clock, progress=self.progress)
 
-def _kwon(job: _Job, constraints: Sequence[Constraint]) -> Iterator[PruneResult]:
-    """The published method (Kwon et al. 2022, section 4)."""
-    model, layout, settings = job.model, job.layout, job.settings
+    def costs(self, metric: str, model: PreTrainedModel, layout: Layout) -> CostModel:
+        return cost_model(metric, model, layout, self.inputs)
+
+
+def _family(job: _Job, constraints: Sequence[Constraint]) -> Iterator[PruneResult]:
+    """What is learnt about the model itself is learnt once; what the later rounds need is not."""
     shared = Clock()
-    with shared("collect"), frozen(model):
-        gradients = collect_gradients(
-            model,
-            layout,
-            job.batches,
-            use_labels=settings.use_labels,
-            per_batch=settings.gradients == "per-batch",
-            seed=settings.seed,
-            progress=job.progress,
-        )
-        importance = diagonal_fisher(gradients)
+    selection = job.learn(job.model, job.layout, shared)
     for constraint in constraints:
         clock = shared.fork()
+        student, masks = job.model, full_masks(job.layout)
         warnings: list[str] = []
-        costs = cost_model(constraint.metric, model, layout, job.inputs)
-        with clock("search"):
-            masks = search(layout, importance, costs, costs.budget(constraint))
-        if settings.rearrange:
-            with clock("rearrange"):
-                masks = tuple(
-                    rearrange(mask, block_fisher(gradient))
-                    for mask, gradient in zip(masks, gradients, strict=True)
+        for ratio in schedule(constraint.ratio, job.settings.rounds):
+            milestone = Constraint(constraint.metric, ratio)
+            student, masks, warnings = _round(job, student, masks, milestone, selection, clock)
+        if job.settings.polish:
+            with clock("polish"), frozen(job.model):  # keeps what helps on held-out batches
+                polish(
+                    job.model, student, job.inputs, seed=job.settings.seed, progress=job.progress
                 )
-        with clock("compact"):
-            student = compact(model, layout, masks)
-        if settings.tune:
-            with (
-                clock("tune"),
-                frozen(model),
-                frozen(student),
-                _teacher(job, constraint, costs, importance),
-            ):
-                scales, warnings = tune_scales(
-                    model, student, layout, job.inputs, progress=job.progress
-                )
-                masks = _with_scales(layout, masks, scales)
-        yield _summarise(job, student, masks, constraint, clock, warnings)
+        yield _summarise(job, student, masks, constraint, clock, warnings, selection)
+
+
+def schedule(ratio: float, rounds: int) -> list[float]:
+    """The constraint of every round: each removes the same fraction of what is left."""
+    return [ratio ** (i / rounds) for i in range(1, rounds)] + [ratio]
+
+
+def _round(
+    job: _Job,
+    student: PreTrainedModel,
+    masks: Masks,
+    constraint: Constraint,
+    selection: Selection,
+    clock: Clock,
+) -> tuple[PreTrainedModel, Masks, list[str]]:
+    """Prune the student on to a constraint (a fraction of the original), and fit what is left."""
+    costs = job.costs(constraint.metric, job.model, job.layout)
+    budget, layout, chosen = costs.budget(constraint), job.layout, selection
+    if student is not job.model:
+        layout = layout_of(student)
+        chosen = job.learn(student, layout, clock)
+        costs = job.costs(constraint.metric, student, layout)
+    kept = chosen.choose(costs, budget, clock)
+    with clock("compact"):
+        student = compact(student, layout, kept)
+        masks = _composed(job.layout, masks, layout, kept)
+    if not job.settings.tune:
+        return student, masks, []
+    with clock("tune"), frozen(job.model), frozen(student):
+        if job.settings.method == "curvature":
+            warnings = refit(job.model, student, job.layout, job.inputs, progress=job.progress)
+            return student, masks, warnings
+        with _teacher(job, constraint, selection):
+            scales, warnings = tune_scales(
+                job.model, student, job.layout, job.inputs, progress=job.progress
+            )
+        return student, _with_scales(job.layout, masks, scales), warnings
 
 
 def _teacher(
-    job: _Job, constraint: Constraint, costs: CostModel, importance: Sequence[Tensor]
+    job: _Job, constraint: Constraint, selection: Selection
 ) -> AbstractContextManager[None]:
     """The model as it is, or, as in the authors' code, masked at the constraint's square root."""
-    if job.settings.teacher == "dense":
+    if job.settings.teacher == "dense" or selection.importance is None:
         return nullcontext()
+    costs = job.costs(constraint.metric, job.model, job.layout)
     halfway = Constraint(constraint.metric, math.sqrt(constraint.ratio))
-    masks = search(job.layout, importance, costs, costs.budget(halfway))
+    masks = search(job.layout, selection.importance, costs, costs.budget(halfway))
     return masked(job.model, job.layout, masks)
 
 
-def _curvature(job: _Job, constraints: Sequence[Constraint]) -> Iterator[PruneResult]:
-    """Past the published method: error curves, exact allocation, refitted out-projections."""
-    model, layout, settings = job.model, job.layout, job.settings
-    shared = Clock()
-    with shared("collect"), frozen(model):
-        collected = collect_curvature(
-            model,
-            layout,
-            job.batches,
-            use_labels=settings.use_labels,
-            seed=settings.seed,
-            progress=job.progress,
-        )
-    with shared("search"):
-        curves = error_curves(model, layout, collected, progress=job.progress)
-    for constraint in constraints:
-        clock = shared.fork()
-        warnings: list[str] = []
-        costs = cost_model(constraint.metric, model, layout, job.inputs)
-        with clock("search"):
-            errors = [curve.errors.numpy() for curve in curves]
-            kept = allocate(errors, costs, costs.budget(constraint))
-            masks = tuple(curve.mask(n) for curve, n in zip(curves, kept, strict=True))
-        with clock("compact"):
-            student = compact(model, layout, masks)
-        if settings.tune:
-            with clock("tune"), frozen(model), frozen(student):
-                warnings = refit(model, student, layout, job.inputs, progress=job.progress)
-        yield _summarise(job, student, masks, constraint, clock, warnings)
+def _composed(layout: Layout, masks: Masks, later: Layout, kept: Masks) -> Masks:
+    """Masks of the original's units, after a pruned model has been pruned on."""
+    by_consumer = {block.consumer: mask for block, mask in zip(later.blocks, kept, strict=True)}
+    composed = tuple(mask.clone() for mask in masks)
+    for block, mask in zip(layout.blocks, composed, strict=True):
+        if block.consumer in by_consumer:  # else nothing was left of it to prune
+            mask[mask != 0] *= by_consumer[block.consumer]
+    return composed
 
 
 def _with_scales(layout: Layout, masks: Masks, scales: dict[str, Tensor]) -> Masks:
-    tuned = [mask.clone() for mask in masks]
+    tuned = tuple(mask.clone() for mask in masks)
     for block, mask in zip(layout.blocks, tuned, strict=True):
         if block.consumer in scales:
-            mask[mask != 0] = scales[block.consumer].to(mask.dtype)
-    return tuple(tuned)
+            mask[mask != 0] *= scales[block.consumer].to(mask.dtype)
+    return tuned
 
 
 def _summarise(
@@ -218,6 +216,7 @@ def _summarise(
     constraint: Constraint,
     clock: Clock,
     warnings: Sequence[str],
+    selection: Selection,
 ) -> PruneResult:
     """Put a pruned model together with what it kept and what that took."""
     layout = job.layout
@@ -239,46 +238,9 @@ def _summarise(
         warnings=tuple(warnings),
         layers=tuple(layers),
         mean_tokens=tokens,
+        importance=selection.importance,
+        curves=selection.curves,
     )
-
-
-def cost_model(
-    metric: str, model: PreTrainedModel, layout: Layout, batches: Sequence[Batch]
-) -> CostModel:
-    """What kept units cost by the metric of a constraint."""
-    if metric == "params":
-        return param_costs(model, layout)
-    return mac_costs(layout, mean_tokens(batches))
-
-
-def check_constraints(
-    model: PreTrainedModel, batches: Sequence[Batch], constraints: Iterable[Constraint]
-) -> None:
-    """Refuse what cannot be met before any work is done for it.
-
-    Raises:
-        UserError: a constraint is too small for a single head or neuron; the least is named.
-    """
-    layout = layout_of(model)
-    for constraint in constraints:
-        costs = cost_model(constraint.metric, model, layout, batches)
-        cheapest = min(
-            (float(table[1:].min()) for table in costs.tables if len(table) > 1), default=0.0
-        )
-        least = costs.constant + cheapest
-        if constraint.ratio * costs.original < least:
-            ratio = costs.ratio_for(least)
-            raise UserError(
-                f"constraint {constraint.ratio:g} on {constraint.metric} cannot be met: what is "
-                f"never pruned and a single head or neuron already cost {ratio:g} of the original; "
-                f"choose {ratio:g} or more"
-            )
-
-
-def mean_tokens(batches: Sequence[Batch]) -> float:
-    """Mean number of real tokens an example."""
-    masks = [token_mask(batch) for batch in batches]
-    return float(sum(int(mask.sum()) for mask in masks) / sum(len(mask) for mask in masks))
 
 
 def check_finite(model: PreTrainedModel) -> None:

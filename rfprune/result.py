@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rfprune.cost.constraint import Constraint
 from rfprune.errors import UserError
 from rfprune.model.layout import Layout
 from rfprune.model.masks import Masks
+from rfprune.stages.obs import Curve
 
 CHOICES = {
     "method": ("curvature", "kwon"),
@@ -34,10 +36,12 @@ class Settings:
         tune: fit what is left to the teacher by least squares.
         teacher: "dense" (the model as it is, which measures better), or "scheduled" (masked at the
             square root of the constraint, as the authors' code).
+        rounds: prune in so many steps; after each, what is left is fitted and looked at afresh.
+        polish: train norms and biases of what is left for a moment on the original's predictions.
         seed: of the labels that are sampled where the exact Fisher is too costly.
 
     Raises:
-        UserError: an unknown choice.
+        UserError: an unknown choice, or fewer than one round.
     """
 
     method: str = CHOICES["method"][0]
@@ -46,6 +50,8 @@ class Settings:
     rearrange: bool = True
     tune: bool = True
     teacher: str = CHOICES["teacher"][0]
+    rounds: int = 1
+    polish: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -53,6 +59,8 @@ class Settings:
             value = getattr(self, name)
             if value not in known:
                 raise UserError(f"{name} '{value}' is unknown; choose one of {', '.join(known)}")
+        if self.rounds < 1:
+            raise UserError(f"rounds {self.rounds} is not possible; choose 1 or more")
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,8 @@ class PruneResult:
         warnings: a sentence for whatever did not go as planned.
         layers: heads and neurons kept in every layer.
         mean_tokens: mean length of the calibration examples, at which MACs are counted.
+        importance: per block the importance (U,) of its units, where the method has one.
+        curves: per block of `layout` its error curve, where the method has one.
     """
 
     model: PreTrainedModel
@@ -80,6 +90,8 @@ class PruneResult:
     warnings: tuple[str, ...]
     layers: tuple[dict[str, int], ...]
     mean_tokens: float
+    importance: tuple[Tensor, ...] | None = None
+    curves: tuple[Curve, ...] | None = None
 
 
 @dataclass

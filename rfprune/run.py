@@ -17,6 +17,7 @@ from torch import nn
 from rfprune.calibration import calibration_batches
 from rfprune.command_line import Options
 from rfprune.cost.constraint import Constraint
+from rfprune.cost.metrics import check_constraints
 from rfprune.device import pick_device
 from rfprune.errors import RfpruneWarning, UserError
 from rfprune.inspection import reason
@@ -24,7 +25,7 @@ from rfprune.loading import data_folder, length_limit, load, quiet_transformers
 from rfprune.measure import Prepared, file_bytes, measure, name_of
 from rfprune.model.checkpoint import save_pruned
 from rfprune.output import staged
-from rfprune.pipeline import check_constraints, prune_family
+from rfprune.pipeline import prune_family
 from rfprune.precision import round_weights, stored_dtype
 from rfprune.report.report_json import SCHEMA, write_report
 from rfprune.report.table import LOG_WIDTH, print_report, write_log
@@ -154,6 +155,8 @@ def _settings(options: Options) -> Settings:
         rearrange=not options.skip_rearrange,
         tune=not options.skip_tune,
         teacher=options.teacher,
+        rounds=options.rounds,
+        polish=options.polish,
         seed=options.seed,
     )
 

@@ -52,10 +52,10 @@ def diagnose(options: argparse.Namespace) -> dict[str, Any]:
     from rfprune.calibration import calibration_batches
     from rfprune.cost.constraint import Constraint
     from rfprune.cost.macs import mac_costs
+    from rfprune.cost.metrics import mean_tokens
     from rfprune.loading import data_folder, load
     from rfprune.model.layout import layout_of
     from rfprune.model.masks import frozen
-    from rfprune.pipeline import mean_tokens
     from rfprune.stages.fisher import block_fisher, collect_gradients, diagonal_fisher
     from rfprune.stages.rearrange import quadratic_form
     from rfprune.stages.search import search

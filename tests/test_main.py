@@ -469,7 +469,8 @@ def test_ctrl_c_in_a_stage_leaves_nothing(
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"rfprune.pipeline.{stage}", interrupt)
+    place = "pipeline" if stage in ("compact", "refit", "tune_scales") else "selection"
+    monkeypatch.setattr(f"rfprune.{place}.{stage}", interrupt)
     assert main([*flags(), "--method", method]) == 130
     assert everything_here() == set()
 

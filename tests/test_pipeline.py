@@ -10,6 +10,7 @@ import itertools
 import random
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,13 +22,14 @@ from torch import Tensor, nn
 
 from rfprune.cost.constraint import Constraint
 from rfprune.cost.macs import total_macs
+from rfprune.cost.metrics import mean_tokens
 from rfprune.cost.params import total_params
 from rfprune.errors import UserError
 from rfprune.model.architectures import ARCHITECTURES
 from rfprune.model.checkpoint import load_pruned
 from rfprune.model.layout import layout_of
 from rfprune.model.masks import masked, num_kept
-from rfprune.pipeline import mean_tokens, prune, prune_family
+from rfprune.pipeline import prune, prune_family, schedule
 from rfprune.result import CHOICES, PruneResult, Settings
 from rfprune.stages.search import search
 
@@ -411,12 +413,64 @@ def test_the_scheduled_teacher_is_masked_at_the_square_root(
         kept_macs.append(budget / costs.original)
         return search(layout, importance, costs, budget)
 
-    monkeypatch.setattr("rfprune.pipeline.search", spy)
+    for place in ("pipeline", "selection"):
+        monkeypatch.setattr(f"rfprune.{place}.search", spy)
     for teacher, expected in (("scheduled", [0.25, 0.5]), ("dense", [0.25])):
         kept_macs.clear()
         settings = Settings(method="kwon", teacher=teacher)
         prune(tiny_model(), batches, Constraint("mac", 0.25), settings)
         assert kept_macs == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("metric", ["mac", "params"])
+def test_rounds_meet_the_same_constraint_and_their_masks_tell_what_is_left(
+    settings: Settings, metric: str, tiny_model: Tiny, batches: list[Batch]
+) -> None:
+    model = tiny_model()
+    constraint = Constraint(metric, 0.4 if metric == "mac" else 0.9)
+    once = prune(model, batches, constraint, replace(settings, tune=False))
+    rounds = prune(model, batches, constraint, replace(settings, tune=False, rounds=3))
+    assert rounds.achieved[metric] <= constraint.ratio
+    assert once.achieved[metric] == pytest.approx(rounds.achieved[metric], abs=0.1)
+    kept = list(zip(rounds.layout.blocks, num_kept(rounds.masks), strict=True))
+    assert [(b.layer, b.kind, n) for b, n in kept if n] == [
+        (block.layer, block.kind, block.num_units) for block in layout_of(rounds.model).blocks
+    ]
+    with masked(model, rounds.layout, rounds.masks):
+        expected = logits_of(model, batches[0])
+    assert (expected - logits_of(model, batches[0])).abs().max() > 0.01
+    torch.testing.assert_close(logits_of(rounds.model, batches[0]), expected)
+
+
+def test_scales_of_all_rounds_are_in_the_masks(tiny_model: Tiny, batches: list[Batch]) -> None:
+    model = tiny_model()
+    result = prune(model, batches, Constraint("mac", 0.4), replace(KWON, rounds=2))
+    with masked(model, result.layout, result.masks):
+        expected = logits_of(model, batches[0])
+    torch.testing.assert_close(logits_of(result.model, batches[0]), expected)
+
+
+def test_every_round_removes_the_same_fraction() -> None:
+    assert schedule(0.25, 1) == [0.25]
+    assert schedule(0.125, 3) == pytest.approx([0.5, 0.25, 0.125])
+    with pytest.raises(UserError, match="rounds 0"):
+        Settings(rounds=0)
+
+
+def test_polish_changes_norms_and_biases_alone(
+    settings: Settings, tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    many = [tiny_batch(6, 9, seed=seed) for seed in range(10)]
+    plain = prune(tiny_model(), many, HALF, settings)
+    polished = prune(tiny_model(), many, HALF, replace(settings, polish=True))
+    changed = {
+        name
+        for name, value in polished.model.state_dict().items()
+        if not torch.equal(value, plain.model.state_dict()[name])
+    }
+    assert changed
+    assert all(value.dim() == 1 for n, value in plain.model.named_parameters() if n in changed)
+    assert polished.seconds["polish"] > 0
 
 
 def test_weights_that_are_not_finite_are_named(

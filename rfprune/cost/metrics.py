@@ -1,0 +1,53 @@
+"""The cost model of a constraint's metric, and whether a constraint can be met at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from transformers import PreTrainedModel
+
+from rfprune.cost.constraint import Constraint, CostModel
+from rfprune.cost.macs import mac_costs
+from rfprune.cost.params import param_costs
+from rfprune.errors import UserError
+from rfprune.model.layout import Layout, layout_of
+from rfprune.model.replay import Batch, token_mask
+
+
+def cost_model(
+    metric: str, model: PreTrainedModel, layout: Layout, batches: Sequence[Batch]
+) -> CostModel:
+    """What kept units cost by the metric of a constraint."""
+    if metric == "params":
+        return param_costs(model, layout)
+    return mac_costs(layout, mean_tokens(batches))
+
+
+def mean_tokens(batches: Sequence[Batch]) -> float:
+    """Mean number of real tokens an example."""
+    masks = [token_mask(batch) for batch in batches]
+    return float(sum(int(mask.sum()) for mask in masks) / sum(len(mask) for mask in masks))
+
+
+def check_constraints(
+    model: PreTrainedModel, batches: Sequence[Batch], constraints: Iterable[Constraint]
+) -> None:
+    """Refuse what cannot be met before any work is done for it.
+
+    Raises:
+        UserError: a constraint is too small for a single head or neuron; the least is named.
+    """
+    layout = layout_of(model)
+    for constraint in constraints:
+        costs = cost_model(constraint.metric, model, layout, batches)
+        cheapest = min(
+            (float(table[1:].min()) for table in costs.tables if len(table) > 1), default=0.0
+        )
+        least = costs.constant + cheapest
+        if constraint.ratio * costs.original < least:
+            ratio = costs.ratio_for(least)
+            raise UserError(
+                f"constraint {constraint.ratio:g} on {constraint.metric} cannot be met: what is "
+                f"never pruned and a single head or neuron already cost {ratio:g} of the original; "
+                f"choose {ratio:g} or more"
+            )
