@@ -126,10 +126,11 @@ def _chunk(
 def _eliminate(
     inverse: Tensor, rooted: Tensor, columns: Tensor, factor: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Remove columns, the others compensating; `factor` is the Cholesky factor of [A⁻¹]_bb."""
+    """Remove columns in place, the others compensating; `factor` is the Cholesky factor of
+    [A⁻¹]_bb."""
     update = torch.cholesky_solve(inverse[columns], factor)  # (b, p)
-    rooted = rooted - rooted[:, columns] @ update
-    inverse = inverse - inverse[:, columns] @ update
+    rooted.addmm_(rooted[:, columns], update, alpha=-1)
+    inverse.addmm_(inverse[:, columns], update, alpha=-1)
     inverse[columns] = 0.0
     inverse[:, columns] = 0.0
     inverse[columns, columns] = 1.0  # what is gone no longer matters, but stays well-posed
