@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 LOG_FILE = "log.txt"
 LOG_WIDTH = 100
 _PRUNING = ("collect", "search", "rearrange", "compact", "tune")
-_METRIC_NAMES = {"mac": "MACs", "params": "parameters", "latency": "latency"}
+METRIC_NAMES = {"mac": "MACs", "params": "parameters", "latency": "latency"}
 # SQuAD 2.0 has a dozen scores; those of its halves and thresholds are in the report alone.
 _DETAILS = ("HasAns_", "NoAns_", "best_")
 
@@ -28,11 +28,11 @@ def render(report: Mapping[str, Any]) -> Group:
     table.add_column("")
     for name in ("original", "pruned", "pruned / original"):
         table.add_column(name, justify="right")
-    for row in _rows(report):
+    for row in summary_rows(report):
         table.add_row(*(Text(cell) for cell in row))
-    lines = [_scoring(report), _seconds(report["seconds"])]
+    lines = [scoring(report), seconds_line(report["seconds"])]
     lines += [f"Warning: {warning}" for warning in report["warnings"]]
-    return Group(Text(_title(report), style="bold"), table, *(Text(line) for line in lines))
+    return Group(Text(title(report), style="bold"), table, *(Text(line) for line in lines))
 
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
@@ -64,21 +64,31 @@ def write_log(report: Mapping[str, Any], folder: Path) -> Path:
     return path
 
 
-def _title(report: Mapping[str, Any]) -> str:
+def title(report: Mapping[str, Any]) -> str:
+    """What was pruned, to what, and how."""
     # 0.125 is 12.5%, and 0.07 not 7.000000000000001%
     percent = f"{100 * report['constraint']:.6g}%"
     return (
         f"{report['model']} on {report['task']}, pruned to {percent} of its "
-        f"{_METRIC_NAMES[report['metric']]} ({report['method']}, "
+        f"{METRIC_NAMES[report['metric']]} ({_method(report)}, "
         f"{_number(report['samples'], 'calibration example')})"
     )
+
+
+def _method(report: Mapping[str, Any]) -> str:
+    """The method's name; of the classical criteria, which one it was."""
+    if report["method"] != "importance":
+        return str(report["method"])
+    settings = report["settings"]
+    return f"{settings['importance']} importance, {settings['allocation']} allocation"
 
 
 def _number(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def _rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Name, original, pruned and their quotient or difference, as text."""
     original, pruned = report["original"], report["pruned"]
     conditions = report["latency"]
     size = f"{conditions['batch_size']} x {conditions['sequence_length']}"
@@ -145,7 +155,8 @@ def _milliseconds(number: float, largest: float) -> str:
     return f"{number:.{0 if largest >= 100 else 1 if largest >= 10 else 2}f} ms"
 
 
-def _scoring(report: Mapping[str, Any]) -> str:
+def scoring(report: Mapping[str, Any]) -> str:
+    """On how much was scored, and how far the predictions have moved."""
     examples = _number(report["evaluated_examples"], "validation example")
     if report["divergence"] is None:
         return f"Scored on {examples}."
@@ -155,7 +166,7 @@ def _scoring(report: Mapping[str, Any]) -> str:
     return f"Scored on {examples}; {name}: {report['divergence']:.4f}."
 
 
-def _seconds(seconds: Mapping[str, float]) -> str:
+def seconds_line(seconds: Mapping[str, float]) -> str:
     """Stages that were left out took exactly none."""
     stages = ", ".join(f"{name} {seconds[name]:.1f}" for name in _PRUNING if seconds.get(name))
     return (
