@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rfprune import __version__
 from rfprune.errors import UserError
@@ -19,8 +19,11 @@ from rfprune.output import check_output
 from rfprune.tasks.registry import TASKS
 
 METRICS = ("mac", "params")
-METHODS = ("curvature", "kwon")
+METHODS = ("curvature", "kwon", "importance")
 DEFAULT_METHOD = METHODS[0]
+CRITERIA = ("fisher", "taylor", "gradient", "magnitude-l2", "magnitude-l1", "random")
+ALLOCATIONS = ("global", "uniform")
+LOSSLESS_CRITERIA = CRITERIA[3:]  # they look at weights alone, or at nothing
 DTYPES = ("float32", "bfloat16", "float16")
 MOST_ROUNDS = 16
 LARGEST_SEED = 2**63 - 1  # what torch takes
@@ -42,6 +45,8 @@ class Options:
     constraint: tuple[float, ...]
     metric: str
     method: str
+    importance: str
+    allocation: str
     data_dir: Path | None
     samples: int
     batch_size: int
@@ -81,10 +86,9 @@ def parse(argv: Sequence[str]) -> Options:
     """
     flags = vars(_parser().parse_args(argv))
     flags["constraint"] = tuple(dict.fromkeys(flags["constraint"]))
-    options = Options(**flags)
+    options = Options(**_with_method(flags))
     _check_task(options.task)
     _check_device(options.device)
-    _check_method(options)
     for ratio in options.constraint:
         check_output(options.output_folder(ratio), overwrite=options.overwrite)
     return options
@@ -183,9 +187,20 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--method",
         choices=METHODS,
-        default=DEFAULT_METHOD,
         help="curvature: error curves, exact allocation, refitted projections; kwon: Kwon et al. "
-        f"2022, as published (default: {DEFAULT_METHOD})",
+        "2022, as published; importance: a classical criterion, refitted projections "
+        f"(default: {DEFAULT_METHOD})",
+    )
+    group.add_argument(
+        "--importance",
+        choices=CRITERIA,
+        help=f"the criterion of --method importance, which it implies (default: {CRITERIA[0]})",
+    )
+    group.add_argument(
+        "--allocation",
+        choices=ALLOCATIONS,
+        help="of --method importance, which it implies; global: the most important units wherever "
+        "they are; uniform: the same fraction of every sublayer (default: global)",
     )
     group.add_argument(
         "--use-labels", action="store_true", help="importance from labels, not from predictions"
@@ -300,18 +315,31 @@ def _check_device(name: str | None) -> None:
         raise UserError(f"Unknown device {name!r}: choose cpu, cuda, cuda:N or mps.")
 
 
-def _check_method(options: Options) -> None:
-    """A flag that the method does not know would silently do nothing."""
-    if options.method == "kwon":
-        return
+def _with_method(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags with the method that they imply; one that it does not know would do nothing."""
+    implied = "importance" if flags["importance"] or flags["allocation"] else DEFAULT_METHOD
+    method = flags["method"] or implied
     given = {
-        "--gradients per-batch": options.gradients == "per-batch",
-        "--teacher scheduled": options.teacher == "scheduled",
-        "--skip-rearrange": options.skip_rearrange,
+        "--gradients per-batch": ("kwon", flags["gradients"] == "per-batch"),
+        "--teacher scheduled": ("kwon", flags["teacher"] == "scheduled"),
+        "--skip-rearrange": ("kwon", flags["skip_rearrange"]),
+        f"--importance {flags['importance']}": ("importance", flags["importance"]),
+        f"--allocation {flags['allocation']}": ("importance", flags["allocation"]),
     }
-    for flag, is_given in given.items():
-        if is_given:
+    for flag, (owner, is_given) in given.items():
+        if is_given and method != owner:
             raise UserError(
-                f"{flag} belongs to --method kwon and does nothing for {options.method}: leave it "
-                f"out, or add --method kwon."
+                f"{flag} belongs to --method {owner} and does nothing for {method}: leave it out, "
+                f"or choose --method {owner}."
             )
+    if flags["use_labels"] and flags["importance"] in LOSSLESS_CRITERIA:
+        raise UserError(
+            f"--use-labels does nothing for --importance {flags['importance']}, which looks at no "
+            f"loss: leave it out."
+        )
+    return {
+        **flags,
+        "method": method,
+        "importance": flags["importance"] or CRITERIA[0],
+        "allocation": flags["allocation"] or ALLOCATIONS[0],
+    }

@@ -4,6 +4,8 @@
                 rearrangement -> compaction -> one scale per kept unit by least squares
     curvature:  input and gradient moments -> error curve of every block -> exact allocation ->
                 compaction -> every out-projection by least squares
+    importance: a classical criterion -> search, or the same fraction everywhere ->
+                compaction -> every out-projection by least squares
 
 Which units stay is in `rfprune.selection`; the stages themselves are in `rfprune.stages`. The model
 that is given stays as it is: masks act through hooks that are gone afterwards, and the student is a
@@ -16,6 +18,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +48,7 @@ def prune(
     constraint: Constraint,
     settings: Settings | None = None,
     *,
+    cache: Path | None = None,
     progress: bool = False,
 ) -> PruneResult:
     """Prune a fine-tuned Transformer to a constraint, without retraining.
@@ -54,12 +58,15 @@ def prune(
             an error.
         batches: calibration batches of input_ids (B, S), attention_mask, ...; no labels needed;
             read once.
+        cache: a folder where what is collected is kept: it serves any other constraint.
 
     Raises:
         UserError: the model type is not supported, the constraint cannot be met, there are no
             batches, or weights or gradients are not finite.
     """
-    return next(prune_family(model, batches, [constraint], settings, progress=progress))
+    return next(
+        prune_family(model, batches, [constraint], settings, cache=cache, progress=progress)
+    )
 
 
 def prune_family(
@@ -68,6 +75,7 @@ def prune_family(
     constraints: Sequence[Constraint],
     settings: Settings | None = None,
     *,
+    cache: Path | None = None,
     progress: bool = False,
 ) -> Iterator[PruneResult]:
     """Prune to several constraints from one collection of statistics; see `prune`. Yields results
@@ -85,7 +93,7 @@ def prune_family(
         {name: value for name, value in batch.items() if name not in LABELS} for batch in labelled
     ]
     check_constraints(model, inputs, constraints)
-    job = _Job(model, layout, labelled, inputs, settings, progress)
+    job = _Job(model, layout, labelled, inputs, settings, cache, progress)
     results = _family(job, constraints)
     while True:
         with torch.inference_mode(False), torch.enable_grad():  # in whatever mode the caller is
@@ -114,10 +122,15 @@ class _Job:
     batches: Sequence[Batch]
     inputs: Sequence[Batch]
     settings: Settings
+    cache: Path | None
     progress: bool
 
     def learn(self, model: PreTrainedModel, layout: Layout, clock: Clock) -> Selection:
-        return learn(model, layout, self.batches, self.settings, clock, progress=self.progress)
+        cache = self.cache if model is self.model else None  # students are not met again
+        batches = self.batches if self.settings.use_labels else self.inputs
+        return learn(
+            model, layout, batches, self.settings, clock, cache=cache, progress=self.progress
+        )
 
     def costs(self, metric: str, model: PreTrainedModel, layout: Layout) -> CostModel:
         return cost_model(metric, model, layout, self.inputs)
@@ -169,7 +182,7 @@ def _round(
     if not job.settings.tune:
         return student, masks, []
     with clock("tune"), frozen(job.model), frozen(student):
-        if job.settings.method == "curvature":
+        if job.settings.method != "kwon":
             warnings = refit(job.model, student, job.layout, job.inputs, progress=job.progress)
             return student, masks, warnings
         with _teacher(job, constraint, selection):
@@ -240,6 +253,7 @@ def _summarise(
         mean_tokens=tokens,
         importance=selection.importance,
         curves=selection.curves,
+        cached=tuple(sorted(clock.cached)),
     )
 
 

@@ -14,10 +14,13 @@ from rfprune.cost.constraint import Constraint
 from rfprune.errors import UserError
 from rfprune.model.layout import Layout
 from rfprune.model.masks import Masks
+from rfprune.stages.importance import CRITERIA
 from rfprune.stages.obs import Curve
 
 CHOICES = {
-    "method": ("curvature", "kwon"),
+    "method": ("curvature", "kwon", "importance"),
+    "importance": CRITERIA,
+    "allocation": ("global", "uniform"),
     "gradients": ("per-example", "per-batch"),
     "teacher": ("dense", "scheduled"),
 }
@@ -29,7 +32,11 @@ class Settings:
     """How to prune.
 
     Attributes:
-        method: "curvature", or "kwon", the published method that it goes past.
+        method: "curvature", or "kwon", the published method that it goes past, or "importance":
+            a classical criterion for the selection, and the refit of "curvature".
+        importance: the criterion of method "importance"; see `rfprune.stages.importance`.
+        allocation: of method "importance": "global", the most important units for the budget
+            wherever they are, or "uniform", the same fraction of every sublayer.
         use_labels: importance from the loss on labels, as the authors' code; else label-free.
         gradients: "per-example", or "per-batch" as the authors' code.
         rearrange: refine the searched masks with the block Fisher information.
@@ -41,10 +48,12 @@ class Settings:
         seed: of the labels that are sampled where the exact Fisher is too costly.
 
     Raises:
-        UserError: an unknown choice, or fewer than one round.
+        UserError: an unknown choice, one that belongs to another method, or fewer than one round.
     """
 
     method: str = CHOICES["method"][0]
+    importance: str = CHOICES["importance"][0]
+    allocation: str = CHOICES["allocation"][0]
     use_labels: bool = False
     gradients: str = CHOICES["gradients"][0]
     rearrange: bool = True
@@ -59,6 +68,13 @@ class Settings:
             value = getattr(self, name)
             if value not in known:
                 raise UserError(f"{name} '{value}' is unknown; choose one of {', '.join(known)}")
+        for name in ("importance", "allocation"):
+            value = getattr(self, name)
+            if self.method != "importance" and value != CHOICES[name][0]:
+                raise UserError(
+                    f"{name} '{value}' belongs to the method importance and does nothing for "
+                    f"{self.method}; leave it out, or choose method='importance'"
+                )
         if self.rounds < 1:
             raise UserError(f"rounds {self.rounds} is not possible; choose 1 or more")
 
@@ -79,6 +95,7 @@ class PruneResult:
         mean_tokens: mean length of the calibration examples, at which MACs are counted.
         importance: per block the importance (U,) of its units, where the method has one.
         curves: per block of `layout` its error curve, where the method has one.
+        cached: stages whose outcome was on disk already; their seconds are those of reading it.
     """
 
     model: PreTrainedModel
@@ -92,13 +109,15 @@ class PruneResult:
     mean_tokens: float
     importance: tuple[Tensor, ...] | None = None
     curves: tuple[Curve, ...] | None = None
+    cached: tuple[str, ...] = ()
 
 
 @dataclass
 class Clock:
-    """Seconds by stage."""
+    """Seconds by stage, and the stages that were not computed, since a cache had them."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    cached: set[str] = field(default_factory=set)
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
@@ -110,7 +129,7 @@ class Clock:
 
     def fork(self) -> Clock:
         """A clock that goes on from what this one has."""
-        return Clock(dict(self.seconds))
+        return Clock(dict(self.seconds), set(self.cached))
 
     def report(self) -> dict[str, float]:
         """Seconds by stage and their sum as "prune_total"."""

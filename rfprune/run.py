@@ -150,6 +150,8 @@ def _constraints(options: Options) -> list[Constraint]:
 def _settings(options: Options) -> Settings:
     return Settings(
         method=options.method,
+        importance=options.importance,
+        allocation=options.allocation,
         use_labels=options.use_labels,
         gradients=options.gradients,
         rearrange=not options.skip_rearrange,

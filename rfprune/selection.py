@@ -2,16 +2,19 @@
 
 kwon:       mask gradients -> Fisher importance -> search -> rearrangement
 curvature:  input and gradient moments -> error curve of every block -> exact allocation
+importance: a classical criterion -> search, or the same fraction of every block
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rfprune.cache import Remember, Tensors, remembering_statistics
 from rfprune.cost.constraint import CostModel
 from rfprune.model.layout import Layout
 from rfprune.model.masks import Masks, frozen
@@ -20,9 +23,11 @@ from rfprune.result import Clock, Settings
 from rfprune.stages.allocate import allocate
 from rfprune.stages.curvature import collect_curvature, error_curves
 from rfprune.stages.fisher import block_fisher, collect_gradients, diagonal_fisher
+from rfprune.stages.importance import importance_of
 from rfprune.stages.obs import Curve
 from rfprune.stages.rearrange import rearrange
 from rfprune.stages.search import search
+from rfprune.stages.uniform import uniform
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ def learn(
     settings: Settings,
     clock: Clock,
     *,
+    cache: Path | None = None,
     progress: bool = False,
 ) -> Selection:
     """Collect what the method of `settings` needs.
@@ -54,12 +60,14 @@ def learn(
     Args:
         batches: calibration batches, with labels where the settings ask for them.
         clock: takes the time by stage.
+        cache: a folder where what is collected is kept, and looked for first.
 
     Raises:
         UserError: gradients or activations are not finite.
     """
-    methods = {"kwon": _kwon, "curvature": _curvature}
-    return methods[settings.method](model, layout, batches, settings, clock, progress)
+    methods = {"kwon": _kwon, "curvature": _curvature, "importance": _importance}
+    remember = remembering_statistics(cache, model, batches, settings, clock)
+    return methods[settings.method](model, layout, batches, settings, clock, remember, progress)
 
 
 def _kwon(
@@ -68,19 +76,25 @@ def _kwon(
     batches: Sequence[Batch],
     settings: Settings,
     clock: Clock,
+    remember: Remember,
     progress: bool,
 ) -> Selection:
     """Kwon et al. 2022, sections 4.1 and 4.2."""
-    with clock("collect"), frozen(model):
-        gradients = collect_gradients(
-            model,
-            layout,
-            batches,
-            use_labels=settings.use_labels,
-            per_batch=settings.gradients == "per-batch",
-            seed=settings.seed,
-            progress=progress,
-        )
+
+    def collect() -> Tensors:
+        with clock("collect"), frozen(model):
+            return collect_gradients(
+                model,
+                layout,
+                batches,
+                use_labels=settings.use_labels,
+                per_batch=settings.gradients == "per-batch",
+                seed=settings.seed,
+                progress=progress,
+            )
+
+    gradients = remember(collect)
+    with clock("collect"):
         importance = diagonal_fisher(gradients)
 
     def choose(costs: CostModel, budget: float, clock: Clock) -> Masks:
@@ -103,20 +117,29 @@ def _curvature(
     batches: Sequence[Batch],
     settings: Settings,
     clock: Clock,
+    remember: Remember,
     progress: bool,
 ) -> Selection:
     """Past the published method: error curves with correlations, and their exact allocation."""
-    with clock("collect"), frozen(model):
-        collected = collect_curvature(
-            model,
-            layout,
-            batches,
-            use_labels=settings.use_labels,
-            seed=settings.seed,
-            progress=progress,
-        )
-    with clock("search"):
-        curves = error_curves(model, layout, collected, progress=progress)
+
+    def collect() -> Tensors:
+        with clock("collect"), frozen(model):
+            collected = collect_curvature(
+                model,
+                layout,
+                batches,
+                use_labels=settings.use_labels,
+                seed=settings.seed,
+                progress=progress,
+            )
+        with clock("search"):
+            found = error_curves(model, layout, collected, progress=progress)
+        return tuple(tensor for curve in found for tensor in (curve.order, curve.errors))
+
+    known = remember(collect)  # kilobytes, where the moments are gigabytes
+    curves = tuple(
+        Curve(order, errors) for order, errors in zip(known[::2], known[1::2], strict=True)
+    )
 
     def choose(costs: CostModel, budget: float, clock: Clock) -> Masks:
         with clock("search"):
@@ -124,3 +147,36 @@ def _curvature(
             return tuple(curve.mask(n) for curve, n in zip(curves, kept, strict=True))
 
     return Selection(choose, curves=curves)
+
+
+def _importance(
+    model: PreTrainedModel,
+    layout: Layout,
+    batches: Sequence[Batch],
+    settings: Settings,
+    clock: Clock,
+    remember: Remember,
+    progress: bool,
+) -> Selection:
+    """The classical criteria, as baselines."""
+
+    def collect() -> Tensors:
+        with clock("collect"), frozen(model):
+            return importance_of(
+                settings.importance,
+                model,
+                layout,
+                batches,
+                use_labels=settings.use_labels,
+                seed=settings.seed,
+                progress=progress,
+            )
+
+    importance = remember(collect)
+    allocations = {"global": search, "uniform": uniform}
+
+    def choose(costs: CostModel, budget: float, clock: Clock) -> Masks:
+        with clock("search"):
+            return allocations[settings.allocation](layout, importance, costs, budget)
+
+    return Selection(choose, importance=importance)

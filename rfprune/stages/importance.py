@@ -1,0 +1,225 @@
+"""Classical importance criteria: one number a unit, from its weights, its gradients, or a coin.
+
+They are the baselines that structured pruning is measured against, here behind the same search,
+compaction and refit as everything else. A unit's weights are its rows in the producers and its
+columns in the consumer; biases are left out.
+
+`search` fills a budget by importance, so what a head is worth must compare with what neurons of the
+same cost are worth together. `taylor` and `fisher` are changes of the loss and do. The others are
+averages over weights, and count once for every weight of the unit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from rfprune.errors import UserError
+from rfprune.model.layout import Block, Layout, linear
+from rfprune.model.replay import Batch, token_mask
+from rfprune.stages.fisher import Gradients, collect_gradients
+from rfprune.stages.objective import LABELS, fisher_factors, label_losses
+
+CRITERIA = ("fisher", "taylor", "gradient", "magnitude-l2", "magnitude-l1", "random")
+
+Importance = tuple[Tensor, ...]
+"""Per block of a layout one float64 (U,) on the CPU, not negative; more is more important."""
+
+
+def importance_of(
+    criterion: str,
+    model: PreTrainedModel,
+    layout: Layout,
+    batches: Sequence[Batch],
+    *,
+    use_labels: bool = False,
+    seed: int = 0,
+    progress: bool = False,
+) -> Importance:
+    """The importance of every unit by one of `CRITERIA`.
+
+    Args:
+        model: frozen (see `rfprune.model.masks.frozen`), so that no weight gradient is computed.
+        batches: calibration batches; magnitudes and random numbers need none.
+        use_labels: differentiate the loss on labels instead of the label-free Fisher factors.
+        seed: of the random numbers, and of labels that are sampled.
+
+    Raises:
+        UserError: a gradient is not finite (the block is named), or labels are needed and missing.
+    """
+    if criterion in ("taylor", "fisher"):
+        gradients = collect_gradients(
+            model, layout, batches, use_labels=use_labels, seed=seed, progress=progress
+        )
+        return taylor(gradients) if criterion == "taylor" else fisher(gradients)
+    if criterion == "gradient":
+        averages = gradient(
+            collect_gradient_norms(
+                model, layout, batches, use_labels=use_labels, seed=seed, progress=progress
+            )
+        )
+    elif criterion == "random":
+        averages = random(layout, seed)
+    else:
+        average = {"magnitude-l1": magnitude_l1, "magnitude-l2": magnitude_l2}[criterion]
+        averages = tuple(average(unit_weights(model, block)).cpu() for block in layout.blocks)
+    return tuple(
+        num_weights(model, block) * values
+        for block, values in zip(layout.blocks, averages, strict=True)
+    )
+
+
+def unit_weights(model: nn.Module, block: Block) -> Tensor:
+    """All weights of each unit, (U, n): its rows in the producers, its columns in the consumer."""
+    consumer = linear(model, block.consumer).weight.detach()
+    parts = [linear(model, path).weight.detach() for path in block.producers]
+    return torch.cat([part.reshape(block.num_units, -1) for part in (*parts, consumer.T)], dim=1)
+
+
+def num_weights(model: nn.Module, block: Block) -> int:
+    """How many weights a unit of the block has, the n of `unit_weights`."""
+    linears = [linear(model, path) for path in (*block.producers, block.consumer)]
+    return sum(module.weight.numel() for module in linears) // block.num_units
+
+
+def magnitude_l1(weights: Tensor) -> Tensor:
+    """Mean absolute weight of each unit, (U, n) -> (U,): its L1 norm by its number of weights.
+
+    Li et al. 2017, "Pruning Filters for Efficient ConvNets" (arXiv 1608.08710).
+    """
+    return weights.double().abs().mean(1)
+
+
+def magnitude_l2(weights: Tensor) -> Tensor:
+    """Root mean square weight of each unit, (U, n) -> (U,): its L2 norm by the root of n.
+
+    Han et al. 2015, "Learning both Weights and Connections" (arXiv 1506.02626), for whole units.
+    """
+    return weights.double().square().mean(1).sqrt()
+
+
+def gradient(norms: Gradients) -> Importance:
+    """Mean over examples and factors, (n, U) -> (U,) a block, of what `collect_gradient_norms`
+    gives: how steeply the loss depends on a unit's weights, whatever they are."""
+    return tuple(norm.double().mean(0) for norm in norms)
+
+
+def taylor(gradients: Gradients) -> Importance:
+    """Mean absolute mask gradient, (n, U) -> (U,) a block.
+
+    The mask gradient of a unit is the sum over its output of activation times gradient, the
+    first-order change of the loss when the unit goes: Molchanov et al. 2017 (arXiv 1611.06440) and
+    2019 (arXiv 1906.10771); for heads Michel et al. 2019 (arXiv 1905.10650). The absolute value is
+    taken example by example.
+    """
+    return tuple(gradient.double().abs().mean(0) for gradient in gradients)
+
+
+def fisher(gradients: Gradients) -> Importance:
+    """Mean squared mask gradient, (n, U) -> (U,) a block: the diagonal of the Fisher information.
+
+    The second-order change of the loss in the manner of Optimal Brain Damage (LeCun et al. 1989);
+    the first stage of Kwon et al. 2022 (arXiv 2204.09656, section 4.1).
+    """
+    return tuple(gradient.double().square().mean(0) for gradient in gradients)
+
+
+def random(layout: Layout, seed: int) -> Importance:
+    """Uniform random numbers in [0, 1), (U,) a block: what any criterion must beat."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(
+        torch.rand(block.num_units, dtype=torch.float64, generator=generator)
+        for block in layout.blocks
+    )
+
+
+def collect_gradient_norms(
+    model: PreTrainedModel,
+    layout: Layout,
+    batches: Sequence[Batch],
+    *,
+    use_labels: bool = False,
+    seed: int = 0,
+    progress: bool = False,
+) -> Gradients:
+    """Root mean square loss gradient of each unit's weights in the consumer, example by example.
+
+    The weight gradient of an example is gᵀ·x, with x (S, p) what enters the consumer and g (S, d)
+    the gradient at what leaves it. It is never made: the squared norm of its column for feature x_u
+    is x_uᵀ·(g·gᵀ)·x_u.
+
+    Args:
+        model: frozen.
+
+    Returns:
+        Per block a float32 matrix (n, U) on the CPU, a row for each example and factor.
+
+    Raises:
+        UserError: a gradient is not finite (the block is named), or labels are needed and missing.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows: list[list[Tensor]] = [[] for _ in layout.blocks]
+    bar = tqdm(batches, desc="weight gradients", unit="batch", disable=not progress, leave=False)
+    for batch in bar:
+        with torch.inference_mode(False), torch.enable_grad():
+            _add_norms(model, layout, batch, use_labels, generator, rows)
+    collected = tuple(torch.cat(block_rows) for block_rows in rows)
+    for block, norms in zip(layout.blocks, collected, strict=True):
+        if not torch.isfinite(norms).all():
+            raise UserError(
+                f"the weight gradients of {block.name} are not finite; check the checkpoint's "
+                "weights, or calibrate in float32 (--dtype float32)"
+            )
+    return collected
+
+
+def _add_norms(
+    model: PreTrainedModel,
+    layout: Layout,
+    batch: Batch,
+    use_labels: bool,
+    generator: torch.Generator,
+    rows: Sequence[list[Tensor]],
+) -> None:
+    inputs = {name: value for name, value in batch.items() if name not in LABELS}
+    tokens = token_mask(batch)[:, :, None]
+    entering: list[Tensor] = []
+    leaving: list[Tensor] = []
+    with ExitStack() as stack:
+        for block in layout.blocks:
+            hook = _watch(entering, leaving)
+            consumer = model.get_submodule(block.consumer)
+            stack.callback(consumer.register_forward_hook(hook).remove)
+        outputs = model(**inputs, return_dict=True)
+    if use_labels:
+        factors = label_losses(outputs, batch, model.config)
+    else:
+        factors = fisher_factors(outputs, model.config, generator)
+    for i, factor in enumerate(factors):
+        retain = i + 1 < len(factors)
+        gradients = torch.autograd.grad(factor.sum(), leaving, retain_graph=retain)
+        for block, block_rows, x, g in zip(layout.blocks, rows, entering, gradients, strict=True):
+            g = g.float() * tokens  # padding is no part of an example
+            squares = (x * ((g @ g.transpose(1, 2)) @ x)).sum(1)  # (B, p), one a column
+            norms = squares.unflatten(1, (block.num_units, -1)).sum(-1).clamp_min(0).sqrt()
+            size = block.unit_width * g.shape[-1]
+            block_rows.append((norms / math.sqrt(size)).cpu())
+
+
+def _watch(
+    entering: list[Tensor], leaving: list[Tensor]
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        entering.append(inputs[0].detach().float())
+        if not output.requires_grad:  # the first block: nothing before it is differentiated
+            output = output.detach().requires_grad_()
+        leaving.append(output)
+        return output
+
+    return hook
