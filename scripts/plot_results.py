@@ -1,6 +1,6 @@
 """Draw results/summary.png from results/summary.csv: score and divergence against MACs kept.
 
-python scripts/plot_results.py         # needs matplotlib: pip install -e '.[report]'
+python scripts/plot_results.py
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "calibration": {"tasks"},
     "demo": {"tasks"},
     "output": set(),
-    "report": {"__init__", "output"},
+    "report": {"__init__", "output", "tasks"},
     "command_line": {"__init__", "output", "tasks"},
     "device": set(),
     "inspection": {"model", "tasks"},
