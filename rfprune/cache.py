@@ -234,7 +234,9 @@ def code_digest() -> str:
     """SHA-256 of the code that statistics come from: none outlives a change of it."""
     package = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in sorted([*package.glob("model/*.py"), *package.glob("stages/*.py")]):
+    sources = (*package.glob("model/*.py"), *package.glob("stages/*.py"))
+    others = (package / "selection.py", package / "tasks" / "forward.py")
+    for path in sorted((*sources, *others)):
         digest.update(f"{path.name}\n".encode() + path.read_bytes())
     return digest.hexdigest()
 

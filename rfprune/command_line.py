@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from rfprune import __version__
+from rfprune import flag_values as value
 from rfprune.errors import UserError
 from rfprune.output import check_output
 from rfprune.tasks.registry import TASKS
@@ -64,6 +65,8 @@ class Options:
     dtype: str | None
     output_dir: Path | None
     overwrite: bool
+    cache_dir: Path | None
+    no_cache: bool
     quiet: bool
     verbose: bool
 
@@ -122,7 +125,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model",
         required=True,
-        type=_name("--model"),
+        type=value.name("--model"),
         help="a folder, a hub id, an alias such as bert-base, or demo (embedded, needs no network)",
     )
     group.add_argument("--task", required=True, help=", ".join(TASKS))
@@ -130,7 +133,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         "--constraint",
         required=True,
         nargs="+",
-        type=_ratio,
+        type=value.ratio,
         metavar="RATIO",
         help="fraction of the original cost to keep, between 0 and 1; several give several models",
     )
@@ -143,39 +146,39 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data-dir",
-        type=_folder("--data-dir"),
+        type=value.folder("--data-dir"),
         metavar="DIR",
         help="local data, DIR/TASK/{train,validation}.{parquet,csv,tsv,jsonl}; else the hub",
     )
     group.add_argument(
         "--samples",
-        type=_whole_number("--samples", 1),
+        type=value.whole_number("--samples", 1),
         default=2048,
         metavar="N",
         help="calibration examples, drawn without replacement (default: 2048)",
     )
     group.add_argument(
         "--batch-size",
-        type=_whole_number("--batch-size", 1),
+        type=value.whole_number("--batch-size", 1),
         default=32,
         metavar="N",
         help="examples a batch (default: 32)",
     )
     group.add_argument(
         "--max-length",
-        type=_whole_number("--max-length", 8),
+        type=value.whole_number("--max-length", 8),
         metavar="N",
         help="tokens an example (default: the task's)",
     )
     group.add_argument(
         "--eval-limit",
-        type=_whole_number("--eval-limit", 1),
+        type=value.whole_number("--eval-limit", 1),
         metavar="N",
         help="score this many validation examples, not all",
     )
     group.add_argument(
         "--seed",
-        type=_whole_number("--seed", 0, LARGEST_SEED),
+        type=value.whole_number("--seed", 0, LARGEST_SEED),
         default=0,
         metavar="N",
         help="draws the calibration examples (default: 0)",
@@ -224,7 +227,7 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--skip-tune", action="store_true", help="leave out the least squares")
     group.add_argument(
         "--rounds",
-        type=_whole_number("--rounds", 1, MOST_ROUNDS),
+        type=value.whole_number("--rounds", 1, MOST_ROUNDS),
         default=1,
         metavar="N",
         help="prune in so many steps, looking afresh at what is left after each (default: 1)",
@@ -246,60 +249,23 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--output-dir",
-        type=_folder("--output-dir"),
+        type=value.folder("--output-dir"),
         metavar="DIR",
         help="default: outputs/MODEL/TASK/METRIC-CONSTRAINT/seed-N; several constraints make "
         "folders in it",
     )
     group.add_argument("--overwrite", action="store_true", help="replace an earlier output")
+    kept = group.add_mutually_exclusive_group()
+    kept.add_argument(
+        "--cache-dir",
+        type=value.folder("--cache-dir"),
+        metavar="DIR",
+        help="what is collected is kept here for other constraints (default: $RFPRUNE_CACHE, or "
+        "~/.cache/rfprune)",
+    )
+    kept.add_argument("--no-cache", action="store_true", help="collect again and keep nothing")
     group.add_argument("--quiet", action="store_true", help="print nothing but errors")
     group.add_argument("--verbose", action="store_true", help="print the libraries' warnings too")
-
-
-def _name(flag: str) -> Callable[[str], str]:
-    def read(text: str) -> str:
-        if not text.strip():
-            raise UserError(f"{flag} is empty: give a folder, a hub id, an alias, or demo.")
-        return text
-
-    return read
-
-
-def _folder(flag: str) -> Callable[[str], Path]:
-    def read(text: str) -> Path:
-        if not text.strip():
-            raise UserError(f"{flag} is empty: give the name of a folder.")
-        return Path(text).expanduser()  # shells leave the ~ of --flag=~/folder alone
-
-    return read
-
-
-def _ratio(text: str) -> float:
-    try:
-        ratio = float(text)
-    except ValueError:
-        ratio = float("nan")
-    if not 0.0 < ratio < 1.0:
-        raise UserError(
-            f"--constraint {text or repr(text)} is not a number between 0 and 1 (both excluded): "
-            f"it is the fraction of the original cost to keep, such as 0.5."
-        )
-    return ratio
-
-
-def _whole_number(flag: str, smallest: int, largest: int | None = None) -> Callable[[str], int]:
-    wanted = f"of at least {smallest}" if largest is None else f"from {smallest} to {largest}"
-
-    def read(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = smallest - 1
-        if number < smallest or (largest is not None and number > largest):
-            raise UserError(f"{flag} {text or repr(text)} is not a whole number {wanted}.")
-        return number
-
-    return read
 
 
 def _check_task(name: str) -> None:

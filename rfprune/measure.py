@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rfprune.cache import Key, circumstances, data_digest, model_digest, remembering
 from rfprune.command_line import Options
 from rfprune.cost.macs import total_macs
 from rfprune.cost.params import total_params
@@ -18,8 +20,14 @@ from rfprune.loading import Loaded
 from rfprune.model.layout import layout_of
 from rfprune.report.latency import Latency, measure_latency, typical_batch
 from rfprune.report.report_json import ratios, stage_seconds, versions
-from rfprune.result import PruneResult, Settings
-from rfprune.tasks.evaluation import Evaluation, EvaluationSet, divergence, evaluate_model
+from rfprune.result import Clock, PruneResult, Settings
+from rfprune.tasks.evaluation import (
+    Evaluation,
+    EvaluationSet,
+    Logits,
+    divergence,
+    evaluate_model,
+)
 
 Batches = Sequence[Mapping[str, Tensor]]
 
@@ -28,7 +36,7 @@ Batches = Sequence[Mapping[str, Tensor]]
 class Prepared:
     """What all constraints of a run share; `seconds` went into loading.
 
-    `stored`: the dtype that weights are saved in.
+    `stored`: the dtype that weights are saved in. `cached`: stages that were on disk already.
     """
 
     loaded: Loaded
@@ -38,6 +46,7 @@ class Prepared:
     evaluation_set: EvaluationSet
     original: Evaluation
     seconds: float
+    cached: frozenset[str] = frozenset()
 
 
 def measure(
@@ -80,9 +89,53 @@ def measure(
         "seconds": stage_seconds(
             result.seconds, load=prepared.seconds, evaluate=original.seconds + pruned.seconds
         ),
+        "cached": sorted(prepared.cached.union(result.cached)),
         "layers": list(result.layers),
         "output_dir": str(options.output_folder(result.constraint.ratio)),
     }
+
+
+def evaluate_original(
+    model: Any, evaluation_set: EvaluationSet, cache: Path | None, *, progress: bool
+) -> tuple[Evaluation, frozenset[str]]:
+    """Score the original, or only look its logits up; and the stages that were on disk already."""
+    clock = Clock()
+    remember = remembering(cache, lambda: _logits_key(model, evaluation_set), clock, "evaluate")
+
+    def remember_arrays(compute: Callable[[], Logits]) -> Logits:
+        tensors = remember(lambda: tuple(torch.from_numpy(logits) for logits in compute()))
+        return tuple(tensor.numpy() for tensor in tensors)
+
+    evaluation = evaluate_model(model, evaluation_set, progress=progress, remember=remember_arrays)
+    return evaluation, frozenset(clock.cached)
+
+
+def _logits_key(model: Any, evaluation_set: EvaluationSet) -> Key:
+    return {
+        "logits": evaluation_set.task.name,
+        "model": model_digest(model),
+        "data": evaluation_digest(evaluation_set),
+        **circumstances(model),
+    }
+
+
+def evaluation_digest(evaluation_set: EvaluationSet) -> str:
+    """SHA-256 of all that a model is scored on."""
+    return data_digest(_parts(evaluation_set))
+
+
+def _parts(evaluation_set: EvaluationSet) -> Iterator[dict[str, Tensor]]:
+    for batch, rows in zip(evaluation_set.batches, evaluation_set.rows, strict=True):
+        yield {**batch, "rows": torch.from_numpy(rows)}
+    if evaluation_set.labels is not None:
+        yield {"labels": torch.from_numpy(evaluation_set.labels)}
+    if (questions := evaluation_set.questions) is not None:
+        texts = json.dumps([questions.contexts, questions.answers]).encode()
+        yield {
+            "texts": torch.frombuffer(bytearray(texts), dtype=torch.uint8),
+            "in_context": torch.from_numpy(questions.windows.in_context),
+            "null_position": torch.from_numpy(questions.windows.null_position),
+        }
 
 
 def _costs(

@@ -8,12 +8,14 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import nn
 
+from rfprune.cache import default_folder
 from rfprune.calibration import calibration_batches
 from rfprune.command_line import Options
 from rfprune.cost.constraint import Constraint
@@ -22,7 +24,7 @@ from rfprune.device import pick_device
 from rfprune.errors import RfpruneWarning, UserError
 from rfprune.inspection import reason
 from rfprune.loading import data_folder, length_limit, load, quiet_transformers
-from rfprune.measure import Prepared, file_bytes, measure, name_of
+from rfprune.measure import Prepared, evaluate_original, file_bytes, measure, name_of
 from rfprune.model.checkpoint import save_pruned
 from rfprune.output import staged
 from rfprune.pipeline import prune_family
@@ -30,7 +32,7 @@ from rfprune.precision import round_weights, stored_dtype
 from rfprune.report.report_json import SCHEMA, write_report
 from rfprune.report.table import LOG_WIDTH, print_report, write_log
 from rfprune.result import PruneResult, Settings
-from rfprune.tasks.evaluation import evaluate_model, prepare_evaluation
+from rfprune.tasks.evaluation import prepare_evaluation
 from rfprune.tasks.registry import Task, get_task
 
 
@@ -57,6 +59,7 @@ def run(options: Options, arguments: Sequence[str]) -> None:
             prepared.batches,
             _constraints(options),
             prepared.settings,
+            cache=_cache(options),
             progress=progress,
         )
         told.print("Pruning")
@@ -143,6 +146,10 @@ def collected_warnings(told: Console, *, verbose: bool) -> Iterator[list[str]]:
         yield heard
 
 
+def _cache(options: Options) -> Path | None:
+    return None if options.no_cache else options.cache_dir or default_folder()
+
+
 def _constraints(options: Options) -> list[Constraint]:
     return [Constraint(options.metric, ratio) for ratio in options.constraint]
 
@@ -195,5 +202,9 @@ def _prepare(options: Options, task: Task, told: Console, progress: bool) -> Pre
     )
     seconds = time.perf_counter() - start
     told.print(f"Scoring the original on {evaluation_set.num_examples} examples")
-    original = evaluate_model(loaded.model, evaluation_set, progress=progress)
-    return Prepared(loaded, _settings(options), stored, batches, evaluation_set, original, seconds)
+    original, cached = evaluate_original(
+        loaded.model, evaluation_set, _cache(options), progress=progress
+    )
+    return Prepared(
+        loaded, _settings(options), stored, batches, evaluation_set, original, seconds, cached
+    )

@@ -49,6 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     modules = tempfile.TemporaryDirectory(prefix="rfprune-tests-")
     config.add_cleanup(modules.cleanup)
+    os.environ["RFPRUNE_CACHE"] = str(Path(modules.name) / "cache")
     os.environ["HF_MODULES_CACHE"] = modules.name  # where code of a checkpoint is copied to
     if "network" not in str(config.getoption("-m")).replace("not network", ""):
         os.environ["HF_HUB_OFFLINE"] = "1"

@@ -436,3 +436,96 @@ def test_the_default_folder(monkeypatch: pytest.MonkeyPatch) -> None:
         else:
             monkeypatch.setenv(name, str(value))
         assert cache.default_folder() == Path(folder)
+
+
+@pytest.fixture
+def run_command(
+    tiny_folder: Tiny, tiny_data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., dict[str, Any]]:
+    """`run_command(*flags, output=..., constraint=...)`: run it; gives its report."""
+    from rfprune.main import main
+    from rfprune.report.report_json import read_report
+
+    monkeypatch.setattr("rfprune.report.latency.MAX_ROUNDS", 1)
+    monkeypatch.setenv("RFPRUNE_CACHE", str(tmp_path / "cache"))
+
+    def run(*flags: str, output: str, constraint: float, task: str = "mrpc") -> dict[str, Any]:
+        head = "question-answering" if task == "squad_v2" else "sequence-classification"
+        options: dict[str, Any] = {
+            "--model": tiny_folder(head=head),
+            "--task": task,
+            "--data-dir": tiny_data_dir,
+            "--constraint": constraint,
+            "--samples": 16,
+            "--batch-size": 8,
+            "--output-dir": tmp_path / output,
+        }
+        arguments = [str(item) for pair in options.items() for item in pair]
+        assert main([*arguments, *flags]) == 0
+        return read_report(tmp_path / output)
+
+    return run
+
+
+@pytest.mark.parametrize("task", ["mrpc", "squad_v2"])
+def test_the_command_collects_and_scores_the_original_once(
+    task: str,
+    run_command: Callable[..., dict[str, Any]],
+    collected: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first = run_command(output="first", constraint=0.5, task=task)
+    assert first["cached"] == []
+    assert "cached" not in capsys.readouterr().out
+    again = run_command(output="again", constraint=0.3, task=task)
+    assert again["cached"] == ["collect", "evaluate"]
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "(cached)" in said
+    assert "scoring (the original's: cached)." in said
+    assert len(collected) == 1
+    assert len(entries(tmp_path / "cache")) == 2
+
+    without = run_command("--no-cache", output="without", constraint=0.3, task=task)
+    assert len(collected) == 2
+    assert without["cached"] == []
+    assert len(entries(tmp_path / "cache")) == 2
+    for name in ("scores", "divergence", "layers"):
+        assert again[name] == without[name]
+    assert again["divergence"] != first["divergence"], "the constraint matters"
+    weights = [
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("again", "without")
+    ]
+    assert weights[0] == weights[1]
+
+
+def test_the_command_can_be_told_where(
+    run_command: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rfprune.main import main
+
+    run_command("--cache-dir", str(tmp_path / "other"), output="out", constraint=0.5)
+    assert len(entries(tmp_path / "other")) == 2
+    assert not (tmp_path / "cache").exists()
+    flags = "--model demo --task sst2 --constraint 0.5 --no-cache --cache-dir".split()
+    assert main([*flags, "x"]) == 2
+    assert "not allowed with" in capsys.readouterr().err
+
+
+def test_another_task_s_data_is_scored_again(
+    run_command: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    run_command(output="a", constraint=0.5)
+    report = run_command("--eval-limit", "20", output="b", constraint=0.5)
+    assert report["cached"] == ["collect"]
+    report = run_command(output="c", constraint=0.5, task="sst2")
+    assert report["cached"] == []
+
+
+def test_a_cache_that_cannot_be_written_fails_no_run(
+    run_command: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    (tmp_path / "cache").touch()
+    report = run_command(output="out", constraint=0.5)
+    assert len(report["warnings"]) == 1
+    assert "Nothing can be kept in the cache folder" in report["warnings"][0]

@@ -41,6 +41,7 @@ def flags(
     tiny_folder: Callable[..., Path],
     tiny_data_dir: Path,
     tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., list[str]]:
     """`flags(task="mrpc", **changes)`: the flags of a small run; None takes a flag away.
@@ -48,6 +49,7 @@ def flags(
     The current folder is an empty one, where the output goes to `out`.
     """
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RFPRUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
     # Timing is tested elsewhere; here it would only take time.
     monkeypatch.setattr("rfprune.report.latency.MAX_ROUNDS", 1)
 
@@ -422,7 +424,7 @@ def test_a_constraint_that_cannot_be_met_is_found_before_any_work(
     """Else the models of the other constraints would be written first."""
     arguments = flags(constraint=f"0.9 {small}", metric=metric, method=method)
     with monkeypatch.context() as patch:
-        patch.setattr(run, "evaluate_model", None)
+        patch.setattr(run, "evaluate_original", None)
         sentence = refused(arguments)
     assert f"Constraint {small:g} on {metric} cannot be met" in sentence
     least = sentence.split("choose ")[1].split()[0]
@@ -432,7 +434,7 @@ def test_a_constraint_that_cannot_be_met_is_found_before_any_work(
 
 
 STEPS = (
-    *("load", "calibration_batches", "prepare_evaluation", "evaluate_model", "measure"),
+    *("load", "calibration_batches", "prepare_evaluation", "evaluate_original", "measure"),
     *("save_pruned", "write_report", "write_log"),
 )
 
@@ -537,7 +539,7 @@ def test_too_little_memory_is_one_sentence(
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(run, "evaluate_model", fail)
+    monkeypatch.setattr(run, "evaluate_original", fail)
     assert "give a smaller --batch-size" in refused(flags())
 
 
@@ -579,7 +581,7 @@ def test_a_bug_of_ours_is_not_hidden(
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("bug")
 
-    monkeypatch.setattr(run, "evaluate_model", fail)
+    monkeypatch.setattr(run, "evaluate_original", fail)
     with pytest.raises(RuntimeError, match="bug"):
         main(flags())
     assert everything_here() == set()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ def render(report: Mapping[str, Any]) -> Group:
         table.add_column(name, justify="right")
     for row in summary_rows(report):
         table.add_row(*(Text(cell) for cell in row))
-    lines = [scoring(report), seconds_line(report["seconds"])]
+    lines = [scoring(report), seconds_line(report["seconds"], report.get("cached", ()))]
     lines += [f"Warning: {warning}" for warning in report["warnings"]]
     return Group(Text(title(report), style="bold"), table, *(Text(line) for line in lines))
 
@@ -166,10 +166,15 @@ def scoring(report: Mapping[str, Any]) -> str:
     return f"Scored on {examples}; {name}: {report['divergence']:.4f}."
 
 
-def seconds_line(seconds: Mapping[str, float]) -> str:
-    """Stages that were left out took exactly none."""
-    stages = ", ".join(f"{name} {seconds[name]:.1f}" for name in _PRUNING if seconds.get(name))
+def seconds_line(seconds: Mapping[str, float], cached: Collection[str] = ()) -> str:
+    """Stages that were left out took exactly none; of `cached` ones only the reading took time."""
+    stages = ", ".join(
+        f"{name} {seconds[name]:.1f}" + " (cached)" * (name in cached)
+        for name in _PRUNING
+        if seconds.get(name)
+    )
+    known = " (the original's: cached)" if "evaluate" in cached else ""
     return (
         f"Pruning took {seconds['prune_total']:.1f} s ({stages}), besides {seconds['load']:.1f} s "
-        f"of loading and {seconds['evaluate']:.1f} s of scoring."
+        f"of loading and {seconds['evaluate']:.1f} s of scoring{known}."
     )

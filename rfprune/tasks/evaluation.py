@@ -4,7 +4,7 @@ The data is prepared once and then serves every model: original and pruned see t
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,15 +120,24 @@ def prepare_evaluation(
 
 
 def evaluate_model(
-    model: nn.Module, evaluation_set: EvaluationSet, *, progress: bool = False
+    model: nn.Module,
+    evaluation_set: EvaluationSet,
+    *,
+    progress: bool = False,
+    remember: Callable[[Callable[[], Logits]], Logits] | None = None,
 ) -> Evaluation:
     """Score a model, dense or pruned, on its own device; it comes back in the modes it was in.
+
+    `remember` may know what the logits are, or ask the function that it is given.
 
     UserError for a model without the task's head, for tokens that it has no embedding for, and
     for logits that are NaN or infinite.
     """
     started = time.perf_counter()
-    logits = _logits(model, evaluation_set, progress)
+    if remember is None:
+        logits = _logits(model, evaluation_set, progress)
+    else:
+        logits = remember(lambda: _logits(model, evaluation_set, progress))
     scores = _scores(logits, evaluation_set)
     task = evaluation_set.task
     return Evaluation(

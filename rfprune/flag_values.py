@@ -1,0 +1,60 @@
+"""What a flag of the command may be given: readers for argparse, each with its own sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from rfprune.errors import UserError
+
+
+def name(flag: str) -> Callable[[str], str]:
+    """A reader of any text that is not empty."""
+
+    def read(text: str) -> str:
+        if not text.strip():
+            raise UserError(f"{flag} is empty: give a folder, a hub id, an alias, or demo.")
+        return text
+
+    return read
+
+
+def folder(flag: str) -> Callable[[str], Path]:
+    """A reader of a folder's name, in which ~ is the home."""
+
+    def read(text: str) -> Path:
+        if not text.strip():
+            raise UserError(f"{flag} is empty: give the name of a folder.")
+        return Path(text).expanduser()  # shells leave the ~ of --flag=~/folder alone
+
+    return read
+
+
+def ratio(text: str) -> float:
+    """A number between 0 and 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if not 0.0 < number < 1.0:
+        raise UserError(
+            f"--constraint {text or repr(text)} is not a number between 0 and 1 (both excluded): "
+            f"it is the fraction of the original cost to keep, such as 0.5."
+        )
+    return number
+
+
+def whole_number(flag: str, smallest: int, largest: int | None = None) -> Callable[[str], int]:
+    """A reader of a whole number within bounds."""
+    wanted = f"of at least {smallest}" if largest is None else f"from {smallest} to {largest}"
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = smallest - 1
+        if number < smallest or (largest is not None and number > largest):
+            raise UserError(f"{flag} {text or repr(text)} is not a whole number {wanted}.")
+        return number
+
+    return read
