@@ -168,7 +168,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _base_class(config: dict[str, Any], folder: Path) -> type:
     """The class of transformers that was pruned."""
     names = config.get("architectures")
-    name = str(names[0] if isinstance(names, list) and names else None).removeprefix("Pruned")
+    name = str(names[0] if isinstance(names, list) and names else None)
+    name = name.removeprefix("Pruned")  # as rfprune 0.1.0 called the class at first
     base: type | None = getattr(transformers, name, None)
     is_model = isinstance(base, type) and issubclass(base, PreTrainedModel)
     if base is None or not is_model or config.get("model_type") not in ARCHITECTURES:

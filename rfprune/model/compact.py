@@ -25,7 +25,7 @@ def compact(model: PreTrainedModel, layout: Layout, masks: Sequence[Tensor]) -> 
             the weights.
 
     Returns:
-        A model of the class `Pruned<class of model>`, whose `config.rfprune` describes its shapes.
+        A model of a subclass of its class, whose `config.rfprune` describes its shapes.
     """
     kept = [torch.nonzero(mask).flatten() for mask in masks]
     state: dict[str, Tensor] = {}

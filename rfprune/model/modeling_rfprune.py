@@ -14,7 +14,6 @@ from torch import nn
 
 FORMAT_VERSION = 1
 
-_PREFIX = "Pruned"
 _FIELDS: dict[str, tuple[type, ...]] = {
     "kind": (str,),  # "head" or "neuron"
     "layer": (int,),
@@ -30,12 +29,15 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 
 
 def pruned_class(base: type) -> Any:
-    """The pruned counterpart of a model class of transformers: PrunedBertModel for BertModel."""
+    """The pruned counterpart of a model class of transformers.
+
+    It has the same name, by which pipelines and others tell what a model can do.
+    """
     base = getattr(base, "pruned_from", base)
-    name = _PREFIX + base.__name__
+    name = base.__name__
     known = globals().get(name)
     if known is None or known.pruned_from is not base:
-        _, found, head = base.__name__.partition("For")
+        _, found, head = name.partition("For")
         auto_class = f"AutoModelFor{head}" if found else "AutoModel"
         entries = {"pruned_from": base, "_auto_class": auto_class, "__module__": __name__}
         globals()[name] = type(name, (_Pruned, base), entries)
@@ -44,8 +46,7 @@ def pruned_class(base: type) -> Any:
 
 def __getattr__(name: str) -> Any:
     """Make a pruned class when transformers or pickle ask for it by its name."""
-    found = name.startswith(_PREFIX) and hasattr(transformers, name.removeprefix(_PREFIX))
-    base = getattr(transformers, name.removeprefix(_PREFIX)) if found else None
+    base = None if name.startswith("_") else getattr(transformers, name, None)
     if not (isinstance(base, type) and issubclass(base, transformers.PreTrainedModel)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return pruned_class(base)

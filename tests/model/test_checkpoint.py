@@ -73,7 +73,7 @@ def test_what_is_in_a_folder(saved: Path) -> None:
     } <= names
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl"))]
     config = json.loads((saved / "config.json").read_text())
-    name = "PrunedBertForSequenceClassification"
+    name = "BertForSequenceClassification"
     assert config["architectures"] == [name]
     assert config["auto_map"] == {"AutoModelForSequenceClassification": f"modeling_rfprune.{name}"}
     assert [block["num_units"] for block in config["rfprune"]["blocks"]] == [3, 7, 0, 12]
@@ -306,7 +306,7 @@ def test_shrinking_what_is_shrunk_already_is_refused(saved: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "names", [["PrunedTrainer"], ["PrunedBertConfig"], ["NoSuchModel"], [], None, [{}]], ids=str
+    "names", [["Trainer"], ["PrunedBertConfig"], ["NoSuchModel"], [], None, [{}]], ids=str
 )
 def test_an_architecture_that_is_none(names: Any, folder: Path) -> None:
     edit_config(folder, lambda config: config.update(architectures=names))
@@ -323,10 +323,20 @@ def test_an_unsupported_model_type(folder: Path) -> None:
 def test_only_model_classes_are_made_on_demand() -> None:
     from rfprune.model import modeling_rfprune
 
-    assert modeling_rfprune.PrunedBertModel.pruned_from is transformers.BertModel
-    for name in ("PrunedTrainer", "PrunedNoSuchThing", "BertModel", "_secret", "Pruned"):
+    made = modeling_rfprune.BertModel
+    assert made.pruned_from is transformers.BertModel
+    assert made is pruned_class(transformers.BertModel) is pruned_class(made)
+    for name in ("Trainer", "BertConfig", "NoSuchThing", "_secret", "__path__", "PreTrained"):
         with pytest.raises(AttributeError, match=name):
             getattr(modeling_rfprune, name)
+
+
+def test_a_folder_of_the_first_days_loads(folder: Path, saved: Path, tiny_batch: Tiny) -> None:
+    """When the class was called Pruned and the name of the one that it comes from."""
+    name = "PrunedBertForSequenceClassification"
+    edit_config(folder, lambda config: config.update(architectures=[name]))
+    batch = tiny_batch()
+    assert torch.equal(load_pruned(folder)(**batch).logits, load_pruned(saved)(**batch).logits)
 
 
 def test_weights_of_another_shape(folder: Path) -> None:
