@@ -202,7 +202,7 @@ def _table(cells: Sequence[Cell]) -> str:
     cost = COSTS.get(cells[0].lines[0]["metric"], cells[0].lines[0]["metric"])
     heads = [f"{constraint:.4g} of {cost}" for constraint in constraints]
     text = [
-        _caption(cells),
+        caption(cells),
         "",
         f"| model | task [original] | variant | {' | '.join(heads)} |",
         f"|---|---|---|{'---|' * len(heads)}",
@@ -215,7 +215,7 @@ def _table(cells: Sequence[Cell]) -> str:
         names = _names(next(iter(by_constraint.values())), cells)
         shown = ("", "") if names == above else names
         above = names
-        entries = [_entry(by_constraint.get(constraint)) for constraint in constraints]
+        entries = [entry(by_constraint.get(constraint)) for constraint in constraints]
         text.append(f"| {shown[0]} | {shown[1]} | {row[-1]} | {' | '.join(entries)} |")
     return "\n".join(text) + "\n"
 
@@ -229,7 +229,7 @@ def _names(cell: Cell, cells: Sequence[Cell]) -> tuple[str, str]:
     return line["model"], f"{line['task']} [{original:.1f}] ({scored})"
 
 
-def _entry(cell: Cell | None) -> str:
+def entry(cell: Cell | None) -> str:
     """Score and divergence at one constraint."""
     if cell is None:
         return ""
@@ -240,7 +240,7 @@ def _entry(cell: Cell | None) -> str:
     )
 
 
-def _caption(cells: Sequence[Cell]) -> str:
+def caption(cells: Sequence[Cell]) -> str:
     """What the numbers of a table are, and under which conditions they hold."""
     line = cells[0].lines[0]
     counts = sorted({len(cell.lines) for cell in cells})
@@ -256,17 +256,21 @@ def _caption(cells: Sequence[Cell]) -> str:
     )
 
 
-def with_tables(readme: str, markdown: str, path: Path) -> str:
+def with_tables(
+    readme: str, markdown: str, path: Path, begin_line: str = BEGIN, end_line: str = END
+) -> str:
     """The README with what stands between the markers replaced.
 
     Raises:
         UserError: the markers are not there once each, in their order.
     """
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end) or BEGIN in rest or END in before + after:
-        raise UserError(f"{path} needs the lines {BEGIN} and {END}, once each, in this order.")
-    return f"{before}{BEGIN}\n\n{markdown}\n{END}{after}"
+    before, begin, rest = readme.partition(begin_line)
+    _, end, after = rest.partition(end_line)
+    if not (begin and end) or begin in rest or end in before + after:
+        raise UserError(
+            f"{path} needs the lines {begin_line} and {end_line}, once each, in this order."
+        )
+    return f"{before}{begin}\n\n{markdown}\n{end}{after}"
 
 
 def read(path: Path) -> str:

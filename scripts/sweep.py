@@ -10,28 +10,23 @@ that was stopped goes on where it was: what the file holds is not measured again
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
 from rfprune.command_line import DTYPES, METRICS
 from rfprune.errors import UserError
 from rfprune.tasks.registry import TASKS, get_task
+from scripts.bench import Conditions, NotMeasured, Variants, calibrate, measure, prepare, say
 
-if TYPE_CHECKING:
-    from rfprune.loading import Loaded
-    from rfprune.tasks.evaluation import Evaluation, EvaluationSet
-
-VARIANTS: Mapping[str, Mapping[str, Any]] = {
+VARIANTS: Variants = {
     "kwon-search": {"method": "kwon", "rearrange": False, "tune": False},
     "kwon-rearrange": {"method": "kwon", "tune": False},
     "kwon-scheduled": {"method": "kwon", "teacher": "scheduled"},
@@ -56,44 +51,48 @@ CONDITIONS = (
 )
 """Two lines that agree in all of these are the same measurement."""
 
-Conditions = dict[str, Any]
-"""A measurement to make: a value for each of `CONDITIONS`."""
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What all measurements share: the model, its data and its own score; `warnings` from both."""
-
-    loaded: Loaded
-    max_length: int
-    evaluation_set: EvaluationSet
-    original: Evaluation
-    warnings: tuple[str, ...]
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process): 0 done, 1 something was not to be
     measured, 2 user error, 130 stopped."""
     options = _parser().parse_args(argv)
+    output = options.output or default_output(options)
+    return complete(options, list(measurements(options)), VARIANTS, output, "sweep")
+
+
+def complete(
+    options: argparse.Namespace,
+    wanted: Sequence[Conditions],
+    variants: Variants,
+    output: Path,
+    program: str,
+) -> int:
+    """Measure what `output` does not hold yet, in the name of a program; gives its exit code."""
     try:
         get_task(options.task)
-        output: Path = options.output or default_output(options)
         measured = {key_of(line) for line in read_lines(output)}
-        wanted = list(measurements(options))
         missing = [conditions for conditions in wanted if key_of(conditions) not in measured]
-        _say(f"{output}: {len(missing)} of {len(wanted)} measurements to make")
-        return _sweep(options, missing, output) if missing else 0
+        say(f"{output}: {len(missing)} of {len(wanted)} measurements to make")
+        return _sweep(options, missing, variants, output) if missing else 0
     except UserError as error:
-        sys.stderr.write(f"sweep: error: {error}\n")
+        sys.stderr.write(f"{program}: error: {error}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("sweep: interrupted; the same command goes on from here.\n")
+        sys.stderr.write(f"{program}: interrupted; the same command goes on from here.\n")
         return 130
 
 
 def _parser() -> argparse.ArgumentParser:
+    parser = parser_of(__doc__, VARIANTS)
+    add = parser.add_argument
+    add("--output", type=Path, help="default: results/quality_MODEL_TASK_METRIC_Nsamples.jsonl")
+    return parser
+
+
+def parser_of(description: str | None, variants: Variants) -> argparse.ArgumentParser:
+    """The flags that say what to measure, and under which conditions."""
     parser = argparse.ArgumentParser(
-        description=__doc__,
+        description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -104,14 +103,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--constraint", required=True, nargs="+", type=_ratio, help="fractions of cost to keep")
     add("--metric", choices=METRICS, default="mac", help="the cost that counts (default: mac)")
     add("--seed", nargs="+", type=_whole(0), default=[0], help="draw the samples (default: 0)")
-    add("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all")
+    add("--variant", nargs="+", choices=variants, default=list(variants), help="default: all")
     add("--samples", type=_whole(1), default=2048, help="to calibrate on (default: 2048)")
     add("--batch-size", type=_whole(1), default=32, help="examples a batch (default: 32)")
     add("--max-length", type=_whole(8), help="tokens an example (default: the task's)")
     add("--eval-limit", type=_whole(1), help="score so many validation examples, not all")
     add("--device", choices=("cpu", "cuda", "mps"), help="default: the best there is")
     add("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
-    add("--output", type=Path, help="default: results/quality_MODEL_TASK_METRIC_Nsamples.jsonl")
     return parser
 
 
@@ -146,11 +144,11 @@ def model_name(model: str) -> str:
     return path.resolve().name if path.exists() else model
 
 
-def default_output(options: argparse.Namespace) -> Path:
+def default_output(options: argparse.Namespace, kind: str = "quality") -> Path:
     """A file beside this script's folder whose name says the conditions."""
     model = re.sub(r"[^\w.-]+", "--", model_name(options.model))
     limit = "" if options.eval_limit is None else f"_{options.eval_limit}evaluated"
-    name = f"quality_{model}_{options.task}_{options.metric}_{options.samples}samples{limit}.jsonl"
+    name = f"{kind}_{model}_{options.task}_{options.metric}_{options.samples}samples{limit}.jsonl"
     return Path(__file__).resolve().parents[1] / "results" / name
 
 
@@ -201,21 +199,23 @@ def append_line(path: Path, line: Mapping[str, Any] | None) -> None:
         raise UserError(f"--output {path} cannot be written: {error.strerror}.") from error
 
 
-def _sweep(options: argparse.Namespace, missing: Sequence[Conditions], output: Path) -> int:
+def _sweep(
+    options: argparse.Namespace, missing: Sequence[Conditions], variants: Variants, output: Path
+) -> int:
     """Measure what is missing, seed by seed: a seed's variants share its calibration batches."""
-    bench = _prepare(options)
+    bench = prepare(options, variants)
     failed = False
     append_line(output, None)
     for seed, group in _grouped(missing, "seed"):
-        batches, heard = _calibrate(options, bench, group)
+        batches, heard = calibrate(options, bench, group)
         for variant, family in _grouped(group, "variant"):
             try:
-                for line in _measure(bench, family, batches, heard):
+                for line in measure(bench, family, batches, heard):
                     append_line(output, line)
-                    _say(_in_words(line))
-            except _NotMeasured as error:
+                    say(_in_words(line))
+            except NotMeasured as error:
                 failed = True
-                _say(f"seed {seed} {variant}: not measured: {error}")
+                say(f"seed {seed} {variant}: not measured: {error}")
     return 1 if failed else 0
 
 
@@ -227,123 +227,12 @@ def _grouped(all_conditions: Sequence[Conditions], name: str) -> list[tuple[Any,
     return list(groups.items())
 
 
-class _NotMeasured(Exception):
-    """A variant does not work here; the others go on."""
-
-
-def _prepare(options: argparse.Namespace) -> Bench:
-    import torch
-
-    from rfprune.device import pick_device
-    from rfprune.loading import data_folder, length_limit, load
-    from rfprune.tasks.evaluation import evaluate_model, prepare_evaluation
-
-    task = get_task(options.task)
-    with _collected_warnings() as heard:
-        device = pick_device(options.device)
-        loaded = load(options.model, task, device=device, dtype=getattr(torch, options.dtype))
-        max_length = length_limit(loaded, task, options.max_length)
-        evaluation_set = prepare_evaluation(
-            task,
-            loaded.tokenizer,
-            data_folder(options.model, options.data_dir),
-            batch_size=options.batch_size,
-            max_length=max_length,
-            limit=options.eval_limit,
-        )
-        original = evaluate_model(loaded.model, evaluation_set)
-    _say(f"original: {original.score:.2f} on {original.num_examples} examples")
-    return Bench(loaded, max_length, evaluation_set, original, tuple(heard))
-
-
-def _calibrate(
-    options: argparse.Namespace, bench: Bench, group: Sequence[Conditions]
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """A seed's batches and the warnings so far; with labels only where a variant needs them,
-    since they change nothing for the others."""
-    from rfprune.calibration import calibration_batches
-    from rfprune.loading import data_folder
-
-    with _collected_warnings() as heard:
-        batches = calibration_batches(
-            bench.evaluation_set.task,
-            bench.loaded.tokenizer,
-            data_folder(options.model, options.data_dir),
-            num_samples=options.samples,
-            batch_size=options.batch_size,
-            max_length=bench.max_length,
-            seed=group[0]["seed"],
-            with_labels=any(VARIANTS[one["variant"]].get("use_labels", False) for one in group),
-        )
-    return batches, [*bench.warnings, *heard]
-
-
-def _measure(
-    bench: Bench,
-    family: Sequence[Conditions],
-    batches: Sequence[Mapping[str, Any]],
-    warnings: Sequence[str],
-) -> Iterator[dict[str, Any]]:
-    """Prune to the constraints of one variant and seed, and score each model: lines of the file.
-
-    Scores are in points of 100; the seconds of collecting are those of the whole family.
-    """
-    from rfprune.cost.constraint import Constraint
-    from rfprune.pipeline import prune_family
-    from rfprune.report.report_json import versions
-    from rfprune.result import Settings
-    from rfprune.tasks.evaluation import divergence, evaluate_model
-
-    settings = Settings(**VARIANTS[family[0]["variant"]], seed=family[0]["seed"])
-    constraints = [Constraint(one["metric"], one["constraint"]) for one in family]
-    original = bench.original
-    with _collected_warnings() as heard:
-        results = prune_family(bench.loaded.model, batches, constraints, settings)
-        for conditions in family:
-            try:
-                result = next(results)
-                pruned = evaluate_model(result.model, bench.evaluation_set)
-            except UserError as error:
-                raise _NotMeasured(str(error)) from error
-            yield {
-                **conditions,
-                "samples": sum(len(batch["input_ids"]) for batch in batches),
-                "settings": dataclasses.asdict(settings),
-                "device": bench.loaded.model.device.type,
-                "metric_name": original.metric_name,
-                "original_score": original.score,
-                "score": pruned.score,
-                "scores": {"original": dict(original.scores), "pruned": dict(pruned.scores)},
-                "divergence": divergence(original, pruned),
-                "evaluated_examples": original.num_examples,
-                "achieved": result.achieved,
-                "mean_tokens": result.mean_tokens,
-                "seconds": {**result.seconds, "evaluate": pruned.seconds},
-                "layers": list(result.layers),
-                "warnings": list(dict.fromkeys([*warnings, *heard, *result.warnings])),
-                "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                "versions": versions(),
-            }
-
-
-def _collected_warnings() -> AbstractContextManager[list[str]]:
-    from rich.console import Console
-
-    from rfprune.run import collected_warnings
-
-    return collected_warnings(Console(stderr=True, highlight=False), verbose=False)
-
-
 def _in_words(line: Mapping[str, Any]) -> str:
     return (
         f"seed {line['seed']} {line['variant']} {line['constraint']}: {line['score']:.2f} points, "
         f"divergence {line['divergence']:.4f}, {line['metric']} "
         f"{line['achieved'][line['metric']]:.3f}, {line['seconds']['prune_total']:.0f} s"
     )
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
 
 
 if __name__ == "__main__":

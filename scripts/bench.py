@@ -1,0 +1,157 @@
+"""A model on the bench: with its data and its own score, pruned in variants, each one scored.
+
+What `scripts/sweep.py` and `scripts/ablate.py` share; what they measure, and where it goes, is
+theirs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rfprune.errors import UserError
+from rfprune.tasks.registry import get_task
+
+if TYPE_CHECKING:
+    from rfprune.loading import Loaded
+    from rfprune.tasks.evaluation import Evaluation, EvaluationSet
+
+Conditions = dict[str, Any]
+"""A measurement to make: a value for each of `scripts.sweep.CONDITIONS`."""
+
+Variants = Mapping[str, Mapping[str, Any]]
+"""What each variant asks of `rfprune.Settings`."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all measurements share: the model, its data and its own score; `warnings` from both,
+    and what each variant asks of `rfprune.Settings`."""
+
+    variants: Variants
+    loaded: Loaded
+    max_length: int
+    evaluation_set: EvaluationSet
+    original: Evaluation
+    warnings: tuple[str, ...]
+
+
+class NotMeasured(Exception):
+    """A variant does not work here; the others go on."""
+
+
+def prepare(options: argparse.Namespace, variants: Variants) -> Bench:
+    """Load what the flags name, and score the model as it is."""
+    import torch
+
+    from rfprune.device import pick_device
+    from rfprune.loading import data_folder, length_limit, load
+    from rfprune.tasks.evaluation import evaluate_model, prepare_evaluation
+
+    task = get_task(options.task)
+    with _collected_warnings() as heard:
+        device = pick_device(options.device)
+        loaded = load(options.model, task, device=device, dtype=getattr(torch, options.dtype))
+        max_length = length_limit(loaded, task, options.max_length)
+        evaluation_set = prepare_evaluation(
+            task,
+            loaded.tokenizer,
+            data_folder(options.model, options.data_dir),
+            batch_size=options.batch_size,
+            max_length=max_length,
+            limit=options.eval_limit,
+        )
+        original = evaluate_model(loaded.model, evaluation_set)
+    say(f"original: {original.score:.2f} on {original.num_examples} examples")
+    return Bench(variants, loaded, max_length, evaluation_set, original, tuple(heard))
+
+
+def calibrate(
+    options: argparse.Namespace, bench: Bench, group: Sequence[Conditions]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """A seed's batches and the warnings so far; with labels only where a variant needs them,
+    since they change nothing for the others."""
+    from rfprune.calibration import calibration_batches
+    from rfprune.loading import data_folder
+
+    with _collected_warnings() as heard:
+        batches = calibration_batches(
+            bench.evaluation_set.task,
+            bench.loaded.tokenizer,
+            data_folder(options.model, options.data_dir),
+            num_samples=options.samples,
+            batch_size=options.batch_size,
+            max_length=bench.max_length,
+            seed=group[0]["seed"],
+            with_labels=any(
+                bench.variants[one["variant"]].get("use_labels", False) for one in group
+            ),
+        )
+    return batches, [*bench.warnings, *heard]
+
+
+def measure(
+    bench: Bench,
+    family: Sequence[Conditions],
+    batches: Sequence[Mapping[str, Any]],
+    warnings: Sequence[str],
+) -> Iterator[dict[str, Any]]:
+    """Prune to the constraints of one variant and seed, and score each model: lines of the file.
+
+    Scores are in points of 100; the seconds of collecting are those of the whole family.
+    """
+    from rfprune.cost.constraint import Constraint
+    from rfprune.pipeline import prune_family
+    from rfprune.report.report_json import versions
+    from rfprune.result import Settings
+    from rfprune.tasks.evaluation import divergence, evaluate_model
+
+    settings = Settings(**bench.variants[family[0]["variant"]], seed=family[0]["seed"])
+    constraints = [Constraint(one["metric"], one["constraint"]) for one in family]
+    original = bench.original
+    with _collected_warnings() as heard:
+        results = prune_family(bench.loaded.model, batches, constraints, settings)
+        for conditions in family:
+            try:
+                result = next(results)
+                pruned = evaluate_model(result.model, bench.evaluation_set)
+            except UserError as error:
+                raise NotMeasured(str(error)) from error
+            yield {
+                **conditions,
+                "samples": sum(len(batch["input_ids"]) for batch in batches),
+                "settings": dataclasses.asdict(settings),
+                "device": bench.loaded.model.device.type,
+                "metric_name": original.metric_name,
+                "original_score": original.score,
+                "score": pruned.score,
+                "scores": {"original": dict(original.scores), "pruned": dict(pruned.scores)},
+                "divergence": divergence(original, pruned),
+                "evaluated_examples": original.num_examples,
+                "achieved": result.achieved,
+                "mean_tokens": result.mean_tokens,
+                "seconds": {**result.seconds, "evaluate": pruned.seconds},
+                "layers": list(result.layers),
+                "warnings": list(dict.fromkeys([*warnings, *heard, *result.warnings])),
+                "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "versions": versions(),
+            }
+
+
+def _collected_warnings() -> AbstractContextManager[list[str]]:
+    from rich.console import Console
+
+    from rfprune.run import collected_warnings
+
+    return collected_warnings(Console(stderr=True, highlight=False), verbose=False)
+
+
+def say(text: str) -> None:
+    """Tell what is going on, and when."""
+    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
