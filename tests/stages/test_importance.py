@@ -1,0 +1,260 @@
+"""The classical criteria against gradients taken example by example, and against numpy.
+
+Deleting this lets a baseline be weaker than its paper, which would flatter the method beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from rfprune.errors import UserError
+from rfprune.model.layout import Block, layout_of
+from rfprune.model.masks import frozen, full_masks, masked
+from rfprune.stages.fisher import collect_gradients, diagonal_fisher
+from rfprune.stages.importance import (
+    CRITERIA,
+    collect_gradient_norms,
+    importance_of,
+    num_weights,
+    unit_weights,
+)
+
+Tiny = Callable[..., Any]
+FROM_LOSS = ("fisher", "taylor", "gradient")
+LABELS = torch.tensor([0, 1, 1, 0])
+
+
+def importance(criterion: str, model: Any, batches: list[Any], **options: Any) -> list[Tensor]:
+    with frozen(model):
+        return list(importance_of(criterion, model, layout_of(model), batches, **options))
+
+
+def examples_of(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Each example alone, without its padding."""
+    lengths = batch["attention_mask"].sum(1).tolist()
+    return [
+        {name: value[row : row + 1, :length] for name, value in batch.items()}
+        for row, length in enumerate(lengths)
+    ]
+
+
+def mask_gradients(model: Any, example: dict[str, Tensor], label: int) -> tuple[Tensor, ...]:
+    """Of one example's loss on its label, by plain differentiation, (U,) a block."""
+    layout = layout_of(model)
+    masks = [mask.requires_grad_() for mask in full_masks(layout)]
+    with masked(model, layout, masks):
+        loss = model(**example, labels=torch.tensor([label])).loss
+    return torch.autograd.grad(loss, masks)
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "fisher"])
+def test_taylor_and_fisher_are_means_over_examples(
+    criterion: str, tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    model, batch = tiny_model(num_labels=3), tiny_batch()
+    rows = [
+        mask_gradients(model, example, label)
+        for example, label in zip(examples_of(batch), LABELS.tolist(), strict=True)
+    ]
+    labelled = [{**batch, "labels": LABELS}]
+    found = importance(criterion, model, labelled, use_labels=True)
+    for block, values in enumerate(found):
+        gradients = torch.stack([row[block] for row in rows]).double()
+        expected = (gradients.abs() if criterion == "taylor" else gradients.square()).mean(0)
+        assert (gradients.mean(0).abs() < 0.9 * gradients.abs().mean(0)).any(), "signs differ"
+        torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-8)
+
+
+def test_mask_gradients_are_activation_times_gradient(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    """What the name says: gradient x weight, summed over the unit's weights in the consumer."""
+    model, batch = tiny_model(), tiny_batch()
+    example = examples_of(batch)[1]
+    layout = layout_of(model)
+    loss = model(**example, labels=LABELS[:1]).loss
+    for block, masks in zip(layout.blocks, mask_gradients(model, example, 0), strict=True):
+        weight = model.get_submodule(block.consumer).weight
+        (gradient,) = torch.autograd.grad(loss, [weight], retain_graph=True)
+        products = (weight * gradient).sum(0).view(block.num_units, -1).sum(1)
+        torch.testing.assert_close(masks, products, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet"])
+def test_gradient_is_the_norm_of_real_weight_gradients(
+    model_type: str, tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    model, batch = tiny_model(model_type), tiny_batch()
+    layout = layout_of(model)
+    weights = [model.get_submodule(block.consumer).weight for block in layout.blocks]
+    norms: list[list[Tensor]] = [[] for _ in layout.blocks]
+    for example, label in zip(examples_of(batch), LABELS, strict=True):
+        loss = model(**example, labels=label[None]).loss
+        for block, gradient, rows in zip(
+            layout.blocks, torch.autograd.grad(loss, weights), norms, strict=True
+        ):
+            by_unit = gradient.T.reshape(block.num_units, -1)
+            rows.append(by_unit.norm(dim=1) / math.sqrt(by_unit.shape[1]))
+    found = importance("gradient", model, [{**batch, "labels": LABELS}], use_labels=True)
+    for block, values, rows in zip(layout.blocks, found, norms, strict=True):
+        expected = num_weights(model, block) * torch.stack(rows).double().mean(0)
+        assert expected.std() > 1e-2 * expected.mean() > 0
+        torch.testing.assert_close(values, expected, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("criterion", FROM_LOSS)
+@pytest.mark.parametrize("num_labels", [1, 2, 4])
+def test_batches_do_not_matter(
+    criterion: str, num_labels: int, tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    model, batch = tiny_model(num_labels=num_labels), tiny_batch()
+    together = importance(criterion, model, [batch])
+    alone = importance(criterion, model, [*examples_of(batch), *examples_of(batch)])
+    other = importance(criterion, model, [tiny_batch(seed=1)])
+    for left, right, different in zip(together, alone, other, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-9)
+        assert not torch.allclose(left, different, rtol=1e-2)
+
+
+def test_fisher_is_that_of_the_published_method(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    model, batches = tiny_model(), [tiny_batch()]
+    with frozen(model):
+        published = diagonal_fisher(collect_gradients(model, layout_of(model), batches))
+    for values, expected in zip(importance("fisher", model, batches), published, strict=True):
+        torch.testing.assert_close(4 * values, expected)
+
+
+@pytest.mark.parametrize("criterion", [*FROM_LOSS, "magnitude-l1", "magnitude-l2"])
+def test_a_dead_unit_is_the_least_important(
+    criterion: str, tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    """Neuron 3 and head 2 put out nothing, since nothing is what goes in."""
+    model = tiny_model("bert")
+    layer = model.bert.encoder.layer[1]
+    before = importance(criterion, model, [tiny_batch()])
+    with torch.no_grad():
+        for linear, rows in (
+            (layer.intermediate.dense, slice(3, 4)),
+            (layer.attention.self.value, slice(8, 12)),
+        ):
+            linear.weight[rows] = 0
+            linear.bias[rows] = 0
+    heads, neurons = importance(criterion, model, [tiny_batch()])[2:]
+    if criterion in FROM_LOSS:
+        assert (float(heads[2]), float(neurons[3])) == (0.0, 0.0)
+        assert heads.sort().values[1] > 0
+        assert neurons.sort().values[1] > 0
+    else:
+        assert heads[2] < before[2][2]
+        assert neurons.argmin() == 3
+    assert before[2][2] > 0 < before[3][3]
+
+
+def weights_of(model: Any, block: Block, unit: int) -> np.ndarray[Any, Any]:
+    """All weights of a unit in one row, by numpy and the names of BERT."""
+    layer = model.bert.encoder.layer[block.layer]
+    if block.kind == "head":
+        inside = layer.attention.self
+        producers, consumer = (inside.query, inside.key, inside.value), layer.attention.output.dense
+    else:
+        producers, consumer = (layer.intermediate.dense,), layer.output.dense
+    features = slice(unit * block.unit_width, (unit + 1) * block.unit_width)
+    rows = [linear.weight.detach().numpy()[features].ravel() for linear in producers]
+    return np.concatenate([*rows, consumer.weight.detach().numpy()[:, features].ravel()])
+
+
+def test_magnitudes_are_those_of_numpy(tiny_model: Tiny) -> None:
+    model = tiny_model("bert")
+    sizes = {"head": 4 * 4 * 16, "neuron": 2 * 16}
+    by_criterion = {name: importance(name, model, []) for name in ("magnitude-l1", "magnitude-l2")}
+    for index, block in enumerate(layout_of(model).blocks):
+        assert num_weights(model, block) == sizes[block.kind]
+        for unit in range(block.num_units):
+            weights = weights_of(model, block, unit).astype(np.float64)
+            assert len(weights) == sizes[block.kind]
+            assert sorted(unit_weights(model, block)[unit].tolist()) == sorted(weights.tolist())
+            l1 = np.linalg.norm(weights, 1)
+            l2 = np.linalg.norm(weights) * math.sqrt(len(weights))
+            assert float(by_criterion["magnitude-l1"][index][unit]) == pytest.approx(l1)
+            assert float(by_criterion["magnitude-l2"][index][unit]) == pytest.approx(l2)
+
+
+def test_random_follows_the_seed_alone(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    first, again, other = (importance("random", tiny_model(), [], seed=seed) for seed in (1, 1, 2))
+    elsewhere = importance("random", tiny_model(seed=5), [tiny_batch()], seed=1)
+    state = torch.random.get_rng_state()
+    for left, same, data, different in zip(first, again, elsewhere, other, strict=True):
+        assert torch.equal(left, same)
+        assert torch.equal(left, data)
+        assert not torch.equal(left, different)
+        assert 0 <= float(left.min()) < float(left.max())
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_random_heads_are_worth_their_weights_in_neurons(tiny_model: Tiny) -> None:
+    """Else a global budget would drop all heads before the first neuron, or the reverse."""
+    heads, neurons = importance("random", tiny_model(intermediate_size=400), [], seed=0)[:2]
+    assert float(heads.max()) > 8 * float(neurons.max()) * float(heads.max() / (4 * 4 * 16))
+    assert float(neurons.max()) <= 2 * 16
+    assert float(neurons.mean()) == pytest.approx(16, rel=0.1)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet", "electra"])
+def test_every_criterion_gives_one_number_a_unit(
+    criterion: str, model_type: str, tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    model = tiny_model(model_type)
+    found = importance(criterion, model, [tiny_batch()])
+    for block, values in zip(layout_of(model).blocks, found, strict=True):
+        assert (values.shape, values.dtype) == ((block.num_units,), torch.float64)
+        assert (values >= 0).all() and float(values.std()) > 0
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("criterion", FROM_LOSS)
+def test_labels_matter_where_they_are_asked_for_alone(
+    criterion: str, tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    model, batch = tiny_model(), tiny_batch()
+    labelled = [{**batch, "labels": LABELS}]
+    free, ignored = (importance(criterion, model, given) for given in ([batch], labelled))
+    assert all(torch.equal(*pair) for pair in zip(free, ignored, strict=True))
+    with_labels = importance(criterion, model, labelled, use_labels=True)
+    assert not torch.allclose(free[0] / free[0].sum(), with_labels[0] / with_labels[0].sum())
+    with pytest.raises(UserError, match="labels"):
+        importance(criterion, model, [batch], use_labels=True)
+
+
+def test_question_answering_without_padding(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    model = tiny_model("bert", "question-answering")
+    first, again = (importance("gradient", model, [tiny_batch()], seed=0) for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
+    assert float(first[0].min()) > 0
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_caller_may_have_gradients_off(
+    mode: Callable[[], Any], tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    model, batches = tiny_model(), [tiny_batch()]
+    expected = importance("gradient", model, batches)
+    with mode():
+        found = importance("gradient", model, batches)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_a_gradient_that_is_not_finite_names_its_block(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.dense.weight[0, 0] = torch.inf
+    with (
+        frozen(model),
+        pytest.raises(UserError, match=r"weight gradients of layer\.\d\.\w+ are not finite"),
+    ):
+        collect_gradient_norms(model, layout_of(model), [tiny_batch()])

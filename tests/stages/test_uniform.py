@@ -1,0 +1,107 @@
+"""One fraction for all blocks: within the budget, the largest that fits, nothing emptied.
+
+Deleting this lets the uniform baseline exceed its budget, or waste it and look worse than it is.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rfprune.cost.constraint import Constraint, CostModel, linear_costs
+from rfprune.errors import UserError
+from rfprune.model.masks import num_kept
+from rfprune.stages.uniform import uniform, uniform_counts
+from tests.stages.test_search import made_layout
+
+Problem = tuple[list[int], CostModel, float]
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    """A few blocks of different sizes and costs, and a budget from nothing to everything."""
+    sizes = draw(st.lists(st.integers(1, 12), min_size=1, max_size=5))
+    unit_costs = draw(st.lists(st.floats(0.1, 10), min_size=len(sizes), max_size=len(sizes)))
+    costs = linear_costs("mac", unit_costs, sizes, draw(st.sampled_from([0.0, 50.0])))
+    return sizes, costs, draw(st.floats(0, 1)) * (costs.original - costs.constant)
+
+
+def counts(problem: Problem) -> tuple[int, ...] | None:
+    try:
+        return uniform_counts(*problem)
+    except UserError:
+        return None
+
+
+@given(problems())
+def test_the_same_fraction_everywhere_within_the_budget(problem: Problem) -> None:
+    sizes, costs, budget = problem
+    kept = counts(problem)
+    if kept is None:
+        assert costs.total([1] * len(sizes)) > budget + costs.constant
+        return
+    assert costs.total(kept) <= (budget + costs.constant) * (1 + 1e-9)
+    assert all(1 <= n <= units for n, units in zip(kept, sizes, strict=True))
+    for (a, of_a), (b, of_b) in itertools.permutations(zip(kept, sizes, strict=True), 2):
+        assert (a - 1) / of_a < b / of_b + 1e-12, "fractions differ by rounding up alone"
+        assert a == b or of_a != of_b
+
+
+@given(problems())
+def test_nothing_larger_fits(problem: Problem) -> None:
+    """The next larger fraction is that at which the first block rounds up to one unit more."""
+    sizes, costs, budget = problem
+    kept = counts(problem)
+    if kept is None or kept == tuple(sizes):
+        return
+    fraction = min(n / units for n, units in zip(kept, sizes, strict=True))
+    larger = [math.ceil((fraction + 1e-9) * units) for units in sizes]
+    assert larger != list(kept)
+    assert costs.total(larger) > budget + costs.constant
+
+
+@given(problems(), st.floats(0, 1))
+def test_more_budget_keeps_more_of_every_block(problem: Problem, part: float) -> None:
+    sizes, costs, budget = problem
+    more, less = counts(problem), counts((sizes, costs, part * budget))
+    if less is not None:
+        assert more is not None
+        assert all(a <= b for a, b in zip(less, more, strict=True))
+
+
+def test_the_most_important_of_every_block_stay() -> None:
+    layout = made_layout([2, 2], [4, 4])
+    importance = [
+        *(torch.tensor([1.0, 2]), torch.tensor([4.0, 1, 3, 2])),
+        *(torch.tensor([90.0, 80]), torch.tensor([70.0, 70, 70, 70])),
+    ]
+    costs = linear_costs("mac", [4.0, 1, 4, 1], [2, 4, 2, 4])
+    masks = uniform(layout, importance, costs, 12.0)
+    assert [mask.tolist() for mask in masks] == [[0, 1], [1, 0, 1, 0], [1, 0], [1, 1, 0, 0]]
+
+
+def test_exactly_half_is_half() -> None:
+    """Cut short by rounding, the search for a fraction would end one head a layer too low."""
+    layout = made_layout([12] * 6, [1536] * 6)
+    costs = linear_costs("mac", [1.1, 0.1] * 6, [12, 1536] * 6, constant=0.7)
+    importance = [torch.rand(block.num_units) for block in layout.blocks]
+    budget = 0.5 * (costs.original - costs.constant)
+    assert num_kept(uniform(layout, importance, costs, budget)) == (6, 768) * 6
+
+
+def test_too_small_a_budget_names_a_constraint_that_would_do() -> None:
+    layout = made_layout([2], [5])
+    importance = [torch.ones(2), torch.ones(5)]
+    costs = linear_costs("mac", [3.0, 1.0], [2, 5])
+    with pytest.raises(UserError, match="too little for one head and one neuron") as raised:
+        uniform(layout, importance, costs, costs.budget(Constraint("mac", 0.2)))
+    named = re.search(r"at least ([\d.]+\d)", str(raised.value))
+    assert named
+    budget = costs.budget(Constraint("mac", float(named[1])))
+    assert num_kept(uniform(layout, importance, costs, budget)) == (1, 1)
