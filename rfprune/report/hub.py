@@ -16,7 +16,7 @@ from rfprune.errors import UserError
 from rfprune.output import REPORT_FILE
 from rfprune.report.card import CARD_FILE, name_repository
 
-ANSWER_SECONDS = 60.0
+ANSWER_SECONDS = 30.0
 """How long the hub may say nothing; the library itself would wait for ever."""
 
 _SILENT = 50  # logging.CRITICAL
@@ -49,14 +49,14 @@ def check_access() -> None:
     Raises:
         UserError: there is none, or the library is told to stay offline.
     """
-    import huggingface_hub
+    from huggingface_hub import constants, get_token
 
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         raise UserError(
             "HF_HUB_OFFLINE is set, so nothing can be pushed to the hub: unset it, or leave the "
             "push out and do it later with scripts/push_to_hub.py."
         )
-    if huggingface_hub.get_token() is None:
+    if get_token() is None:
         raise UserError(
             "There is no token for the hub: log in with 'hf auth login' or set HF_TOKEN to a token "
             "with write access."

@@ -1,0 +1,118 @@
+"""A report with every part a page can show, a folder that looks like a run's output, and a hub."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rfprune.report.card import write_card
+from rfprune.report.report_json import SCHEMA, write_report
+from tests.report.stub_hub import TOKEN, StubHub, stub_hub
+
+Report = dict[str, Any]
+NUM_LAYERS, NUM_HEADS, NUM_NEURONS = 3, 4, 12
+
+
+def _curves(layers: list[dict[str, int]]) -> list[dict[str, Any]]:
+    sizes = {"heads": NUM_HEADS, "neurons": NUM_NEURONS}
+    return [
+        {
+            "kind": kind,
+            "layer": index,
+            "units": list(range(size + 1)),
+            "errors": [(index + 1) * (1 - n / size) ** 3 for n in range(size + 1)],
+            "kept": layer[kind],
+        }
+        for index, layer in enumerate(layers)
+        for kind, size in sizes.items()
+    ]
+
+
+def make_report(**changes: Any) -> Report:
+    """The report of a run that never was; `changes` replace entries."""
+    layers = [{"heads": 3, "neurons": 7}, {"heads": 0, "neurons": 12}, {"heads": 4, "neurons": 1}]
+    costs = {"score": 80.39, "macs": 5.7776e8, "params": 22713602, "bytes": 9.086e7}
+    report: Report = {
+        "schema": SCHEMA,
+        "command": "rfprune --model some/folder --task mrpc --constraint 0.5",
+        "model": "some/folder",
+        "source": "someone/bert-mrpc",
+        "task": "mrpc",
+        "method": "curvature",
+        "metric": "mac",
+        "constraint": 0.5,
+        "seed": 3,
+        "samples": 2048,
+        "settings": {"method": "curvature", "use_labels": False, "tune": True, "seed": 3},
+        "device": "cpu",
+        "dtype": "float32",
+        "stored_dtype": "float16",
+        "versions": {"rfprune": "0.1.0", "torch": "2.13.0"},
+        "original": costs | {"latency_ms": 200.0},
+        "pruned": costs
+        | {"score": 78.9, "macs": 2.88e8, "params": 1.5e7, "bytes": 4e7, "latency_ms": 100.0},
+        "achieved": {"mac": 0.4985, "params": 0.66, "latency": 0.5},
+        "metric_name": "accuracy",
+        "scores": {
+            "original": {"accuracy": 80.39, "f1": 86.12, "best_f1": 87.0},
+            "pruned": {"accuracy": 78.9, "f1": 85.0, "best_f1": 86.0},
+        },
+        "divergence": 0.01234,
+        "evaluated_examples": 408,
+        "mean_tokens": 53.2,
+        "latency": {"batch_size": 32, "sequence_length": 58, "rounds": 20, "threads": 1},
+        "seconds": {
+            **{"load": 1.0, "collect": 2.0, "search": 0.05, "rearrange": 0.0, "compact": 0.01},
+            **{"tune": 4.5, "evaluate": 3.5, "prune_total": 6.56},
+        },
+        "layers": layers,
+        "original_layers": [{"heads": NUM_HEADS, "neurons": NUM_NEURONS}] * NUM_LAYERS,
+        "curves": _curves(layers),
+        "stages": [
+            {"stage": "original", "score": 80.39, "divergence": 0.0},
+            {"stage": "selected", "score": 70.5, "divergence": 0.21},
+            {"stage": "fitted", "score": 78.9, "divergence": 0.01234},
+        ],
+        "warnings": ["block layer.0.heads kept its scales"],
+        "output_dir": "outputs/it",
+    }
+    return copy.deepcopy(report) | changes
+
+
+@pytest.fixture
+def report() -> Callable[..., Report]:
+    """`report(**changes)`: see `make_report`."""
+    return make_report
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """A folder with the files of a run's output, the weights but a few bytes."""
+    folder = tmp_path / "output"
+    (folder / "plots").mkdir(parents=True)
+    report = make_report(output_dir=str(folder))
+    write_report(report, folder)
+    write_card(report, folder)
+    (folder / "config.json").write_text("{}\n", encoding="utf-8")
+    (folder / "modeling_rfprune.py").write_text("# code\n", encoding="utf-8")
+    (folder / "model.safetensors").write_bytes(bytes(range(256)) * 40)
+    (folder / "plots" / "kept.png").write_bytes(b"\x89PNG not really")
+    return folder
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[StubHub]:
+    """A local hub that this process's hub library talks to, with the token it wants."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import close_session
+
+    with stub_hub() as running:
+        monkeypatch.setattr(constants, "ENDPOINT", running.endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield running
+        close_session()
