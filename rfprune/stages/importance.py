@@ -4,9 +4,12 @@ They are the baselines that structured pruning is measured against, here behind 
 compaction and refit as everything else. A unit's weights are its rows in the producers and its
 columns in the consumer; biases are left out.
 
-`search` fills a budget by importance, so what a head is worth must compare with what neurons of the
-same cost are worth together. `taylor` and `fisher` are changes of the loss and do. The others are
-averages over weights, and count once for every weight of the unit.
+`search` fills a budget by importance, so what a head is worth must compare with what neurons of
+the same cost are worth together. `fisher` adds up over parts that are independent, and does. The
+others count as an average over the n weights of a unit, times n. A mask gradient is a sum over n
+weights whose signs cancel, which grows as the root of n, so `taylor` counts √n times: as it was, it
+gave every neuron precedence over any head, and the model failed. Within heads and within neurons
+the order is that of the published criteria; a fraction of each, as `uniform` keeps, is the same.
 """
 
 from __future__ import annotations
@@ -57,8 +60,13 @@ def importance_of(
         gradients = collect_gradients(
             model, layout, batches, use_labels=use_labels, seed=seed, progress=progress
         )
-        return taylor(gradients) if criterion == "taylor" else fisher(gradients)
-    if criterion == "gradient":
+        if criterion == "fisher":
+            return fisher(gradients)
+        averages = tuple(
+            values / math.sqrt(num_weights(model, block))
+            for block, values in zip(layout.blocks, taylor(gradients), strict=True)
+        )
+    elif criterion == "gradient":
         averages = gradient(
             collect_gradient_norms(
                 model, layout, batches, use_labels=use_labels, seed=seed, progress=progress

@@ -69,6 +69,8 @@ def test_taylor_and_fisher_are_means_over_examples(
         gradients = torch.stack([row[block] for row in rows]).double()
         expected = (gradients.abs() if criterion == "taylor" else gradients.square()).mean(0)
         assert (gradients.mean(0).abs() < 0.9 * gradients.abs().mean(0)).any(), "signs differ"
+        if criterion == "taylor":
+            expected *= math.sqrt(num_weights(model, layout_of(model).blocks[block]))
         torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-8)
 
 
@@ -196,12 +198,16 @@ def test_random_follows_the_seed_alone(tiny_model: Tiny, tiny_batch: Tiny) -> No
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_random_heads_are_worth_their_weights_in_neurons(tiny_model: Tiny) -> None:
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_heads_are_worth_about_their_weights_in_neurons(
+    criterion: str, tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
     """Else a global budget would drop all heads before the first neuron, or the reverse."""
-    heads, neurons = importance("random", tiny_model(intermediate_size=400), [], seed=0)[:2]
-    assert float(heads.max()) > 8 * float(neurons.max()) * float(heads.max() / (4 * 4 * 16))
-    assert float(neurons.max()) <= 2 * 16
-    assert float(neurons.mean()) == pytest.approx(16, rel=0.1)
+    model = tiny_model("bert", hidden_size=64, intermediate_size=256)
+    found = importance(criterion, model, [tiny_batch(seed=seed) for seed in range(4)])
+    heads, neurons = (torch.cat(found[kind::2]).mean() for kind in (0, 1))
+    weights = 4 * 16 * 64 / (2 * 64)
+    assert weights / 2 < float(heads / neurons) < 4 * weights
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
