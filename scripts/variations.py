@@ -288,9 +288,11 @@ VARIATIONS: Mapping[str, Variation] = {
     "refit-norms": refit_norms,
     "query-key": query_key,
     "query-key-0.75": partial(query_key, left=0.75),
+    "query-key-0.25": partial(query_key, left=0.25),
     "ridge-0.1": ridge_of_a_tenth,
     "reselect+ridge-0.1": partial(reselect, ridges=(0.1,)),
     "reselect+held-out": partial(reselect, ridges=RIDGES),
     "reselect+swaps": partial(reselect, swap=True),
     "reselect+refit-norms": partial(reselect, passed=fit_norm),
+    "reselect+held-out+refit-norms": partial(reselect, ridges=RIDGES, passed=fit_norm),
 }

@@ -33,8 +33,10 @@ TinyBatch = Callable[..., dict[str, Any]]
 ROOT = Path(__file__).parents[1]
 NAMES = (
     *("plain", "reselect", "swaps", "weights", "held-out", "summed-gradients", "weighted-inputs"),
-    *("refit-head", "refit-classifier", "refit-norms", "query-key", "query-key-0.75", "ridge-0.1"),
+    *("refit-head", "refit-classifier", "refit-norms", "query-key", "query-key-0.75"),
+    *("query-key-0.25", "ridge-0.1"),
     *("reselect+ridge-0.1", "reselect+held-out", "reselect+swaps", "reselect+refit-norms"),
+    "reselect+held-out+refit-norms",
 )
 
 
