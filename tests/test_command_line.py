@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rfprune.command_line import DEFAULT_METHOD, METHODS, METRICS, Options, parse
+from rfprune.command_line import (
+    ALLOCATIONS,
+    CRITERIA,
+    DEFAULT_METHOD,
+    METHODS,
+    METRICS,
+    Options,
+    parse,
+)
 from rfprune.cost import constraint
 from rfprune.errors import UserError
 from rfprune.result import CHOICES, Settings
@@ -35,12 +43,25 @@ def test_the_choices_are_those_of_the_pipeline() -> None:
     """The flags are written out again, so that reading them needs no torch."""
     assert METHODS == CHOICES["method"]
     assert METRICS == constraint.METRICS
+    assert (CRITERIA, ALLOCATIONS) == (CHOICES["importance"], CHOICES["allocation"])
     assert parse(NEEDED).gradients == Settings().gradients
     assert parse(NEEDED).teacher == Settings().teacher
     for flag in ("gradients", "teacher"):
         for choice in CHOICES[flag]:
             options = parse([*NEEDED, "--method", "kwon", f"--{flag}", choice])
             assert getattr(options, flag) == choice
+
+
+def test_a_criterion_or_an_allocation_implies_the_method() -> None:
+    """Nobody wants `--importance taylor` to do nothing, or to be refused for want of --method."""
+    for criterion in CRITERIA:
+        options = parse([*NEEDED, "--importance", criterion])
+        assert (options.method, options.importance) == ("importance", criterion)
+        assert options.allocation == Settings().allocation
+    options = parse([*NEEDED, "--allocation", "uniform"])
+    assert (options.method, options.importance) == ("importance", Settings().importance)
+    assert options == parse([*NEEDED, "--method", "importance", "--allocation", "uniform"])
+    assert parse(NEEDED).importance == Settings().importance
 
 
 def test_several_constraints_go_to_a_folder_each(tmp_path: Path) -> None:
@@ -99,6 +120,17 @@ def test_every_fraction_is_a_constraint(ratio: float) -> None:
         *(
             ([*NEEDED, "--method", "curvature", *flag.split()], f"{flag} belongs to --method kwon")
             for flag in ("--gradients per-batch", "--teacher scheduled", "--skip-rearrange")
+        ),
+        *(
+            ([*NEEDED, "--method", method, *flag.split()], f"{flag} belongs to --method importance")
+            for flag in ("--importance taylor", "--importance fisher", "--allocation global")
+            for method in ("curvature", "kwon")
+        ),
+        ([*NEEDED, "--importance", "magic"], "--importance: invalid choice: 'magic'"),
+        ([*NEEDED, "--importance", "taylor", "--skip-rearrange"], "belongs to --method kwon"),
+        *(
+            ([*NEEDED, "--use-labels", "--importance", criterion], "--use-labels does nothing for")
+            for criterion in ("random", "magnitude-l1", "magnitude-l2")
         ),
         ([*NEEDED, "--device", "gpu"], "Unknown device 'gpu': choose cpu, cuda"),
         ([*NEEDED, "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),

@@ -155,6 +155,58 @@ def test_every_setting_of_the_published_method_matters(
     assert not torch.allclose(left, right)
 
 
+@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize("allocation", CHOICES["allocation"])
+@pytest.mark.parametrize("criterion", CHOICES["importance"])
+def test_every_classical_criterion_prunes_and_is_refitted(
+    criterion: str, allocation: str, rounds: int, tiny_model: Tiny, batches: list[Batch]
+) -> None:
+    classical = Settings(
+        method="importance", importance=criterion, allocation=allocation, rounds=rounds
+    )
+    fitted, alone = (
+        prune(tiny_model(), batches, HALF, replace(classical, tune=tune)) for tune in (True, False)
+    )
+    assert 0.4 < fitted.achieved["mac"] <= 0.5
+    if allocation == "uniform":
+        assert num_kept(fitted.masks) == (2, 6, 2, 6)
+    if rounds == 1:
+        assert all(torch.equal(*pair) for pair in zip(fitted.masks, alone.masks, strict=True))
+    left, right = (logits_of(result.model, batches[0]) for result in (fitted, alone))
+    assert not torch.allclose(left, right, atol=1e-3)
+
+
+def test_what_is_left_alone_is_the_masked_model(tiny_model: Tiny, batches: list[Batch]) -> None:
+    """Without tuning, a classical criterion changes no weight that stays."""
+    model = tiny_model()
+    result = prune(model, batches, HALF, Settings(method="importance", tune=False))
+    with masked(model, result.layout, result.masks):
+        expected = logits_of(model, batches[0])
+    torch.testing.assert_close(logits_of(result.model, batches[0]), expected)
+
+
+def test_fisher_importance_is_the_first_stage_of_the_published_method(
+    tiny_model: Tiny, batches: list[Batch]
+) -> None:
+    first_stage = Settings(method="kwon", rearrange=False, tune=False)
+    classical = Settings(method="importance", importance="fisher", tune=False)
+    one, other = (prune(tiny_model(), batches, HALF, s) for s in (first_stage, classical))
+    assert all(torch.equal(*pair) for pair in zip(one.masks, other.masks, strict=True))
+    random_one = prune(tiny_model(), batches, HALF, replace(classical, importance="random"))
+    assert any(not torch.equal(*pair) for pair in zip(one.masks, random_one.masks, strict=True))
+
+
+@pytest.mark.parametrize("method", ["curvature", "kwon"])
+def test_a_criterion_of_another_method_is_refused(method: str) -> None:
+    for changes in ({"importance": "taylor"}, {"allocation": "uniform"}):
+        (name,) = changes
+        with pytest.raises(UserError, match=f"{name} '.*' belongs to the method importance"):
+            Settings(method=method, **changes)  # type: ignore[arg-type]
+        assert getattr(Settings(method="importance", **changes), name) == changes[name]  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="importance 'magic' is unknown; choose one of fisher,"):
+        Settings(method="importance", importance="magic")
+
+
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_the_original_is_untouched(
     mode: str, settings: Settings, tiny_model: Tiny, batches: list[Batch]

@@ -136,3 +136,10 @@ def test_the_log_has_command_and_table(tmp_path: Path) -> None:
     text = write_log(report(), tmp_path).read_text(encoding="utf-8")
     assert text.startswith("$ rfprune --model some/folder\n")
     assert "78.90" in text
+
+
+def test_the_criterion_is_part_of_the_methods_name() -> None:
+    settings = {"importance": "magnitude-l1", "allocation": "uniform"}
+    assert "(kwon, 2048 calibration examples)" in shown(report(settings=settings))
+    text = shown(report(method="importance", settings=settings))
+    assert "(magnitude-l1 importance, uniform allocation, 2048 calibration examples)" in text
