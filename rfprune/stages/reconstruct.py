@@ -18,19 +18,24 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from rfprune.model.layout import Block, Layout
+from rfprune.model.layout import Block, Layout, is_empty, linear
 from rfprune.model.replay import (
     Batch,
     LayerCall,
+    Reader,
     Trace,
+    entering,
+    entering_head,
     first_layer_call,
     first_tokens,
     pack,
+    reader_of_layers,
     run_layer,
     token_mask,
     trace_block,
     unpack,
 )
+from rfprune.stages.align import estimate, read_through
 from rfprune.stages.least_squares import Moments, NumericalFailure
 
 Fit = Callable[[Block, Moments, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -55,15 +60,35 @@ class _Walk:
 
     def trace(self, i: int, tokens: Tensor, call: LayerCall, block: Block) -> Trace:
         """Batch i at `block`, on its way from the last one."""
+        hidden, done = self._reach(i, tokens, call, block.layer)
+        path = self.layout.layers[block.layer]
+        return trace_block(self.model, path, hidden, call, block, done=done)
+
+    def entering(self, i: int, tokens: Tensor, call: LayerCall, block: Block) -> Tensor:
+        """What the producers of `block` read of batch i, (B, S, d)."""
+        hidden, done = self._reach(i, tokens, call, block.layer)
+        path = self.layout.layers[block.layer]
+        return entering(self.model, path, hidden, call, block, done=done)
+
+    def entering_head(
+        self, i: int, tokens: Tensor, call: LayerCall, batch: Batch, reader: Reader
+    ) -> Tensor:
+        """What the first linear map behind the layers reads of batch i."""
+        hidden, _ = self._reach(i, tokens, call, len(self.layout.layers))
+        return entering_head(self.model, self.layout, batch, hidden, reader)
+
+    def _reach(
+        self, i: int, tokens: Tensor, call: LayerCall, until: int
+    ) -> tuple[Tensor, list[Block]]:
+        """Hidden states (B, S, d) of batch i in layer `until`, and its blocks that are done."""
         hidden = unpack(self.states[i], tokens)
         layer, done = 0, list[Block]()
         if self.last is not None:
             layer, blocks = self.last.layer, self.layout.blocks_of_layer(self.last.layer)
             done = [*blocks[: blocks.index(self.last)], self.last]
-        for path in self.layout.layers[layer : block.layer]:
+        for path in self.layout.layers[layer:until]:
             hidden, done = run_layer(self.model, path, hidden, call, done=done), []
-        path = self.layout.layers[block.layer]
-        return trace_block(self.model, path, hidden, call, block, done=done)
+        return hidden, done
 
 
 def reconstruct(
@@ -75,6 +100,7 @@ def reconstruct(
     *,
     skip: Collection[str] = (),
     first_token_only: Collection[str] = (),
+    align: bool = False,
     progress: bool = False,
 ) -> list[str]:
     """Give every block of `student` the weight and bias that `fit` finds, in place.
@@ -84,6 +110,7 @@ def reconstruct(
         student: a compact copy of the model that `layout` describes.
         skip: consumers that stay as they are.
         first_token_only: consumers whose moments are taken from the first token of every example.
+        align: also fit what reads the student's hidden states; see `rfprune.stages.align`.
 
     Returns:
         One sentence for every block whose fit failed; these blocks stay as they were.
@@ -94,10 +121,14 @@ def reconstruct(
     with torch.no_grad():
         walks = _start(teacher, student, layout, batches)
         for block in bar:
+            if align and walks[0].last is not None:
+                failures += _align(*walks, batches, block)
             moments = _collect(*walks, batches, block, block.consumer in first_token_only)
             failures += _apply(fit, student, block, moments)
-            if block is not tried[-1]:
+            if align or block is not tried[-1]:
                 _pass(walks[1], batches, block)
+        if align and tried:
+            failures += _align_head(*walks, batches)
     return failures
 
 
@@ -144,6 +175,53 @@ def _collect(
             moments.add(pack(trace.features, chosen), target)
     teacher.last = block
     return moments
+
+
+def _align(teacher: _Walk, student: _Walk, batches: Sequence[Batch], block: Block) -> list[str]:
+    """Let the student's producers read the teacher's hidden states, as far as they can tell."""
+    if is_empty(student.model, block.consumer):
+        return []
+    moments = _square_moments(student)
+    for i, batch in enumerate(batches):
+        tokens = token_mask(batch)
+        _, call = first_layer_call(student.model, student.layout, batch)
+        seen = student.entering(i, tokens, call, block)
+        wanted = teacher.entering(i, tokens, call, block)
+        moments.add(pack(seen, tokens), pack(wanted, tokens))
+    return _read_through(student.model, block.producers, moments, block.name)
+
+
+def _align_head(teacher: _Walk, student: _Walk, batches: Sequence[Batch]) -> list[str]:
+    """The same for the first linear map behind the layers, on the tokens that it reads."""
+    reader = reader_of_layers(student.model, student.layout, batches[0])
+    if reader is None:
+        return []
+    moments = _square_moments(student)
+    for i, batch in enumerate(batches):
+        tokens = token_mask(batch)
+        _, call = first_layer_call(student.model, student.layout, batch)
+        seen = student.entering_head(i, tokens, call, batch, reader)
+        wanted = teacher.entering_head(i, tokens, call, batch, reader)
+        every_token = seen.shape[:-1] == tokens.shape
+        moments.add(*((pack(x, tokens) if every_token else x) for x in (seen, wanted)))
+    return _read_through(student.model, (reader.path,), moments, reader.path)
+
+
+def _square_moments(walk: _Walk) -> Moments:
+    size = walk.layout.hidden_size
+    return Moments.zeros(size, size, _float64_device(walk.states[0].device))
+
+
+def _read_through(
+    model: PreTrainedModel, readers: Sequence[str], moments: Moments, name: str
+) -> list[str]:
+    try:
+        matrix, shift = estimate(moments)
+        for path in readers:
+            read_through(linear(model, path), matrix, shift)
+    except NumericalFailure as failure:
+        return [f"what {name} reads was left as it was: {failure}"]
+    return []
 
 
 def _pass(walk: _Walk, batches: Sequence[Batch], block: Block) -> None:

@@ -82,6 +82,7 @@ def refit(
 ) -> list[str]:
     """Fit weight and bias of every out-projection of `student` to `teacher`, bottom up, in place.
 
+    What reads the hidden states is fitted on the way (see `rfprune.stages.align`).
     A sublayer that lost all its units gets the bias that makes up for them on average.
 
     Returns:
@@ -91,7 +92,7 @@ def refit(
     def fit(_: Block, moments: Moments, weight: Tensor, __: Tensor) -> tuple[Tensor, Tensor]:
         return solve_weights(moments, RIDGE, prior=weight)
 
-    return reconstruct(teacher, student, layout, batches, fit, progress=progress)
+    return reconstruct(teacher, student, layout, batches, fit, align=True, progress=progress)
 
 
 def last_ffn(layout: Layout) -> list[str]:

@@ -1,0 +1,48 @@
+"""Readers of a student's hidden states see the best linear estimate of the teacher's.
+
+Pruning moves the hidden states. Least squares on an out-projection brings them back as far as the
+kept units of that block can; what is left is still partly a linear function of the whole hidden
+state. So every projection that reads a hidden state x of the student (query, key and value, the
+first half of an FFN, the head's first linear map) gets W·M and b + W·m in place of W and b, with
+M·x + m the ridge estimate of the teacher's hidden state from x. That is the least-squares fit of
+all these projections' outputs to the teacher's at once, from two second moments of size (d, d).
+Neither Kwon et al. 2022 nor K-prune (ICLR 2024) touches what reads the hidden states.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rfprune.stages.least_squares import Moments, NumericalFailure, solve_weights
+
+RIDGE = 1e-1
+"""As a fraction of the mean diagonal; it draws M to the identity."""
+
+
+def estimate(moments: Moments) -> tuple[Tensor, Tensor]:
+    """M (d, d) and m (d,), float64, with teacher ≈ M·student + m.
+
+    Args:
+        moments: of the student's hidden states (features) and the teacher's (targets).
+
+    Raises:
+        NumericalFailure: the solve failed.
+    """
+    return solve_weights(moments, RIDGE, prior=torch.eye(len(moments.gram)))
+
+
+def read_through(reader: nn.Linear, matrix: Tensor, shift: Tensor) -> None:
+    """Put an estimate M (d, d), m (d,) before a linear map, in place.
+
+    Raises:
+        NumericalFailure: what comes out is not finite; the map stays as it was.
+    """
+    weight = reader.weight.detach().to(matrix.device).double()
+    new_weight = (weight @ matrix).to(reader.weight)
+    new_shift = (weight @ shift).to(reader.weight)
+    if not (torch.isfinite(new_weight).all() and torch.isfinite(new_shift).all()):
+        raise NumericalFailure("the aligned weights are not finite")
+    with torch.no_grad():
+        reader.weight.copy_(new_weight)
+        reader.bias.add_(new_shift)
