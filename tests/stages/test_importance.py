@@ -162,9 +162,10 @@ def weights_of(model: Any, block: Block, unit: int) -> np.ndarray[Any, Any]:
     layer = model.bert.encoder.layer[block.layer]
     if block.kind == "head":
         inside = layer.attention.self
-        producers, consumer = (inside.query, inside.key, inside.value), layer.attention.output.dense
+        producers = [inside.query, inside.key, inside.value]
+        consumer = layer.attention.output.dense
     else:
-        producers, consumer = (layer.intermediate.dense,), layer.output.dense
+        producers, consumer = [layer.intermediate.dense], layer.output.dense
     features = slice(unit * block.unit_width, (unit + 1) * block.unit_width)
     rows = [linear.weight.detach().numpy()[features].ravel() for linear in producers]
     return np.concatenate([*rows, consumer.weight.detach().numpy()[:, features].ravel()])
