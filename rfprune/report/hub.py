@@ -90,6 +90,21 @@ def files_of(folder: Path) -> list[tuple[str, int]]:
     )
 
 
+def plan_of(folder: Path, repository: str, *, private: bool = False) -> str:
+    """What a push would do, for a dry run."""
+    files = files_of(folder)
+    lines = [f"  {name} ({size / 1e6:.2f} MB)" for name, size in files]
+    total = sum(size for _, size in files)
+    kind = "private " if private else ""
+    return "\n".join(
+        [
+            f"Nothing was uploaded. A push to the {kind}repository '{repository}' would send "
+            f"{len(files)} files of {total / 1e6:.2f} MB in one commit:",
+            *lines,
+        ]
+    )
+
+
 def push(folder: Path, repository: str, *, private: bool = False, progress: bool = False) -> str:
     """Upload a folder to a repository of the hub, which is made if need be; gives its address.
 

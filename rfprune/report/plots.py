@@ -112,6 +112,7 @@ def _svg(figure: Figure, description: str) -> str:
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"\s*<style type=\"text/css\">.*?</style>", "", text, flags=re.DOTALL)
     text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 system-ui, sans-serif", text)
+    text = text.replace("'DejaVu Sans'", "system-ui, sans-serif")  # beside symbols in a label
     head, rest = text.split(">", 1)
     head = re.sub(r" (width|height|version|xmlns:xlink)=\"[^\"]*\"", "", head)
     rest = re.sub(r"<g id=\"[^\"]*\"", "<g", rest).replace("xlink:href", "href")

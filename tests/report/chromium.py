@@ -11,6 +11,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,6 +23,16 @@ PROGRAM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
 ANSWER_SECONDS = 60.0
+
+# The browser reads its file descriptor 3 and writes to 4. The pipes are moved out of the way first,
+# since they may have got these numbers themselves.
+_START = """
+import fcntl, os, sys
+commands, answers = (fcntl.fcntl(int(fd), fcntl.F_DUPFD, 10) for fd in sys.argv[1:3])
+os.dup2(commands, 3)
+os.dup2(answers, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Browser:
@@ -118,10 +129,7 @@ def browser() -> Iterator[Browser]:
     with tempfile.TemporaryDirectory(prefix="chromium-") as profile:
         process = subprocess.Popen(
             [
-                # The browser reads its file descriptor 3 and writes to 4. They are moved out of
-                # the way first, since the pipes may have got these numbers themselves.
-                *("sh", "-c", f'exec 8<&{read_commands} 9>&{write_answers} 3<&8 4>&9; exec "$@"'),
-                *("sh", PROGRAM),
+                *(sys.executable, "-c", _START, str(read_commands), str(write_answers), PROGRAM),
                 *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
                 *("--no-first-run", "--disable-extensions", "--disable-background-networking"),
                 *(f"--user-data-dir={profile}", "--remote-debugging-pipe", "about:blank"),

@@ -114,7 +114,11 @@ class StubHub:
                 self.files[value["path"]] = self.storage[value["oid"]]
         name = path.removeprefix("/api/models/").rsplit("/commit/", 1)[0]
         address = f"{self.endpoint}/{name}/commit/{len(self.commits):040x}"
-        return 200, {"commitUrl": address, "commitOid": f"{len(self.commits):040x}", "success": True}
+        return 200, {
+            "commitUrl": address,
+            "commitOid": f"{len(self.commits):040x}",
+            "success": True,
+        }
 
 
 @contextmanager

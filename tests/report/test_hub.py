@@ -69,9 +69,7 @@ def test_a_push_that_failed_goes_on_where_it_stopped(
     assert hub.files == contents(run_folder)
 
 
-def test_pushing_again_sends_what_has_changed(
-    storage: str, hub: StubHub, run_folder: Path
-) -> None:
+def test_pushing_again_sends_what_has_changed(storage: str, hub: StubHub, run_folder: Path) -> None:
     push(run_folder, "someone/small")
     push(run_folder, "someone/small")
     assert len(hub.commits) == 1
@@ -203,7 +201,7 @@ def test_an_ordinary_name_is_taken(name: str) -> None:
     check_repository(name)
 
 
-@given(st.from_regex(r'[\w./~: -]{0,12}') | st.text(max_size=12))
+@given(st.from_regex(r"[\w./~: -]{0,12}") | st.text(max_size=12))
 def test_no_accepted_name_can_leave_its_place(name: str) -> None:
     try:
         check_repository(name)

@@ -1,0 +1,67 @@
+"""Put the output folder of an earlier run on the Hugging Face hub, in one commit.
+
+python scripts/push_to_hub.py outputs/demo/sst2/mac-0.5/seed-0 USER/NAME [--private] [--dry-run]
+
+What is there already is not sent again, so a push that failed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rfprune.errors import UserError
+from rfprune.report.hub import (
+    check_access,
+    check_folder,
+    check_repository,
+    plan_of,
+    push,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run with these flags (default: those of the process); 0 done, 2 user error, 130 stopped."""
+    options = _parser().parse_args(argv)
+    try:
+        check_repository(options.repository)
+        check_folder(options.folder)
+        if options.dry_run:
+            print(plan_of(options.folder, options.repository, private=options.private))
+            return 0
+        check_access()
+        address = push(
+            options.folder,
+            options.repository,
+            private=options.private,
+            progress=sys.stderr.isatty(),
+        )
+    except UserError as error:
+        sys.stderr.write(f"push_to_hub: error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("push_to_hub: interrupted; the same command goes on where it stopped.\n")
+        return 130
+    print(f"Pushed '{options.folder}' to {address}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="the output folder of a run")
+    parser.add_argument("repository", metavar="REPO", help="USER/NAME, or NAME of your own")
+    parser.add_argument("--private", action="store_true", help="nobody else sees the repository")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would be uploaded, and stay off the hub"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

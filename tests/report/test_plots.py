@@ -1,0 +1,192 @@
+"""Every figure shows the numbers of the report, in light and in dark, and can be read aloud.
+
+Deleting this lets a page lose a figure, or its colours, with a new matplotlib, unnoticed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import pytest
+
+from rfprune.report.figures import (
+    COLOURS,
+    OF_A_RUN,
+    error_curves,
+    importance_by_depth,
+    time_by_stage,
+)
+from rfprune.report.html import _DARK
+from rfprune.report.plots import Plot, draw_frontier, draw_kept, draw_run, write_plots
+from tests.report.conftest import make_report
+
+Report = dict[str, Any]
+MakeReport = Callable[..., Report]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+PROMISE = {"promised_ms": 100.0, "predicted_ms": 101.0, "measured_ms": 99.0}
+
+
+@pytest.fixture(scope="module")
+def plots() -> dict[str, Plot]:
+    """Those of a full report, drawn once."""
+    return by_name(draw_run(make_report(promise=PROMISE)))
+
+
+def by_name(plots: tuple[Plot, ...]) -> dict[str, Plot]:
+    return {plot.name: plot for plot in plots}
+
+
+def sketched(report: Report) -> set[str]:
+    """What would be drawn."""
+    sketches = [figure(report) for figure in OF_A_RUN]
+    return {sketch.name for sketch in sketches if sketch is not None}
+
+
+def texts(plot: Plot) -> list[str]:
+    root = ET.fromstring(plot.svg)
+    return ["".join(element.itertext()).strip() for element in root.iter() if "text" in element.tag]
+
+
+def test_a_full_report_has_every_figure(plots: dict[str, Plot]) -> None:
+    assert list(plots) == ["kept", "importance", "curves", "stages", "seconds", "latency"]
+    assert len(plots) == len(OF_A_RUN)
+    for plot in plots.values():
+        assert plot.png.startswith(PNG)
+        assert ET.fromstring(plot.svg).get("aria-label") == plot.description
+        assert plot.title and plot.note and plot.description.endswith(".")
+
+
+@pytest.mark.parametrize("key", ["curves", "stages", "original_layers", "promise"])
+def test_what_a_report_lacks_is_left_out(key: str, report: MakeReport) -> None:
+    full = report(promise=PROMISE)
+    less = {name: value for name, value in full.items() if name != key}
+    missing = {
+        "curves": {"curves", "importance"},
+        "stages": {"stages"},
+        "promise": {"latency"},
+        "original_layers": set(),
+    }
+    assert sketched(full) - sketched(less) == missing[key]
+
+
+def test_descriptions_say_the_numbers(plots: dict[str, Plot]) -> None:
+    said = {name: plot.description for name, plot in plots.items()}
+    assert "heads kept from layer 0 to layer 2: 3, 0, 4, of 4" in said["kept"]
+    assert "neurons kept from layer 0 to layer 2: 7, 12, 1, of 12" in said["kept"]
+    assert "heads: 1, 2, 3" in said["importance"]
+    assert "share of heads chosen to stay, first to last layer: 75%, 0%, 100%" in said["curves"]
+    assert "original 80.39, selected 70.50, fitted 78.90" in said["stages"]
+    assert "selected 0.2100" in said["stages"]
+    assert "collect 2.0 s, search 50 ms, compact 10 ms, tune 4.5 s" in said["seconds"]
+    assert "rearrange" not in said["seconds"]
+    assert "promised 100 ms, predicted 101 ms, measured 99 ms" in said["latency"]
+
+
+def test_a_stage_nobody_knows_yet_is_shown(report: MakeReport) -> None:
+    sketch = time_by_stage(report(seconds=report()["seconds"] | {"sharpen": 7.5}))
+    assert sketch is not None
+    assert "sharpen 7.5 s, evaluate" in sketch.description
+
+
+def test_colours_are_variables_and_text_is_text(plots: dict[str, Plot]) -> None:
+    plot = plots["kept"]
+    assert "heads kept" in texts(plot)
+    for name in ("heads", "neurons", "removed", "ink", "muted"):
+        assert f"var(--{name}, {COLOURS[name]})" in plot.svg
+    bare = re.sub(r"var\(--\w+, #[0-9a-f]{6}\)", "", plot.svg)
+    assert not re.findall(r"#[0-9a-f]{6}\b", re.sub(r"(href|clip-path|id)=\"[^\"]*\"", "", bare))
+    for plot in plots.values():
+        assert "DejaVu" not in plot.svg
+        assert "<style" not in plot.svg and "<metadata" not in plot.svg
+
+
+def test_ids_are_those_of_one_figure_alone(plots: dict[str, Plot]) -> None:
+    seen = [re.findall(r' id="([^"]*)"', plot.svg) for plot in plots.values()]
+    everything = [name for names in seen for name in names]
+    assert everything
+    assert len(everything) == len(set(everything))
+
+
+def test_drawing_is_repeatable_and_leaves_matplotlib_alone(report: MakeReport) -> None:
+    import matplotlib as mpl
+
+    before = dict(mpl.rcParams)
+    first, second = draw_kept(report()), draw_kept(report())
+    assert first == second
+    assert dict(mpl.rcParams) == before
+
+
+def test_another_number_makes_another_picture(report: MakeReport) -> None:
+    layers = [{"heads": 1, "neurons": 7}, {"heads": 0, "neurons": 12}, {"heads": 4, "neurons": 1}]
+    (plot,), (other,) = draw_kept(report()), draw_kept(report(layers=layers))
+    assert plot.svg != other.svg
+    assert plot.png != other.png
+
+
+def test_a_score_that_is_undefined_is_left_out(report: MakeReport) -> None:
+    stages = [{"stage": "original", "score": None, "divergence": None}]
+    assert "stages" not in sketched(report(stages=stages))
+    pruned = report()["pruned"] | {"score": None}
+    assert draw_frontier([("a", report(pruned=pruned))]) == ()
+
+
+def test_curves_of_zeros_and_blocks_without_units_do_no_harm(
+    report: MakeReport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    curves = [
+        {"kind": "heads", "layer": 0, "units": [0, 1, 2], "errors": [0.0, 0.0, 0.0], "kept": 2},
+        {"kind": "neurons", "layer": 2, "units": [0, 5], "errors": [1e-30, 0.0], "kept": 0},
+    ]
+    assert error_curves(report(curves=curves)) is not None
+    monkeypatch.setattr("rfprune.report.plots.OF_A_RUN", (error_curves, importance_by_depth))
+    assert set(by_name(draw_run(report(curves=curves)))) == {"curves", "importance"}
+
+
+def test_the_frontier_has_a_figure_a_task_and_a_line_a_method(report: MakeReport) -> None:
+    runs = [
+        ("a", report(constraint=0.5)),
+        ("b", report(achieved={"mac": 0.3, "params": 0.5}, constraint=0.3)),
+        ("c", report(method="kwon")),
+        ("d", report(task="sst2")),
+    ]
+    plots = by_name(draw_frontier(runs))
+    assert set(plots) == {"frontier-mrpc", "frontier-sst2"}
+    shown = texts(plots["frontier-mrpc"])
+    assert "folder, curvature" in shown and "folder, kwon" in shown
+    assert "with 30% kept" in plots["frontier-mrpc"].description
+
+
+def test_plots_are_written_as_png(report: MakeReport, tmp_path: Path) -> None:
+    plots = draw_kept(report())
+    write_plots(plots, tmp_path)
+    write_plots(plots, tmp_path)
+    assert (tmp_path / "plots" / "kept.png").read_bytes() == plots[0].png
+
+
+def contrast(first: str, second: str) -> float:
+    """Of WCAG 2: from 1 to 21."""
+
+    def luminance(colour: str) -> float:
+        shares = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in shares]
+        return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    low, high = sorted((luminance(first), luminance(second)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("theme", [COLOURS, _DARK], ids=["light", "dark"])
+def test_the_colours_can_be_told_from_the_paper(theme: dict[str, str]) -> None:
+    assert set(theme) == set(COLOURS)
+    assert contrast(theme["ink"], theme["paper"]) > 7
+    assert contrast(theme["muted"], theme["paper"]) > 4.5
+    assert contrast(theme["heads"], theme["paper"]) > 3
+    assert contrast(theme["neurons"], theme["paper"]) > 3
+    assert contrast(theme["heads"], theme["removed"]) > 3
+    assert contrast(theme["neurons"], theme["removed"]) > 3
