@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "calibration": {"tasks"},
     "demo": {"tasks"},
     "output": set(),
+    "evidence": {"model", "result", "tasks"},
     "report": {"__init__", "output", "tasks"},
     "flag_values": set(),
     "command_line": {"__init__", "flag_values", "output", "tasks"},

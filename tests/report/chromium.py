@@ -126,7 +126,7 @@ def browser() -> Iterator[Browser]:
     read_commands, write_commands = os.pipe()
     read_answers, write_answers = os.pipe()
 
-    with tempfile.TemporaryDirectory(prefix="chromium-") as profile:
+    with tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True) as profile:
         process = subprocess.Popen(
             [
                 *(sys.executable, "-c", _START, str(read_commands), str(write_answers), PROGRAM),
@@ -143,7 +143,11 @@ def browser() -> Iterator[Browser]:
             os.close(write_answers)
             yield Browser(write_commands, read_answers)
         finally:
-            os.close(write_commands)
-            os.close(read_answers)
-            process.kill()
-            process.wait()
+            os.write(write_commands, b'{"id": 0, "method": "Browser.close"}\0')
+            try:
+                process.wait(ANSWER_SECONDS)
+            finally:
+                process.kill()
+                process.wait()
+                os.close(write_commands)
+                os.close(read_answers)
