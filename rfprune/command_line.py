@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import hashlib
+import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,6 +29,9 @@ ALLOCATIONS = ("global", "uniform")
 LOSSLESS_CRITERIA = CRITERIA[3:]  # they look at weights alone, or at nothing
 DTYPES = ("float32", "bfloat16", "float16")
 MOST_ROUNDS = 16
+_ASIDE = (*("constraint", "output_dir", "overwrite", "cache_dir", "no_cache", "quiet", "verbose"),)
+"""Flags that change nothing about the output of one of the constraints."""
+
 LARGEST_SEED = 2**63 - 1  # what torch takes
 
 _EPILOG = """\
@@ -80,6 +85,11 @@ class Options:
             model = self.model.replace("/", "--")
         return Path("outputs", model, self.task, name, f"seed-{self.seed}")
 
+    def identity(self, ratio: float) -> str:
+        """SHA-256 of the flags that tell one output from another; any new flag is one of them."""
+        flags = {name: str(value) for name, value in asdict(self).items() if name not in _ASIDE}
+        return hashlib.sha256(json.dumps([ratio, flags], sort_keys=True).encode()).hexdigest()
+
 
 def parse(argv: Sequence[str]) -> Options:
     """Read the flags.
@@ -93,7 +103,11 @@ def parse(argv: Sequence[str]) -> Options:
     _check_task(options.task)
     _check_device(options.device)
     for ratio in options.constraint:
-        check_output(options.output_folder(ratio), overwrite=options.overwrite)
+        check_output(
+            options.output_folder(ratio),
+            overwrite=options.overwrite,
+            flags=options.identity(ratio),
+        )
     return options
 
 

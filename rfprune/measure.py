@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ Batches = Sequence[Mapping[str, Tensor]]
 class Prepared:
     """What all constraints of a run share; `seconds` went into loading.
 
-    `stored`: the dtype that weights are saved in. `cached`: stages that were on disk already.
+    `stored`: the dtype that weights are saved in. `inputs`: their hash, see `inputs_digest`.
     """
 
     loaded: Loaded
@@ -44,21 +45,21 @@ class Prepared:
     stored: torch.dtype
     batches: Batches
     evaluation_set: EvaluationSet
-    original: Evaluation
     seconds: float
-    cached: frozenset[str] = frozenset()
+    inputs: str
 
 
 def measure(
     options: Options,
     prepared: Prepared,
+    original: Evaluation,
     result: PruneResult,
     stored: torch.dtype,
     *,
     progress: bool,
 ) -> dict[str, Any]:
     """Score and time a pruned model beside the original: most of report.json."""
-    model, original = prepared.loaded.model, prepared.original
+    model = prepared.loaded.model
     pruned = evaluate_model(result.model, prepared.evaluation_set, progress=progress)
     latency = measure_latency(model, result.model, typical_batch(prepared.batches))
     before = _costs(model, original, latency.original_ms, result.mean_tokens, prepared.stored)
@@ -89,17 +90,16 @@ def measure(
         "seconds": stage_seconds(
             result.seconds, load=prepared.seconds, evaluate=original.seconds + pruned.seconds
         ),
-        "cached": sorted(prepared.cached.union(result.cached)),
         "layers": list(result.layers),
         "output_dir": str(options.output_folder(result.constraint.ratio)),
     }
 
 
 def evaluate_original(
-    model: Any, evaluation_set: EvaluationSet, cache: Path | None, *, progress: bool
-) -> tuple[Evaluation, frozenset[str]]:
+    prepared: Prepared, cache: Path | None, *, progress: bool
+) -> tuple[Evaluation, set[str]]:
     """Score the original, or only look its logits up; and the stages that were on disk already."""
-    clock = Clock()
+    clock, model, evaluation_set = Clock(), prepared.loaded.model, prepared.evaluation_set
     remember = remembering(cache, lambda: _logits_key(model, evaluation_set), clock, "evaluate")
 
     def remember_arrays(compute: Callable[[], Logits]) -> Logits:
@@ -107,7 +107,7 @@ def evaluate_original(
         return tuple(tensor.numpy() for tensor in tensors)
 
     evaluation = evaluate_model(model, evaluation_set, progress=progress, remember=remember_arrays)
-    return evaluation, frozenset(clock.cached)
+    return evaluation, clock.cached
 
 
 def _logits_key(model: Any, evaluation_set: EvaluationSet) -> Key:
@@ -117,6 +117,17 @@ def _logits_key(model: Any, evaluation_set: EvaluationSet) -> Key:
         "data": evaluation_digest(evaluation_set),
         **circumstances(model),
     }
+
+
+def inputs_digest(model: Any, batches: Batches, evaluation_set: EvaluationSet) -> str:
+    """SHA-256 of all that goes into a run besides its flags."""
+    inputs = {
+        "model": model_digest(model),
+        "calibration": data_digest(batches),
+        "evaluation": evaluation_digest(evaluation_set),
+        **circumstances(model),
+    }
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
 
 def evaluation_digest(evaluation_set: EvaluationSet) -> str:
@@ -158,11 +169,6 @@ def _costs(
 def _distinct(state: Mapping[str, Tensor]) -> list[Tensor]:
     """Tied weights are stored once."""
     return list({tensor.data_ptr(): tensor for tensor in state.values()}.values())
-
-
-def file_bytes(folder: Path) -> int:
-    """Bytes of the weights that were saved to a folder."""
-    return sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
 
 
 def _conditions(latency: Latency) -> dict[str, int]:

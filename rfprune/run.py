@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 import sys
 import time
@@ -24,12 +25,12 @@ from rfprune.device import pick_device
 from rfprune.errors import RfpruneWarning, UserError
 from rfprune.inspection import reason
 from rfprune.loading import data_folder, length_limit, load, quiet_transformers
-from rfprune.measure import Prepared, evaluate_original, file_bytes, measure, name_of
+from rfprune.measure import Prepared, evaluate_original, inputs_digest, measure, name_of
 from rfprune.model.checkpoint import save_pruned
-from rfprune.output import staged
+from rfprune.output import check_output, holds, staged, weight_bytes
 from rfprune.pipeline import prune_family
 from rfprune.precision import round_weights, stored_dtype
-from rfprune.report.report_json import SCHEMA, write_report
+from rfprune.report.report_json import SCHEMA, read_report, write_report
 from rfprune.report.table import LOG_WIDTH, print_report, write_log
 from rfprune.result import PruneResult, Settings
 from rfprune.tasks.evaluation import prepare_evaluation
@@ -45,7 +46,12 @@ def run(options: Options, arguments: Sequence[str]) -> None:
     task = get_task(options.task)
     progress = not options.quiet and sys.stderr.isatty()
     told = Console(
-        stderr=True, quiet=options.quiet, highlight=False, markup=False, emoji=False, soft_wrap=True
+        file=io.StringIO() if options.quiet else sys.stderr,
+        record=True,  # for log.txt
+        highlight=False,
+        markup=False,
+        emoji=False,
+        soft_wrap=True,
     )
     # A file or a pipe has no width: the table's own, rather than 80 columns that cut it.
     screen = Console(quiet=options.quiet, width=None if sys.stdout.isatty() else LOG_WIDTH)
@@ -53,11 +59,16 @@ def run(options: Options, arguments: Sequence[str]) -> None:
         collected_warnings(told, verbose=options.verbose) as heard,
         out_of_memory_is_said(options.batch_size),
     ):
-        prepared = _prepare(options, task, told, progress)
+        prepared = _prepare(options, task, told)
+        constraints = _unfinished(options, prepared, told, screen)
+        if not constraints:
+            return
+        told.print(f"Scoring the original on {prepared.evaluation_set.num_examples} examples")
+        original, cached = evaluate_original(prepared, _cache(options), progress=progress)
         results = prune_family(
             prepared.loaded.model,
             prepared.batches,
-            _constraints(options),
+            constraints,
             prepared.settings,
             cache=_cache(options),
             progress=progress,
@@ -69,10 +80,12 @@ def run(options: Options, arguments: Sequence[str]) -> None:
             report = {
                 "schema": SCHEMA,
                 "command": shlex.join(["rfprune", *arguments]),
-                **measure(options, prepared, result, stored, progress=progress),
+                **measure(options, prepared, original, result, stored, progress=progress),
+                "cached": sorted(cached.union(result.cached)),
+                "identity": _identity(options, prepared, result.constraint),
                 "warnings": list(dict.fromkeys([*heard, *result.warnings])),
             }
-            _save(options, prepared, result, stored, report)
+            _save(options, prepared, result, stored, report, told)
             print_report(report, screen)
 
 
@@ -82,15 +95,16 @@ def _save(
     result: PruneResult,
     stored: torch.dtype,
     report: dict[str, Any],
+    told: Console,
 ) -> None:
     """Write model, masks, tokenizer, report and log, all of them or nothing; completes `report`."""
     folder = options.output_folder(result.constraint.ratio)
     with staged(folder, overwrite=options.overwrite) as temporary, quiet_transformers():
         tokenizer = prepared.loaded.tokenizer
         save_pruned(result.model, result.layout, result.masks, temporary, tokenizer, dtype=stored)
-        report["pruned"]["bytes"] = file_bytes(temporary)
+        report["pruned"]["bytes"] = weight_bytes(temporary)
         write_report(report, temporary)
-        write_log(report, temporary)
+        write_log(report, temporary, told.export_text(clear=False))
 
 
 def _rounded_to(dtype: torch.dtype, model: nn.Module) -> torch.dtype:
@@ -146,6 +160,31 @@ def collected_warnings(told: Console, *, verbose: bool) -> Iterator[list[str]]:
         yield heard
 
 
+def _unfinished(
+    options: Options, prepared: Prepared, told: Console, screen: Console
+) -> list[Constraint]:
+    """The constraints whose output is not there yet; of the others the table is shown again.
+
+    Raises:
+        UserError: an output is there that these flags gave with another model, or other data.
+    """
+    left = []
+    for constraint in _constraints(options):
+        folder = options.output_folder(constraint.ratio)
+        if not options.overwrite and holds(folder, _identity(options, prepared, constraint)):
+            told.print(f"'{folder}' is of this very run: kept (--overwrite makes it again)")
+            print_report(read_report(folder), screen)
+            continue
+        check_output(folder, overwrite=options.overwrite)
+        left.append(constraint)
+    return left
+
+
+def _identity(options: Options, prepared: Prepared, constraint: Constraint) -> dict[str, str]:
+    """Of one output: the flags, and what they stood for when it was made."""
+    return {"flags": options.identity(constraint.ratio), "inputs": prepared.inputs}
+
+
 def _cache(options: Options) -> Path | None:
     return None if options.no_cache else options.cache_dir or default_folder()
 
@@ -170,9 +209,8 @@ def _settings(options: Options) -> Settings:
     )
 
 
-def _prepare(options: Options, task: Task, told: Console, progress: bool) -> Prepared:
-    """Load the checkpoint and all data, and score the original: everything that can be wrong
-    with the input shows here, before the pruning."""
+def _prepare(options: Options, task: Task, told: Console) -> Prepared:
+    """Load the checkpoint and all data: everything that can be wrong with the input shows here."""
     told.print(f"Loading {options.model} and the data of {task.name}")
     start = time.perf_counter()
     device = pick_device(options.device)
@@ -201,10 +239,5 @@ def _prepare(options: Options, task: Task, told: Console, progress: bool) -> Pre
         limit=options.eval_limit,
     )
     seconds = time.perf_counter() - start
-    told.print(f"Scoring the original on {evaluation_set.num_examples} examples")
-    original, cached = evaluate_original(
-        loaded.model, evaluation_set, _cache(options), progress=progress
-    )
-    return Prepared(
-        loaded, _settings(options), stored, batches, evaluation_set, original, seconds, cached
-    )
+    inputs = inputs_digest(loaded.model, batches, evaluation_set)
+    return Prepared(loaded, _settings(options), stored, batches, evaluation_set, seconds, inputs)

@@ -51,8 +51,8 @@ def reload_line(report: Mapping[str, Any]) -> str:
     return f"transformers.AutoModelFor{head}.from_pretrained({folder}, trust_remote_code=True)"
 
 
-def write_log(report: Mapping[str, Any], folder: Path) -> Path:
-    """Write the command and what it showed to folder/log.txt."""
+def write_log(report: Mapping[str, Any], folder: Path, told: str = "") -> Path:
+    """Write the command, what it told on its way, and what it showed to folder/log.txt."""
     from rich.console import Console
     from rich.text import Text
 
@@ -60,6 +60,7 @@ def write_log(report: Mapping[str, Any], folder: Path) -> Path:
     with path.open("w", encoding="utf-8") as file:
         console = Console(file=file, width=LOG_WIDTH, color_system=None)
         console.print(Text(f"$ {report['command']}"), soft_wrap=True)
+        file.write(told)
         print_report(report, console)
     return path
 
