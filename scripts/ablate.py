@@ -14,6 +14,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
@@ -58,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.set_defaults(samples=512)
     options = parser.parse_args(argv)
     output = options.output or default_output(options, "ablation")
-    code = complete(options, wanted(options), variants(), output, "ablate")
+    with TemporaryDirectory() as folder:
+        cache = Path(folder)
+        code = complete(options, wanted(options), variants(), output, "ablate", cache)
     if code in (0, 1) and (lines := read_lines(output)):
         sys.stdout.write(full_table(cells_of(lines)))
     return code

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rfprune.errors import UserError
@@ -32,9 +33,11 @@ Variants = Mapping[str, Mapping[str, Any]]
 @dataclass(frozen=True)
 class Bench:
     """What all measurements share: the model, its data and its own score; `warnings` from both,
-    and what each variant asks of `rfprune.Settings`."""
+    what each variant asks of `rfprune.Settings`, and a folder where variants find what others of
+    them have collected."""
 
     variants: Variants
+    cache: Path | None
     loaded: Loaded
     max_length: int
     evaluation_set: EvaluationSet
@@ -46,7 +49,7 @@ class NotMeasured(Exception):
     """A variant does not work here; the others go on."""
 
 
-def prepare(options: argparse.Namespace, variants: Variants) -> Bench:
+def prepare(options: argparse.Namespace, variants: Variants, cache: Path | None = None) -> Bench:
     """Load what the flags name, and score the model as it is."""
     import torch
 
@@ -69,7 +72,7 @@ def prepare(options: argparse.Namespace, variants: Variants) -> Bench:
         )
         original = evaluate_model(loaded.model, evaluation_set)
     say(f"original: {original.score:.2f} on {original.num_examples} examples")
-    return Bench(variants, loaded, max_length, evaluation_set, original, tuple(heard))
+    return Bench(variants, cache, loaded, max_length, evaluation_set, original, tuple(heard))
 
 
 def calibrate(
@@ -116,7 +119,9 @@ def measure(
     constraints = [Constraint(one["metric"], one["constraint"]) for one in family]
     original = bench.original
     with _collected_warnings() as heard:
-        results = prune_family(bench.loaded.model, batches, constraints, settings)
+        results = prune_family(
+            bench.loaded.model, batches, constraints, settings, cache=bench.cache
+        )
         for conditions in family:
             try:
                 result = next(results)

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import o
 from rfprune.command_line import DTYPES, METRICS
 from rfprune.errors import UserError
 from rfprune.tasks.registry import TASKS, get_task
-from scripts.bench import Conditions, NotMeasured, Variants, calibrate, measure, prepare, say
+from scripts.bench import Bench, Conditions, NotMeasured, Variants, calibrate, measure, prepare, say
 
 VARIANTS: Variants = {
     "kwon-search": {"method": "kwon", "rearrange": False, "tune": False},
@@ -66,14 +66,22 @@ def complete(
     variants: Variants,
     output: Path,
     program: str,
+    cache: Path | None = None,
 ) -> int:
-    """Measure what `output` does not hold yet, in the name of a program; gives its exit code."""
+    """Measure what `output` does not hold yet, in the name of a program; gives its exit code.
+
+    Args:
+        cache: a folder for what is collected, which variants then share; the seconds of collecting
+            are those of the first.
+    """
     try:
         get_task(options.task)
         measured = {key_of(line) for line in read_lines(output)}
         missing = [conditions for conditions in wanted if key_of(conditions) not in measured]
         say(f"{output}: {len(missing)} of {len(wanted)} measurements to make")
-        return _sweep(options, missing, variants, output) if missing else 0
+        if not missing:
+            return 0
+        return _sweep(options, missing, prepare(options, variants, cache), output)
     except UserError as error:
         sys.stderr.write(f"{program}: error: {error}\n")
         return 2
@@ -200,10 +208,9 @@ def append_line(path: Path, line: Mapping[str, Any] | None) -> None:
 
 
 def _sweep(
-    options: argparse.Namespace, missing: Sequence[Conditions], variants: Variants, output: Path
+    options: argparse.Namespace, missing: Sequence[Conditions], bench: Bench, output: Path
 ) -> int:
     """Measure what is missing, seed by seed: a seed's variants share its calibration batches."""
-    bench = prepare(options, variants)
     failed = False
     append_line(output, None)
     for seed, group in _grouped(missing, "seed"):
