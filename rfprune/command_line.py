@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from rfprune import __version__
 from rfprune import flag_values as value
 from rfprune.errors import UserError
+from rfprune.hub_flags import add_hub, check_hub
 from rfprune.output import check_output
 from rfprune.tasks.registry import TASKS
 
@@ -29,7 +30,10 @@ ALLOCATIONS = ("global", "uniform")
 LOSSLESS_CRITERIA = CRITERIA[3:]  # they look at weights alone, or at nothing
 DTYPES = ("float32", "bfloat16", "float16")
 MOST_ROUNDS = 16
-_ASIDE = (*("constraint", "output_dir", "overwrite", "cache_dir", "no_cache", "quiet", "verbose"),)
+_ASIDE = (
+    *("constraint", "output_dir", "overwrite", "cache_dir", "no_cache", "quiet", "verbose"),
+    *("push_to_hub", "private", "hub_dry_run"),
+)
 """Flags that change nothing about the output of one of the constraints."""
 
 LARGEST_SEED = 2**63 - 1  # what torch takes
@@ -70,6 +74,10 @@ class Options:
     dtype: str | None
     output_dir: Path | None
     overwrite: bool
+    score_stages: bool
+    push_to_hub: str | None
+    private: bool
+    hub_dry_run: bool
     cache_dir: Path | None
     no_cache: bool
     quiet: bool
@@ -102,6 +110,12 @@ def parse(argv: Sequence[str]) -> Options:
     options = Options(**_with_method(flags))
     _check_task(options.task)
     _check_device(options.device)
+    check_hub(
+        options.push_to_hub,
+        private=options.private,
+        dry_run=options.hub_dry_run,
+        models=len(options.constraint),
+    )
     for ratio in options.constraint:
         check_output(
             options.output_folder(ratio),
@@ -131,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(parser)
     _add_method(parser)
     _add_run(parser)
+    add_hub(parser)
     return parser
 
 
@@ -278,6 +293,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "~/.cache/rfprune)",
     )
     kept.add_argument("--no-cache", action="store_true", help="collect again and keep nothing")
+    group.add_argument(
+        "--score-stages",
+        action="store_true",
+        help="also score what was selected, before it is fitted, for the report",
+    )
     group.add_argument("--quiet", action="store_true", help="print nothing but errors")
     group.add_argument("--verbose", action="store_true", help="print the libraries' warnings too")
 

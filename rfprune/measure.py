@@ -17,6 +17,7 @@ from rfprune.cache import Key, circumstances, data_digest, model_digest, remembe
 from rfprune.command_line import Options
 from rfprune.cost.macs import total_macs
 from rfprune.cost.params import total_params
+from rfprune.evidence import curve_points, original_layers, stage_scores
 from rfprune.loading import Loaded
 from rfprune.model.layout import layout_of
 from rfprune.report.latency import Latency, measure_latency, typical_batch
@@ -61,6 +62,10 @@ def measure(
     """Score and time a pruned model beside the original: most of report.json."""
     model = prepared.loaded.model
     pruned = evaluate_model(result.model, prepared.evaluation_set, progress=progress)
+    stages = []
+    if options.score_stages:
+        data = prepared.evaluation_set
+        stages = stage_scores(model, result, data, original, pruned, progress=progress)
     latency = measure_latency(model, result.model, typical_batch(prepared.batches))
     before = _costs(model, original, latency.original_ms, result.mean_tokens, prepared.stored)
     after = _costs(result.model, pruned, latency.pruned_ms, result.mean_tokens, stored)
@@ -91,6 +96,10 @@ def measure(
             result.seconds, load=prepared.seconds, evaluate=original.seconds + pruned.seconds
         ),
         "layers": list(result.layers),
+        "original_layers": original_layers(result.layout),
+        "curves": curve_points(result),
+        "stages": stages,
+        "data_dir": None if options.data_dir is None else str(options.data_dir),
         "output_dir": str(options.output_folder(result.constraint.ratio)),
     }
 

@@ -30,6 +30,8 @@ from rfprune.model.checkpoint import save_pruned
 from rfprune.output import check_output, holds, staged, weight_bytes
 from rfprune.pipeline import prune_family
 from rfprune.precision import round_weights, stored_dtype
+from rfprune.report.folder import write_family, write_for_people
+from rfprune.report.hub import plan_of, push
 from rfprune.report.report_json import SCHEMA, read_report, write_report
 from rfprune.report.table import LOG_WIDTH, print_report, write_log
 from rfprune.result import PruneResult, Settings
@@ -62,6 +64,7 @@ def run(options: Options, arguments: Sequence[str]) -> None:
         prepared = _prepare(options, task, told)
         constraints = _unfinished(options, prepared, told, screen)
         if not constraints:
+            _publish(options, told, progress)
             return
         told.print(f"Scoring the original on {prepared.evaluation_set.num_examples} examples")
         original, cached = evaluate_original(prepared, _cache(options), progress=progress)
@@ -87,6 +90,7 @@ def run(options: Options, arguments: Sequence[str]) -> None:
             }
             _save(options, prepared, result, stored, report, told)
             print_report(report, screen)
+        _publish(options, told, progress)
 
 
 def _save(
@@ -104,7 +108,25 @@ def _save(
         save_pruned(result.model, result.layout, result.masks, temporary, tokenizer, dtype=stored)
         report["pruned"]["bytes"] = weight_bytes(temporary)
         write_report(report, temporary)
+        write_for_people(report, temporary, options.push_to_hub)
         write_log(report, temporary, told.export_text(clear=False))
+
+
+def _publish(options: Options, told: Console, progress: bool) -> None:
+    """Put a family on one page, and a model on the hub if that was asked for."""
+    folders = [options.output_folder(ratio) for ratio in options.constraint]
+    page = write_family(folders)
+    if page is not None:
+        told.print(f"All sizes are on one page, '{page}'")
+    repository = options.push_to_hub
+    if repository is None:
+        return
+    if options.hub_dry_run:
+        told.print(plan_of(folders[0], repository, private=options.private))
+        return
+    told.print(f"Pushing to {repository}")
+    address = push(folders[0], repository, private=options.private, progress=progress)
+    told.print(f"Pushed to {address}")
 
 
 def _rounded_to(dtype: torch.dtype, model: nn.Module) -> torch.dtype:

@@ -157,9 +157,10 @@ def test_options_cannot_be_changed() -> None:
 
 def test_options_are_the_flags() -> None:
     """A flag that is parsed and then forgotten would silently do nothing."""
-    from rfprune import run
+    from rfprune import measure, run
 
-    source = Path(run.__file__).read_text(encoding="utf-8")
+    files = (run.__file__, measure.__file__)
+    source = "".join(Path(file).read_text(encoding="utf-8") for file in files)
     used_when_parsed = {"constraint", "output_dir", "overwrite"}
     for name in set(Options.__dataclass_fields__) - used_when_parsed:
         assert f"options.{name}" in source, name

@@ -33,6 +33,7 @@ from tests.conftest import MODEL_TYPES, write_parquet
 SAVED = {
     *("config.json", "model.safetensors", "modeling_rfprune.py", "masks.safetensors"),
     *("tokenizer.json", "tokenizer_config.json", "report.json", "log.txt"),
+    *("report.html", "README.md", "plots"),
 }
 
 
@@ -52,6 +53,7 @@ def flags(
     monkeypatch.setenv("RFPRUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
     # Timing is tested elsewhere; here it would only take time.
     monkeypatch.setattr("rfprune.report.latency.MAX_ROUNDS", 1)
+    monkeypatch.setattr("rfprune.report.plots.OF_A_RUN", ())
 
     def make(task: str = "mrpc", **changes: Any) -> list[str]:
         values: dict[str, Any] = {

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rfprune.errors import UserError
 from rfprune.report.card import write_card
 from rfprune.report.html import write_run_page, write_runs_page
+from rfprune.report.report_json import read_report
 
 Report = Mapping[str, Any]
 
@@ -22,20 +24,28 @@ def write_for_people(report: Report, folder: Path, repository: str | None = None
     write_card(report, folder, repository)
 
 
-def write_family(reports: Sequence[Report]) -> Path | None:
+def write_family(folders: Sequence[Path]) -> Path | None:
     """Write a page of runs that share all but the constraint to the folder that holds them.
 
     Gives its path; None where there is no family to show.
+
+    Raises:
+        UserError: it cannot be written.
     """
-    if len(reports) < 2:
+    if len(folders) < 2:
         return None
+    reports = [read_report(folder) for folder in folders]
     first = reports[0]
-    folders = [Path(report["output_dir"]) for report in reports]
     # outputs/MODEL/TASK/METRIC-RATIO/seed-N, or DIR/METRIC-RATIO where a folder was given
     depth = 1 if folders[0].name.startswith("seed-") else 0
-    parent = folders[0].parents[depth]
-    name = f"family-{first['metric']}-seed-{first['seed']}.html"
+    path = folders[0].parents[depth] / f"family-{first['metric']}-seed-{first['seed']}.html"
     heading = f"{first['model']} on {first['task']}: {len(reports)} sizes"
     runs = [(f"{100 * report['constraint']:.6g}%", report) for report in reports]
-    write_runs_page(runs, parent / name, heading, folders=folders)
-    return parent / name
+    try:
+        write_runs_page(runs, path, heading, folders=folders)
+    except OSError as error:
+        raise UserError(
+            f"The pruned models are complete, but the page '{path}' cannot be written "
+            f"({error.strerror}): make room, then make one with scripts/compare.py."
+        ) from error
+    return path

@@ -40,7 +40,7 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
     from rich.text import Text
 
     console.print(render(report))
-    console.print("Saved, with report.json and log.txt. It loads without rfprune:")
+    console.print("Saved, with report.html to look at. It loads without rfprune:")
     console.print(Text(f"  {reload_line(report)}", style="bold"), soft_wrap=True)
 
 

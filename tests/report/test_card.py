@@ -32,8 +32,9 @@ MakeReport = Callable[..., Report]
 
 def metadata(report: Report) -> dict[str, Any]:
     """As the hub's own library reads it back."""
-    data: dict[str, Any] = ModelCard(render_card(report)).data.to_dict()
-    return data
+    data: Any = ModelCard(render_card(report)).data
+    found: dict[str, Any] = data.to_dict()
+    return found
 
 
 def test_the_hub_reads_base_task_and_results(report: MakeReport) -> None:

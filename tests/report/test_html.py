@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from rfprune.errors import UserError
 from rfprune.report.figures import kept_per_layer, time_by_stage
 from rfprune.report.folder import write_family, write_for_people
 from rfprune.report.html import render_run, render_runs, write_run_page, write_runs_page
@@ -108,30 +109,40 @@ def test_runs_that_do_not_compare_are_said(report: MakeReport) -> None:
     assert "Mind:" not in render_runs([("a", report()), ("b", report())], (), "two")
 
 
+@pytest.mark.parametrize("within", ["", "seed-3"])
 def test_a_family_has_a_page_in_the_folder_that_holds_it(
-    report: MakeReport, tmp_path: Path
+    within: str, report: MakeReport, tmp_path: Path
 ) -> None:
-    for folders in (
-        [tmp_path / "out" / "mac-0.7", tmp_path / "out" / "mac-0.5"],
-        [tmp_path / "out" / "mac-0.7" / "seed-3", tmp_path / "out" / "mac-0.5" / "seed-3"],
-    ):
-        reports = [
-            report(output_dir=str(folder), constraint=ratio)
-            for folder, ratio in zip(folders, (0.7, 0.5), strict=True)
-        ]
-        for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
-        path = write_family(reports)
-        assert path == tmp_path / "out" / "family-mac-seed-3.html"
-        page = path.read_text(encoding="utf-8")
-        link = folders[0].relative_to(path.parent).as_posix()
-        assert f'<a href="{link}/report.html">70%</a>' in page
-        assert (path.parent / "family-mac-seed-3-frontier-mrpc.png").is_file()
-        assert not list(path.parent.glob(".*"))
+    folders = [tmp_path / "out" / name / within for name in ("mac-0.7", "mac-0.5")]
+    for folder, ratio in zip(folders, (0.7, 0.5), strict=True):
+        folder.mkdir(parents=True)
+        write_report(report(constraint=ratio), folder)
+    path = write_family(folders)
+    assert path == tmp_path / "out" / "family-mac-seed-3.html"
+    page = path.read_text(encoding="utf-8")
+    link = folders[0].relative_to(path.parent).as_posix()
+    assert f'<a href="{link}/report.html">70%</a>' in page
+    assert (path.parent / "family-mac-seed-3-frontier-mrpc.png").is_file()
+    assert not list(path.parent.glob(".*"))
 
 
-def test_one_run_is_no_family(report: MakeReport) -> None:
-    assert write_family([report()]) is None
+def test_one_run_is_no_family(tmp_path: Path) -> None:
+    assert write_family([tmp_path]) is None
+
+
+def test_a_family_page_that_cannot_be_written_is_said(
+    report: MakeReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        write_report(report(), tmp_path / name)
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(UserError, match=r"complete, but the page .*No space left"):
+        write_family([tmp_path / "a", tmp_path / "b"])
+    assert not list(tmp_path.glob("*.html")) and not list(tmp_path.glob(".*"))
 
 
 def test_a_run_leaves_page_plots_and_card(
