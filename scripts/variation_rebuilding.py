@@ -13,7 +13,14 @@ from transformers import PreTrainedModel
 from rfprune.model.layout import Block, Layout
 from rfprune.model.replay import Batch, token_mask
 from rfprune.stages.least_squares import Moments, solve_weights
-from rfprune.stages.reconstruct import _collect, _pass, _start, _Walk
+from rfprune.stages.reconstruct import (
+    _align,
+    _align_head,
+    _collect,
+    _pass,
+    _start,
+    _Walk,
+)
 
 Solve = Callable[[Block, Sequence[Moments], Tensor, Tensor], tuple[Tensor, Tensor]]
 """From a block, its moments on every part of the samples, its weight (d, p) and its bias (d,) to a
@@ -87,14 +94,18 @@ def walk_blocks(
     parts: Sequence[Sequence[Batch]],
     solve: Solve,
     *,
+    align: bool,
     passed: Passed | None = None,
 ) -> None:
     """`rfprune.stages.reconstruct.reconstruct` on several parts of the samples, each with moments
-    of its own; `passed` is told when teacher and student are past a block, on the first part."""
+    of its own. On the first part alone readers are aligned (`align`), and `passed` is told when
+    teacher and student are past a block."""
     with torch.no_grad():
         walks = [_start(teacher, student, layout, part) for part in parts]
         for block in layout.blocks:
             pairs = list(zip(walks, parts, strict=True))
+            if align and walks[0][0].last is not None:
+                _align(*walks[0], parts[0], block)
             moments = [_collect(*walk, part, block, False) for walk, part in pairs]
             consumer = student.get_submodule(block.consumer)
             weight, bias = solve(block, moments, consumer.weight, consumer.bias)
@@ -104,6 +115,8 @@ def walk_blocks(
                 _pass(walk, part, block)
             if passed is not None:
                 passed(block, *walks[0])
+        if align:
+            _align_head(*walks[0], parts[0])
 
 
 def fit_norm(block: Block, teacher: _Walk, student: _Walk) -> None:

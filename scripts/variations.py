@@ -25,7 +25,8 @@ from rfprune.stages.allocate import allocate
 from rfprune.stages.curvature import DAMPING, Curvature, error_curves
 from rfprune.stages.least_squares import Moments, solve_weights
 from rfprune.stages.obs import Curve, removal_curve
-from rfprune.stages.tune import RIDGE, refit
+from rfprune.stages.reconstruct import reconstruct
+from rfprune.stages.tune import RIDGE
 from scripts.variation_rebuilding import (
     Passed,
     added,
@@ -72,9 +73,17 @@ def select(
 def rebuilt(study: Study, masks: Masks, batches: Sequence[Batch] | None = None) -> PreTrainedModel:
     """The compact model with its out-projections refitted as the product does."""
     student = compact(study.model, study.layout, masks)
-    with frozen(study.model), frozen(student):
-        refit(study.model, student, study.layout, batches or study.batches)
+    _refit(study, student, batches)
     return student
+
+
+def _refit(study: Study, student: PreTrainedModel, batches: Sequence[Batch] | None = None) -> None:
+    def fit(_: Block, moments: Moments, weight: Tensor, __: Tensor) -> tuple[Tensor, Tensor]:
+        return solve_weights(moments, RIDGE, prior=weight)
+
+    model, batches = study.model, batches or study.batches
+    with frozen(model), frozen(student):
+        reconstruct(model, student, study.layout, batches, fit, align=study.align)
 
 
 def plain(study: Study, ratio: float) -> Outcome:
@@ -127,7 +136,9 @@ def reselect(
     student = copy.deepcopy(study.model)
     parts = [study.batches] if len(ridges) == 1 else study.held_out()
     with frozen(study.model), frozen(student):
-        walk_blocks(study.model, student, study.layout, parts, solve, passed=passed)
+        walk_blocks(
+            study.model, student, study.layout, parts, solve, align=study.align, passed=passed
+        )
     masks = tuple(found[block.consumer] for block in study.layout.blocks)
     changed = [
         int((mask < curve.mask(n)).sum())
@@ -222,7 +233,9 @@ def _rebuilt_at(
 
     parts = [study.batches] if len(ridges) == 1 else study.held_out()
     with frozen(study.model), frozen(student):
-        walk_blocks(study.model, student, study.layout, parts, solve, passed=passed)
+        walk_blocks(
+            study.model, student, study.layout, parts, solve, align=study.align, passed=passed
+        )
     return Outcome(student, num_kept(masks), {"ridges": chosen})
 
 
@@ -269,8 +282,7 @@ def query_key(study: Study, ratio: float, *, left: float = 0.5) -> Outcome:
     moments = query_key_moments(study.model, study.layout, study.batches)
     student = compact(study.model, study.layout, masks)
     removed, lost = low_rank_scores(student, study.layout, masks, moments, left)
-    with frozen(study.model), frozen(student):
-        refit(study.model, student, study.layout, study.batches)
+    _refit(study, student)
     details = {"removed_dimensions": removed, "lost_of_scores": lost}
     return Outcome(student, num_kept(masks), details, removed * dimension_macs)
 

@@ -7,6 +7,7 @@ that is not the product's, or on a step that does not do what its name says.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 import itertools
 import json
@@ -85,7 +86,9 @@ def test_a_variation_meets_the_budget_and_leaves_the_model_alone(
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("plain", "swaps")])
 def test_a_variation_varies(name: str, study: Any, scripts: Callable[[str], ModuleType]) -> None:
-    """swaps is apart: greedy selection is often the best on tiny blocks."""
+    """swaps is apart: greedy selection is often the best on tiny blocks. Aligned, a tiny model's
+    head has nothing left to gain."""
+    study = dataclasses.replace(study, align=False, cache={})
     variations = scripts("variations").VARIATIONS
     ratios = (0.5, 0.35)  # not every ratio leaves every variation something to do
     outputs = [
@@ -102,6 +105,16 @@ def test_plain_is_the_product(study: Any, scripts: Callable[[str], ModuleType]) 
     assert outcome.achieved(study) == pytest.approx(result.achieved["mac"])
     batch = study.batches[3]
     torch.testing.assert_close(outcome.model(**batch).logits, result.model(**batch).logits)
+
+
+def test_the_walk_of_the_variations_is_the_products(
+    study: Any, scripts: Callable[[str], ModuleType]
+) -> None:
+    """What rebuilds in parts or reselects goes block by block as `plain` does."""
+    variations = scripts("variations")
+    batch = study.batches[3]
+    walked = variations._rebuilt_at(study, 0.4, (variations.RIDGE,)).model(**batch).logits
+    torch.testing.assert_close(walked, variations.plain(study, 0.4).model(**batch).logits)
 
 
 def random_block(units: int, width: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -223,6 +236,7 @@ def test_a_norm_gets_back_what_a_planted_scale_and_shift_took(
         study.layout,
         [study.batches],
         lambda _, __, weight, bias: (weight, bias),
+        align=False,
         passed=rebuilding.fit_norm,
     )
     assert rebuilding.divergence_of(study.model, student, study.batches) < 1e-6
@@ -276,6 +290,9 @@ def test_lines_are_measured_once_and_say_what_they_are(
         ("held-out", 1),
     ]
     assert more[0]["divergence"] != more[2]["divergence"]
+    code, more = explore("--variation plain --no-align")
+    assert (code, len(more), more[-1]["align"]) == (0, 5, False)
+    assert more[0]["divergence"] != more[-1]["divergence"]
 
 
 def test_unknown_names_are_refused(
