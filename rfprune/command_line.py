@@ -80,6 +80,8 @@ class Options:
     hub_dry_run: bool
     cache_dir: Path | None
     no_cache: bool
+    export: tuple[str, ...]
+    quantize: bool
     quiet: bool
     verbose: bool
 
@@ -107,6 +109,7 @@ def parse(argv: Sequence[str]) -> Options:
     """
     flags = vars(_parser().parse_args(argv))
     flags["constraint"] = tuple(dict.fromkeys(flags["constraint"]))
+    flags["export"] = tuple(dict.fromkeys(flags["export"]))
     options = Options(**_with_method(flags))
     _check_task(options.task)
     _check_device(options.device)
@@ -116,6 +119,7 @@ def parse(argv: Sequence[str]) -> Options:
         dry_run=options.hub_dry_run,
         models=len(options.constraint),
     )
+    value.check_exports(options.export, quantize=options.quantize)
     for ratio in options.constraint:
         check_output(
             options.output_folder(ratio),
@@ -284,6 +288,18 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "folders in it",
     )
     group.add_argument("--overwrite", action="store_true", help="replace an earlier output")
+    group.add_argument(
+        "--export",
+        nargs="+",
+        action="extend",
+        choices=value.EXPORTS,
+        default=[],
+        help="dense: also in the original shapes, with zeros; onnx: also as ONNX, any batch size "
+        "and length (needs rfprune[onnx])",
+    )
+    group.add_argument(
+        "--quantize", action="store_true", help="of --export onnx; also with int8 weights"
+    )
     kept = group.add_mutually_exclusive_group()
     kept.add_argument(
         "--cache-dir",

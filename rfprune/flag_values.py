@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from rfprune.errors import UserError
+
+EXPORTS = ("dense", "onnx")
+_ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
 
 def name(flag: str) -> Callable[[str], str]:
@@ -58,3 +62,24 @@ def whole_number(flag: str, smallest: int, largest: int | None = None) -> Callab
         return number
 
     return read
+
+
+def check_exports(kinds: Collection[str], *, quantize: bool) -> None:
+    """See that `--export` and `--quantize` can be done, before anything else is.
+
+    Raises:
+        UserError: they do not fit together, or packages of the extra rfprune[onnx] are missing.
+    """
+    if quantize and "onnx" not in kinds:
+        raise UserError(
+            "--quantize makes a second ONNX file, with int8 weights: add --export onnx, or leave "
+            "--quantize out."
+        )
+    if "onnx" not in kinds:
+        return
+    missing = [package for package in _ONNX_PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(
+            f"--export onnx needs what is not installed here ({', '.join(missing)}): run pip "
+            f"install 'rfprune[onnx]', or leave --export onnx out."
+        )

@@ -23,6 +23,7 @@ from rfprune.cost.constraint import Constraint
 from rfprune.cost.metrics import check_constraints
 from rfprune.device import pick_device
 from rfprune.errors import RfpruneWarning, UserError
+from rfprune.export import ExportJob, write_exports
 from rfprune.inspection import reason
 from rfprune.loading import data_folder, length_limit, load, quiet_transformers
 from rfprune.measure import Prepared, evaluate_original, inputs_digest, measure, name_of
@@ -35,7 +36,7 @@ from rfprune.report.hub import plan_of, push
 from rfprune.report.report_json import SCHEMA, read_report, write_report
 from rfprune.report.table import LOG_WIDTH, print_report, write_log
 from rfprune.result import PruneResult, Settings
-from rfprune.tasks.evaluation import prepare_evaluation
+from rfprune.tasks.evaluation import Evaluation, prepare_evaluation
 from rfprune.tasks.registry import Task, get_task
 
 
@@ -88,7 +89,9 @@ def run(options: Options, arguments: Sequence[str]) -> None:
                 "identity": _identity(options, prepared, result.constraint),
                 "warnings": list(dict.fromkeys([*heard, *result.warnings])),
             }
-            _save(options, prepared, result, stored, report, told)
+            if options.export:
+                told.print(f"Exporting it: {', '.join(options.export)}")
+            _save(options, prepared, original, result, stored, report, told)
             print_report(report, screen)
         _publish(options, told, progress)
 
@@ -96,6 +99,7 @@ def run(options: Options, arguments: Sequence[str]) -> None:
 def _save(
     options: Options,
     prepared: Prepared,
+    original: Evaluation,
     result: PruneResult,
     stored: torch.dtype,
     report: dict[str, Any],
@@ -107,6 +111,13 @@ def _save(
         tokenizer = prepared.loaded.tokenizer
         save_pruned(result.model, result.layout, result.masks, temporary, tokenizer, dtype=stored)
         report["pruned"]["bytes"] = weight_bytes(temporary)
+        if options.export:
+            report["exports"] = write_exports(
+                options.export,
+                temporary,
+                _export_job(prepared, original, result, stored),
+                quantize=options.quantize,
+            )
         write_report(report, temporary)
         write_for_people(report, temporary, options.push_to_hub)
         write_log(report, temporary, told.export_text(clear=False))
@@ -127,6 +138,20 @@ def _publish(options: Options, told: Console, progress: bool) -> None:
     told.print(f"Pushing to {repository}")
     address = push(folders[0], repository, private=options.private, progress=progress)
     told.print(f"Pushed to {address}")
+
+
+def _export_job(
+    prepared: Prepared, original: Evaluation, result: PruneResult, stored: torch.dtype
+) -> ExportJob:
+    return ExportJob(
+        original=prepared.loaded.model,
+        result=result,
+        tokenizer=prepared.loaded.tokenizer,
+        batches=prepared.batches,
+        evaluation_set=prepared.evaluation_set,
+        reference=original,
+        stored=stored,
+    )
 
 
 def _rounded_to(dtype: torch.dtype, model: nn.Module) -> torch.dtype:

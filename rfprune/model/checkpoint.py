@@ -53,7 +53,7 @@ def save_pruned(
             f"class '{base.__name__}' is not part of transformers, so a saved checkpoint could not "
             "be loaded; load the model with transformers' own class before pruning it"
         )
-    model.save_pretrained(folder, state_dict=None if dtype is None else _cast(model, dtype))
+    model.save_pretrained(folder, state_dict=None if dtype is None else stored_state(model, dtype))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     named = {
@@ -63,7 +63,8 @@ def save_pruned(
     save_file(named, Path(folder) / MASKS_FILE, metadata=metadata)
 
 
-def _cast(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+def stored_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights of a model in the dtype that they are stored in."""
     return {
         name: value.to(dtype) if value.is_floating_point() else value
         for name, value in model.state_dict().items()

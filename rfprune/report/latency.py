@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,27 +56,44 @@ def measure_latency(
         for name, value in batch.items()
         if name in ("input_ids", "attention_mask", "token_type_ids")
     }
-    times: tuple[list[float], list[float]] = ([], [])
     models = (original.eval(), pruned.eval())
     with torch.inference_mode():
-        for _ in range(WARM_UP_ROUNDS):
-            for model in models:
-                _time(model, inputs)
-        end = time.perf_counter() + seconds
-        while len(times[0]) < max_rounds:
-            order = (0, 1) if len(times[0]) % 2 == 0 else (1, 0)
-            for which in order:
-                times[which].append(_time(models[which], inputs))
-            if time.perf_counter() > end and len(times[0]) >= MIN_ROUNDS:
-                break
+        medians, rounds = median_seconds(
+            [partial(_time, model, inputs) for model in models],
+            seconds=seconds,
+            max_rounds=max_rounds,
+        )
     return Latency(
-        original_ms=1000 * statistics.median(times[0]),
-        pruned_ms=1000 * statistics.median(times[1]),
+        original_ms=1000 * medians[0],
+        pruned_ms=1000 * medians[1],
         batch_size=inputs["input_ids"].shape[0],
         sequence_length=inputs["input_ids"].shape[1],
-        rounds=len(times[0]),
+        rounds=rounds,
         threads=torch.get_num_threads(),
     )
+
+
+def median_seconds(
+    timed: Sequence[Callable[[], float]], *, seconds: float, max_rounds: int
+) -> tuple[list[float], int]:
+    """Medians of what each of `timed` says it took, all in turn, and the number of rounds.
+
+    Every round starts with another one; see `measure_latency`.
+    """
+    times: list[list[float]] = [[] for _ in timed]
+    for _ in range(WARM_UP_ROUNDS):
+        for one in timed:
+            one()
+    end = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < max_rounds:
+        for position in range(len(timed)):
+            which = (position + rounds) % len(timed)
+            times[which].append(timed[which]())
+        rounds += 1
+        if time.perf_counter() > end and rounds >= MIN_ROUNDS:
+            break
+    return [statistics.median(own) for own in times], rounds
 
 
 def _time(model: Any, inputs: Mapping[str, Tensor]) -> float:

@@ -7,8 +7,12 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rfprune.report.exports_table import HEADINGS, export_caption, export_lines, export_rows
+
 if TYPE_CHECKING:
     from rich.console import Console, Group
+    from rich.table import Table
+    from rich.text import Text
 
 LOG_FILE = "log.txt"
 LOG_WIDTH = 100
@@ -32,7 +36,24 @@ def render(report: Mapping[str, Any]) -> Group:
         table.add_row(*(Text(cell) for cell in row))
     lines = [scoring(report), seconds_line(report["seconds"], report.get("cached", ()))]
     lines += [f"Warning: {warning}" for warning in report["warnings"]]
-    return Group(Text(title(report), style="bold"), table, *(Text(line) for line in lines))
+    texts = [Text(line) for line in lines]
+    return Group(Text(title(report), style="bold"), table, *texts, *_exports(report))
+
+
+def _exports(report: Mapping[str, Any]) -> list[Table | Text]:
+    """What `--export` added, if anything."""
+    from rich.table import Table
+    from rich.text import Text
+
+    parts: list[Table | Text] = []
+    if rows := export_rows(report):
+        table = Table()
+        for place, heading in enumerate(HEADINGS):
+            table.add_column(heading, justify="right" if place else "left")
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        parts += [Text(export_caption(report), style="bold"), table]
+    return parts + [Text(line) for line in export_lines(report)]
 
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:

@@ -1,0 +1,116 @@
+"""A pruned model in its original shapes, with zeros where units were removed.
+
+It is as large and as slow as the model that was pruned, and computes what the pruned one does. Any
+tool that knows the architecture loads it: there is no code and no entry of ours in it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rfprune.model.checkpoint import stored_state
+from rfprune.model.compact import unit_features
+from rfprune.model.layout import Layout
+
+
+def to_dense(
+    model: PreTrainedModel, layout: Layout | None = None, masks: Sequence[Tensor] = ()
+) -> PreTrainedModel:
+    """A model of the class that was pruned, equal to `model` but for rounding.
+
+    Removed units have weights of zero on both sides; a sublayer without units keeps its bias.
+
+    Args:
+        model: pruned; it is left as it is.
+        layout: of the model that was pruned, to which `masks` belong (one (U,) per block). They
+            tell which places the neurons had; without them the neurons come first. Heads always
+            have their own places, since a position bias may be looked up by them.
+    """
+    neurons = {} if layout is None else _kept_neurons(layout, masks)
+    dense = _without_weights(model)
+    state = dict(model.state_dict())
+    shapes = {name: value.shape for name, value in dense.state_dict().items()}
+    for block in model.config.rfprune["blocks"]:
+        state |= _spread(block, neurons.get(block["consumer"]), state, shapes)
+    dense.load_state_dict(state, assign=True)
+    _share_buffers(model, dense)
+    return dense.train(model.training)
+
+
+def save_dense(
+    model: PreTrainedModel,
+    layout: Layout,
+    masks: Sequence[Tensor],
+    folder: Path,
+    tokenizer: Any,
+    *,
+    dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """Write a pruned model in its original shapes, with its tokenizer; gives what was written.
+
+    `dtype`: that the weights are stored in, as for `save_pruned`.
+    """
+    dense = to_dense(model, layout, masks)
+    dense.save_pretrained(folder, state_dict=None if dtype is None else stored_state(dense, dtype))
+    tokenizer.save_pretrained(folder)
+    return dense
+
+
+def _kept_neurons(layout: Layout, masks: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The places of the kept neurons by the path of their consumer."""
+    return {
+        block.consumer: torch.nonzero(mask).flatten()
+        for block, mask in zip(layout.blocks, masks, strict=True)
+        if block.kind == "neuron"
+    }
+
+
+def _without_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """The unpruned class on the device meta: shapes alone, no memory and no random numbers."""
+    config = copy.deepcopy(model.config)
+    for entry in ("rfprune", "auto_map"):
+        if hasattr(config, entry):
+            delattr(config, entry)
+    base: Any = getattr(type(model), "pruned_from", type(model))
+    with torch.device("meta"):
+        dense: PreTrainedModel = base(config)
+    return dense
+
+
+def _spread(
+    block: Mapping[str, Any],
+    neurons: Tensor | None,
+    small: Mapping[str, Tensor],
+    shapes: Mapping[str, torch.Size],
+) -> dict[str, Tensor]:
+    """The parameters of a block in their full shapes, by their names."""
+    units = torch.arange(block["num_units"]) if neurons is None else neurons
+    if block["units"] is not None:
+        units = torch.tensor(block["units"], dtype=torch.long)
+    consumer = f"{block['consumer']}.weight"
+    features = unit_features(units, block["unit_width"]).to(small[consumer].device)
+    state = {consumer: small[consumer].new_zeros(shapes[consumer])}
+    state[consumer][:, features] = small[consumer]
+    for path in block["producers"]:
+        for name in (f"{path}.weight", f"{path}.bias"):
+            if name in shapes:
+                state[name] = small[consumer].new_zeros(shapes[name])
+                if len(features):
+                    state[name][features] = small[name]
+    return state
+
+
+def _share_buffers(model: nn.Module, dense: nn.Module) -> None:
+    """Buffers that no state holds, such as position numbers, are those of the pruned model."""
+    in_state = dense.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        parent, _, own = name.rpartition(".")
+        if name not in in_state:
+            dense.get_submodule(parent).register_buffer(own, buffer.clone(), persistent=False)

@@ -1,0 +1,171 @@
+"""Pruned models in their original shapes: equal outputs, zeros, and nothing of ours in the folder.
+
+Deleting this lets a dense export lose the bias of an emptied sublayer, put MPNet's heads beside
+their position bias, or need rfprune to load.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rfprune.model.checkpoint import load_pruned, save_pruned
+from rfprune.model.compact import compact
+from rfprune.model.dense import save_dense, to_dense
+from rfprune.model.layout import Layout, layout_of
+from rfprune.model.masks import Masks, full_masks
+from tests.conftest import MODEL_TYPES
+
+Tiny = Callable[..., Any]
+HEADS = ("sequence-classification", "question-answering")
+
+
+def some_masks(layout: Layout, empty: int | None = None) -> Masks:
+    """A head and some neurons removed, others scaled; block `empty` without any unit."""
+    masks = full_masks(layout)
+    for number, mask in enumerate(masks):
+        mask[number % len(mask)], mask[-1] = 0, 0.5
+        if number == empty:
+            mask.zero_()
+    return masks
+
+
+def outputs_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        outputs = model(**batch)
+    return torch.cat([outputs[name] for name in outputs if name.endswith("logits")], dim=-1)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("empty", [None, 0, 3])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_outputs_are_those_of_the_pruned_model(
+    model_type: str, empty: int | None, head: str, tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    model, batch = tiny_model(model_type, head), tiny_batch()
+    layout = layout_of(model)
+    masks = some_masks(layout, empty)
+    small = compact(model, layout, masks)
+    with torch.no_grad():  # as a fit leaves it: the bias of an emptied sublayer is its own
+        for block in layout.blocks:
+            small.get_submodule(block.consumer).bias += 0.3
+    expected = outputs_of(small, batch)
+    assert (expected - outputs_of(model, batch)).abs().max() > 1e-2
+    for dense in (to_dense(small, layout, masks), to_dense(small)):
+        assert type(dense) is type(model)
+        shapes = {name: value.shape for name, value in model.state_dict().items()}
+        assert {name: value.shape for name, value in dense.state_dict().items()} == shapes
+        torch.testing.assert_close(outputs_of(dense, batch), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_zeros_are_where_units_were_removed(tiny_model: Tiny) -> None:
+    model = tiny_model()
+    layout = layout_of(model)
+    masks = full_masks(layout)
+    masks[0][1], masks[1][:5] = 0, 0
+    dense = to_dense(compact(model, layout, masks), layout, masks)
+    for block, mask in zip(layout.blocks, masks, strict=True):
+        kept = mask.repeat_interleave(block.unit_width).bool()
+        for path in block.producers:
+            ours, before = dense.get_submodule(path), model.get_submodule(path)
+            assert torch.equal(ours.weight, before.weight * kept[:, None])
+            assert torch.equal(ours.bias, before.bias * kept)
+        consumer = block.consumer
+        expected = model.get_submodule(consumer).weight * kept
+        assert torch.equal(dense.get_submodule(consumer).weight, expected)
+        if not bool(kept.all()):
+            assert (dense.get_submodule(consumer).weight == 0).sum() >= 16 * (~kept).sum() > 0
+
+
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet"])
+def test_a_model_that_was_pruned_twice(model_type: str, tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    """Heads go back to the places that they had at first, by which MPNet looks up positions."""
+    model, batch = tiny_model(model_type), tiny_batch()
+    first = layout_of(model)
+    once = compact(model, first, some_masks(first))
+    second = layout_of(once)
+    masks = some_masks(second, empty=2)
+    twice = compact(once, second, masks)
+    expected = outputs_of(twice, batch)
+    assert (expected - outputs_of(once, batch)).abs().max() > 1e-3
+    dense = to_dense(twice, second, masks)
+    assert dense.state_dict().keys() == model.state_dict().keys()
+    torch.testing.assert_close(outputs_of(dense, batch), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_pruned_model_is_left_alone(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    model = tiny_model()
+    layout = layout_of(model)
+    small = compact(model, layout, some_masks(layout)).train()
+    config = small.config.to_dict()
+    before = {name: value.clone() for name, value in small.state_dict().items()}
+    random_state = torch.random.get_rng_state()
+    dense = to_dense(small)
+    assert torch.equal(torch.random.get_rng_state(), random_state)
+    assert dense.training
+    dense.eval()
+    assert small.training
+    assert small.config.to_dict() == config
+    assert not hasattr(dense.config, "rfprune")
+    assert all(torch.equal(value, before[name]) for name, value in small.state_dict().items())
+    assert all(parameter.requires_grad for parameter in dense.parameters())
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_a_folder_loads_where_nobody_knows_rfprune(
+    stored: torch.dtype, tiny_model: Tiny, tiny_tokenizer: Tiny, tiny_batch: Tiny, tmp_path: Path
+) -> None:
+    """Also after the model has been saved as a pruned one, which marks its configuration."""
+    model, batch = tiny_model("mpnet"), tiny_batch()
+    layout = layout_of(model)
+    masks = some_masks(layout, empty=3)
+    small = compact(model, layout, masks)
+    tokenizer, folder = tiny_tokenizer("mpnet"), tmp_path / "dense"
+    save_pruned(small, layout, masks, tmp_path / "pruned", tokenizer, dtype=stored)
+    save_dense(small, layout, masks, folder, tokenizer, dtype=stored)
+    assert not list(folder.glob("*.py"))
+    assert "rfprune" not in (folder / "config.json").read_text()
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["MPNetForSequenceClassification"]
+    weights = load_file(folder / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {stored}
+    program = """
+import sys
+sys.modules["rfprune"] = None
+import torch, transformers
+from safetensors.torch import load_file, save_file
+folder, batch, output = sys.argv[1:]
+model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+assert transformers.AutoTokenizer.from_pretrained(folder)("a film")["input_ids"]
+with torch.no_grad():
+    save_file({"logits": model(**load_file(batch)).logits}, output)
+"""
+    save_file(batch, tmp_path / "batch")
+    paths = [str(path) for path in (folder, tmp_path / "batch", tmp_path / "logits")]
+    subprocess.run(
+        [sys.executable, "-c", program, *paths], check=True, cwd=tmp_path, capture_output=True
+    )
+    expected = outputs_of(load_pruned(tmp_path / "pruned").eval(), batch)
+    found = load_file(tmp_path / "logits")["logits"]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_dense_folder_is_an_ordinary_checkpoint(
+    tiny_model: Tiny, tiny_tokenizer: Tiny, tmp_path: Path
+) -> None:
+    model = tiny_model()
+    layout = layout_of(model)
+    masks = some_masks(layout)
+    save_dense(compact(model, layout, masks), layout, masks, tmp_path, tiny_tokenizer())
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert layout_of(loaded) == layout
