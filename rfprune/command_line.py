@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import hashlib
 import json
 import re
@@ -111,8 +110,8 @@ def parse(argv: Sequence[str]) -> Options:
     flags["constraint"] = tuple(dict.fromkeys(flags["constraint"]))
     flags["export"] = tuple(dict.fromkeys(flags["export"]))
     options = Options(**_with_method(flags))
-    _check_task(options.task)
-    _check_device(options.device)
+    value.check_task(options.task, TASKS)
+    value.check_device(options.device)
     check_hub(
         options.push_to_hub,
         private=options.private,
@@ -316,19 +315,6 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--quiet", action="store_true", help="print nothing but errors")
     group.add_argument("--verbose", action="store_true", help="print the libraries' warnings too")
-
-
-def _check_task(name: str) -> None:
-    if name in TASKS:
-        return
-    close = difflib.get_close_matches(name.lower(), TASKS, n=1)
-    guess = f", did you mean {close[0]}" if close else ""
-    raise UserError(f"Unknown task {name!r}{guess}: the tasks are {', '.join(TASKS)}.")
-
-
-def _check_device(name: str | None) -> None:
-    if name is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
-        raise UserError(f"Unknown device {name!r}: choose cpu, cuda, cuda:N or mps.")
 
 
 def _with_method(flags: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
+import re
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -62,6 +64,21 @@ def whole_number(flag: str, smallest: int, largest: int | None = None) -> Callab
         return number
 
     return read
+
+
+def check_task(name: str, known: Collection[str]) -> None:
+    """A UserError unless it is one of those; what it may have been meant to be is named."""
+    if name in known:
+        return
+    close = difflib.get_close_matches(name.lower(), known, n=1)
+    guess = f", did you mean {close[0]}" if close else ""
+    raise UserError(f"Unknown task {name!r}{guess}: the tasks are {', '.join(known)}.")
+
+
+def check_device(name: str | None) -> None:
+    """A UserError unless it is a device that there can be."""
+    if name is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise UserError(f"Unknown device {name!r}: choose cpu, cuda, cuda:N or mps.")
 
 
 def check_exports(kinds: Collection[str], *, quantize: bool) -> None:
