@@ -26,9 +26,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "model": set(),
     "cost": {"model"},
-    "stages": {"cost", "model"},
+    "processes": set(),
+    "stages": {"cost", "model", "processes"},
     "result": {"cost", "model", "stages"},
-    "cache": {"result"},
+    "cache": {"processes", "result"},
     "selection": {"cache", "cost", "model", "result", "stages"},
     "pipeline": {"cost", "model", "result", "selection", "stages"},
     "tasks": set(),
@@ -53,7 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run": {
         *("cache", "calibration", "command_line", "cost", "device", "export", "inspection"),
         *("loading", "measure"),
-        *("model", "output", "pipeline", "precision", "report", "result", "tasks"),
+        *("model", "output", "pipeline", "precision", "processes", "report", "result", "tasks"),
     },
     "main": {"command_line", "run"},
 }

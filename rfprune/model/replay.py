@@ -163,61 +163,6 @@ def entering(
         )
 
 
-@dataclass(frozen=True)
-class Reader:
-    """The first linear map behind the layers that reads what leaves them.
-
-    Attributes:
-        path: of the map.
-        from_tuples: the model's layers return tuples.
-    """
-
-    path: str
-    from_tuples: bool
-
-
-def entering_head(
-    model: nn.Module, layout: Layout, batch: Batch, hidden: Tensor, reader: Reader
-) -> Tensor:
-    """What `reader` reads, if `hidden` (B, S, d) leaves the last layer."""
-    value = (hidden, None) if reader.from_tuples else hidden
-    with ExitStack() as stack:
-        for path in layout.layers:
-            stack.enter_context(_returning(model, path, value))
-        return _what_enters(model.get_submodule(reader.path), lambda: model(**batch))
-
-
-def reader_of_layers(model: nn.Module, layout: Layout, batch: Batch) -> Reader | None:
-    """The reader of a model's layers, if there is one."""
-    ended: list[bool] = []
-    found: list[str] = []
-
-    def at_end(_: nn.Module, __: Any, output: Any) -> None:
-        ended.append(isinstance(output, tuple))
-
-    with ExitStack() as stack:
-        last = model.get_submodule(layout.layers[-1])
-        stack.callback(last.register_forward_hook(at_end).remove)
-        for path, module in model.named_modules():
-            if isinstance(module, nn.Linear) and module.in_features == layout.hidden_size:
-                hook = _note_after(path, ended, found)
-                stack.callback(module.register_forward_pre_hook(hook).remove)
-        with suppress(_Stop):
-            model(**batch)
-    return Reader(found[0], ended[0]) if found else None
-
-
-def _note_after(
-    path: str, ended: Sequence[bool], found: list[str]
-) -> Callable[[nn.Module, Any], None]:
-    def hook(*_: Any) -> None:
-        if ended:
-            found.append(path)
-            raise _Stop
-
-    return hook
-
-
 def _what_enters(module: nn.Module, run: Callable[[], Any]) -> Tensor:
     seen: list[Tensor] = []
 

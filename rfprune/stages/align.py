@@ -14,22 +14,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rfprune.stages.least_squares import Moments, NumericalFailure, solve_weights
+from rfprune.stages.least_squares import Moments, NumericalFailure, fit_by_evidence
 
-RIDGE = 1e-1
-"""As a fraction of the mean diagonal; it draws M to the identity."""
+RIDGES = (1e-1, 1e-2, 1.0)
+"""As fractions of the mean diagonal, drawing M to the identity; held-out tokens choose."""
 
 
-def estimate(moments: Moments) -> tuple[Tensor, Tensor]:
-    """M (d, d) and m (d,), float64, with teacher ≈ M·student + m.
+def estimate(seen: Moments, held_out: Moments) -> tuple[Tensor, Tensor]:
+    """M (d, d) and m (d,), float64, with teacher ≈ M·student + m, or the identity, if better.
 
     Args:
-        moments: of the student's hidden states (features) and the teacher's (targets).
+        seen: of the student's hidden states (features) and the teacher's (targets).
+        held_out: the same of other tokens.
 
     Raises:
         NumericalFailure: the solve failed.
     """
-    return solve_weights(moments, RIDGE, prior=torch.eye(len(moments.gram)))
+    size = len(seen.gram)
+    identity = torch.eye(size, dtype=torch.float64, device=seen.gram.device)
+    return fit_by_evidence(seen, held_out, RIDGES, identity, identity.new_zeros(size))
 
 
 def read_through(reader: nn.Linear, matrix: Tensor, shift: Tensor) -> None:

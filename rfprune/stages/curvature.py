@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from rfprune import processes
 from rfprune.errors import UserError
-from rfprune.model.layout import Layout
+from rfprune.model.layout import Block, Layout
 from rfprune.model.replay import Batch, token_mask
 from rfprune.stages.least_squares import NumericalFailure
-from rfprune.stages.objective import LABELS, fisher_factors, label_losses
+from rfprune.stages.objective import LABELS, fisher_factors, generator_of, label_losses
 from rfprune.stages.obs import Curve, removal_curve
 
 DAMPING = 1e-2
@@ -79,12 +80,10 @@ def collect_curvature(
     Raises:
         UserError: a moment is not finite; the block is named.
     """
-    generator = torch.Generator().manual_seed(seed)
-    collected = tuple(
-        _nothing_yet(model.get_submodule(block.consumer).weight) for block in layout.blocks
-    )
-    for batch in tqdm(batches, desc="curvature", unit="batch", disable=not progress, leave=False):
-        _add_batch(model, layout, batch, collected, use_labels, generator)
+    collected = tuple(_nothing_yet(model, block) for block in layout.blocks)
+    turns = processes.turns(len(batches))
+    for turn in tqdm(turns, desc="curvature", unit="batch", disable=not progress, leave=False):
+        _add_turn(model, layout, batches, turn, collected, use_labels, seed)
     for block, curvature in zip(layout.blocks, collected, strict=True):
         for moment in (curvature.input_moment, curvature.gradient_moment):
             if not torch.isfinite(moment).all():
@@ -95,54 +94,76 @@ def collect_curvature(
     return collected
 
 
-def _nothing_yet(weight: Tensor) -> Curvature:
+def _keeper(block: Block) -> int:
+    """The process that keeps a block's sums."""
+    return block.layer % processes.count()
+
+
+def _nothing_yet(model: PreTrainedModel, block: Block) -> Curvature:
+    weight = model.get_submodule(block.consumer).weight
+
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(*shape, device=weight.device)
 
-    outputs, features = weight.shape
+    outputs, features = weight.shape if _keeper(block) == processes.rank() else (0, 0)
     return Curvature(zeros(features, features), zeros(features), zeros(outputs, outputs))
 
 
-def _add_batch(
+def _add_turn(
     model: PreTrainedModel,
     layout: Layout,
-    batch: Batch,
+    batches: Sequence[Batch],
+    turn: Sequence[int | None],
     collected: Sequence[Curvature],
     use_labels: bool,
-    generator: torch.Generator,
+    seed: int,
 ) -> None:
-    tokens = token_mask(batch)
+    """Every process runs its batch of a turn; the sums of a block are kept by one of them.
+
+    One that has no batch left runs its first one again, of which no token counts.
+    """
+    masks = [None if number is None else token_mask(batches[number]) for number in turn]
+    lengths = [0 if mask is None else int(mask.sum()) for mask in masks]
+    own, number = masks[processes.rank()], turn[processes.rank()]
+    batch = batches[processes.rank() if number is None else number]
+    tokens = torch.zeros_like(token_mask(batch)) if own is None else own
     inputs = {name: value for name, value in batch.items() if name not in LABELS}
     leaving: list[Tensor] = []
     with ExitStack() as stack:
         for block, curvature in zip(layout.blocks, collected, strict=True):
             consumer = model.get_submodule(block.consumer)
-            hook = _watch(curvature, tokens, leaving)
+            curvature.examples += sum(len(mask) for mask in masks if mask is not None)
+            hook = _watch(curvature, tokens, lengths, _keeper(block), leaving)
             stack.callback(consumer.register_forward_hook(hook).remove)
         outputs = model(**inputs, return_dict=True)
     if use_labels:
         factors = label_losses(outputs, batch, model.config)
     else:
-        factors = fisher_factors(outputs, model.config, generator)
+        factors = fisher_factors(outputs, model.config, generator_of(seed, number or 0))
     for i, factor in enumerate(factors):
         retain = i + 1 < len(factors)
         gradients = torch.autograd.grad(factor.sum(), leaving, retain_graph=retain)
-        for curvature, gradient in zip(collected, gradients, strict=True):
+        for block, curvature, gradient in zip(layout.blocks, collected, gradients, strict=True):
             flat = gradient[tokens].float()  # (tokens, d)
-            curvature.gradient_moment += flat.T @ flat
+            for rows in processes.pass_on(flat, lengths, _keeper(block)):
+                curvature.gradient_moment += rows.T @ rows
 
 
 def _watch(
-    curvature: Curvature, tokens: Tensor, leaving: list[Tensor]
+    curvature: Curvature,
+    tokens: Tensor,
+    lengths: Sequence[int],
+    keeper: int,
+    leaving: list[Tensor],
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     """Take in what enters a consumer, and make what leaves it a place to differentiate at."""
 
     def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         features = inputs[0].detach()[tokens].float()  # (tokens, p)
-        curvature.input_moment += features.T @ features
-        curvature.input_sum += features.sum(0)
-        curvature.tokens += len(features)
-        curvature.examples += len(tokens)
+        for rows in processes.pass_on(features, lengths, keeper):
+            curvature.input_moment += rows.T @ rows
+            curvature.input_sum += rows.sum(0)
+            curvature.tokens += len(rows)
         if not output.requires_grad:  # the first block: nothing before it is differentiated
             output = output.detach().requires_grad_()
         leaving.append(output)
@@ -166,22 +187,21 @@ def error_curves(
     Raises:
         UserError: the moments of a block are degenerate beyond repair; the block is named.
     """
-    curves = []
-    pairs = list(zip(layout.blocks, collected, strict=True))
-    for block, moments in tqdm(
-        pairs, desc="error curves", unit="block", disable=not progress, leave=False
-    ):
+    curves = {}
+    own = [i for i, block in enumerate(layout.blocks) if _keeper(block) == processes.rank()]
+    for i in tqdm(own, desc="error curves", unit="block", disable=not progress, leave=False):
+        block, moments = layout.blocks[i], collected[i]
         weight = model.get_submodule(block.consumer).weight.detach()
         height = 1 - block.layer / max(1, len(layout.layers) - 1)  # 1 at the bottom, 0 at the top
         importance = math.exp(DEPTH * height) / (2 * moments.examples)
         gradients = importance * moments.gradient_moment.double()
         try:
-            curves.append(
-                removal_curve(moments.input_covariance(), weight, gradients, block.unit_width)
+            curves[i] = removal_curve(
+                moments.input_covariance(), weight, gradients, block.unit_width
             )
         except NumericalFailure as failure:
             raise UserError(
                 f"no error curve can be made for {block.name}: {failure}; calibrate on more or "
                 "other examples"
             ) from failure
-    return tuple(curves)
+    return tuple(processes.everyones(curves))

@@ -14,11 +14,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from rfprune import processes
 from rfprune.errors import UserError
 from rfprune.model.layout import Layout
 from rfprune.model.masks import masked
 from rfprune.model.replay import Batch, token_mask
-from rfprune.stages.objective import LABELS, fisher_factors, label_losses
+from rfprune.stages.objective import LABELS, fisher_factors, generator_of, label_losses
 
 Gradients = tuple[Tensor, ...]
 """One (n, U) matrix per block: n gradient vectors over its units."""
@@ -48,15 +49,18 @@ def collect_gradients(
     Raises:
         UserError: a gradient is not finite (the block is named), or labels are needed and missing.
     """
-    generator = torch.Generator().manual_seed(seed)
-    rows: list[list[Tensor]] = [[] for _ in layout.blocks]
-    bar = tqdm(batches, desc="mask gradients", unit="batch", disable=not progress, leave=False)
-    for batch in bar:
-        for gradients in _batch_gradients(model, layout, batch, use_labels, generator):
+    own: dict[int, list[list[Tensor]]] = {}
+    numbers = processes.own_turns(len(batches))
+    for i in tqdm(numbers, desc="mask gradients", unit="batch", disable=not progress, leave=False):
+        generator, own[i] = generator_of(seed, i), []
+        for gradients in _batch_gradients(model, layout, batches[i], use_labels, generator):
             if per_batch:
                 gradients = _batch_means(gradients, signed=use_labels, generator=generator)
-            for block_rows, gradient in zip(rows, gradients, strict=True):
-                block_rows.append(gradient.float().cpu())
+            own[i].append([gradient.float().cpu() for gradient in gradients])
+    factors = [factor for batch in processes.everyones(own) for factor in batch]
+    own.clear()
+    rows = [list(block_rows) for block_rows in zip(*factors, strict=True)]
+    factors.clear()
     collected = tuple(torch.cat(rows.pop(0)) for _ in layout.blocks)  # one copy at a time
     for block, gradient in zip(layout.blocks, collected, strict=True):
         if not torch.isfinite(gradient).all():

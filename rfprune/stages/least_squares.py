@@ -6,6 +6,7 @@ are summed batch by batch in float64, so that memory is O(p² + p·d) whatever t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,17 @@ class Moments:
         self.target_sum += targets.sum(0).to(device)
         self.target_energy += float(targets.square().sum())
         self.count += len(features)
+
+    def plus(self, other: Moments) -> Moments:
+        """What both have seen."""
+        return Moments(
+            self.gram + other.gram,
+            self.cross + other.cross,
+            self.feature_sum + other.feature_sum,
+            self.target_sum + other.target_sum,
+            self.target_energy + other.target_energy,
+            self.count + other.count,
+        )
 
     def centred(self) -> tuple[Tensor, Tensor]:
         """Gram (p, p) and cross moments (p, d) about the means."""
@@ -127,6 +139,31 @@ def solve_weights(
         cross = cross + strength * _like(gram, prior).T
     weight = _solve(gram, cross).T
     return weight, target_mean - weight @ (moments.feature_sum / moments.count)
+
+
+def fit_by_evidence(
+    seen: Moments, held_out: Moments, ridges: Sequence[float], weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A new weight (d, p) and bias (d,), or the old ones where those fit held-out tokens better.
+
+    The ridge that does best on the held-out tokens is used, drawing to the old weight, and the
+    fit is then made on all tokens.
+
+    Args:
+        held_out: of tokens that `seen` has not seen; where there are none, the first ridge is used.
+        weight: as it was, (d, p). bias: as it was, (d,).
+
+    Raises:
+        NumericalFailure: a solve failed.
+    """
+    if not held_out.count:
+        return solve_weights(seen, ridges[0], prior=weight)
+    errors = [held_out.error(*solve_weights(seen, ridge, prior=weight)) for ridge in ridges]
+    best = min(range(len(ridges)), key=errors.__getitem__)
+    fitted = solve_weights(seen.plus(held_out), ridges[best], prior=weight)
+    if max(errors[best], held_out.error(*fitted)) < held_out.error(weight, bias):
+        return fitted
+    return weight, bias
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:

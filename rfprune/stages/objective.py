@@ -32,6 +32,11 @@ LABELS = ("labels", "start_positions", "end_positions")
 """Names of the labels in a batch; the model is never given them."""
 
 
+def generator_of(seed: int, batch_number: int) -> torch.Generator:
+    """Of the labels that are drawn for one batch, whoever draws them, and in whatever order."""
+    return torch.Generator().manual_seed((seed + batch_number * 0x9E3779B97F4A7C15) % 2**63)
+
+
 def fisher_factors(
     outputs: Any, config: PretrainedConfig, generator: torch.Generator
 ) -> list[Tensor]:

@@ -18,18 +18,16 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from rfprune import processes
 from rfprune.model.layout import Block, Layout, is_empty, linear
 from rfprune.model.replay import (
     Batch,
     LayerCall,
-    Reader,
     Trace,
     entering,
-    entering_head,
     first_layer_call,
     first_tokens,
     pack,
-    reader_of_layers,
     run_layer,
     token_mask,
     trace_block,
@@ -38,8 +36,12 @@ from rfprune.model.replay import (
 from rfprune.stages.align import estimate, read_through
 from rfprune.stages.least_squares import Moments, NumericalFailure
 
-Fit = Callable[[Block, Moments, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""From a block, its moments, weight (d, p) and bias (d,) to a new weight and bias."""
+Fit = Callable[[Block, Moments, Moments, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From a block, the moments of most batches and those of the held-out ones, the weight (d, p) and
+bias (d,) as they are, to a new weight and bias."""
+
+HELD_OUT = 8
+"""Every so many batches one is held out from a fit, to judge it."""
 
 
 @dataclass
@@ -69,13 +71,6 @@ class _Walk:
         hidden, done = self._reach(i, tokens, call, block.layer)
         path = self.layout.layers[block.layer]
         return entering(self.model, path, hidden, call, block, done=done)
-
-    def entering_head(
-        self, i: int, tokens: Tensor, call: LayerCall, batch: Batch, reader: Reader
-    ) -> Tensor:
-        """What the first linear map behind the layers reads of batch i."""
-        hidden, _ = self._reach(i, tokens, call, len(self.layout.layers))
-        return entering_head(self.model, self.layout, batch, hidden, reader)
 
     def _reach(
         self, i: int, tokens: Tensor, call: LayerCall, until: int
@@ -119,16 +114,15 @@ def reconstruct(
     tried = [block for block in layout.blocks if block.consumer not in skip]
     bar = tqdm(tried, desc="reconstruction", unit="block", disable=not progress, leave=False)
     with torch.no_grad():
+        batches = processes.share(batches)
         walks = _start(teacher, student, layout, batches)
         for block in bar:
             if align and walks[0].last is not None:
                 failures += _align(*walks, batches, block)
             moments = _collect(*walks, batches, block, block.consumer in first_token_only)
-            failures += _apply(fit, student, block, moments)
-            if align or block is not tried[-1]:
+            failures += _apply(fit, student, block, *moments)
+            if block is not tried[-1]:
                 _pass(walks[1], batches, block)
-        if align and tried:
-            failures += _align_head(*walks, batches)
     return failures
 
 
@@ -152,14 +146,15 @@ def _collect(
     batches: Sequence[Batch],
     block: Block,
     first_token_only: bool,
-) -> Moments:
-    """Moments of the features that enter the student's consumer and of what it should give.
+) -> tuple[Moments, Moments]:
+    """Moments of the features that enter the student's consumer and of what it should give, and
+    the same of the held-out batches.
 
     The teacher passes the block; the student does so when it has been fitted.
     """
     consumer = student.model.get_submodule(block.consumer)
     num_outputs, num_features = consumer.weight.shape
-    moments = Moments.zeros(num_features, num_outputs, _float64_device(consumer.weight.device))
+    parts = _parts(num_features, num_outputs, consumer.weight.device)
     for i, batch in enumerate(batches):
         tokens = token_mask(batch)
         _, call = first_layer_call(student.model, student.layout, batch)
@@ -170,10 +165,30 @@ def _collect(
         residual = pack(trace.total, chosen) - pack(trace.output, chosen)
         target = pack(wanted, chosen) - residual
         if trace.features is None:
-            moments.add(target.new_zeros(len(target), 0), target)
+            _part(parts, i).add(target.new_zeros(len(target), 0), target)
         else:
-            moments.add(pack(trace.features, chosen), target)
+            _part(parts, i).add(pack(trace.features, chosen), target)
     teacher.last = block
+    return _everyones(parts[0]), _everyones(parts[1])
+
+
+def _parts(num_features: int, num_outputs: int, device: torch.device) -> tuple[Moments, Moments]:
+    """Empty moments to fit on, and others to judge by."""
+    where = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
+    seen, held_out = (Moments.zeros(num_features, num_outputs, where) for _ in range(2))
+    return seen, held_out
+
+
+def _part(parts: tuple[Moments, Moments], i: int) -> Moments:
+    """Where batch i belongs."""
+    return parts[i % HELD_OUT == HELD_OUT - 1]
+
+
+def _everyones(moments: Moments) -> Moments:
+    """The sums over the batches of all processes."""
+    numbers = moments.gram.new_tensor([moments.target_energy, moments.count])
+    processes.add_up(moments.gram, moments.cross, moments.feature_sum, moments.target_sum, numbers)
+    moments.target_energy, moments.count = float(numbers[0]), int(numbers[1])
     return moments
 
 
@@ -181,46 +196,20 @@ def _align(teacher: _Walk, student: _Walk, batches: Sequence[Batch], block: Bloc
     """Let the student's producers read the teacher's hidden states, as far as they can tell."""
     if is_empty(student.model, block.consumer):
         return []
-    moments = _square_moments(student)
+    size = student.layout.hidden_size
+    parts = _parts(size, size, student.states[0].device)
     for i, batch in enumerate(batches):
         tokens = token_mask(batch)
         _, call = first_layer_call(student.model, student.layout, batch)
         seen = student.entering(i, tokens, call, block)
         wanted = teacher.entering(i, tokens, call, block)
-        moments.add(pack(seen, tokens), pack(wanted, tokens))
-    return _read_through(student.model, block.producers, moments, block.name)
-
-
-def _align_head(teacher: _Walk, student: _Walk, batches: Sequence[Batch]) -> list[str]:
-    """The same for the first linear map behind the layers, on the tokens that it reads."""
-    reader = reader_of_layers(student.model, student.layout, batches[0])
-    if reader is None:
-        return []
-    moments = _square_moments(student)
-    for i, batch in enumerate(batches):
-        tokens = token_mask(batch)
-        _, call = first_layer_call(student.model, student.layout, batch)
-        seen = student.entering_head(i, tokens, call, batch, reader)
-        wanted = teacher.entering_head(i, tokens, call, batch, reader)
-        every_token = seen.shape[:-1] == tokens.shape
-        moments.add(*((pack(x, tokens) if every_token else x) for x in (seen, wanted)))
-    return _read_through(student.model, (reader.path,), moments, reader.path)
-
-
-def _square_moments(walk: _Walk) -> Moments:
-    size = walk.layout.hidden_size
-    return Moments.zeros(size, size, _float64_device(walk.states[0].device))
-
-
-def _read_through(
-    model: PreTrainedModel, readers: Sequence[str], moments: Moments, name: str
-) -> list[str]:
+        _part(parts, i).add(pack(seen, tokens), pack(wanted, tokens))
     try:
-        matrix, shift = estimate(moments)
-        for path in readers:
-            read_through(linear(model, path), matrix, shift)
+        matrix, shift = estimate(_everyones(parts[0]), _everyones(parts[1]))
+        for path in block.producers:
+            read_through(linear(student.model, path), matrix, shift)
     except NumericalFailure as failure:
-        return [f"what {name} reads was left as it was: {failure}"]
+        return [f"what {block.name} reads was left as it was: {failure}"]
     return []
 
 
@@ -232,14 +221,12 @@ def _pass(walk: _Walk, batches: Sequence[Batch], block: Block) -> None:
     walk.last = block
 
 
-def _float64_device(device: torch.device) -> torch.device:
-    return torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
-
-
-def _apply(fit: Fit, student: PreTrainedModel, block: Block, moments: Moments) -> list[str]:
+def _apply(
+    fit: Fit, student: PreTrainedModel, block: Block, seen: Moments, held_out: Moments
+) -> list[str]:
     consumer = student.get_submodule(block.consumer)
     try:
-        new_weight, new_bias = fit(block, moments, consumer.weight, consumer.bias)
+        new_weight, new_bias = fit(block, seen, held_out, consumer.weight, consumer.bias)
         if not (torch.isfinite(new_weight).all() and torch.isfinite(new_bias).all()):
             raise NumericalFailure("the fitted weights are not finite")
     except NumericalFailure as failure:

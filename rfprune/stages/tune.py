@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from rfprune.model.layout import Block, Layout
 from rfprune.model.replay import Batch
-from rfprune.stages.least_squares import Moments, solve_scales, solve_weights
+from rfprune.stages.least_squares import Moments, fit_by_evidence, solve_scales
 from rfprune.stages.reconstruct import reconstruct
 
 DAMPING = 1.0
@@ -27,8 +27,9 @@ DAMPING = 1.0
 SCALE_LIMIT = 10.0
 """Scales beyond this are rejected, as in the authors' code."""
 
-RIDGE = 1e-2
-"""Of `refit`, as a fraction of the mean diagonal; it draws to the weights as they were."""
+RIDGES = (1e-2, 1e-3, 1e-1, 1.0)
+"""Of `refit`, as fractions of the mean diagonal, drawing to the weights as they were; held-out
+tokens choose, and where there are none it is the first."""
 
 
 def tune_scales(
@@ -49,9 +50,12 @@ def tune_scales(
     """
     scales: dict[str, Tensor] = {}
 
-    def fit(block: Block, moments: Moments, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    def fit(
+        block: Block, seen: Moments, held_out: Moments, weight: Tensor, bias: Tensor
+    ) -> tuple[Tensor, Tensor]:
         if not weight.numel():
             return weight, bias
+        moments = seen.plus(held_out)
         found = solve_scales(moments, weight, bias, block.unit_width, DAMPING, SCALE_LIMIT)
         scales[block.consumer] = found.cpu()
         return weight * found.repeat_interleave(block.unit_width).to(weight), bias
@@ -83,14 +87,17 @@ def refit(
     """Fit weight and bias of every out-projection of `student` to `teacher`, bottom up, in place.
 
     What reads the hidden states is fitted on the way (see `rfprune.stages.align`).
-    A sublayer that lost all its units gets the bias that makes up for them on average.
+    A sublayer that lost all its units gets the bias that makes up for them on average. One whose
+    fit does not lower the error on held-out tokens stays as it was.
 
     Returns:
         A sentence for every block that failed; it stays as it was.
     """
 
-    def fit(_: Block, moments: Moments, weight: Tensor, __: Tensor) -> tuple[Tensor, Tensor]:
-        return solve_weights(moments, RIDGE, prior=weight)
+    def fit(
+        _: Block, seen: Moments, held_out: Moments, weight: Tensor, bias: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return fit_by_evidence(seen, held_out, RIDGES, weight, bias)
 
     return reconstruct(teacher, student, layout, batches, fit, align=True, progress=progress)
 

@@ -12,7 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rfprune.stages.least_squares import Moments, NumericalFailure, solve_scales, solve_weights
+from rfprune.stages.least_squares import (
+    Moments,
+    NumericalFailure,
+    fit_by_evidence,
+    solve_scales,
+    solve_weights,
+)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -188,3 +194,46 @@ def test_scales_beyond_the_limit_are_a_failure(factor: float) -> None:
     with pytest.raises(NumericalFailure, match=r"a scale of 5\d.* is beyond ±10|a scale of 4\d"):
         solve_scales(moments, weight, torch.zeros(4), 1, damping=1e-3, limit=10.0)
     assert solve_scales(moments, weight, torch.zeros(4), 1, 1e-3, limit=100.0).abs().min() > 40
+
+
+def data(tokens: int, p: int, d: int, seed: int, noise: float) -> tuple[Tensor, Tensor, Moments]:
+    """A planted linear map with noise: its weight, its bias and moments of fresh tokens."""
+    torch.manual_seed(0)
+    weight, bias = torch.randn(d, p, dtype=torch.float64), torch.randn(d, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(tokens, p, generator=generator)
+    targets = features @ weight.T.float() + bias.float()
+    targets = targets + noise * torch.randn(tokens, d, generator=generator)
+    moments = Moments.zeros(p, d)
+    moments.add(features, targets)
+    return weight, bias, moments
+
+
+@pytest.mark.parametrize("noise", [0.1, 1.0, 30.0])
+@pytest.mark.parametrize("distance", [0.0, 0.1, 1.0])
+def test_what_is_accepted_never_raises_the_held_out_error(noise: float, distance: float) -> None:
+    weight, bias, seen = data(40, 12, 5, 1, noise)
+    held_out = data(30, 12, 5, 2, noise)[2]
+    old = weight + distance * torch.randn_like(weight), bias
+    new = fit_by_evidence(seen, held_out, (1e-3, 1e-1, 10.0), *old)
+    accepted = not torch.equal(new[0], old[0])
+    assert held_out.error(*new) <= held_out.error(*old)
+    if distance == 1.0 and noise < 1:
+        assert accepted
+        assert held_out.error(*new) < 0.1 * held_out.error(*old)
+    if distance == 0.0 and noise == 30.0:
+        assert not accepted, "the truth cannot be improved on, only fitted to noise"
+
+
+def test_held_out_tokens_choose_the_ridge() -> None:
+    weight, bias, seen = data(
+        14, 12, 5, 1, 3.0
+    )  # hardly more tokens than features: noise is fitted
+    held_out = data(200, 12, 5, 2, 1.0)[2]
+    old = 0.0 * weight, bias
+    both = seen.plus(held_out)
+    new = fit_by_evidence(seen, held_out, (1e-8, 1.0), *old)
+    torch.testing.assert_close(new, solve_weights(both, 1.0, prior=old[0]))
+    first = fit_by_evidence(seen, Moments.zeros(12, 5), (1e-8, 1.0), *old)
+    torch.testing.assert_close(first, solve_weights(seen, 1e-8, prior=old[0]))
+    assert not torch.allclose(first[0], new[0], atol=0.1)

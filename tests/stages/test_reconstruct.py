@@ -31,13 +31,16 @@ class Spy:
         self.moments: dict[str, Moments] = {}
         self.errors: dict[str, float] = {}  # mean square over tokens with the weights as they are
 
-    def __call__(self, block: Block, moments: Moments, weight: Tensor, bias: Tensor) -> Pair:
+    def __call__(
+        self, block: Block, seen: Moments, held_out: Moments, weight: Tensor, bias: Tensor
+    ) -> Pair:
+        moments = seen.plus(held_out)
         self.moments[block.name] = moments
         self.errors[block.name] = moments.error(weight, bias) / moments.count
         return weight, bias
 
 
-def refit(_: Block, moments: Moments, weight: Tensor, bias: Tensor) -> Pair:
+def refit(_: Block, moments: Moments, __: Moments, weight: Tensor, bias: Tensor) -> Pair:
     return solve_weights(moments, ridge=1e-8)
 
 
@@ -161,7 +164,7 @@ def test_a_failure_is_reported_and_later_blocks_go_on(tiny_model: Tiny, tiny_bat
     student = compact(teacher, layout, full_masks(layout))
     before = {name: value.clone() for name, value in student.state_dict().items()}
 
-    def fit(block: Block, moments: Moments, weight: Tensor, bias: Tensor) -> Pair:
+    def fit(block: Block, moments: Moments, _: Moments, weight: Tensor, bias: Tensor) -> Pair:
         if block.name == "layer.0.heads":
             raise NumericalFailure("of old age")
         if block.name == "layer.1.heads":
@@ -285,3 +288,22 @@ def test_half_precision_is_fitted_in_float64(tiny_model: Tiny, tiny_batch: Tiny)
     before = (hidden_of(plain, batches[0]) - expected).square().mean()
     after = (hidden_of(fitted, batches[0]) - expected).square().mean()
     assert after < 0.9 * before
+
+
+def test_every_eighth_batch_is_held_out(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    model = tiny_model()
+    batches = [tiny_batch(2, 5, padding="none", seed=seed) for seed in range(17)]
+    counts = []
+
+    def fit(_: Block, seen: Moments, held_out: Moments, weight: Tensor, bias: Tensor) -> Pair:
+        counts.append((seen.count, held_out.count))
+        return weight, bias
+
+    run(
+        model,
+        compact(model, layout_of(model), full_masks(layout_of(model))),
+        layout_of(model),
+        batches,
+        fit,
+    )
+    assert counts == [(150, 20)] * 4
