@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 CONDITIONS = (
     *("model", "task", "variation", "metric", "constraint", "seed", "requested_samples"),
-    *("align", "eval_limit", "batch_size", "max_length"),
+    *("eval_limit", "batch_size", "max_length"),
 )
 """Two lines that agree in all of these are the same measurement."""
 
@@ -70,7 +70,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=32, help="examples a batch (default: 32)")
     add("--max-length", type=int, help="tokens an example (default: the task's)")
     add("--eval-limit", type=int, help="score so many validation examples, not all")
-    add("--no-align", dest="align", action="store_false", help="leave alone what reads the blocks")
     add("--output", type=Path, help="default: results/exploration_MODEL_TASK_Nsamples.jsonl")
     return parser
 
@@ -95,7 +94,7 @@ def measurements(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for name in variations:
         if name not in VARIATIONS:
             raise UserError(f"--variation {name} is unknown; choose of {', '.join(VARIATIONS)}.")
-    names = ("task", "align", "eval_limit", "batch_size", "max_length")
+    names = ("task", "eval_limit", "batch_size", "max_length")
     shared = {name: getattr(options, name) for name in names} | {"metric": "mac"}
     shared |= {"model": model_name(options.model), "requested_samples": options.samples}
     wanted = product(options.seed, options.constraint, variations)
@@ -133,9 +132,8 @@ def _explore(options: argparse.Namespace, missing: Sequence[dict[str, Any]], out
             studies = {seed: _study(options, loaded, data_dir, max_length, seed)}
         line = measure(conditions, studies[seed], evaluation_set, original)
         append_line(output, line)
-        how = line["variation"] + ("" if line["align"] else ", not aligned")
         _say(
-            f"seed {seed} {line['constraint']} {how}: {line['score']:.2f} points, "
+            f"seed {seed} {line['constraint']} {line['variation']}: {line['score']:.2f} points, "
             f"divergence {line['divergence']:.4f}, MACs {line['achieved']['mac']:.4f}, "
             f"{line['seconds']['prune']:.0f} s {line['details']}"
         )
@@ -170,7 +168,7 @@ def _study(
         seed=seed,
         with_labels=False,
     )
-    return Study(loaded.model, batches, seed, options.align)
+    return Study(loaded.model, batches, seed)
 
 
 def measure(

@@ -4,29 +4,64 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rfprune.model.layout import Block, Layout
-from rfprune.model.replay import Batch, token_mask
-from rfprune.stages.least_squares import Moments, solve_weights
-from rfprune.stages.reconstruct import (
-    _align,
-    _align_head,
-    _collect,
-    _pass,
-    _start,
-    _Walk,
+from rfprune.model.replay import (
+    Batch,
+    LayerCall,
+    Trace,
+    first_layer_call,
+    pack,
+    run_layer,
+    token_mask,
+    trace_block,
+    unpack,
 )
+from rfprune.stages.least_squares import Moments, solve_weights
 
 Solve = Callable[[Block, Sequence[Moments], Tensor, Tensor], tuple[Tensor, Tensor]]
 """From a block, its moments on every part of the samples, its weight (d, p) and its bias (d,) to a
 new weight and bias."""
 
-Passed = Callable[[Block, _Walk, _Walk], None]
+
+@dataclass
+class Walk:
+    """A model on its way up: the totals (tokens, d) of the last block passed, batch by batch."""
+
+    model: PreTrainedModel
+    layout: Layout
+    batches: Sequence[Batch]
+    states: list[Tensor]
+    last: Block | None = None
+
+    def trace(self, i: int, block: Block) -> Trace:
+        """Batch i at `block`, on its way from the last one."""
+        tokens, call = token_mask(self.batches[i]), self._call(i)
+        hidden, layer, done = unpack(self.states[i], tokens), 0, list[Block]()
+        if self.last is not None:
+            layer, blocks = self.last.layer, self.layout.blocks_of_layer(self.last.layer)
+            done = list(blocks[: blocks.index(self.last) + 1])
+        for path in self.layout.layers[layer : block.layer]:
+            hidden, done = run_layer(self.model, path, hidden, call, done=done), []
+        path = self.layout.layers[block.layer]
+        return trace_block(self.model, path, hidden, call, block, done=done)
+
+    def go(self, block: Block) -> None:
+        """Pass `block`."""
+        for i, batch in enumerate(self.batches):
+            self.states[i] = pack(self.trace(i, block).total, token_mask(batch))
+        self.last = block
+
+    def _call(self, i: int) -> LayerCall:
+        return first_layer_call(self.model, self.layout, self.batches[i])[1]
+
+
+Passed = Callable[[Block, Walk, Walk], None]
 """Told of a block that teacher and student have just passed."""
 
 
@@ -94,32 +129,53 @@ def walk_blocks(
     parts: Sequence[Sequence[Batch]],
     solve: Solve,
     *,
-    align: bool,
     passed: Passed | None = None,
 ) -> None:
-    """`rfprune.stages.reconstruct.reconstruct` on several parts of the samples, each with moments
-    of its own. On the first part alone readers are aligned (`align`), and `passed` is told when
-    teacher and student are past a block."""
+    """Fit the student's out-projections to the teacher, bottom up and in place, with moments of
+    their own for several parts of the samples. `passed` is told of the first part.
+
+    As in Kwon et al. 2022, section 4.3, the target is what output plus residual need to be the
+    teacher's.
+    """
     with torch.no_grad():
-        walks = [_start(teacher, student, layout, part) for part in parts]
+        walks = [[_start(model, layout, part) for model in (teacher, student)] for part in parts]
         for block in layout.blocks:
-            pairs = list(zip(walks, parts, strict=True))
-            if align and walks[0][0].last is not None:
-                _align(*walks[0], parts[0], block)
-            moments = [_collect(*walk, part, block, False) for walk, part in pairs]
             consumer = student.get_submodule(block.consumer)
+            moments = []
+            for of_teacher, of_student in walks:
+                of_teacher.go(block)
+                moments.append(_moments(of_teacher, of_student, block))
             weight, bias = solve(block, moments, consumer.weight, consumer.bias)
             consumer.weight.copy_(weight)
             consumer.bias.copy_(bias)
-            for (_, walk), part in pairs:
-                _pass(walk, part, block)
+            for _, of_student in walks:
+                of_student.go(block)
             if passed is not None:
                 passed(block, *walks[0])
-        if align:
-            _align_head(*walks[0], parts[0])
 
 
-def fit_norm(block: Block, teacher: _Walk, student: _Walk) -> None:
+def _start(model: PreTrainedModel, layout: Layout, batches: Sequence[Batch]) -> Walk:
+    states = [
+        pack(first_layer_call(model, layout, batch)[0], token_mask(batch)) for batch in batches
+    ]
+    return Walk(model, layout, batches, states)
+
+
+def _moments(teacher: Walk, student: Walk, block: Block) -> Moments:
+    """Of what enters the student's consumer and what it should give; the teacher is past it."""
+    outputs, features = student.model.get_submodule(block.consumer).weight.shape
+    moments = Moments.zeros(features, outputs)
+    for i, batch in enumerate(student.batches):
+        tokens, trace = token_mask(batch), student.trace(i, block)
+        target = teacher.states[i] - pack(trace.total - trace.output, tokens)
+        if trace.features is None:
+            moments.add(target.new_zeros(len(target), 0), target)
+        else:
+            moments.add(pack(trace.features, tokens), target)
+    return moments
+
+
+def fit_norm(block: Block, teacher: Walk, student: Walk) -> None:
     """Scale and shift of the LayerNorm behind a block, so that its channels fit the teacher's."""
     wanted, given = (
         torch.cat([walk.model.get_submodule(block.residual_sum)(state) for state in walk.states])

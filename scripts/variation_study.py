@@ -20,15 +20,11 @@ from scripts.variation_selection import summed_and_weighted
 
 @dataclass(frozen=True)
 class Study:
-    """A frozen model, its label-free calibration batches, and what is collected from them once.
-
-    `align`: whether rebuilding fits what reads the hidden states, as the product does.
-    """
+    """A frozen model, its label-free calibration batches, and what is collected from them once."""
 
     model: PreTrainedModel
     batches: Sequence[Batch]
     seed: int
-    align: bool = True
     cache: dict[float, PreTrainedModel] = field(default_factory=dict)
 
     @cached_property

@@ -2,7 +2,9 @@
 
 A variation takes a `Study` (a model with its calibration data and all that is collected from them)
 and the fraction of the MACs that may stay, and gives a pruned model. What it needs of the method is
-built from the package's stages, so that `plain` is what `rfprune.prune` does.
+built from the package's stages. `plain` is the recipe that the variations start from: curves, exact
+allocation, least squares of the out-projections at one ridge. `product` is what `rfprune.prune`
+has become since.
 """
 
 from __future__ import annotations
@@ -25,8 +27,7 @@ from rfprune.stages.allocate import allocate
 from rfprune.stages.curvature import DAMPING, Curvature, error_curves
 from rfprune.stages.least_squares import Moments, solve_weights
 from rfprune.stages.obs import Curve, removal_curve
-from rfprune.stages.reconstruct import reconstruct
-from rfprune.stages.tune import RIDGE
+from rfprune.stages.tune import refit
 from scripts.variation_rebuilding import (
     Passed,
     added,
@@ -43,6 +44,9 @@ from scripts.variation_selection import (
     swap_units,
 )
 from scripts.variation_study import Outcome, Study
+
+RIDGE = 1e-2
+"""Of `plain` and all that does not say otherwise, as a fraction of the mean diagonal."""
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """What `held-out` and the refits of the head choose from, as fractions of the mean diagonal."""
@@ -71,23 +75,45 @@ def select(
 
 
 def rebuilt(study: Study, masks: Masks, batches: Sequence[Batch] | None = None) -> PreTrainedModel:
-    """The compact model with its out-projections refitted as the product does."""
+    """The compact model, its out-projections refitted to the dense model at a ridge of `RIDGE`."""
     student = compact(study.model, study.layout, masks)
-    _refit(study, student, batches)
+    _refit(study, student, [batches or study.batches], (RIDGE,))
     return student
 
 
-def _refit(study: Study, student: PreTrainedModel, batches: Sequence[Batch] | None = None) -> None:
-    def fit(_: Block, moments: Moments, weight: Tensor, __: Tensor) -> tuple[Tensor, Tensor]:
-        return solve_weights(moments, RIDGE, prior=weight)
+def _refit(
+    study: Study,
+    student: PreTrainedModel,
+    parts: Sequence[Sequence[Batch]],
+    ridges: Sequence[float],
+    passed: Passed | None = None,
+) -> list[float | None]:
+    """Refit all out-projections at the best of `ridges`, which come back block by block."""
+    chosen: list[float | None] = []
 
-    model, batches = study.model, batches or study.batches
-    with frozen(model), frozen(student):
-        reconstruct(model, student, study.layout, batches, fit, align=study.align)
+    def solve(
+        _: Block, parts: Sequence[Moments], weight: Tensor, bias: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        weight, bias, ridge = solve_at_best(parts, weight, bias, ridges)
+        chosen.append(ridge)
+        return weight, bias
+
+    with frozen(study.model), frozen(student):
+        walk_blocks(study.model, student, study.layout, parts, solve, passed=passed)
+    return chosen
+
+
+def product(study: Study, ratio: float) -> Outcome:
+    """What `rfprune.prune` does by now, for comparison: exactly its model."""
+    masks = select(study, study.curves, ratio)
+    student = compact(study.model, study.layout, masks)
+    with frozen(study.model), frozen(student):
+        refit(study.model, student, study.layout, study.batches)
+    return Outcome(student, num_kept(masks))
 
 
 def plain(study: Study, ratio: float) -> Outcome:
-    """The method as it is; its model is kept for those variations that go on from it."""
+    """The recipe without any variation; some variations go on from its model."""
     masks = select(study, study.curves, ratio)
     if ratio not in study.cache:
         study.cache[ratio] = rebuilt(study, masks)
@@ -136,9 +162,7 @@ def reselect(
     student = copy.deepcopy(study.model)
     parts = [study.batches] if len(ridges) == 1 else study.held_out()
     with frozen(study.model), frozen(student):
-        walk_blocks(
-            study.model, student, study.layout, parts, solve, align=study.align, passed=passed
-        )
+        walk_blocks(study.model, student, study.layout, parts, solve, passed=passed)
     masks = tuple(found[block.consumer] for block in study.layout.blocks)
     changed = [
         int((mask < curve.mask(n)).sum())
@@ -222,20 +246,8 @@ def _rebuilt_at(
     """The method, rebuilt at the best of `ridges` and told of every block that is `passed`."""
     masks = select(study, study.curves, ratio)
     student = compact(study.model, study.layout, masks)
-    chosen: list[float | None] = []
-
-    def solve(
-        _: Block, parts: Sequence[Moments], weight: Tensor, bias: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        weight, bias, ridge = solve_at_best(parts, weight, bias, ridges)
-        chosen.append(ridge)
-        return weight, bias
-
     parts = [study.batches] if len(ridges) == 1 else study.held_out()
-    with frozen(study.model), frozen(student):
-        walk_blocks(
-            study.model, student, study.layout, parts, solve, align=study.align, passed=passed
-        )
+    chosen = _refit(study, student, parts, ridges, passed)
     return Outcome(student, num_kept(masks), {"ridges": chosen})
 
 
@@ -263,12 +275,15 @@ def refit_head(study: Study, ratio: float, *, last: int | None = None) -> Outcom
     return Outcome(outcome.model, outcome.kept, {"ridges": chosen})
 
 
-def query_key(study: Study, ratio: float, *, left: float = 0.5) -> Outcome:
+def query_key(
+    study: Study, ratio: float, *, left: float = 0.5, as_product: bool = False
+) -> Outcome:
     """A part of the dimensions of queries and keys goes, what that saves is spent on other units.
 
     Each head's bilinear form q·k gets its best approximation of lower rank, by the second moments
     of queries and keys; the ranks are cut where that costs least over all kept heads. The savings
-    are counted, not made: the form is replaced by one of lower rank, of the shape it had.
+    are counted, not made: the form is replaced by one of lower rank, of the shape it had. With
+    `as_product` the rest is rebuilt as `product` does.
     """
     size, tokens = study.layout.hidden_size, study.mean_tokens
     dimension_macs = 2 * tokens * size + tokens**2  # its rows of query and key, its part of scores
@@ -282,13 +297,18 @@ def query_key(study: Study, ratio: float, *, left: float = 0.5) -> Outcome:
     moments = query_key_moments(study.model, study.layout, study.batches)
     student = compact(study.model, study.layout, masks)
     removed, lost = low_rank_scores(student, study.layout, masks, moments, left)
-    _refit(study, student)
+    if as_product:
+        with frozen(study.model), frozen(student):
+            refit(study.model, student, study.layout, study.batches)
+    else:
+        _refit(study, student, [study.batches], (RIDGE,))
     details = {"removed_dimensions": removed, "lost_of_scores": lost}
     return Outcome(student, num_kept(masks), details, removed * dimension_macs)
 
 
 VARIATIONS: Mapping[str, Variation] = {
     "plain": plain,
+    "product": product,
     "reselect": reselect,
     "swaps": swaps,
     "weights": weights,
@@ -301,6 +321,7 @@ VARIATIONS: Mapping[str, Variation] = {
     "query-key": query_key,
     "query-key-0.75": partial(query_key, left=0.75),
     "query-key-0.25": partial(query_key, left=0.25),
+    "product+query-key": partial(query_key, as_product=True),
     "ridge-0.1": ridge_of_a_tenth,
     "reselect+ridge-0.1": partial(reselect, ridges=(0.1,)),
     "reselect+held-out": partial(reselect, ridges=RIDGES),

@@ -7,7 +7,6 @@ that is not the product's, or on a step that does not do what its name says.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import importlib
 import itertools
 import json
@@ -27,15 +26,25 @@ from rfprune.cost.constraint import Constraint
 from rfprune.model.layout import layout_of
 from rfprune.model.masks import full_masks, num_kept
 from rfprune.pipeline import prune
+from rfprune.result import Settings
 from rfprune.stages.curvature import collect_curvature
 
 TinyModel = Callable[..., Any]
 TinyBatch = Callable[..., dict[str, Any]]
 ROOT = Path(__file__).parents[1]
 NAMES = (
-    *("plain", "reselect", "swaps", "weights", "held-out", "summed-gradients", "weighted-inputs"),
+    *(
+        "plain",
+        "product",
+        "reselect",
+        "swaps",
+        "weights",
+        "held-out",
+        "summed-gradients",
+        "weighted-inputs",
+    ),
     *("refit-head", "refit-classifier", "refit-norms", "query-key", "query-key-0.75"),
-    *("query-key-0.25", "ridge-0.1"),
+    *("query-key-0.25", "product+query-key", "ridge-0.1"),
     *("reselect+ridge-0.1", "reselect+held-out", "reselect+swaps", "reselect+refit-norms"),
     "reselect+held-out+refit-norms",
 )
@@ -86,9 +95,7 @@ def test_a_variation_meets_the_budget_and_leaves_the_model_alone(
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("plain", "swaps")])
 def test_a_variation_varies(name: str, study: Any, scripts: Callable[[str], ModuleType]) -> None:
-    """swaps is apart: greedy selection is often the best on tiny blocks. Aligned, a tiny model's
-    head has nothing left to gain."""
-    study = dataclasses.replace(study, align=False, cache={})
+    """swaps is apart: greedy selection is often the best on tiny blocks."""
     variations = scripts("variations").VARIATIONS
     ratios = (0.5, 0.35)  # not every ratio leaves every variation something to do
     outputs = [
@@ -98,8 +105,8 @@ def test_a_variation_varies(name: str, study: Any, scripts: Callable[[str], Modu
     assert any(not torch.allclose(a, b, atol=1e-4) for a, b in zip(*outputs, strict=True))
 
 
-def test_plain_is_the_product(study: Any, scripts: Callable[[str], ModuleType]) -> None:
-    outcome = scripts("variations").plain(study, 0.4)
+def test_product_is_the_product(study: Any, scripts: Callable[[str], ModuleType]) -> None:
+    outcome = scripts("variations").product(study, 0.4)
     result = prune(study.model, study.batches, Constraint("mac", 0.4))
     assert outcome.kept == num_kept(result.masks)
     assert outcome.achieved(study) == pytest.approx(result.achieved["mac"])
@@ -107,14 +114,26 @@ def test_plain_is_the_product(study: Any, scripts: Callable[[str], ModuleType]) 
     torch.testing.assert_close(outcome.model(**batch).logits, result.model(**batch).logits)
 
 
-def test_the_walk_of_the_variations_is_the_products(
+def test_plain_keeps_what_the_product_keeps_and_rebuilds_it(
     study: Any, scripts: Callable[[str], ModuleType]
 ) -> None:
-    """What rebuilds in parts or reselects goes block by block as `plain` does."""
-    variations = scripts("variations")
-    batch = study.batches[3]
-    walked = variations._rebuilt_at(study, 0.4, (variations.RIDGE,)).model(**batch).logits
-    torch.testing.assert_close(walked, variations.plain(study, 0.4).model(**batch).logits)
+    variations, distance = scripts("variations"), scripts("variation_rebuilding").divergence_of
+    outcome = variations.plain(study, 0.4)
+    masks = variations.select(study, study.curves, 0.4)
+    untouched = prune(
+        study.model, study.batches, Constraint("mac", 0.4), Settings(tune=False)
+    ).model
+    assert outcome.kept == num_kept(masks) == variations.product(study, 0.4).kept
+    apart = [distance(study.model, one, study.batches) for one in (outcome.model, untouched)]
+    assert apart[0] < 0.8 * apart[1]
+
+
+def test_rebuilding_what_lost_nothing_changes_nothing(
+    study: Any, scripts: Callable[[str], ModuleType]
+) -> None:
+    student = scripts("variations").rebuilt(study, full_masks(study.layout))
+    for name, value in study.model.state_dict().items():
+        torch.testing.assert_close(student.state_dict()[name], value, atol=1e-3, rtol=1e-3)
 
 
 def random_block(units: int, width: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -236,7 +255,6 @@ def test_a_norm_gets_back_what_a_planted_scale_and_shift_took(
         study.layout,
         [study.batches],
         lambda _, __, weight, bias: (weight, bias),
-        align=False,
         passed=rebuilding.fit_norm,
     )
     assert rebuilding.divergence_of(study.model, student, study.batches) < 1e-6
@@ -290,9 +308,6 @@ def test_lines_are_measured_once_and_say_what_they_are(
         ("held-out", 1),
     ]
     assert more[0]["divergence"] != more[2]["divergence"]
-    code, more = explore("--variation plain --no-align")
-    assert (code, len(more), more[-1]["align"]) == (0, 5, False)
-    assert more[0]["divergence"] != more[-1]["divergence"]
 
 
 def test_unknown_names_are_refused(
