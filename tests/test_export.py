@@ -103,7 +103,8 @@ def test_a_run_leaves_every_export_and_says_so(
     said = capfd.readouterr()
     assert "pruned, ONNX Runtime, int8" in said.out
     assert "onnx/model_quantized.onnx" in said.out
-    assert "pruned, ONNX Runtime, int8" in Path("out/log.txt").read_text(encoding="utf-8")
+    for name in ("log.txt", "report.html", "README.md"):
+        assert "pruned, ONNX Runtime, int8" in Path("out", name).read_text(encoding="utf-8")
     assert "torch.onnx" not in said.out + said.err
     assert not spied_loggers
 

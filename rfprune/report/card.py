@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rfprune.report.exports_table import HEADINGS, export_caption, export_lines, export_rows
 from rfprune.report.plots import PLOTS_FOLDER
 from rfprune.report.table import METRIC_NAMES, scoring, seconds_line, summary_rows
 from rfprune.tasks.registry import TASKS, Task
@@ -59,6 +60,10 @@ def render_card(report: Report, repository: str | None = None) -> str:
         name=_name(report),
         base=_base(report),
         rows=[[_cell(cell) for cell in row] for row in summary_rows(report)],
+        exports=export_rows(report),
+        exports_label=export_caption(report),
+        export_headings=HEADINGS,
+        export_lines=export_lines(report),
         scoring=scoring(report),
         noise=_noise(report),
         noise_limit=_noise_limit(report, task),

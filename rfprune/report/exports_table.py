@@ -39,7 +39,9 @@ def export_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str, str
 
 def export_caption(report: Mapping[str, Any]) -> str:
     """Under what conditions the rows hold."""
-    conditions = report["exports"]["latency"]
+    conditions = (report.get("exports") or {}).get("latency")
+    if conditions is None:
+        return "Exports"
     threads = conditions["threads"]
     return (
         f"Exports, in one run on the CPU (batch {conditions['batch_size']} x "

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rfprune.report.exports_table import HEADINGS, export_caption, export_lines, export_rows
 from rfprune.report.figures import COLOURS
 from rfprune.report.frontier import kept
 from rfprune.report.plots import Plot, draw_frontier, draw_kept, draw_run, write_plots
@@ -79,6 +80,10 @@ def render_run(report: Report, plots: Sequence[Plot]) -> str:
         rows=summary_rows(report),
         scoring=scoring(report),
         seconds=seconds_line(report["seconds"]),
+        exports=export_rows(report),
+        exports_label=export_caption(report),
+        export_headings=HEADINGS,
+        export_lines=export_lines(report),
         with_code=reload_line(report),
         without_code=f"rfprune.load_pruned({json.dumps(report['output_dir'], ensure_ascii=False)})",
         layers=_layers(report),
