@@ -71,3 +71,55 @@ def test_the_diagnosis_names_every_block(
     unknown = [*flags.replace("mrpc", "mpc").split(), "--output", str(tmp_path / "no.json")]
     assert script("diagnose_search").main(unknown) == 2
     assert not (tmp_path / "no.json").exists()
+
+
+def test_peers_stand_beside_our_means(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    peers = script("peers_table")
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{peers.BEGIN}\nold\n{peers.END}\nafter\n")
+    results = SCRIPTS.parent / "results"
+    flags = ["--results", str(results), "--readme", str(readme)]
+    assert peers.main([*flags, "--check"]) == 1
+    assert peers.main(flags) == 0
+    assert peers.main([*flags, "--check"]) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "| mrpc | K-prune 2024 | BERT-base |  |  |  | 88.3 | 86.9 | 85.6 | 84.9 |" in text
+    own = [
+        json.loads(line)
+        for path in results.glob("quality_*_sst2_mac_2048samples.jsonl")
+        for line in path.read_text().splitlines()
+    ]
+    half = [x for x in own if x["variant"] == "curvature" and x["constraint"] == 0.5]
+    mean = sum(x["score"] for x in half) / len(half)
+    row = next(
+        line
+        for line in text.splitlines()
+        if line.startswith("| sst2 | rfprune, curvature | minilm-l6-sst2")
+    )
+    assert row.split("|")[7].strip() == f"{mean:.1f}"
+    readme.write_text("no markers\n")
+    assert peers.main(flags) == 2
+    assert "peers:begin" in capsys.readouterr().err
+
+
+def test_studies_become_a_table_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    studies = script("studies_table")
+    assert studies.main(["--results", str(tmp_path)]) == 2
+    assert "run scripts/sweep.py" in capsys.readouterr().err
+    measured = next((SCRIPTS.parent / "results").glob("quality_*_sst2_mac_2048samples.jsonl"))
+    line = json.loads(measured.read_text().splitlines()[0])
+    line |= {"variant": "curvature", "constraint": 0.3, "score": 88.0, "divergence": 0.04}
+    file = tmp_path / "study_samples_m_sst2_mac.jsonl"
+    lines = [line | {"requested_samples": n, "score": 80.0 + n / 100} for n in (512, 64)]
+    file.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    assert studies.main(["--results", str(tmp_path), "--check"]) == 1
+    assert studies.main(["--results", str(tmp_path)]) == 0
+    assert studies.main(["--results", str(tmp_path), "--check"]) == 0
+    rows = [row for row in (tmp_path / "studies.md").read_text().splitlines() if "curv" in row]
+    assert [row.split(" | ")[0] for row in rows] == ["| 64", "| 512"]
+    assert "80.6 / 0.040" in rows[0]
+    file.write_text("[]\n")
+    assert studies.main(["--results", str(tmp_path)]) == 2

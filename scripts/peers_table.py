@@ -1,0 +1,91 @@
+"""Put the published numbers of peers (scripts/peers.csv) beside ours in README.md.
+
+python scripts/peers_table.py            # write the table
+python scripts/peers_table.py --check    # write nothing; exit code 1 where it is stale
+
+It goes between the lines `<!-- peers:begin -->` and `<!-- peers:end -->`. Ours are the means in
+results/quality_*.jsonl. Checkpoints differ, which the table says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
+
+from rfprune.errors import UserError
+from rfprune.tasks.registry import TASKS
+from scripts.summarise import ROOT, Cell, cells_of, holds, read, read_results, with_tables, write
+
+BEGIN, END = "<!-- peers:begin -->", "<!-- peers:end -->"
+PEERS = Path(__file__).with_name("peers.csv")
+CONSTRAINTS = ("0.7", "0.6", "0.5", "0.4", "0.3", "0.2")
+OURS = {"curvature": "rfprune, curvature", "kwon-scheduled": "rfprune, kwon as published"}
+
+Row = Mapping[str, str]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run with these flags (default: those of the process); 0 done, 1 stale, 2 user error."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--check", action="store_true", help="only say whether it is stale")
+    parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
+    options = parser.parse_args(argv)
+    try:
+        rows = [*csv.DictReader(read(PEERS).splitlines()), *ours(read_results(options.results))]
+        wanted = with_tables(read(options.readme), table(rows), options.readme, BEGIN, END)
+        if holds(options.readme, wanted):
+            return 0
+        if options.check:
+            sys.stderr.write(f"peers_table: {options.readme} is stale: run peers_table.py\n")
+            return 1
+        write(options.readme, wanted)
+    except UserError as error:
+        sys.stderr.write(f"peers_table: error: {error}\n")
+        return 2
+    return 0
+
+
+def ours(lines: Sequence[Mapping[str, object]]) -> Iterator[Row]:
+    """A row for each of our checkpoints and methods, MACs alone, means over the seeds."""
+    chosen = [line for line in lines if line["metric"] == "mac" and line["variant"] in OURS]
+    rows: dict[tuple[object, ...], list[Cell]] = {}
+    for cell in cells_of(chosen):
+        rows.setdefault(cell.row, []).append(cell)
+    for cells in rows.values():
+        line = cells[0].lines[0]
+        scores = {f"{cell.constraint:g}": f"{cell.mean('score'):.1f}" for cell in cells}
+        yield {
+            "task": str(line["task"]),
+            "method": OURS[str(line["variant"])],
+            "model": str(line["model"]),
+            "source": "measured here",
+            "dense": f"{cells[0].mean('original_score'):.1f}",
+            **scores,
+        }
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: the tasks in the registry's order, peers first."""
+    text = [
+        f"| task | method | model | original | {' | '.join(CONSTRAINTS)} | numbers |",
+        f"|---|---|---|---|{'---|' * len(CONSTRAINTS)}---|",
+    ]
+    for row in sorted(rows, key=lambda row: list(TASKS).index(row["task"])):
+        scores = " | ".join(row.get(constraint, "") for constraint in CONSTRAINTS)
+        names = f"{row['task']} | {row['method']} | {row['model']} | {row['dense']}"
+        text.append(f"| {names} | {scores} | {row['source']} |")
+    return "\n".join(text) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
