@@ -43,7 +43,7 @@ def curve_points(result: PruneResult) -> list[dict[str, Any]]:
                 "kind": f"{block.kind}s",
                 "layer": block.layer,
                 "units": units,
-                "errors": [float(errors[n]) for n in units],
+                "errors": [float(f"{float(errors[n]):.6g}") for n in units],
                 "kept": kept,
             }
         )

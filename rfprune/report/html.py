@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def render_run(report: Report, plots: Sequence[Plot]) -> str:
         report=report,
         plots=plots,
         tiles=_tiles(report),
-        rows=summary_rows(report),
+        rows=[[_together(cell) for cell in row] for row in summary_rows(report)],
         scoring=scoring(report),
         seconds=seconds_line(report["seconds"]),
         exports=export_rows(report),
@@ -132,6 +133,11 @@ def _render(template: str, **values: Any) -> str:
     )
     page = environment.get_template(template)
     return page.render(light=COLOURS, dark=_DARK, version=__version__, **values) + "\n"
+
+
+def _together(cell: str) -> str:
+    """A number stays on one line with its unit."""
+    return re.sub(r"(?<=\d) (?=(?:G|M|k|MB|ms|points)\b)", "\N{NO-BREAK SPACE}", cell)
 
 
 def _tiles(report: Report) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import re
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -51,6 +52,8 @@ def write_report(report: Mapping[str, Any], folder: Path) -> Path:
     """Write `report` as folder/report.json; what is not a finite number becomes null."""
     path = folder / REPORT_FILE
     text = json.dumps(_finite(report), indent=2, ensure_ascii=False, allow_nan=False)
+    # Lists of numbers on one line each; a line break is never within a text.
+    text = re.sub(r"\[\n[-+.\deE,\s]+\]", lambda found: " ".join(found[0].split()), text)
     path.write_text(text + "\n", encoding="utf-8")
     return path
 

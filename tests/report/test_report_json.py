@@ -31,6 +31,20 @@ def test_a_score_that_is_undefined_is_null_not_invalid_json(tmp_path: Path) -> N
     assert strict["pruned"] == {"score": None, "scores": [None, 1.0]}
 
 
+def test_numbers_share_a_line_and_texts_stay(tmp_path: Path) -> None:
+    report = {
+        "schema": SCHEMA,
+        "units": [0, 1, 20],
+        "errors": [1e-9, -2.5, 3.0],
+        "texts": ["[\n1,\n2\n]", "[ 1, 2 ]"],
+        "mixed": [1, None, "two"],
+        "nothing": [],
+    }
+    text = write_report(report, tmp_path).read_text(encoding="utf-8")
+    assert read_report(tmp_path) == report
+    assert '"units": [ 0, 1, 20 ]' in text
+
+
 def test_another_schema_is_refused(tmp_path: Path) -> None:
     write_report({"schema": SCHEMA + 1}, tmp_path)
     with pytest.raises(ValueError, match="has schema"):
