@@ -137,7 +137,7 @@ def _render(template: str, **values: Any) -> str:
 
 def _together(cell: str) -> str:
     """A number stays on one line with its unit."""
-    return re.sub(r"(?<=\d) (?=(?:G|M|k|MB|ms|points)\b)", "\N{NO-BREAK SPACE}", cell)
+    return re.sub(r"(?<=\d) (?=(?:G|M|k|MB|ms)\b)", "\N{NO-BREAK SPACE}", cell)
 
 
 def _tiles(report: Report) -> list[tuple[str, str]]:
