@@ -17,6 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
+from rfprune.command_line import ALLOCATIONS, CRITERIA, METHODS
 from rfprune.errors import UserError
 from scripts.summarise import ROOT, Cell, caption, cells_of, entry, holds, read, with_tables, write
 
@@ -140,7 +141,7 @@ def _place(cell: Cell) -> Place:
 def _rows(cells: Sequence[Cell]) -> dict[tuple[str, str, str], dict[tuple[Place, float], Pair]]:
     """By the first three columns, what was measured at each place and constraint."""
     rows: dict[tuple[str, str, str], dict[tuple[Place, float], Pair]] = {}
-    for cell in cells:
+    for cell in sorted(cells, key=lambda cell: _order(cell.lines[0]["settings"])):
         settings = cell.lines[0]["settings"]
         pairs = rows.setdefault(_names(settings), {})
         pairs.setdefault((_place(cell), cell.constraint), {})[settings["tune"]] = cell
@@ -154,14 +155,24 @@ def _names(settings: Mapping[str, Any]) -> tuple[str, str, str]:
     return f"`--method {settings['method']}`", "", rounds
 
 
+def _order(settings: Mapping[str, Any]) -> tuple[int, ...]:
+    """The classical criteria first, whatever was measured first."""
+    return (
+        -METHODS.index(settings["method"]),
+        CRITERIA.index(settings["importance"]),
+        ALLOCATIONS.index(settings["allocation"]),
+        settings["rounds"],
+    )
+
+
 def _head(cells: Sequence[Cell], constraint: float) -> str:
     line = cells[0].lines[0]
     return f"{line['task']} [{line['original_score']:.1f}] at {constraint:g}"
 
 
 def _arrow(pair: Pair) -> str:
-    """The scores without and with the fit; empty where neither was measured."""
-    shown = [f"{pair[key].mean('score'):.1f}" if key in pair else "?" for key in (False, True)]
+    """The scores without and with the fit; nothing where neither was measured."""
+    shown = [f"{pair[key].mean('score'):.1f}" if key in pair else "–" for key in (False, True)]
     return " → ".join(shown) if pair else ""
 
 
