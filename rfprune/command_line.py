@@ -68,7 +68,6 @@ class Options:
     skip_rearrange: bool
     skip_tune: bool
     rounds: int
-    polish: bool
     device: str | None
     dtype: str | None
     output_dir: Path | None
@@ -263,11 +262,6 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         default=1,
         metavar="N",
         help="prune in so many steps, looking afresh at what is left after each (default: 1)",
-    )
-    group.add_argument(
-        "--polish",
-        action="store_true",
-        help="train what is left's norms and biases for a moment on the original's predictions",
     )
 
 

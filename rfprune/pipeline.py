@@ -37,7 +37,6 @@ from rfprune.model.replay import Batch, token_mask
 from rfprune.result import Clock, PruneResult, Settings
 from rfprune.selection import Selection, learn
 from rfprune.stages.objective import LABELS
-from rfprune.stages.polish import polish
 from rfprune.stages.search import search
 from rfprune.stages.tune import refit, tune_scales
 
@@ -147,11 +146,6 @@ def _family(job: _Job, constraints: Sequence[Constraint]) -> Iterator[PruneResul
         for ratio in schedule(constraint.ratio, job.settings.rounds):
             milestone = Constraint(constraint.metric, ratio)
             student, masks, warnings = _round(job, student, masks, milestone, selection, clock)
-        if job.settings.polish:
-            with clock("polish"), frozen(job.model):  # keeps what helps on held-out batches
-                polish(
-                    job.model, student, job.inputs, seed=job.settings.seed, progress=job.progress
-                )
         yield _summarise(job, student, masks, constraint, clock, warnings, selection)
 
 

@@ -44,7 +44,6 @@ class Settings:
         teacher: "dense" (the model as it is, which measures better), or "scheduled" (masked at the
             square root of the constraint, as the authors' code).
         rounds: prune in so many steps; after each, what is left is fitted and looked at afresh.
-        polish: train norms and biases of what is left for a moment on the original's predictions.
         seed: of the labels that are sampled where the exact Fisher is too costly.
 
     Raises:
@@ -60,7 +59,6 @@ class Settings:
     tune: bool = True
     teacher: str = CHOICES["teacher"][0]
     rounds: int = 1
-    polish: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -41,7 +41,6 @@ VARIANTS: Variants = {
     "curvature": {"method": "curvature"},
     "curvature-rounds-2": {"method": "curvature", "rounds": 2},
     "curvature-rounds-3": {"method": "curvature", "rounds": 3},
-    "curvature-polish": {"method": "curvature", "polish": True},
 }
 """What each variant asks of `rfprune.Settings`; the first ones are the stages of the paper."""
 

@@ -28,6 +28,7 @@ from rfprune.stages.curvature import DAMPING, Curvature, error_curves
 from rfprune.stages.least_squares import Moments, solve_weights
 from rfprune.stages.obs import Curve, removal_curve
 from rfprune.stages.tune import refit
+from scripts.variation_polish import polish
 from scripts.variation_rebuilding import (
     Passed,
     added,
@@ -110,6 +111,15 @@ def product(study: Study, ratio: float) -> Outcome:
     with frozen(study.model), frozen(student):
         refit(study.model, student, study.layout, study.batches)
     return Outcome(student, num_kept(masks))
+
+
+def product_and_polish(study: Study, ratio: float) -> Outcome:
+    """And then norms and biases trained for a moment on the dense model's predictions; kept in any
+    case, so that it shows what it does beyond the samples."""
+    outcome = product(study, ratio)
+    with frozen(study.model):
+        held_out = polish(study.model, outcome.model, study.batches, keep_anyway=True)
+    return Outcome(outcome.model, outcome.kept, {"held_out": list(held_out)})
 
 
 def plain(study: Study, ratio: float) -> Outcome:
@@ -309,6 +319,7 @@ def query_key(
 VARIATIONS: Mapping[str, Variation] = {
     "plain": plain,
     "product": product,
+    "product+polish": product_and_polish,
     "reselect": reselect,
     "swaps": swaps,
     "weights": weights,

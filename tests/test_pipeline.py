@@ -453,7 +453,8 @@ def test_a_family_shares_the_seconds_of_what_it_shares(
     family = list(prune_family(model, batches, [HALF, Constraint("mac", 0.3)], settings))
     alone = prune(model, batches, HALF, settings)
     assert family[0].seconds == family[1].seconds == alone.seconds
-    assert alone.seconds["collect"] == 1
+    looks = 2 if settings.method == "kwon" else 1  # at the gradients, and at their squares
+    assert alone.seconds["collect"] == looks
 
 
 def test_the_scheduled_teacher_is_masked_at_the_square_root(
@@ -507,22 +508,6 @@ def test_every_round_removes_the_same_fraction() -> None:
     assert schedule(0.125, 3) == pytest.approx([0.5, 0.25, 0.125])
     with pytest.raises(UserError, match="rounds 0"):
         Settings(rounds=0)
-
-
-def test_polish_changes_norms_and_biases_alone(
-    settings: Settings, tiny_model: Tiny, tiny_batch: Tiny
-) -> None:
-    many = [tiny_batch(6, 9, seed=seed) for seed in range(10)]
-    plain = prune(tiny_model(), many, HALF, settings)
-    polished = prune(tiny_model(), many, HALF, replace(settings, polish=True))
-    changed = {
-        name
-        for name, value in polished.model.state_dict().items()
-        if not torch.equal(value, plain.model.state_dict()[name])
-    }
-    assert changed
-    assert all(value.dim() == 1 for n, value in plain.model.named_parameters() if n in changed)
-    assert polished.seconds["polish"] > 0
 
 
 def test_weights_that_are_not_finite_are_named(

@@ -1,9 +1,8 @@
-"""A short polish of a pruned model: norms and biases follow the original's predictions.
+"""A variation: norms and biases of a pruned model are trained on the original's predictions.
 
-Label-free distillation of the few parameters that least squares does not reach, for a fixed number
-of steps. It is training, if only of a thousandth of the parameters, so it is an option and never
-part of the method's own figures. Some calibration batches are held out: the polish is taken back
-unless it lowers the divergence on them.
+A label-free distillation of the few parameters that least squares does not reach, for a fixed
+number of steps. Some calibration batches are held out: the polish is taken back unless it lowers
+the divergence on them.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from rfprune.model.masks import frozen
 from rfprune.model.replay import Batch, token_mask
 
 STEPS = 128
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 1e-4
 HELD_OUT = 8
 """Every so many batches one is held out."""
 
@@ -32,12 +31,14 @@ def polish(
     *,
     seed: int = 0,
     steps: int = STEPS,
+    keep_anyway: bool = False,
     progress: bool = False,
 ) -> tuple[float, float]:
     """Train norms and biases of `student` on the predictions of `teacher`, in place.
 
     Args:
         teacher: frozen. batches: without labels; the order of the steps is drawn with `seed`.
+        keep_anyway: take nothing back.
 
     Returns:
         The mean divergence on the held-out batches before, and of what was kept afterwards. With
@@ -53,7 +54,7 @@ def polish(
         before = _mean_divergence(teacher, student, held_out)
         _train(teacher, student, parameters, _drawn(chosen, steps, seed), steps, progress)
         after = _mean_divergence(teacher, student, held_out)
-        if not after < before:
+        if not (after < before or keep_anyway):
             with torch.no_grad():
                 for parameter, value in zip(parameters, earlier, strict=True):
                     parameter.copy_(value)
