@@ -123,3 +123,29 @@ def test_studies_become_a_table_a_file(tmp_path: Path, capsys: pytest.CaptureFix
     assert "80.6 / 0.040" in rows[0]
     file.write_text("[]\n")
     assert studies.main(["--results", str(tmp_path)]) == 2
+
+
+def test_variations_stand_beside_the_plain_method(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    explored = script("exploration_table")
+    assert explored.main(["--results", str(tmp_path)]) == 2
+    assert "run scripts/explore.py" in capsys.readouterr().err
+    shared = {"task": "sst2", "requested_samples": 64, "constraint": 0.3, "score": 88.0}
+    lines = [
+        shared | {"variation": name, "seed": seed, "divergence": divergence}
+        for name, seed, divergence in [
+            *(("plain", 0, 0.04), ("plain", 1, 0.06)),
+            *(("swaps", 0, 0.05), ("weights", 0, 0.06), ("weights", 1, 0.06)),
+        ]
+    ]
+    file = tmp_path / "exploration_m_sst2_64samples.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert explored.main(["--results", str(tmp_path), "--check"]) == 1
+    assert explored.main(["--results", str(tmp_path)]) == 0
+    assert explored.main(["--results", str(tmp_path), "--check"]) == 0
+    text = (tmp_path / "exploration.md").read_text()
+    assert "| `swaps` | 0.0500, +25%, 88.0 |" in text
+    assert "| `weights` | 0.0600, +20%, 88.0 (2 seeds) |" in text
+    file.write_text("{}\n")
+    assert explored.main(["--results", str(tmp_path)]) == 2
