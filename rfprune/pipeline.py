@@ -3,7 +3,8 @@
     kwon:       mask gradients -> Fisher importance -> search under the constraint ->
                 rearrangement -> compaction -> one scale per kept unit by least squares
     curvature:  input and gradient moments -> error curve of every block -> exact allocation ->
-                compaction -> every out-projection by least squares
+                compaction -> every out-projection by least squares, and what reads the hidden
+                states aligned with the original's
     importance: a classical criterion -> search, or the same fraction everywhere ->
                 compaction -> every out-projection by least squares
 
@@ -252,12 +253,17 @@ def _summarise(
 
 
 def check_finite(model: PreTrainedModel) -> None:
-    """Refuse weights that are not finite.
+    """Refuse weights that are not finite, or not there to look at.
 
     Raises:
         UserError: the first such parameter is named.
     """
     for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise UserError(
+                f"parameter '{name}' is not in memory: it was offloaded, and every weight is "
+                "looked at and some are changed; load the model onto devices that hold all of it"
+            )
         if not torch.isfinite(parameter).all():
             raise UserError(
                 f"parameter '{name}' holds NaN or infinity; save or download the checkpoint again"
