@@ -7,7 +7,7 @@ onnx/:  model.onnx, and with `--quantize` model_quantized.onnx with int8 weights
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -119,15 +119,16 @@ def time_on_cpu(
     *,
     seconds: float | None = None,
     max_rounds: int | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[dict[str, float], dict[str, int]]:
     """Median milliseconds of a forward pass by model, all in turn, and the conditions."""
 
     inputs = model_inputs(next(iter(models.values())), batch)
 
     def seconds_of(model: nn.Module) -> float:
-        start = time.perf_counter()
+        start = clock()
         model(**inputs)
-        return time.perf_counter() - start
+        return clock() - start
 
     with torch.inference_mode():
         medians, rounds = median_seconds(
