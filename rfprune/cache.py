@@ -18,7 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ import transformers
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from rfprune import processes
 from rfprune.errors import RfpruneWarning
 from rfprune.result import Clock, Settings
 
@@ -46,7 +47,7 @@ _PARTIAL = ".partial"
 _ABANDONED_SECONDS = 3600.0
 """A half-written file this old is of a process that was killed."""
 
-_AFTERWARDS = ("rearrange", "tune", "teacher", "rounds", "polish")
+_AFTERWARDS = ("allocation", "rearrange", "tune", "teacher", "rounds")
 """Settings of what follows the collection. Any other is part of the key, also one that is new."""
 
 _SINCE_LOADING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
@@ -60,30 +61,39 @@ def default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rfprune"
 
 
-def remembering(folder: Path | None, key: Callable[[], Key], clock: Clock, stage: str) -> Remember:
+def remembering(
+    folder: Path | None, key: Callable[[], Key], clock: Clock, stage: str, *, shared: bool = False
+) -> Remember:
     """A way to remember one thing in `folder`; None: nothing is kept.
 
     Args:
         key: of the entry; asked for only where there is a folder.
         clock: takes the time for reading and writing as the stage's, and notes a stage that was
             not computed.
+        shared: several processes compute it together; the main one looks it up for all.
     """
 
     def remember(compute: Callable[[], Tensors]) -> Tensors:
         if folder is None:
             return compute()
         with clock(stage):
-            known = key()
-            found = read(folder, known)
+            look_up = partial(_look_up, folder, key)
+            known, found = processes.from_main(look_up) if shared else look_up()
         if found is not None:
             clock.cached.add(stage)
             return found
         computed = compute()
-        with clock(stage):
-            write(folder, known, computed)
+        if processes.is_main():
+            with clock(stage):
+                write(folder, known, computed)
         return computed
 
     return remember
+
+
+def _look_up(folder: Path, key: Callable[[], Key]) -> tuple[Key, Tensors | None]:
+    known = key()
+    return known, read(folder, known)
 
 
 def read(folder: Path, key: Key) -> Tensors | None:
@@ -181,6 +191,7 @@ def remembering_statistics(
         lambda: statistics_key(model, batches, settings),
         clock,
         "collect",
+        shared=True,
     )
 
 

@@ -2,7 +2,16 @@
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: shown as one sentence, exit code 2, no traceback."""
+    """A mistake that the user can mend: shown as one sentence, exit code 2, no traceback.
+
+    `is_alone`: of several processes this one has met it first; else all meet it alike.
+    """
+
+    is_alone = False
+
+
+class EndedElsewhere(Exception):
+    """Another process of this run has failed, and said why: exit code 2, in silence."""
 
 
 class RfpruneWarning(UserWarning):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rfprune.errors import UserError
+from rfprune.errors import EndedElsewhere, UserError
 
 if TYPE_CHECKING:
     from rfprune.command_line import Options
@@ -28,13 +28,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = _parse(arguments)
         _import_run()(options, arguments)
+    except EndedElsewhere:
+        return 2
     except UserError as error:
-        sys.stderr.write(f"rfprune: error: {_sentence(error)}\n")
+        if error.is_alone or _is_first_process():
+            sys.stderr.write(f"rfprune: error: {_sentence(error)}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write(_FAREWELL)
+        if _is_first_process():
+            sys.stderr.write(_FAREWELL)
         return INTERRUPTED
     return 0
+
+
+def _is_first_process() -> bool:
+    """Of those that a launcher has started: what all of them meet, one says."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _sentence(error: UserError) -> str:

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from rfprune import processes
 from rfprune.cache import default_folder
 from rfprune.calibration import calibration_batches
 from rfprune.command_line import Options
@@ -45,11 +46,20 @@ def run(options: Options, arguments: Sequence[str]) -> None:
 
     Raises:
         UserError: something that the user can mend.
+        EndedElsewhere: something was wrong in another of several processes.
     """
+    device = pick_device(processes.own_device(options.device))
+    with processes.together(device):
+        _run(options, arguments, device)
+
+
+def _run(options: Options, arguments: Sequence[str], device: torch.device) -> None:
+    """Of several processes all prune, and the main one prints, scores and writes."""
     task = get_task(options.task)
-    progress = not options.quiet and sys.stderr.isatty()
+    quiet = options.quiet or not processes.is_main()
+    progress = not quiet and sys.stderr.isatty()
     told = Console(
-        file=io.StringIO() if options.quiet else sys.stderr,
+        file=io.StringIO() if quiet else sys.stderr,
         record=True,  # for log.txt
         highlight=False,
         markup=False,
@@ -57,13 +67,16 @@ def run(options: Options, arguments: Sequence[str]) -> None:
         soft_wrap=True,
     )
     # A file or a pipe has no width: the table's own, rather than 80 columns that cut it.
-    screen = Console(quiet=options.quiet, width=None if sys.stdout.isatty() else LOG_WIDTH)
+    screen = Console(quiet=quiet, width=None if sys.stdout.isatty() else LOG_WIDTH)
     with (
         collected_warnings(told, verbose=options.verbose) as heard,
         out_of_memory_is_said(options.batch_size),
     ):
-        prepared = _prepare(options, task, told)
-        constraints = _unfinished(options, prepared, told, screen)
+        prepared = _prepare(options, task, device, told)
+        constraints = processes.from_main(lambda: _unfinished(options, prepared, told, screen))
+        if not processes.is_main():
+            _help(options, prepared, constraints)
+            return
         if not constraints:
             _publish(options, told, progress)
             return
@@ -93,7 +106,18 @@ def run(options: Options, arguments: Sequence[str]) -> None:
                 told.print(f"Exporting it: {', '.join(options.export)}")
             _save(options, prepared, original, result, stored, report, told)
             print_report(report, screen)
+            processes.wait()
         _publish(options, told, progress)
+
+
+def _help(options: Options, prepared: Prepared, constraints: Sequence[Constraint]) -> None:
+    """Do another process' share of the pruning; what comes out is what the main one has."""
+    if constraints:
+        model, batches = prepared.loaded.model, prepared.batches
+        for _ in prune_family(
+            model, batches, constraints, prepared.settings, cache=_cache(options)
+        ):
+            processes.wait()  # the main one is timing what it has
 
 
 def _save(
@@ -251,16 +275,14 @@ def _settings(options: Options) -> Settings:
         tune=not options.skip_tune,
         teacher=options.teacher,
         rounds=options.rounds,
-        polish=options.polish,
         seed=options.seed,
     )
 
 
-def _prepare(options: Options, task: Task, told: Console) -> Prepared:
+def _prepare(options: Options, task: Task, device: torch.device, told: Console) -> Prepared:
     """Load the checkpoint and all data: everything that can be wrong with the input shows here."""
     told.print(f"Loading {options.model} and the data of {task.name}")
     start = time.perf_counter()
-    device = pick_device(options.device)
     dtype = getattr(torch, options.dtype or "float32")
     loaded = load(options.model, task, device=device, dtype=dtype)
     stored = stored_dtype(loaded.source) if options.dtype is None else dtype
