@@ -15,6 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = {
     "kwon-scheduled": ("Kwon et al. 2022", "#b35806", "o"),
+    "kwon-dense": ("the same, tuned to the dense model", "#8073ac", "^"),
     "curvature": ("rfprune's own method, curvature", "#2166ac", "s"),
 }
 """Variants drawn: label, colour and marker; the colours are told apart by the colour-blind."""
@@ -64,7 +65,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure, axes = plt.subplots(
         2, len(columns), figsize=(3.2 * len(columns) + 0.6, 5.2), sharex=True, squeeze=False
     )
-    for column, own in enumerate(columns.values()):
+    most_first = sorted(columns.values(), key=len, reverse=True)
+    for column, own in enumerate(most_first):
         _draw_column(axes[0][column], axes[1][column], own)
     axes[0][0].set_ylabel("score (points)")
     axes[1][0].set_ylabel("divergence from the original")
@@ -76,7 +78,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 
 def _draw_column(above: Any, below: Any, rows: Sequence[Row]) -> None:
-    above.set_title(f"{rows[0]['task']} ({rows[0]['metric_name']})")
+    first = rows[0]
+    above.set_title(f"{first['task']} ({first['metric_name']})\n{first['model']}", fontsize=10)
     original = float(rows[0]["original_score"])
     above.axhline(original, color="black", linestyle=":", label="original")
     for variant, (label, colour, marker) in VARIANTS.items():
