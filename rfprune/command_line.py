@@ -16,10 +16,11 @@ from typing import Any, NoReturn
 
 from rfprune import __version__
 from rfprune import flag_values as value
+from rfprune.data_flags import add_data, check_data
 from rfprune.errors import UserError
 from rfprune.hub_flags import add_hub, check_hub
 from rfprune.output import check_output
-from rfprune.tasks.registry import TASKS
+from rfprune.tasks.registry import CUSTOM, TASK_NAMES, TASKS
 
 METRICS = ("mac", "params")
 METHODS = ("curvature", "kwon", "importance")
@@ -35,13 +36,13 @@ _ASIDE = (
 )
 """Flags that change nothing about the output of one of the constraints."""
 
-LARGEST_SEED = 2**63 - 1  # what torch takes
-
 _EPILOG = """\
 examples:
   rfprune --model demo --task sst2 --constraint 0.5
   rfprune --model bert-base --task mrpc --constraint 0.5
   rfprune --model path/to/checkpoint --task mrpc --data-dir path/to/data --constraint 0.7 0.5 0.3
+  rfprune --model path/to/checkpoint --task custom --data-dir path/to/data --text-columns review \\
+      --label-column verdict --constraint 0.5
 """
 
 
@@ -57,6 +58,8 @@ class Options:
     importance: str
     allocation: str
     data_dir: Path | None
+    text_columns: tuple[str, ...] | None
+    label_column: str | None
     samples: int
     batch_size: int
     max_length: int | None
@@ -108,8 +111,10 @@ def parse(argv: Sequence[str]) -> Options:
     flags = vars(_parser().parse_args(argv))
     flags["constraint"] = tuple(dict.fromkeys(flags["constraint"]))
     flags["export"] = tuple(dict.fromkeys(flags["export"]))
+    flags["text_columns"] = flags["text_columns"] and tuple(flags["text_columns"])
     options = Options(**_with_method(flags))
-    value.check_task(options.task, TASKS)
+    value.check_task(options.task, TASK_NAMES)
+    check_data(options.task, options.data_dir, options.text_columns, options.label_column)
     value.check_device(options.device)
     check_hub(
         options.push_to_hub,
@@ -144,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"rfprune {__version__}")
     _add_what(parser)
-    _add_data(parser)
+    add_data(parser)
     _add_method(parser)
     _add_run(parser)
     add_hub(parser)
@@ -159,7 +164,11 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         type=value.name("--model"),
         help="a folder, a hub id, an alias such as bert-base, or demo (embedded, needs no network)",
     )
-    group.add_argument("--task", required=True, help=", ".join(TASKS))
+    group.add_argument(
+        "--task",
+        required=True,
+        help=f"{', '.join(TASKS)}; or {CUSTOM}: your own checkpoint and data",
+    )
     group.add_argument(
         "--constraint",
         required=True,
@@ -170,49 +179,6 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--metric", choices=METRICS, default="mac", help="the cost that counts (default: mac)"
-    )
-
-
-def _add_data(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data-dir",
-        type=value.folder("--data-dir"),
-        metavar="DIR",
-        help="local data, DIR/TASK/{train,validation}.{parquet,csv,tsv,jsonl}; else the hub",
-    )
-    group.add_argument(
-        "--samples",
-        type=value.whole_number("--samples", 1),
-        default=2048,
-        metavar="N",
-        help="calibration examples, drawn without replacement (default: 2048)",
-    )
-    group.add_argument(
-        "--batch-size",
-        type=value.whole_number("--batch-size", 1),
-        default=32,
-        metavar="N",
-        help="examples a batch (default: 32)",
-    )
-    group.add_argument(
-        "--max-length",
-        type=value.whole_number("--max-length", 8),
-        metavar="N",
-        help="tokens an example (default: the task's)",
-    )
-    group.add_argument(
-        "--eval-limit",
-        type=value.whole_number("--eval-limit", 1),
-        metavar="N",
-        help="score this many validation examples, not all",
-    )
-    group.add_argument(
-        "--seed",
-        type=value.whole_number("--seed", 0, LARGEST_SEED),
-        default=0,
-        metavar="N",
-        help="draws the calibration examples (default: 0)",
     )
 
 

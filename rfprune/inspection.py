@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rfprune.errors import UserError
-from rfprune.tasks.registry import Task, check_labels
+from rfprune.tasks.registry import CUSTOM, Task, check_labels
 
 HEADS = {
     "classification": "SequenceClassification",
@@ -102,11 +102,15 @@ def check_config(config: Mapping[str, Any], source: str, task: Task) -> None:
     if names and not any(str(name).endswith(f"For{head}") for name in names):
         raise no_head(source, task, f"it is a {names[0]}, not a ...For{head}")
     if task.kind != "question-answering":
-        check_labels(_labels(config, source), task)
+        check_labels(labels_of(config, source), task)
 
 
-def _labels(config: Mapping[str, Any], source: str) -> Any:
-    """The labels as transformers understands them."""
+def labels_of(config: Mapping[str, Any], source: str) -> Any:
+    """The labels as transformers understands them: an object with `id2label`.
+
+    Raises:
+        UserError: transformers cannot read them.
+    """
     from transformers import PretrainedConfig
 
     keys = ("id2label", "label2id", "num_labels")
@@ -122,9 +126,10 @@ def _labels(config: Mapping[str, Any], source: str) -> Any:
 
 def no_head(source: str, task: Task, why: str) -> UserError:
     """The error for a checkpoint that was never trained for a task of this kind."""
+    data = "your data" if task.name == CUSTOM else task.name
     return UserError(
         f"'{source}' has no trained head for task {task.name} ({why}): fine-tune it on "
-        f"{task.name} first, or choose a checkpoint that is."
+        f"{data} first, or choose a checkpoint that is."
     )
 
 

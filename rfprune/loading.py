@@ -7,7 +7,7 @@ only then the weights.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +19,19 @@ from torch import nn
 
 from rfprune.demo import DEMO_TASK, demo_data_dir, demo_path
 from rfprune.errors import UserError
-from rfprune.inspection import HEADS, WAYS_OUT, check_config, no_head, read_config, reason
+from rfprune.inspection import (
+    HEADS,
+    WAYS_OUT,
+    check_config,
+    labels_of,
+    no_head,
+    read_config,
+    reason,
+)
 from rfprune.model.architectures import ARCHITECTURES
 from rfprune.pipeline import check_finite
-from rfprune.tasks.registry import Task
+from rfprune.tasks.custom import custom_task, unread, with_columns
+from rfprune.tasks.registry import CUSTOM, Task, get_task
 from rfprune.tasks.zoo import resolve_checkpoint
 
 DEMO = "demo"
@@ -38,6 +47,31 @@ class Loaded:
     model: Any
     tokenizer: Any
     source: str
+
+
+def choose_task(
+    name: str,
+    model: str,
+    *,
+    data_dir: Path | None = None,
+    text_columns: Sequence[str] | None = None,
+    label_column: str | None = None,
+) -> Task:
+    """The task of that name; `custom` is made from the configuration of `model` and the data.
+
+    `text_columns` and `label_column` name the columns of `custom`; None: the usual names.
+
+    Raises:
+        UserError: there is no such task, or model or data do not make one; the sentence says why.
+    """
+    if name != CUSTOM:
+        return get_task(name)
+    source = locate(model, unread())
+    with quiet_transformers(), _hub_errors(model, source):
+        config = read_config(source)
+        task = custom_task(labels_of(config, source), config.get("problem_type"), source)
+        check_config(config, source, task)
+    return with_columns(task, data_dir, text_columns, label_column)
 
 
 def load(name: str, task: Task, *, device: torch.device, dtype: torch.dtype) -> Loaded:
@@ -64,7 +98,7 @@ def locate(name: str, task: Task) -> str:
         UserError: no such folder, or an alias without a checkpoint for the task.
     """
     if name == DEMO:
-        if task.name != DEMO_TASK:
+        if task.name not in (DEMO_TASK, CUSTOM):
             raise UserError(
                 f"The demo is a checkpoint for task {DEMO_TASK}, not {task.name}: use --task "
                 f"{DEMO_TASK}, or --model with a checkpoint for {task.name}."
@@ -82,14 +116,14 @@ def data_folder(name: str, data_dir: Path | None) -> Path | None:
 
 
 def length_limit(loaded: Loaded, task: Task, requested: int | None) -> int:
-    """Tokens an example: what was asked for, or the task's length if the model has the positions.
+    """Tokens an example: what was asked for, or the task's length if model and tokenizer have it.
 
     Raises:
         UserError: more was asked for than the model has positions.
     """
     positions = _num_positions(loaded.model)
     if requested is None:
-        return min(task.max_length, positions)
+        return min(task.max_length, positions, int(loaded.tokenizer.model_max_length))
     if requested > positions:
         raise UserError(
             f"--max-length {requested} is more than the {positions} positions that the model of "

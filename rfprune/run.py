@@ -26,7 +26,7 @@ from rfprune.device import pick_device
 from rfprune.errors import RfpruneWarning, UserError
 from rfprune.export import ExportJob, write_exports
 from rfprune.inspection import reason
-from rfprune.loading import data_folder, length_limit, load, quiet_transformers
+from rfprune.loading import choose_task, data_folder, length_limit, load, quiet_transformers
 from rfprune.measure import Prepared, evaluate_original, inputs_digest, measure, name_of
 from rfprune.model.checkpoint import save_pruned
 from rfprune.output import check_output, holds, staged, weight_bytes
@@ -37,8 +37,9 @@ from rfprune.report.hub import plan_of, push
 from rfprune.report.report_json import SCHEMA, read_report, write_report
 from rfprune.report.table import LOG_WIDTH, print_report, write_log
 from rfprune.result import PruneResult, Settings
+from rfprune.tasks.custom import warn_of_cuts
 from rfprune.tasks.evaluation import Evaluation, prepare_evaluation
-from rfprune.tasks.registry import Task, get_task
+from rfprune.tasks.registry import CUSTOM, Task
 
 
 def run(options: Options, arguments: Sequence[str]) -> None:
@@ -55,7 +56,13 @@ def run(options: Options, arguments: Sequence[str]) -> None:
 
 def _run(options: Options, arguments: Sequence[str], device: torch.device) -> None:
     """Of several processes all prune, and the main one prints, scores and writes."""
-    task = get_task(options.task)
+    task = choose_task(
+        options.task,
+        options.model,
+        data_dir=options.data_dir,
+        text_columns=options.text_columns,
+        label_column=options.label_column,
+    )
     quiet = options.quiet or not processes.is_main()
     progress = not quiet and sys.stderr.isatty()
     told = Console(
@@ -307,6 +314,8 @@ def _prepare(options: Options, task: Task, device: torch.device, told: Console) 
         max_length=max_length,
         limit=options.eval_limit,
     )
+    if task.name == CUSTOM and options.max_length is None:
+        warn_of_cuts(evaluation_set.batches, max_length)
     seconds = time.perf_counter() - start
     inputs = inputs_digest(loaded.model, batches, evaluation_set)
     return Prepared(loaded, _settings(options), stored, batches, evaluation_set, seconds, inputs)

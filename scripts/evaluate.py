@@ -12,8 +12,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rfprune.data_flags import add_columns, check_data
 from rfprune.errors import UserError
-from rfprune.tasks.registry import TASKS, get_task
+from rfprune.flag_values import check_task
+from rfprune.tasks.registry import TASK_NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,10 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process); 0 done, 2 user error, 130 stopped."""
     options = _parser().parse_args(argv)
     try:
-        task = get_task(options.task)
+        check_task(options.task, TASK_NAMES)
+        check_data(options.task, options.data_dir, options.text_columns, options.label_column)
         if options.output is not None:
             _check_output(options.output)
-        _print_table(_evaluate(options, task.name), options.output)
+        _print_table(_evaluate(options), options.output)
     except UserError as error:
         sys.stderr.write(f"evaluate: error: {error}\n")
         return 2
@@ -41,8 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", required=True, help="folder (dense or pruned), hub id or alias")
-    parser.add_argument("--task", required=True, help=", ".join(TASKS))
+    parser.add_argument("--task", required=True, help=", ".join(TASK_NAMES))
     parser.add_argument("--data-dir", type=Path, help="local data, DIR/TASK/...; else the hub")
+    add_columns(parser)
     parser.add_argument("--batch-size", type=int, default=32, help="rows a batch (default: 32)")
     parser.add_argument("--max-length", type=int, help="tokens a row (default: the task's)")
     parser.add_argument("--limit", type=int, help="score so many random examples of each split")
@@ -59,18 +63,24 @@ def _device(text: str) -> str:
     return text
 
 
-def _evaluate(options: argparse.Namespace, task_name: str) -> dict[str, Any]:
+def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """Load, score, and say what was scored how: the contents of the output file."""
     import torch
     from rich.console import Console
 
     from rfprune.device import pick_device
-    from rfprune.loading import data_folder, length_limit, load
+    from rfprune.loading import choose_task, data_folder, length_limit, load
     from rfprune.report.report_json import versions
     from rfprune.run import collected_warnings
     from rfprune.tasks.evaluation import evaluate_model, prepare_evaluation
 
-    task = get_task(task_name)
+    task = choose_task(
+        options.task,
+        options.model,
+        data_dir=options.data_dir,
+        text_columns=options.text_columns,
+        label_column=options.label_column,
+    )
     with collected_warnings(Console(stderr=True, highlight=False), verbose=False) as heard:
         device = pick_device(options.device)
         loaded = load(options.model, task, device=device, dtype=getattr(torch, options.dtype))

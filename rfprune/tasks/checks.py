@@ -6,7 +6,8 @@ from typing import Any
 
 from rfprune.errors import UserError
 from rfprune.tasks.files import Table
-from rfprune.tasks.registry import Task
+from rfprune.tasks.labels import class_ids
+from rfprune.tasks.registry import CUSTOM, Task
 
 
 def checked_columns(task: Task, table: Table, labels_required: bool) -> dict[str, list[Any]]:
@@ -38,9 +39,11 @@ def _check_texts(texts: Sequence[Any], column: str, source: str) -> None:
 
 def _checked_labels(task: Task, labels: Sequence[Any], source: str) -> list[int] | list[float]:
     """Class ids or scores as numbers (a csv file gives text), all in range."""
+    if task.name == CUSTOM and task.kind == "classification":
+        return class_ids(task, labels, source)
     if task.kind == "regression":
         low, high = task.label_range or (-math.inf, math.inf)
-        wanted = f"a number from {low:g} to {high:g}"
+        wanted = f"a number from {low:g} to {high:g}" if task.label_range else "a number"
     else:
         low, high = 0, task.num_labels - 1
         meanings = (f"{label} {name}" for label, name in enumerate(task.label_names))
@@ -51,7 +54,7 @@ def _checked_labels(task: Task, labels: Sequence[Any], source: str) -> list[int]
             number = float(label)
         except (TypeError, ValueError):
             number = math.nan
-        whole = task.kind == "regression" or number.is_integer()
+        whole = math.isfinite(number) and (task.kind == "regression" or number.is_integer())
         if not (whole and low <= number <= high):
             shown = "missing" if label is None else repr(label)
             raise UserError(

@@ -16,7 +16,7 @@ from rfprune.errors import UserError
 from rfprune.tasks import hub
 from rfprune.tasks.checks import checked_columns
 from rfprune.tasks.files import EXTENSIONS, Table, first_line, read_table, table_of
-from rfprune.tasks.registry import Task
+from rfprune.tasks.registry import CUSTOM, Task
 
 # Rows tokenised at a time: enough for the tokenizer's threads, little as Python objects.
 ROWS_AT_A_TIME = 4096
@@ -34,22 +34,23 @@ def load_split(
 ) -> Any:
     """One split of a task as a `datasets.Dataset` in memory: texts, label, and id or idx if any.
 
-    From DATA_DIR/TASK/SPLIT.{parquet,csv,tsv,jsonl,json}, from a `save_to_disk` folder at
-    DATA_DIR/TASK, DATA_DIR/TASK/SPLIT or DATA_DIR, or from the hub where `data_dir` is None.
+    From DATA_DIR/TASK/SPLIT.{parquet,csv,tsv,jsonl,json} (`custom`: DATA_DIR/SPLIT... as well),
+    from a `save_to_disk` folder at DATA_DIR/TASK, DATA_DIR/TASK/SPLIT or DATA_DIR, or from the hub
+    where `data_dir` is None.
     Without `labels_required` labels are neither needed nor checked nor returned. UserError for
     whatever is missing, unreadable or wrong in the data.
     """
     from datasets import Dataset
     from pyarrow import ArrowException
 
-    wanted = [*task.text_columns, *_KEPT_AS_THEY_ARE]
+    wanted = [*task.text_columns, *(() if task.name == CUSTOM else _KEPT_AS_THEY_ARE)]
     if labels_required:
         wanted.append(task.label_column)
     if data_dir is None:
         table = _from_hub(task, split, wanted)
     else:
         try:
-            path = _find_split(task, split, data_dir)
+            path = find_split(task, split, data_dir)
         except OSError as error:
             raise UserError(f"'{data_dir}' cannot be read: {error.strerror or error}.") from error
         table = read_table(path, wanted)
@@ -90,15 +91,16 @@ def _from_hub(task: Task, split: str, wanted: Iterable[str]) -> Table:
     return table_of(dataset, list(wanted), f"The {split} split of dataset {name}")
 
 
-def _find_split(task: Task, split: str, data_dir: Path) -> Path:
+def find_split(task: Task, split: str, data_dir: Path) -> Path:
     """The file or saved dataset that holds the split; UserError says what is there instead."""
+    custom = task.name == CUSTOM
     if not data_dir.is_dir():
         problem = "is not a folder" if data_dir.exists() else "does not exist"
-        raise UserError(
-            f"The data folder '{data_dir}' {problem}: give one that holds {task.name}/."
-        )
+        holding = "train.csv and validation.csv" if custom else f"{task.name}/"
+        raise UserError(f"The data folder '{data_dir}' {problem}: give one that holds {holding}.")
     folders = [data_dir / task.name, data_dir]
-    found = [folders[0] / f"{split}{extension}" for extension in EXTENSIONS]
+    with_files = folders if custom else folders[:1]
+    found = [folder / f"{split}{extension}" for folder in with_files for extension in EXTENSIONS]
     found = [path for path in found if path.is_file()]
     found += [folder / split for folder in folders if _is_saved_dataset(folder / split)]
     if len(found) > 1:
@@ -110,9 +112,10 @@ def _find_split(task: Task, split: str, data_dir: Path) -> Path:
         names = sorted(path.name for path in folder.iterdir()) or ["nothing"]
         there = ", ".join(names[:SHOWN_NAMES] + ["..."] * (len(names) > SHOWN_NAMES))
         raise UserError(
-            f"'{data_dir}' has no {split} split of {task.name}: wanted {task.name}/{split}.parquet "
-            f"(or .csv, .tsv, .jsonl, or a save_to_disk folder), but '{folder}' holds "
-            f"{there}{_one_level_off(task, split, data_dir)}."
+            f"'{data_dir}' has no {split} split of {task.name}: wanted "
+            f"{'' if custom else task.name + '/'}{split}.parquet (or .csv, .tsv, .jsonl, or a "
+            f"save_to_disk folder), but '{folder}' holds {there}"
+            f"{_what_for(split) if custom else _one_level_off(task, split, data_dir)}."
         )
     return found[0]
 
@@ -124,6 +127,13 @@ def _one_level_off(task: Task, split: str, data_dir: Path) -> str:
     if data_dir.resolve().name == task.name:
         return f": give the folder above, '{data_dir.resolve().parent}'"
     return f": move them to '{data_dir / task.name}'"
+
+
+def _what_for(split: str) -> str:
+    """What somebody's own data needs the split for, and how it comes about."""
+    if split == "train":
+        return "; prune with a few hundred to 2,000 of your training texts, which need no labels"
+    return "; to be scored, the model needs labelled examples that it was not trained on"
 
 
 def _is_saved_dataset(folder: Path) -> bool:

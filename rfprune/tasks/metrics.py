@@ -60,6 +60,14 @@ def f1(predictions: ArrayLike, references: ArrayLike) -> float:
     return float(f1_score(truth, predicted, zero_division=0))
 
 
+def f1_macro(predictions: ArrayLike, references: ArrayLike) -> float:
+    """Mean F1 of the classes that are there or predicted, from label ids (N,)."""
+    from sklearn.metrics import f1_score
+
+    predicted, truth = _pair(predictions, references)
+    return float(f1_score(truth, predicted, average="macro", zero_division=0))
+
+
 def matthews_correlation(predictions: ArrayLike, references: ArrayLike) -> float:
     """Matthews correlation of label ids (N,); 0 where either side is constant."""
     from sklearn.metrics import matthews_corrcoef
@@ -88,6 +96,7 @@ SCORE_FUNCTIONS: Mapping[str, Callable[[ArrayLike, ArrayLike], float]] = Mapping
     {
         "accuracy": accuracy,
         "f1": f1,
+        "f1_macro": f1_macro,
         "matthews_correlation": matthews_correlation,
         "pearson": pearson,
         "spearmanr": spearmanr,
@@ -106,7 +115,7 @@ def glue_scores(name: str, predictions: ArrayLike, references: ArrayLike) -> dic
 
 def score_names(task: Task) -> tuple[str, ...]:
     """The scores of a classification or regression task; by its kind where it is not GLUE's."""
-    by_kind = ("pearson", "spearmanr") if task.kind == "regression" else ("accuracy",)
+    by_kind = ("pearson", "spearmanr") if task.kind == "regression" else ("accuracy", "f1_macro")
     return GLUE_SCORES.get(task.name, by_kind)
 
 

@@ -5,7 +5,7 @@ Lengths are those of Kwon et al. 2022; columns and label ids are those of the hu
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
@@ -89,6 +89,10 @@ _TASKS = (
     _squad("squad_v2"),
 )  # fmt: skip
 TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _TASKS})
+CUSTOM = "custom"
+"""The task that a checkpoint and a data folder make, see `rfprune.tasks.custom`."""
+
+TASK_NAMES = (*TASKS, CUSTOM)
 
 # Other names that checkpoints give to a class, in normal form (see _normal_form).
 _SYNONYMS: Mapping[str, tuple[str, ...]] = {
@@ -110,10 +114,33 @@ _SAME_AS = {"not_duplicate": "not_equivalent", "duplicate": "equivalent"}
 
 
 def get_task(name: str) -> Task:
-    """The task of that name; UserError names the known ones."""
+    """The task of that name; UserError names the known ones. `custom` takes more than a name."""
+    if name == CUSTOM:
+        raise UserError(
+            f"Task {name!r} is made from a checkpoint and a data folder, by rfprune itself, "
+            f"scripts/evaluate.py and scripts/finetune.py: choose one of {', '.join(TASKS)} here."
+        )
     if name not in TASKS:
         raise UserError(f"Unknown task {name!r}: choose one of {', '.join(TASKS)}.")
     return TASKS[name]
+
+
+def check_columns(text_columns: Sequence[str] | None, label_column: str | None) -> None:
+    """Of `custom`: UserError for over two texts, one column twice, or one without a name."""
+    names = [*(text_columns or ()), *([] if label_column is None else [label_column])]
+    if any(not name for name in names):
+        raise UserError("A column's name is empty: give it as the first line of the file does.")
+    if len(text_columns or ()) > 2:
+        raise UserError(
+            f"--text-columns {' '.join(text_columns or ())}: a model reads one text or two; name "
+            f"no more columns."
+        )
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(
+                f"Column {name!r} is named twice: a text, a second text and the label are "
+                f"different columns."
+            )
 
 
 def check_labels(config: Any, task: Task) -> None:
@@ -122,14 +149,14 @@ def check_labels(config: Any, task: Task) -> None:
     `LABEL_0` and `0` are taken to be in the task's order. Names in another order, or names of
     another task, are a UserError; names nobody knows are taken in order with a RfpruneWarning.
     """
-    names = _names_in_order(config)
+    names = names_in_order(config)
     if len(names) != task.num_labels:
         raise UserError(
             f"Task {task.name} needs a head with {_outputs(task)}, but the checkpoint's has "
             f"{len(names)} ({', '.join(names)}): choose a checkpoint fine-tuned on {task.name}."
         )
-    if task.kind != "classification":
-        return
+    if task.kind != "classification" or task.name == CUSTOM:
+        return  # the labels of `custom` are those of the checkpoint
     ids = _label_ids(task)
     found = [ids.get(_normal_form(name)) for name in names]
     if any(label not in (None, position) for position, label in enumerate(found)):
@@ -160,8 +187,8 @@ def _unknown_names(names: list[str], task: Task) -> None:
     )
 
 
-def _names_in_order(config: Any) -> list[str]:
-    """The checkpoint's label names by label id."""
+def names_in_order(config: Any) -> list[str]:
+    """The checkpoint's label names by label id; UserError where the ids have gaps."""
     named = {int(key): str(name) for key, name in dict(config.id2label).items()}
     if sorted(named) != list(range(len(named))):
         raise UserError(
