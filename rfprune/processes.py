@@ -140,6 +140,11 @@ def share(batches: Sequence[Item]) -> Sequence[Item]:
     return [batches[number] for number in own_turns(len(batches))] if _joined else batches
 
 
+def number_of(turn: int) -> int:
+    """The number of the batch that this process has in a turn."""
+    return turn * count() + rank()
+
+
 def own_turns(num_batches: int) -> list[int]:
     """The numbers of the batches that are this process' turn."""
     mine = [turn[rank()] for turn in turns(num_batches)]

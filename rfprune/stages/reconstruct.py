@@ -180,8 +180,8 @@ def _parts(num_features: int, num_outputs: int, device: torch.device) -> tuple[M
 
 
 def _part(parts: tuple[Moments, Moments], i: int) -> Moments:
-    """Where batch i belongs."""
-    return parts[i % HELD_OUT == HELD_OUT - 1]
+    """Where batch i of this process belongs."""
+    return parts[processes.number_of(i) % HELD_OUT == HELD_OUT - 1]
 
 
 def _everyones(moments: Moments) -> Moments:
