@@ -56,13 +56,6 @@ def run(options: Options, arguments: Sequence[str]) -> None:
 
 def _run(options: Options, arguments: Sequence[str], device: torch.device) -> None:
     """Of several processes all prune, and the main one prints, scores and writes."""
-    task = choose_task(
-        options.task,
-        options.model,
-        data_dir=options.data_dir,
-        text_columns=options.text_columns,
-        label_column=options.label_column,
-    )
     quiet = options.quiet or not processes.is_main()
     progress = not quiet and sys.stderr.isatty()
     told = Console(
@@ -79,6 +72,13 @@ def _run(options: Options, arguments: Sequence[str], device: torch.device) -> No
         collected_warnings(told, verbose=options.verbose) as heard,
         out_of_memory_is_said(options.batch_size),
     ):
+        task = choose_task(
+            options.task,
+            options.model,
+            data_dir=options.data_dir,
+            text_columns=options.text_columns,
+            label_column=options.label_column,
+        )
         prepared = _prepare(options, task, device, told)
         constraints = processes.from_main(lambda: _unfinished(options, prepared, told, screen))
         if not processes.is_main():

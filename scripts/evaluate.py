@@ -74,14 +74,14 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
     from rfprune.run import collected_warnings
     from rfprune.tasks.evaluation import evaluate_model, prepare_evaluation
 
-    task = choose_task(
-        options.task,
-        options.model,
-        data_dir=options.data_dir,
-        text_columns=options.text_columns,
-        label_column=options.label_column,
-    )
     with collected_warnings(Console(stderr=True, highlight=False), verbose=False) as heard:
+        task = choose_task(
+            options.task,
+            options.model,
+            data_dir=options.data_dir,
+            text_columns=options.text_columns,
+            label_column=options.label_column,
+        )
         device = pick_device(options.device)
         loaded = load(options.model, task, device=device, dtype=getattr(torch, options.dtype))
         max_length = length_limit(loaded, task, options.max_length)

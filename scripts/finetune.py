@@ -10,7 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rfprune.data_flags import add_columns, check_data
 from rfprune.errors import UserError
+from rfprune.tasks.registry import CUSTOM, get_task
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,9 +20,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--model", required=True, help="folder or hub id of a pretrained encoder")
-    add("--task", required=True, help="such as mrpc, sst2, stsb, squad")
+    add("--task", required=True, help="such as mrpc, sst2, stsb, squad, custom")
     add("--output-dir", type=Path, required=True, help="new folder for the checkpoint")
     add("--data-dir", type=Path, help="folder that holds TASK/train.parquet; else the hub")
+    add_columns(parser)
+    add("--regression", action="store_true", help="of --task custom; labels are numbers to predict")
     add("--epochs", type=float, default=3.0)
     add("--learning-rate", type=float, default=3e-5)
     add("--batch-size", type=int, default=32)
@@ -45,9 +49,8 @@ def finetune(options: argparse.Namespace) -> None:
     from rfprune.calibration import sample
     from rfprune.tasks.data import encode, load_split
     from rfprune.tasks.evaluation import evaluate_model, prepare_evaluation
-    from rfprune.tasks.registry import get_task
 
-    task = get_task(options.task)
+    task = choose_task(options)
     set_seed(options.seed)  # before the model: its head starts out random
     train = load_split(task, task.train_split, options.data_dir)
     if options.max_train_samples:
@@ -67,8 +70,21 @@ def finetune(options: argparse.Namespace) -> None:
         print(f"{task.name} {name}: {score:.2f}")
 
 
+def choose_task(options: argparse.Namespace) -> Any:
+    """A known task, or what the labels of somebody's own data make."""
+    if options.task != CUSTOM:
+        return get_task(options.task)
+    from rfprune.tasks.custom import task_to_learn
+
+    columns = options.text_columns, options.label_column
+    return task_to_learn(options.data_dir, *columns, regression=options.regression)
+
+
 def check(options: argparse.Namespace) -> None:
     """UserError for what can be known to fail before anything is loaded."""
+    check_data(options.task, options.data_dir, options.text_columns, options.label_column)
+    if options.regression and options.task != CUSTOM:
+        raise UserError("--regression belongs to --task custom: leave it out.")
     for name in ("epochs", "learning_rate", "batch_size", "max_train_samples"):
         value = getattr(options, name)
         if value is not None and not 0 < value < float("inf"):

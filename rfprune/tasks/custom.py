@@ -14,6 +14,7 @@ from torch import Tensor
 from rfprune.errors import RfpruneWarning, UserError
 from rfprune.tasks.data import find_split
 from rfprune.tasks.files import Table, read_table
+from rfprune.tasks.labels import label_names
 from rfprune.tasks.registry import CUSTOM, Task, check_columns, names_in_order
 
 USUAL_TEXTS = (("sentence1", "sentence2"), ("sentence",), ("text",))
@@ -96,6 +97,41 @@ def with_columns(
             f"--label-column, or add it."
         )
     return replace(task, text_columns=texts, label_column=label)
+
+
+def task_to_learn(
+    data_dir: Path | None,
+    text_columns: Sequence[str] | None,
+    label_column: str | None,
+    *,
+    regression: bool = False,
+) -> Task:
+    """The task that training data makes, where there is no checkpoint yet.
+
+    Labels 0, 1, ... to the last are ids of LABEL_0, LABEL_1, ...; others are the names, in their
+    order. `regression`: they are numbers to predict; numbers that are not whole always are.
+
+    Raises:
+        UserError: as `with_columns`, or no labels, or one class only, in the training data.
+    """
+    task = with_columns(unread(), data_dir, text_columns, label_column)
+    assert data_dir is not None
+    table = read_table(find_split(task, "train", data_dir), [task.label_column])
+    labels = table.columns.get(task.label_column)
+    if labels is None:
+        raise UserError(
+            f"{table.source} has no column {task.label_column!r} for the labels, and nothing can "
+            f"be learned without: name one of its columns ({_listed(table)}) with --label-column."
+        )
+    names = label_names(labels)
+    if regression or names is None:
+        return replace(task, kind="regression", metric_name="spearmanr")
+    if len(names) < 2:
+        raise UserError(
+            f"{table.source} has {len(names)} different label in {task.label_column}: there is "
+            f"nothing to tell apart with less than two."
+        )
+    return replace(task, label_names=names)
 
 
 def warn_of_cuts(batches: Sequence[Mapping[str, Tensor]], max_length: int) -> None:

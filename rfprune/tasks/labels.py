@@ -34,6 +34,23 @@ def class_ids(task: Task, labels: Sequence[Any], source: str) -> list[int]:
     return [label_id for label_id in ids if label_id is not None]
 
 
+def label_names(labels: Sequence[Any]) -> tuple[str, ...] | None:
+    """The names of the classes in a column of labels, by id; None for numbers that are not whole.
+
+    What is missing has no name.
+    """
+    there = [label for label in labels if not _is_missing(label)]
+    numbers = {_number(label) for label in there}
+    if None in numbers:
+        return tuple(sorted({str(label).strip() for label in there}))
+    whole = sorted(int(number) for number in numbers if number is not None and number % 1 == 0)
+    if len(whole) < len(numbers):
+        return None
+    if whole == list(range(len(whole))):
+        return tuple(f"LABEL_{label_id}" for label_id in whole)
+    return tuple(str(number) for number in whole)
+
+
 def _reader(names: Sequence[str]) -> Callable[[Any], int | None]:
     """What finds a label's id; None for a label that is neither."""
     by_name = _ids_by(names, str.strip)
