@@ -20,7 +20,8 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         "--data-dir",
         type=value.folder("--data-dir"),
         metavar="DIR",
-        help="local data, DIR/TASK/{train,validation}.{parquet,csv,tsv,jsonl}; else the hub",
+        help="local data, DIR/TASK/{train,validation}.{parquet,csv,tsv,jsonl}, for custom also "
+        "without TASK/; else the hub",
     )
     add_columns(group)
     group.add_argument(
@@ -41,7 +42,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         "--max-length",
         type=value.whole_number("--max-length", 8),
         metavar="N",
-        help="tokens an example (default: the task's)",
+        help="tokens an example (default: the task's, for custom 128, or what the model reads)",
     )
     group.add_argument(
         "--eval-limit",

@@ -22,6 +22,7 @@ from rfprune.errors import UserError
 from rfprune.result import CHOICES, Settings
 
 NEEDED = ["--model", "demo", "--task", "sst2", "--constraint", "0.5"]
+CUSTOM = [*NEEDED[:3], "custom", *NEEDED[4:], "--data-dir", "mine"]
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +116,13 @@ def test_every_fraction_is_a_constraint(ratio: float) -> None:
         ([*NEEDED, "--model", " "], "--model is empty"),
         ([*NEEDED, "--data-dir", ""], "--data-dir is empty"),
         ([*NEEDED, "--output-dir", ""], "--output-dir is empty"),
+        ([*NEEDED, "--text-columns", "a"], "--text-columns belongs to --task custom .* for sst2"),
+        ([*NEEDED, "--label-column", "a"], "--label-column belongs to --task custom"),
+        ([*NEEDED, "--task", "custm"], "did you mean custom"),
+        ([*CUSTOM[:6]], "--task custom needs data of yours: give --data-dir DIR"),
+        ([*CUSTOM, "--text-columns", "a", "b", "c"], "--text-columns a b c: .* one text or two"),
+        ([*CUSTOM, "--text-columns", "a", "--label-column", "a"], "'a' is named twice"),
+        ([*CUSTOM, "--label-column", ""], "column's name is empty"),
         ([*NEEDED, "--metric", "size"], "--metric: invalid choice: 'size'"),
         ([*NEEDED, "--method", "magic"], "--method: invalid choice: 'magic'"),
         *(
@@ -148,6 +156,14 @@ def test_a_tilde_is_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.setenv("HOME", str(tmp_path))
     options = parse([*NEEDED, "--output-dir=~/out", "--data-dir=~/data"])
     assert (options.output_dir, options.data_dir) == (tmp_path / "out", tmp_path / "data")
+
+
+def test_columns_are_those_of_one_s_own_data() -> None:
+    options = parse([*CUSTOM, "--text-columns", "question", "answer", "--label-column", "right"])
+    assert (options.text_columns, options.label_column) == (("question", "answer"), "right")
+    unnamed = parse(CUSTOM)
+    assert (unnamed.text_columns, unnamed.label_column) == (None, None)
+    assert unnamed.identity(0.5) != options.identity(0.5), "other columns make another output"
 
 
 def test_options_cannot_be_changed() -> None:

@@ -100,6 +100,25 @@ def test_it_answers_questions(
         assert score in capsys.readouterr().out
 
 
+def test_it_scores_somebody_s_own_table(
+    main: Main, tiny_folder: TinyFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "mine"
+    data.mkdir()
+    for split in ("train", "validation"):
+        (data / f"{split}.csv").write_text("review,verdict\nfine film,LABEL_1\nbad plot,label_0\n")
+    flags = f"--model {tiny_folder('bert')} --task custom --data-dir {data} --text-columns review"
+    assert main(flags.split()) == 2
+    assert "--label-column" in capsys.readouterr().err
+    output = tmp_path / "scores.json"
+    assert main([*flags.split(), "--label-column", "verdict", "--output", str(output)]) == 0
+    written = json.loads(output.read_text())
+    assert set(written["scores"]) == {"accuracy", "f1_macro"}
+    assert written["splits"] == {"validation": 2}
+    assert main([*flags.replace("custom", "sst2").split()]) == 2
+    assert "belongs to --task custom" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "what"),
     [

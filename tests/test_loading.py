@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rfprune.errors import UserError
-from rfprune.loading import data_folder, length_limit, load, locate
+from rfprune.loading import choose_task, data_folder, length_limit, load, locate
 from rfprune.tasks.registry import get_task
 
 MRPC, SQUAD = get_task("mrpc"), get_task("squad")
@@ -297,6 +297,56 @@ def test_what_is_not_on_the_hub_says_what_was_wanted_and_the_ways_out(name: str)
 def test_the_demo_has_one_task() -> None:
     assert "--task sst2" in refused(Path("demo"))
     assert (Path(locate("demo", get_task("sst2"))) / "config.json").is_file()
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A folder with a table of somebody's own."""
+    for split in ("train", "validation"):
+        path = tmp_path / "data" / f"{split}.csv"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("text,label\nfine,1\nbad,0\n")
+    return tmp_path / "data"
+
+
+def test_a_known_task_is_chosen_by_its_name() -> None:
+    assert choose_task("mrpc", "/no/such/model") is MRPC
+    with pytest.raises(UserError, match="Unknown task"):
+        choose_task("mprc", "demo")
+
+
+def test_custom_is_what_checkpoint_and_data_make(
+    data: Path, tiny_folder: Callable[..., Path]
+) -> None:
+    demo = choose_task("custom", "demo", data_dir=data)
+    assert (demo.label_names, demo.text_columns) == (("negative", "positive"), ("text",))
+    loaded = load("demo", demo, device=CPU, dtype=torch.float32)
+    assert length_limit(loaded, demo, None) == 128
+    loaded.tokenizer.model_max_length = 100
+    assert length_limit(loaded, demo, None) == 100
+    number = choose_task("custom", str(tiny_folder(num_labels=1)), data_dir=data)
+    assert number.kind == "regression"
+
+
+def test_custom_is_refused_before_weights_are_read(
+    data: Path, folder: Path, tiny_folder: Callable[..., Path]
+) -> None:
+    def told(model: Path | str) -> str:
+        with pytest.raises(UserError) as caught:
+            choose_task("custom", str(model), data_dir=data)
+        return str(caught.value)
+
+    (folder / "model.safetensors").write_bytes(b"never read")
+    assert choose_task("custom", str(folder), data_dir=data).num_labels == 2
+    change_config(folder, problem_type="multi_label_classification")
+    assert "multi label" in told(folder)
+    change_config(folder, problem_type=None, model_type="bart")
+    assert "'bart'" in told(folder)
+    answers = told(tiny_folder("bert", "question-answering"))
+    assert "no trained head for task custom" in answers
+    assert "fine-tune it on your data" in answers
+    assert "task custom" in told("bert-base"), "no alias has a checkpoint for it"
+    assert "does not exist" in told("./missing")
 
 
 def test_the_demo_brings_its_data(tmp_path: Path) -> None:

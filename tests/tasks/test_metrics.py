@@ -35,6 +35,16 @@ def confusion(pairs: list[tuple[int, int]]) -> tuple[int, int, int, int]:
     return counts[1, 1], counts[1, 0], counts[0, 1], counts[0, 0]
 
 
+def macro_f1(pairs: list[tuple[int, int]]) -> float:
+    """The mean over the classes that are in either column of 2 both / (predicted + true)."""
+    predicted, truth = zip(*pairs, strict=True)
+    classes = {*predicted, *truth}
+    return sum(
+        2 * pairs.count((label, label)) / (predicted.count(label) + truth.count(label))
+        for label in classes
+    ) / len(classes)
+
+
 @given(BITS)
 def test_classification_scores_are_their_definitions(pairs: list[tuple[int, int]]) -> None:
     predicted, truth = (list(column) for column in zip(*pairs, strict=True))
@@ -43,6 +53,7 @@ def test_classification_scores_are_their_definitions(pairs: list[tuple[int, int]
     expected = {
         "accuracy": (tp + tn) / len(pairs),
         "f1": 2 * tp / (2 * tp + fp + fn) if tp else 0.0,
+        "f1_macro": macro_f1(pairs),
         "matthews_correlation": (tp * tn - fp * fn) / spread**0.5 if spread else 0.0,
     }
     for name, value in expected.items():

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rfprune.errors import RfpruneWarning, UserError
-from rfprune.tasks.registry import TASKS, check_labels, get_task
+from rfprune.tasks.custom import custom_task
+from rfprune.tasks.registry import CUSTOM, TASK_NAMES, TASKS, check_labels, get_task
 
 CLASSIFICATION = [task for task in TASKS.values() if task.kind == "classification"]
 
@@ -25,12 +26,28 @@ def config(*names: str) -> Any:
 def test_every_task_of_the_project_is_there_under_its_own_name() -> None:
     assert list(TASKS) == ("mrpc sst2 stsb cola rte qnli qqp mnli wnli squad squad_v2".split())
     assert all(get_task(name).name == name for name in TASKS)
+    assert TASK_NAMES == (*TASKS, CUSTOM) == (*TASKS, "custom")
 
 
 @pytest.mark.parametrize("name", ["mprc", "", "MRPC", "custom"])
 def test_an_unknown_task_is_named_beside_the_known_ones(name: str) -> None:
     with pytest.raises(UserError, match=f"{name!r}.*mrpc.*squad_v2"):
         get_task(name)
+
+
+def test_custom_is_no_task_before_its_data_is_known() -> None:
+    """A row of it with invented columns would let scripts score nonsense."""
+    with pytest.raises(UserError, match="made from a checkpoint and a data folder"):
+        get_task(CUSTOM)
+
+
+def test_the_checkpoint_s_own_labels_are_never_refused() -> None:
+    task = custom_task(config("POSITIVE", "NEGATIVE"), None, "here")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_labels(config("POSITIVE", "NEGATIVE"), task)
+    with pytest.raises(UserError, match="needs a head with 2 labels"):
+        check_labels(config("LABEL_0"), task)
 
 
 def test_label_ids_are_those_of_the_hub() -> None:
