@@ -8,7 +8,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from transformers import AutoConfig, AutoTokenizer
 
+from rfprune.loading import choose_task
 from rfprune.tasks.registry import check_labels, get_task
 
 TinyFolder = Any
@@ -52,8 +54,6 @@ def test_it_makes_a_checkpoint_with_a_head_for_the_task(
     arguments: dict[str, Any],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from transformers import AutoConfig, AutoTokenizer
-
     assert finetune.main(flags(task, arguments)) == 0
     folder = arguments["output-dir"]
     config = AutoConfig.from_pretrained(folder)
@@ -68,6 +68,39 @@ def test_it_makes_a_checkpoint_with_a_head_for_the_task(
         "tokenizer_config.json",
     ]
     assert f"{task} {metric}: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("labels", "more", "names"),
+    [
+        (("dull", "funny"), [], {0: "dull", 1: "funny"}),
+        (("0", "1"), [], {0: "LABEL_0", 1: "LABEL_1"}),
+        (("2", "4"), ["--regression"], {0: "LABEL_0"}),
+    ],
+)
+def test_somebody_s_own_table_makes_a_checkpoint_for_it(
+    labels: tuple[str, str],
+    more: list[str],
+    names: dict[int, str],
+    finetune: ModuleType,
+    arguments: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And what it has learned is task custom again, with the same labels."""
+    data = tmp_path / "mine"
+    data.mkdir()
+    for split in ("train", "validation"):
+        lines = [f"a film {number},{labels[number % 2]}\n" for number in range(16)]
+        (data / f"{split}.csv").write_text("".join(["review,label\n", *lines]))
+    given = [*flags("custom", arguments | {"data-dir": data}), "--text-columns", "review"]
+    assert finetune.main(given + more) == 0
+    score = "spearmanr" if more else "accuracy"
+    assert f"custom {score}: " in capsys.readouterr().out
+    folder = str(arguments["output-dir"])
+    task = choose_task("custom", folder, data_dir=data, text_columns=["review"])
+    assert task.kind == ("regression" if more else "classification")
+    assert AutoConfig.from_pretrained(folder).id2label == names
 
 
 def test_it_learns(
@@ -116,6 +149,8 @@ def test_the_seed_decides_the_head_and_the_sample(
         ({"batch-size": -1}, "--batch-size -1"),
         ({"max-train-samples": 0}, "--max-train-samples 0"),
         ({"max-length": 2}, "length of 2 tokens"),
+        ({"label-column": "label"}, "belongs to --task custom"),
+        ({"task": "custom"}, "no train split of custom"),
     ],
 )
 def test_what_the_user_can_mend_is_one_sentence_and_nothing_is_written(

@@ -198,6 +198,41 @@ def test_every_kind_of_task_runs(
     assert report["metric_name"] in report["scores"]["pruned"]
 
 
+@pytest.mark.parametrize("num_labels", [1, 3])
+@pytest.mark.parametrize("use_labels", [None, True])
+def test_somebody_s_own_model_and_table_run(
+    num_labels: int,
+    use_labels: bool | None,
+    flags: Callable[..., list[str]],
+    tiny_folder: Callable[..., Path],
+    refused: Callable[[list[str]], str],
+) -> None:
+    """Their columns and their labels' names; and the card invents no dataset on the hub."""
+    mine = Path("mine")
+    mine.mkdir()
+    for split in ("train", "validation"):
+        labels = [row / 2 if num_labels == 1 else f"label {row % 3}" for row in range(16)]
+        lines = [f"good film {row},a plot {row},{label}\n" for row, label in enumerate(labels)]
+        (mine / f"{split}.csv").write_text("".join(["one,two,verdict\n", *lines]))
+    changes = {"data_dir": "mine", "text_columns": "one two", "label_column": "verdict"}
+    changes["model"] = tiny_folder(num_labels=num_labels)
+    assert main(flags("custom", **changes, use_labels=use_labels)) == 0
+    report = read_report(Path("out"))
+    expected = {"spearmanr", "pearson"} if num_labels == 1 else {"accuracy", "f1_macro"}
+    assert set(report["scores"]["pruned"]) == expected
+    assert report["task"] == "custom"
+    assert report["evaluated_examples"] == 16
+    card = Path("out/README.md").read_text()
+    assert "datasets:" not in card
+    assert "model-index" not in card
+    assert "--text-columns one two --label-column verdict" in card
+    again = changes | {"text_columns": "three", "overwrite": True}
+    assert "'three'" in refused(flags("custom", **again))
+    (mine / "validation.csv").unlink()
+    again["text_columns"] = "one two"
+    assert "labelled examples" in refused(flags("custom", **again))
+
+
 def test_a_checkpoint_in_half_precision_stays_in_it(
     flags: Callable[..., list[str]],
     tiny_folder: Callable[..., Path],
