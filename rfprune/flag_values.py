@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import re
+import unicodedata
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -20,9 +21,33 @@ def name(flag: str) -> Callable[[str], str]:
     def read(text: str) -> str:
         if not text.strip():
             raise UserError(f"{flag} is empty: give a folder, a hub id, an alias, or demo.")
+        try:
+            _path(flag, text).exists()
+        except OSError as error:  # such as a name that is too long
+            raise UserError(
+                f"{flag} {text[:60]!r}... is no name that there can be ({error.strerror}): give a "
+                f"folder, a hub id, an alias, or demo."
+            ) from error
         return text
 
     return read
+
+
+def _path(flag: str, text: str) -> Path:
+    """A path, in which ~ is the home, without signs that would change a terminal or a report.
+
+    Raises:
+        UserError: it has such signs, or is below the home of somebody who is not there.
+    """
+    if any(unicodedata.category(sign) in ("Cc", "Cs") for sign in text):
+        raise UserError(
+            f"{flag} {ascii(text)[:80]} has control characters, or bytes that are no text, in its "
+            f"name: rename it."
+        )
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{flag} {text[:60]!r} is below a home that is not there.") from error
 
 
 def folder(flag: str) -> Callable[[str], Path]:
@@ -31,7 +56,7 @@ def folder(flag: str) -> Callable[[str], Path]:
     def read(text: str) -> Path:
         if not text.strip():
             raise UserError(f"{flag} is empty: give the name of a folder.")
-        return Path(text).expanduser()  # shells leave the ~ of --flag=~/folder alone
+        return _path(flag, text)  # shells leave the ~ of --flag=~/folder alone
 
     return read
 

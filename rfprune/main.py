@@ -47,8 +47,12 @@ def _is_first_process() -> bool:
 
 
 def _sentence(error: UserError) -> str:
-    """One line, one capital, one full stop: the Python API says the same without the last two."""
+    """One line, one capital, one full stop: the Python API says the same without the last two.
+
+    What a file holds may end up in it: no sign of it reaches the terminal that would change that.
+    """
     text = " ".join(str(error).split()).removesuffix(".")
+    text = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
     return f"{text[:1].upper()}{text[1:]}."
 
 

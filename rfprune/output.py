@@ -39,6 +39,11 @@ def check_output(folder: Path, *, overwrite: bool, flags: str | None = None) -> 
     Raises:
         UserError: it is a file, holds something already, or cannot be written.
     """
+    if folder.name in ("", ".."):
+        raise UserError(
+            f"The output folder '{folder}' cannot be put in place under that name: give the name "
+            f"of a new folder with --output-dir."
+        )
     try:
         _recover(folder)
         if not overwrite and flags is not None and holds(folder, {"flags": flags}):
@@ -83,6 +88,11 @@ def weight_bytes(folder: Path) -> int:
 
 
 def _check_free(folder: Path, overwrite: bool) -> None:
+    if folder.is_symlink():
+        raise UserError(
+            f"The output folder '{folder}' is a link, which a folder cannot replace: give the "
+            f"folder that it leads to, or another, with --output-dir."
+        )
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output-dir '{folder}' is a file: give the name of a folder.")
     if not folder.is_dir() or not any(folder.iterdir()):

@@ -123,6 +123,14 @@ def test_every_fraction_is_a_constraint(ratio: float) -> None:
         ([*CUSTOM, "--text-columns", "a", "b", "c"], "--text-columns a b c: .* one text or two"),
         ([*CUSTOM, "--text-columns", "a", "--label-column", "a"], "'a' is named twice"),
         ([*CUSTOM, "--label-column", ""], "column's name is empty"),
+        *(
+            ([*NEEDED, f"--{flag}", name], f"--{flag} {shown} has control characters")
+            for flag in ("model", "data-dir", "output-dir", "cache-dir")
+            for name, shown in (("a\0b", r"'a.x00b'"), ("a\x1b[1m", "'a.x1b.1m'"))
+        ),
+        ([*NEEDED, "--output-dir", "caf\udce9"], "bytes that are no text"),
+        ([*NEEDED, "--output-dir", "~nobody.here/a"], "below a home that is not there"),
+        ([*NEEDED, "--model", "a" * 5000], "no name that there can be .File name too long"),
         ([*NEEDED, "--metric", "size"], "--metric: invalid choice: 'size'"),
         ([*NEEDED, "--method", "magic"], "--method: invalid choice: 'magic'"),
         *(

@@ -116,6 +116,28 @@ def test_a_file_is_no_output_folder(tmp_path: Path, below: str) -> None:
         check_output(Path(f"{tmp_path}/file{below}"), overwrite=True)
 
 
+@pytest.mark.parametrize("name", [".", "..", "/", "out/.."])
+def test_a_name_that_nothing_can_be_put_under(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty current folder would be found out after all the work."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="give the name of a new folder"):
+        check_output(Path(name), overwrite=True)
+
+
+@pytest.mark.parametrize("target", ["nowhere", "link", "earlier", "empty"])
+def test_a_link_is_no_output_folder(target: str, tmp_path: Path) -> None:
+    """A folder cannot be renamed to it."""
+    earlier_output(tmp_path / "earlier")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(target)
+    before = everything_in(tmp_path)
+    with pytest.raises(UserError, match="is a link"):
+        check_output(tmp_path / "link", overwrite=True)
+    assert everything_in(tmp_path) == before
+
+
 def test_a_name_that_is_too_long_is_found_before_the_work(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not writable .File name too long"):
         check_output(tmp_path / ("a" * 300), overwrite=False)

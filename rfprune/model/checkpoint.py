@@ -8,7 +8,8 @@ kept).
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,23 +84,18 @@ def load_pruned(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     """
     folder = Path(folder)
     config = _read_config(folder)
-    try:
-        blocks = check_description(config.get("rfprune"))
-    except ValueError as error:
-        raise UserError(
-            f"'{folder / 'config.json'}' is not that of a pruned model that this rfprune can load: "
-            f"{error}"
-        ) from error
+    blocks = _described_blocks(config, folder)
     base = _base_class(config, folder)
     _check_shapes(folder, blocks)
     try:
-        model, info = pruned_class(base).from_pretrained(
-            folder,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are looked for below
-            **kwargs,
-        )
+        with _no_report():
+            model, info = pruned_class(base).from_pretrained(
+                folder,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are looked for below
+                **kwargs,
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
@@ -130,7 +126,8 @@ def load_masks(folder: str | Path) -> dict[str, Tensor]:
     """The masks of a saved pruned model, (U,) per block, named like "layer.0.heads".
 
     Raises:
-        UserError: the file is missing, damaged or of another format version.
+        UserError: the file is missing, damaged, of another format version, or not that of the
+            model beside it.
     """
     path = Path(folder) / MASKS_FILE
     try:
@@ -146,7 +143,24 @@ def load_masks(folder: str | Path) -> dict[str, Tensor]:
             f"'{path}' has format version {version}, but this rfprune reads {FORMAT_VERSION}; "
             "upgrade rfprune, or prune the model again"
         )
+    _check_masks(masks, path)
     return masks
+
+
+def _check_masks(masks: dict[str, Tensor], path: Path) -> None:
+    """Compare what the masks keep with what config.json says that there is."""
+    config = _read_config(path.parent)
+    blocks = _described_blocks(config, path.parent)
+    kept = {f"layer.{block['layer']}.{block['kind']}s": block["num_units"] for block in blocks}
+    for name in sorted(kept.keys() | masks.keys()):
+        mask = masks.get(name)
+        found = None if mask is None or mask.dim() != 1 else int((mask != 0).sum())
+        if found is None or found != kept.get(name):
+            raise UserError(
+                f"'{name}' in '{path}' keeps {'nothing' if found is None else found} where "
+                f"config.json has {kept.get(name, 'no such block')}; the two files are not of the "
+                "same model: prune it again, or download them again"
+            )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -164,6 +178,29 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"'{path}' does not hold a JSON object; save or download the model again")
     return config
+
+
+def _described_blocks(config: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    try:
+        return check_description(config.get("rfprune"))
+    except ValueError as error:
+        raise UserError(
+            f"'{folder / 'config.json'}' is not that of a pruned model that this rfprune can load: "
+            f"{error}"
+        ) from error
+
+
+@contextmanager
+def _no_report() -> Iterator[None]:
+    """Keep back the library's table of what is missing or too much: the error names it."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _base_class(config: dict[str, Any], folder: Path) -> type:

@@ -118,6 +118,11 @@ def check_supported(config: PretrainedConfig) -> Architecture:
             f"{config.chunk_size_feed_forward}), which is not supported; load it with "
             "chunk_size_feed_forward=0, which computes the same"
         )
+    if config.num_attention_heads < 1:
+        raise UserError(
+            f"this {model_type} model has num_attention_heads={config.num_attention_heads} in its "
+            "config.json, which is no number of heads; save or download it again"
+        )
     return ARCHITECTURES[model_type]
 
 

@@ -193,6 +193,36 @@ def test_masks_that_cannot_be_read_are_named(folder: Path) -> None:
         load_masks(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "mask", "message"),
+    [
+        ("layer.0.heads", torch.tensor([1.0, 1, 0, 0]), "keeps 2 where config.json has 3"),
+        ("layer.0.heads", torch.ones(2, 2), "keeps nothing where config.json has 3"),
+        ("layer.9.heads", torch.ones(4), "config.json has no such block"),
+        ("layer.0.heads", None, "keeps nothing where config.json has 3"),
+    ],
+)
+def test_masks_of_another_model_are_refused(
+    name: str, mask: torch.Tensor | None, message: str, folder: Path
+) -> None:
+    path = folder / MASKS_FILE
+    masks = load_file(path)
+    del masks["layer.0.heads"]
+    kept = {} if name == "layer.0.heads" else {"layer.0.heads": torch.tensor([1.0, 0, 1, 1])}
+    given = {} if mask is None else {name: mask}
+    save_file(masks | kept | given, path, metadata={"format_version": "1"})
+    with pytest.raises(UserError, match=message):
+        load_masks(folder)
+
+
+def test_what_is_wrong_is_said_once(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The library's own table of it would come before the error."""
+    edit_weights(folder, lambda weights: weights.pop("classifier.bias"))
+    with pytest.raises(UserError, match=r"lack 'classifier\.bias'"):
+        load_pruned(folder)
+    assert "MISSING" not in capfd.readouterr().err
+
+
 def test_a_class_that_nobody_could_load_is_not_saved(tiny_model: Tiny, tmp_path: Path) -> None:
     model = tiny_model()
     model.__class__ = type("MyModel", (type(model),), {})

@@ -1,0 +1,302 @@
+"""Bad flags, places and hubs: each a case of `scripts/bad_inputs.py`.
+
+What is wrong with files, of checkpoints, data and pruned models, is in `bad_input_files.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
+
+from scripts.bad_input_place import GARBAGE, HANG, Place
+
+Request = list[str] | Callable[[], object]
+"""Flags for the command, or a call of the Python interface."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input and what is to come of it.
+
+    Attributes:
+        given: the input, in words.
+        says: what the answer must say.
+        prepare: makes the input in an empty folder, and gives what is to be run.
+        ends: "refused" (exit code 2 or a UserError, one sentence, nothing left), "goes on" (a
+            warning, a whole output and nothing else) or "loads" (a model, nothing left).
+    """
+
+    group: str
+    given: str
+    says: str
+    prepare: Callable[[Place], Request]
+    ends: str = "refused"
+
+
+def with_flags(group: str, given: str, says: str, **changes: Any) -> Case:
+    """A case of nothing but flags: those that `Place.flags` has, with these changes."""
+    return Case(group, given, says, lambda place: place.flags(**changes))
+
+
+def _raw(given: str, says: str, *flags: str) -> Case:
+    return Case("flags", given, says, lambda _: list(flags))
+
+
+def _flag(says: str, **changes: Any) -> Case:
+    shown = Place.flags(None, **{"model": None, "task": None} | changes)  # type: ignore[arg-type]
+    return with_flags("flags", f"`{' '.join(shown)}`", says, **changes)
+
+
+def _one_flag(text: str, says: str) -> Case:
+    """Good flags, and these after them."""
+    return Case("flags", f"`{text}`", says, lambda place: [*place.flags(), *text.split(" ")])
+
+
+_NOT_A_RATIO = "is not a number between 0 and 1"
+
+FLAGS = (
+    _raw("no flags at all", "required: --model"),
+    _raw("nothing but a word", "required: --model", "prune"),
+    _raw("no `--constraint`", "required: --constraint", "--model", "demo", "--task", "sst2"),
+    *(_one_flag(f"--constraint {text}", _NOT_A_RATIO) for text in ("0", "1", "1.5", "-1", "nan")),
+    *(_one_flag(f"--constraint {text}", _NOT_A_RATIO) for text in ("inf", "half", "0,5")),
+    _one_flag("--constraint 0.5 7", _NOT_A_RATIO),
+    _one_flag("--constraint=", _NOT_A_RATIO),
+    _one_flag("--task mrcp", "did you mean mrpc"),
+    _one_flag("--task ../mrpc", "Unknown task"),
+    _one_flag("--tsak mrpc", "nrecognized arguments: --tsak"),
+    _one_flag("--sample 12", "nrecognized arguments: --sample"),
+    _one_flag("--samples 0", "--samples 0 is not a whole number"),
+    _one_flag("--samples 2.5", "--samples 2.5 is not a whole number"),
+    _one_flag(f"--samples {'9' * 50}x", "is not a whole number"),
+    _one_flag("--batch-size -1", "--batch-size -1 is not"),
+    _one_flag("--max-length 2", "--max-length 2 is not"),
+    _one_flag("--max-length 100000", "514 positions"),
+    _one_flag("--eval-limit 0", "--eval-limit 0 is not"),
+    _one_flag("--seed -1", "--seed -1 is not"),
+    _one_flag(f"--seed {2**63}", "is not a whole number from 0 to"),
+    _one_flag("--rounds 1000000", "--rounds 1000000 is not"),
+    _one_flag("--metric size", "invalid choice: 'size'"),
+    _one_flag("--method magic", "invalid choice: 'magic'"),
+    _one_flag("--method kwon --importance taylor", "belongs to --method importance"),
+    _one_flag("--skip-rearrange", "belongs to --method kwon"),
+    _one_flag("--use-labels --importance random", "does nothing for --importance random"),
+    _one_flag("--device gpu", "Unknown device 'gpu'"),
+    _one_flag("--device cuda:99", "CUDA devices"),
+    _one_flag("--dtype int8", "invalid choice: 'int8'"),
+    _one_flag("--export pdf", "invalid choice: 'pdf'"),
+    _one_flag("--quantize", "add --export onnx"),
+    _one_flag("--no-cache --cache-dir c", "not allowed with argument"),
+    _one_flag("--cache-dir=", "--cache-dir is empty"),
+    _one_flag("--data-dir=", "--data-dir is empty"),
+    _one_flag("--output-dir=", "--output-dir is empty"),
+    _one_flag("--model=", "--model is empty"),
+    _one_flag("--private", "does nothing without --push-to-hub"),
+    _one_flag("--constraint 0.9 1e-12", "cannot be met"),
+    _one_flag("--metric params --constraint 0.01", "cannot be met"),
+    with_flags(
+        "flags", "a line break and a colour code in `--task`", "Unknown task", task="a\n\x1b[31m"
+    ),
+    with_flags(
+        "flags",
+        "a line break and a colour code in `--model`",
+        "control characters",
+        model="a\n\x1b[31m",
+    ),
+    with_flags("flags", "a NUL in `--model`", "control characters", model="a\0b"),
+    with_flags("flags", "a NUL in `--data-dir`", "control characters", data_dir="a\0b"),
+    with_flags("flags", "`--model` of 5,000 letters", "File name too long", model="a" * 5000),
+    with_flags(
+        "flags",
+        "the same, with the default `--output-dir`",
+        "File name too long",
+        model="a" * 5000,
+        output_dir=None,
+    ),
+    with_flags("flags", "`--model ~nobody/a`", "home that is not there", model="~nobody.here/a"),
+    with_flags(
+        "flags", "`--output-dir ~nobody/a`", "home that is not there", output_dir="~nobody.here/a"
+    ),
+)
+
+
+def _output(given: str, says: str, make: Callable[[Place], Any], **changes: Any) -> Case:
+    """A case of a strange output folder; `make` may give its name."""
+
+    def prepare(place: Place) -> Request:
+        name = make(place)
+        return place.flags(**{"output_dir": name or "out"} | changes)
+
+    return Case("output", given, says, prepare)
+
+
+def _foreign(_: Place) -> None:
+    Path("out").mkdir()
+    Path("out/thesis.tex").write_text("years of work", encoding="utf-8")
+
+
+def _finished(place: Place) -> None:
+    place.copy(place.material.finished, "out")
+
+
+def _full_disk(place: Place) -> None:
+    """No file may grow beyond 20 kB."""
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    place.undo.callback(resource.setrlimit, resource.RLIMIT_FSIZE, limits)
+
+
+OUTPUT = (
+    _output("an output of other flags", "exists already", _finished, seed=1),
+    _output("somebody's own folder", "exists already", _foreign),
+    _output(
+        "somebody's own folder, with `--overwrite`", "has not written", _foreign, overwrite=True
+    ),
+    _output(
+        "a file", "is a file", lambda _: Path("out").write_text("mine", encoding="utf-8") and None
+    ),
+    _output("below a file", "is a file", lambda place: place.material.model / "config.json" / "a"),
+    _output("a device", "is a file", lambda _: "/dev/null"),
+    _output("below a device", "is a file", lambda _: "/dev/null/out"),
+    _output("where nothing can be written", "not writable", lambda _: "/proc/out"),
+    _output("a name of 300 letters", "not writable (File name too long)", lambda _: "a" * 300),
+    _output("a path of 5,000 letters", "not writable (File name too long)", lambda _: "a/" * 2500),
+    _output("a NUL in the name", "control characters", lambda _: "a\0b"),
+    _output("bytes that are no text in the name", "no text", lambda _: "caf\udce9"),
+    _output("the current folder (empty), as `.`", "give the name of a new folder", lambda _: "."),
+    _output("`..`", "give the name of a new folder", lambda _: ".."),
+    _output("`out/..`, where there is no out", "give the name of a new folder", lambda _: "out/.."),
+    _output("the root, as `/`", "give the name of a new folder", lambda _: "/"),
+    _output("a link to nowhere", "is a link", lambda _: Path("out").symlink_to("nowhere")),
+    _output("a link to itself", "is a link", lambda _: Path("out").symlink_to("out")),
+    _output("the data folder", "exists already", lambda place: place.material.data),
+    _output(
+        "the model's own folder, with `--overwrite`",
+        "has not written",
+        lambda place: place.copy(place.material.model, "model"),
+        model="model",
+        overwrite=True,
+    ),
+    _output(
+        "a disk that is full at the end of the run", "cannot be written", _full_disk, no_cache=True
+    ),
+)
+
+
+def _cache(given: str, says: str, make: Callable[[Place], Any]) -> Case:
+    def prepare(place: Place) -> Request:
+        return place.flags(cache_dir=make(place), quiet=None, eval_limit=5)
+
+    return Case("cache", given, says, prepare, "goes on")
+
+
+def _spoilt_cache(change: Callable[[bytes], bytes]) -> Callable[[Place], Path]:
+    def make(_: Place) -> Path:
+        cache = Path(shutil.copytree(os.environ["RFPRUNE_CACHE"], "cache"))
+        for entry in cache.iterdir():
+            entry.write_bytes(change(entry.read_bytes()))
+        return cache
+
+    return make
+
+
+CACHE = (
+    _cache("every entry cut short", "damaged", _spoilt_cache(lambda old: old[:-1])),
+    _cache(
+        "every entry with one bit turned",
+        "damaged",
+        _spoilt_cache(lambda old: old[:-1] + bytes([old[-1] ^ 1])),
+    ),
+    _cache("every entry empty", "damaged", _spoilt_cache(lambda _: b"")),
+    _cache(
+        "a file for a folder",
+        "Nothing can be kept",
+        lambda _: Path("c").write_text("mine", encoding="utf-8") and "c",
+    ),
+    _cache("where nothing can be written", "Nothing can be kept", lambda _: "/proc/cache"),
+)
+
+
+def _repository(name: str, says: str = "cannot be the name of a repository") -> Case:
+    return Case(
+        "hub",
+        f"`--push-to-hub {name[:40] or repr(name)}`",
+        says,
+        lambda place: [*place.flags(), f"--push-to-hub={name}"],
+    )
+
+
+def _with_hub(given: str, says: str, answer: int, **changes: Any) -> Case:
+    def prepare(place: Place) -> Request:
+        place.hub(answer)
+        return place.flags(**changes)
+
+    return Case("hub", given, says, prepare)
+
+
+def _push(given: str, says: str, answer: int) -> Case:
+    """The model is there already, so that the push is all that is left to do."""
+
+    def prepare(place: Place) -> Request:
+        place.copy(place.material.finished, "out")
+        place.hub(answer)
+        return place.flags(push_to_hub="someone/small")
+
+    return Case("hub", f"a push to a hub that {given}", says, prepare)
+
+
+def _without_token(place: Place) -> Request:
+    place.hub(200)
+    place.environment(HF_TOKEN="")
+    return place.flags(push_to_hub="someone/small")
+
+
+def _nobody_there(place: Place) -> Request:
+    place.hub(200)
+    place.environment(HF_ENDPOINT="http://127.0.0.1:9")
+    return place.flags(model="someone/small")
+
+
+_ANSWERS = {
+    "answers 401": (401, "401"),
+    "answers 403": (403, "403"),
+    "answers 404": (404, "404"),
+    "answers 429": (429, "429"),
+    "answers 500": (500, "500"),
+    "hangs": (HANG, ""),
+    "answers with a page": (GARBAGE, ""),
+}
+
+HUB = (
+    *(_repository(name) for name in ("../../etc/passwd", "a/../b", "a/b/c", "/etc", "-a", "a--b")),
+    *(_repository(name) for name in ("", "a b", "a.git", "a\\b", "a/b\n", "someone/" + "a" * 97)),
+    _repository("https://huggingface.co/a/b"),
+    Case(
+        "hub",
+        "two constraints and `--push-to-hub`",
+        "takes one model",
+        lambda place: place.flags(constraint=(0.3, 0.5), push_to_hub="a/b"),
+    ),
+    Case("hub", "a push without a token", "no token", _without_token),
+    Case("hub", "a model of a hub that nobody answers for", "neither a folder", _nobody_there),
+    *(
+        _with_hub(
+            f"a model of a hub that {what}", "neither a folder", answer, model="someone/small"
+        )
+        for what, (answer, _) in _ANSWERS.items()
+    ),
+    *(
+        _with_hub(f"data of a hub that {what}", "give local files", answer, data_dir=None)
+        for what, (answer, _) in _ANSWERS.items()
+    ),
+    *(_push(what, says, answer) for what, (answer, says) in _ANSWERS.items()),
+)

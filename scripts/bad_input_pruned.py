@@ -1,0 +1,145 @@
+"""Pruned models that somebody has changed, each a case of `scripts/bad_inputs.py`.
+
+`load_pruned` runs no code that a folder carries, and loads nothing that does not fit together.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
+
+from scripts.bad_input_cases import Case, Request
+from scripts.bad_input_files import AFTER_LOADING, CODE
+from scripts.bad_input_place import Place, edit_json, edit_weights
+
+Edit = Callable[[Path], Any]
+Entry = dict[str, Any]
+
+
+def _pruned(
+    given: str, says: str, edit: Edit, load: str = "load_pruned", ends: str = "refused"
+) -> Case:
+    """A case of a finished output, spoilt, and then loaded."""
+
+    def prepare(place: Place) -> Request:
+        from rfprune.model import checkpoint
+
+        folder = place.copy(place.material.finished, "pruned")
+        edit(folder)
+        return lambda: getattr(checkpoint, load)(folder)
+
+    return Case("pruned", given, says, prepare, ends)
+
+
+def _config(given: str, says: str, change: Callable[[Entry], Any]) -> Case:
+    return _pruned(given, says, lambda folder: edit_json(folder / "config.json", change))
+
+
+def _block(given: str, says: str, **entries: Any) -> Case:
+    """A config.json whose first block has these entries."""
+    return _config(given, says, lambda config: config["rfprune"]["blocks"][0].update(entries))
+
+
+def _masks(
+    given: str, says: str, change: Callable[[dict[str, Any]], Any], version: str = "1"
+) -> Case:
+    """A case of the file of masks, read as it is for looking at what was kept."""
+
+    def edit(folder: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        masks = load_file(folder / "masks.safetensors")
+        change(masks)
+        save_file(masks, folder / "masks.safetensors", metadata={"format_version": version})
+
+    return _pruned(f"masks.safetensors: {given}", says, edit, "load_masks")
+
+
+def _cut(name: str) -> Edit:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:100])
+
+
+def _with_code(place: Place) -> Request:
+    """The command, on a pruned model whose modelling file was edited."""
+    folder = place.copy(place.material.finished, "pruned")
+    (folder / "modeling_rfprune.py").write_text(CODE, encoding="utf-8")
+    return place.flags(model="pruned", **AFTER_LOADING)
+
+
+def _dense(place: Place) -> Request:
+    from rfprune import load_pruned
+
+    return lambda: load_pruned(place.material.model)
+
+
+def _shorter(masks: dict[str, Any]) -> None:
+    kept = masks["layer.0.neurons"]
+    masks["layer.0.neurons"] = kept[: int(kept.nonzero()[-1])].clone()
+
+
+def _square(masks: dict[str, Any]) -> None:
+    masks["layer.0.heads"] = masks["layer.0.heads"].reshape(2, 2).contiguous()
+
+
+def _one_more(masks: dict[str, Any]) -> None:
+    kept = masks["layer.0.neurons"]
+    kept[int((kept == 0).nonzero()[0])] = 1
+
+
+PRUNED = (
+    _pruned("a modelling file that was edited (it is not run, the model loads)", "",
+            lambda folder: (folder / "modeling_rfprune.py").write_text(CODE, encoding="utf-8"),
+            ends="loads"),
+    Case("pruned", "an edited modelling file, given to the command (it is not run)",
+         "cannot be met", _with_code),
+    Case("pruned", "a model that was never pruned", "not a pruned model", _dense),
+    _config("a newer format version", "upgrade rfprune",
+            lambda config: config["rfprune"].update(format_version=2)),
+    _config("blocks that are no list", "no list of blocks",
+            lambda config: config["rfprune"].update(blocks={})),
+    _config("a block left out", "config.json promises",
+            lambda config: config["rfprune"]["blocks"].pop(0)),
+    _config("an architecture that is a Trainer", "not a supported class",
+            lambda config: config.update(architectures=["Trainer"])),
+    _config("an architecture that is no name", "not a supported class",
+            lambda config: config.update(architectures=[{}])),
+    _config("heads that do not divide the hidden size", "cannot be loaded",
+            lambda config: config.update(num_attention_heads=5)),
+    _config("a configuration without a hidden size", "has the shape",
+            lambda config: config.pop("hidden_size")),
+    _block("a block of an unknown field", "must have the fields", evil=1),
+    _block("a block of -1 units", "bad 'num_units'", num_units=-1),
+    _block("a block of 10⁹ units", "config.json promises", num_units=10**9, units=None),
+    _block("units that are code", "bad 'units'", units=["__class__"]),
+    _block("a path out of the model", "config.json promises", consumer="__class__"),
+    _block("a path to another projection", "config.json promises", consumer="classifier"),
+    _block("a path that is a number", "bad 'consumer'", consumer=7),
+    _pruned("config.json cut short", "not readable JSON", _cut("config.json")),
+    _pruned("weights cut short", "damaged", _cut("model.safetensors")),
+    _pruned("weights that are text", "damaged",
+            lambda folder: (folder / "model.safetensors").write_text("no", encoding="utf-8")),
+    _pruned("no weights", "cannot be loaded",
+            lambda folder: (folder / "model.safetensors").unlink()),
+    _pruned("weights as a pickle", "cannot be loaded", lambda folder: (
+        folder / "model.safetensors").rename(folder / "pytorch_model.bin")),
+    _pruned("a weight left out", "lack 'classifier.bias'", lambda folder: edit_weights(
+        folder / "model.safetensors", lambda tensors: tensors.pop("classifier.bias"))),
+    _pruned("a weight too many", "has no place", lambda folder: edit_weights(
+        folder / "model.safetensors",
+        lambda tensors: tensors.update(evil=tensors["classifier.bias"].clone()))),
+    _pruned("a folder that is a file", "is not a folder", lambda folder: (
+        folder.rename("elsewhere"), folder.write_text("no", encoding="utf-8"))),
+    _masks("a mask one unit short", "keeps", _shorter),
+    _masks("a mask of another rank", "keeps nothing", _square),
+    _masks("a unit that the model does not have", "keeps", _one_more),
+    _masks("a mask missing", "keeps nothing", lambda masks: masks.pop("layer.0.heads")),
+    _masks("a mask of a layer that there is not", "no such block", lambda masks: masks.update(
+        {"layer.9.heads": masks["layer.0.heads"].clone()})),
+    _masks("a newer format version", "upgrade rfprune", lambda _: None, version="9"),
+    _pruned("masks.safetensors: cut short", "cannot be read", _cut("masks.safetensors"),
+            "load_masks"),
+)  # fmt: skip
