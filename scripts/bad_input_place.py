@@ -23,6 +23,9 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts and tests import each other
 
+# The client reads it when it is imported, and waits so long six times.
+os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "1")
+
 HANG = -1
 """The answer of a hub that says nothing at all."""
 
@@ -120,6 +123,8 @@ class Place:
         for module in (constants, datasets.config):
             self.set(module, "HF_HUB_OFFLINE", False)
         self.set(constants, "ENDPOINT", endpoint)
+        template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        self.set(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         self.set(datasets.config, "HF_ENDPOINT", endpoint)
         for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
             self.set(constants, name, HUB_SECONDS)

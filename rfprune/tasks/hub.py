@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 PROBE_SECONDS = 3.0
+_SILENT = 50  # logging.CRITICAL
 
 
 def is_reachable() -> bool:
@@ -32,13 +33,14 @@ def cached_when_unreachable() -> Iterator[bool]:
     """Within, transformers and datasets read the hub's cache alone if the hub is not reachable.
 
     Left to themselves they retry every file for half a minute before they say so. Yields whether
-    the hub may be asked.
+    the hub may be asked. Its client is kept from a line for each retry: the error says it once.
     """
     import huggingface_hub.constants
 
     before = huggingface_hub.constants.HF_HUB_OFFLINE
     if before or is_reachable():
-        yield not before
+        with _silent_client():
+            yield not before
         return
     # datasets keeps its own copy of the flag, made when it is imported.
     try:
@@ -46,6 +48,18 @@ def cached_when_unreachable() -> Iterator[bool]:
         yield False
     finally:
         _set_offline(before)
+
+
+@contextmanager
+def _silent_client() -> Iterator[None]:
+    from huggingface_hub.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity(_SILENT)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _set_offline(offline: bool) -> None:
