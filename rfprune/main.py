@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from rfprune.command_line import Options
 
 INTERRUPTED = 130
+COURTESY_SECONDS = 10
 _FAREWELL = "rfprune: interrupted; nothing half-written was left behind.\n"
 
 
@@ -29,16 +31,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = _parse(arguments)
         _import_run()(options, arguments)
     except EndedElsewhere:
-        return 2
+        return _follow()
     except UserError as error:
-        if error.is_alone or _is_first_process():
-            sys.stderr.write(f"rfprune: error: {_sentence(error)}\n")
+        if not (error.is_alone or _is_first_process()):
+            return _follow()
+        sys.stderr.write(f"rfprune: error: {_sentence(error)}\n")
         return 2
     except KeyboardInterrupt:
         if _is_first_process():
             sys.stderr.write(_FAREWELL)
         return INTERRUPTED
     return 0
+
+
+def _follow() -> int:
+    """End in silence after the process that says why: launchers stop all when one has ended."""
+    time.sleep(COURTESY_SECONDS)
+    return 2
 
 
 def _is_first_process() -> bool:
@@ -65,6 +74,8 @@ def _parse(arguments: Sequence[str]) -> Options:
 
 def _import_run() -> Callable[[Options, Sequence[str]], None]:
     """Import what takes seconds, only now that the flags are known to be good."""
+    if "RANK" in os.environ:  # else torch tells of every connection that ends with a process
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with _exit_when_interrupted():
         import datasets  # noqa: F401  (first used in the middle of a run; see above)
 

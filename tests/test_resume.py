@@ -57,6 +57,7 @@ for case in json.load(sys.stdin):
         os.chdir(case["folder"])
         os.environ["RFPRUNE_CACHE"] = "cache"
         sys.modules["rfprune.report.latency"].MAX_ROUNDS = 1
+        rfprune.run.write_for_people = rfprune.run.write_family = lambda *_: None  # they take long
         if case["place"]:
             kill_at(case["place"], case["call"])
         code = main(case["flags"])
@@ -171,6 +172,8 @@ def test_a_killed_run_goes_on(
     scorings: list[str] = []
     monkeypatch.setattr(evaluation, "_logits", spy(evaluation._logits, scorings))
     monkeypatch.setattr("rfprune.report.latency.MAX_ROUNDS", 1)
+    monkeypatch.setattr("rfprune.run.write_for_people", lambda *_: None)
+    monkeypatch.setattr("rfprune.run.write_family", lambda *_: None)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("RFPRUNE_CACHE", "cache")
     assert main(flags_of(method, tiny_folder(), tiny_data_dir)) == 0
@@ -204,6 +207,8 @@ def flags(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RFPRUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("rfprune.report.latency.MAX_ROUNDS", 1)
+    monkeypatch.setattr("rfprune.run.write_for_people", lambda *_: None)
+    monkeypatch.setattr("rfprune.run.write_family", lambda *_: None)
     shutil.copytree(tiny_folder(), "model")
     shutil.copytree(tiny_data_dir / "mrpc", "data/mrpc")
     return flags_of("curvature", Path("model"), Path("data"))

@@ -78,8 +78,8 @@ def first_tokens(tokens: Tensor) -> Tensor:
 
 
 def pack(hidden: Tensor, tokens: Tensor) -> Tensor:
-    """(B, S, d) -> (tokens, d): padding left out."""
-    return hidden[tokens]
+    """(B, S, d) -> (tokens, d): padding left out, wherever accelerate has put the layer."""
+    return hidden[tokens.to(hidden.device)]
 
 
 def unpack(packed: Tensor, tokens: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from rfprune import processes
 from rfprune.errors import UserError
 from rfprune.model.layout import Block, Layout
-from rfprune.model.replay import Batch, token_mask
+from rfprune.model.replay import Batch, pack, token_mask
 from rfprune.stages.least_squares import NumericalFailure
 from rfprune.stages.objective import LABELS, fisher_factors, generator_of, label_losses
 from rfprune.stages.obs import Curve, removal_curve
@@ -52,6 +52,16 @@ class Curvature:
     gradient_moment: Tensor
     tokens: int = 0
     examples: int = 0
+
+    def add_inputs(self, rows: Tensor) -> None:
+        """Take in what enters the consumer, (tokens, p)."""
+        self.input_moment += rows.T @ rows
+        self.input_sum += rows.sum(0)
+        self.tokens += len(rows)
+
+    def add_gradients(self, rows: Tensor) -> None:
+        """Take in the gradients at what leaves it, (tokens, d)."""
+        self.gradient_moment += rows.T @ rows
 
     def input_covariance(self) -> Tensor:
         """A (p, p) float64, about the mean and damped."""
@@ -120,56 +130,95 @@ def _add_turn(
 ) -> None:
     """Every process runs its batch of a turn; the sums of a block are kept by one of them.
 
-    One that has no batch left runs its first one again, of which no token counts.
+    A process alone takes in what it sees as it sees it. One that has no batch left runs its first
+    one again, of which no token counts.
     """
     masks = [None if number is None else token_mask(batches[number]) for number in turn]
-    lengths = [0 if mask is None else int(mask.sum()) for mask in masks]
     own, number = masks[processes.rank()], turn[processes.rank()]
     batch = batches[processes.rank() if number is None else number]
     tokens = torch.zeros_like(token_mask(batch)) if own is None else own
+    generator = generator_of(seed, number or 0)
+    for curvature in collected:
+        curvature.examples += sum(len(mask) for mask in masks if mask is not None)
+    if processes.count() == 1:
+        takers = [(curvature.add_inputs, curvature.add_gradients) for curvature in collected]
+        _run(model, layout, batch, tokens, takers, use_labels, generator)
+        return
+    seen: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in layout.blocks]
+    waiting = [(inputs.append, gradients.append) for inputs, gradients in seen]
+    _run(model, layout, batch, tokens, waiting, use_labels, generator)
+    lengths = [0 if mask is None else int(mask.sum()) for mask in masks]
+    _exchange(layout, collected, seen, lengths)
+
+
+Taker = Callable[[Tensor], None]
+
+
+def _run(
+    model: PreTrainedModel,
+    layout: Layout,
+    batch: Batch,
+    tokens: Tensor,
+    takers: Sequence[tuple[Taker, Taker]],
+    use_labels: bool,
+    generator: torch.Generator,
+) -> None:
+    """Give the takers of every block what enters its consumer, (tokens, p), and by factor the
+    gradient at what leaves it, (tokens, d)."""
     inputs = {name: value for name, value in batch.items() if name not in LABELS}
     leaving: list[Tensor] = []
     with ExitStack() as stack:
-        for block, curvature in zip(layout.blocks, collected, strict=True):
+        for block, (take_inputs, _) in zip(layout.blocks, takers, strict=True):
             consumer = model.get_submodule(block.consumer)
-            curvature.examples += sum(len(mask) for mask in masks if mask is not None)
-            hook = _watch(curvature, tokens, lengths, _keeper(block), leaving)
+            hook = _watch(take_inputs, tokens, leaving)
             stack.callback(consumer.register_forward_hook(hook).remove)
         outputs = model(**inputs, return_dict=True)
     if use_labels:
         factors = label_losses(outputs, batch, model.config)
     else:
-        factors = fisher_factors(outputs, model.config, generator_of(seed, number or 0))
+        factors = fisher_factors(outputs, model.config, generator)
     for i, factor in enumerate(factors):
         retain = i + 1 < len(factors)
         gradients = torch.autograd.grad(factor.sum(), leaving, retain_graph=retain)
-        for block, curvature, gradient in zip(layout.blocks, collected, gradients, strict=True):
-            flat = gradient[tokens].float()  # (tokens, d)
-            for rows in processes.pass_on(flat, lengths, _keeper(block)):
-                curvature.gradient_moment += rows.T @ rows
+        for (_, take_gradients), gradient in zip(takers, gradients, strict=True):
+            take_gradients(pack(gradient, tokens).float())
 
 
 def _watch(
-    curvature: Curvature,
-    tokens: Tensor,
-    lengths: Sequence[int],
-    keeper: int,
-    leaving: list[Tensor],
+    take: Taker, tokens: Tensor, leaving: list[Tensor]
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     """Take in what enters a consumer, and make what leaves it a place to differentiate at."""
 
     def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        features = inputs[0].detach()[tokens].float()  # (tokens, p)
-        for rows in processes.pass_on(features, lengths, keeper):
-            curvature.input_moment += rows.T @ rows
-            curvature.input_sum += rows.sum(0)
-            curvature.tokens += len(rows)
+        take(pack(inputs[0].detach(), tokens).float())
         if not output.requires_grad:  # the first block: nothing before it is differentiated
             output = output.detach().requires_grad_()
         leaving.append(output)
         return output
 
     return hook
+
+
+def _exchange(
+    layout: Layout,
+    collected: Sequence[Curvature],
+    seen: Sequence[tuple[list[Tensor], list[Tensor]]],
+    lengths: Sequence[int],
+) -> None:
+    """Bring what was seen of every block to its keeper, which takes it in batch by batch.
+
+    First all is passed on and then all is taken in, so that the keepers work at the same time.
+    """
+    passed = [
+        [processes.pass_on(torch.stack(rows, 1), lengths, _keeper(block)) for rows in pair]
+        for block, pair in zip(layout.blocks, seen, strict=True)
+    ]  # each (tokens, factors, p or d)
+    for curvature, (inputs, gradients) in zip(collected, passed, strict=True):
+        for rows in inputs:
+            curvature.add_inputs(rows[:, 0].contiguous())
+        for rows in gradients:
+            for factor in rows.unbind(1):
+                curvature.add_gradients(factor.contiguous())
 
 
 def error_curves(
