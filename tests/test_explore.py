@@ -36,6 +36,7 @@ NAMES = (
     *(
         "plain",
         "product",
+        "product+polish",
         "reselect",
         "swaps",
         "weights",
@@ -44,7 +45,7 @@ NAMES = (
         "weighted-inputs",
     ),
     *("refit-head", "refit-classifier", "refit-norms", "query-key", "query-key-0.75"),
-    *("query-key-0.25", "product+query-key", "product+polish", "ridge-0.1"),
+    *("query-key-0.25", "product+query-key", "ridge-0.1"),
     *("reselect+ridge-0.1", "reselect+held-out", "reselect+swaps", "reselect+refit-norms"),
     "reselect+held-out+refit-norms",
 )
