@@ -126,8 +126,8 @@ def turns(num_batches: int) -> list[list[int | None]]:
     size = count()
     if num_batches < size:
         raise UserError(
-            f"there are {num_batches} batches for {size} processes; launch fewer, or make the "
-            f"batches smaller (--batch-size)"
+            f"the examples make fewer batches ({num_batches}) than there are processes ({size}); "
+            f"launch fewer, or make the batches smaller (--batch-size)"
         )
     return [
         [number if number < num_batches else None for number in range(first, first + size)]

@@ -29,6 +29,7 @@ from rfprune.stages.objective import generator_of
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = CHOICES["method"]
+pytestmark = pytest.mark.slow
 Tiny = Callable[..., Any]
 
 # Torchrun's part of a launch, for many runs from one import: a process imports everything and then
@@ -91,7 +92,6 @@ stage.{function} = failing
 FAILURES = {
     "in the collection": NOT_FINITE.format(module="curvature", function="_add_turn", rank=1),
     "in the main one": NOT_FINITE.format(module="curvature", function="_add_turn", rank=0),
-    "in a curve": NOT_FINITE.format(module="curvature", function="removal_curve", rank=1),
     "in the reconstruction": NOT_FINITE.format(module="reconstruct", function="_apply", rank=1),
     "in writing": "from rfprune import run\nrun.measure = lambda *_, **__: 1 / 0",
     "a full disk": """
@@ -105,12 +105,10 @@ CASES: dict[str, dict[str, Any]] = {
     **{method: {"method": method, "task": "mrpc"} for method in METHODS},
     "two labels a row": {"method": "curvature", "task": "squad"},
     "two factors": {"method": "curvature", "task": "mnli"},
-    "labels": {"method": "kwon", "task": "mrpc", "more": "--use-labels"},
     "per batch": {"method": "kwon", "task": "mrpc", "more": "--gradients per-batch"},
     "rounds": {"method": "curvature", "task": "mrpc", "more": "--rounds 2"},
     "family": {"method": "curvature", "task": "mrpc", "more": "--constraint 0.7 0.4"},
     "even": {"method": "curvature", "task": "mrpc", "more": "--samples 29"},
-    "even kwon": {"method": "kwon", "task": "mrpc", "more": "--samples 29"},
 }  # fmt: skip
 
 
@@ -273,7 +271,7 @@ def test_an_error_in_one_process_ends_both_with_one_message(
         ("no data", "'nowhere' does not exist"),
         ("a bad flag", "--samples none is not a whole number"),
         ("a device for two", "--device cuda:1 is one device, but 2 processes were launched"),
-        ("too few batches", "There are 1 batches for 2 processes"),
+        ("too few batches", "fewer batches (1) than there are processes (2)"),
     ],
 )
 def test_what_all_processes_meet_one_says(
@@ -282,8 +280,7 @@ def test_what_all_processes_meet_one_says(
     folder, codes = launched[name]
     said = (folder / "err-0").read_text() + (folder / "err-1").read_text()
     assert codes == [2, 2], said
-    assert last_lines(folder, 1) == []
-    assert len(last_lines(folder, 0)) == 1
+    assert sorted(len(last_lines(folder, rank)) for rank in range(2)) == [0, 1]
     assert sentence in said
 
 
@@ -344,7 +341,7 @@ def test_every_batch_is_one_process_turn(three: Callable[[int], None]) -> None:
     three(1)
     assert processes.share(["a", "b", "c", "d", "e"]) == ["b", "e"]
     assert not processes.is_main()
-    with pytest.raises(UserError, match="2 batches for 3 processes"):
+    with pytest.raises(UserError, match=r"fewer batches \(2\) than there are processes \(3\)"):
         processes.turns(2)
 
 
