@@ -244,8 +244,8 @@ DATA = (
          lambda place: place.flags(data_dir=place.material.model)),
     Case("data", "the task's own folder, one level too deep", "give the folder above",
          lambda place: place.flags(data_dir=place.material.data / "mrpc")),
-    _data("the same split twice", "is there twice", {"validation.jsonl": "{}"} | {
-        "validation.csv": HEADER}),
+    _data("the same split twice", "is there twice",
+          {"validation.jsonl": "{}", "validation.csv": HEADER}),
     _data("a csv of 0 bytes", "0 bytes", {"validation.csv": ""}),
     _data("a csv of nothing but its header", "no rows", _rows("")),
     _data("a csv of blank lines", "no header line", {"validation.csv": "\n\n\n"}),
