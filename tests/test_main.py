@@ -214,7 +214,11 @@ def test_somebody_s_own_model_and_table_run(
         labels = [row / 2 if num_labels == 1 else f"label {row % 3}" for row in range(16)]
         lines = [f"good film {row},a plot {row},{label}\n" for row, label in enumerate(labels)]
         (mine / f"{split}.csv").write_text("".join(["one,two,verdict\n", *lines]))
-    changes: dict[str, Any] = {"data_dir": "mine", "text_columns": "one two", "label_column": "verdict"}
+    changes: dict[str, Any] = {
+        "data_dir": "mine",
+        "text_columns": "one two",
+        "label_column": "verdict",
+    }
     changes["model"] = tiny_folder(num_labels=num_labels)
     assert main(flags("custom", **changes, use_labels=use_labels)) == 0
     report = read_report(Path("out"))
