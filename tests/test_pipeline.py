@@ -241,8 +241,7 @@ def test_the_original_is_untouched_after_an_error(
         raise KeyboardInterrupt
 
     if place == "collect":
-        monkeypatch.setattr("rfprune.stages.fisher.fisher_factors", fail)
-        monkeypatch.setattr("rfprune.stages.curvature.fisher_factors", fail)
+        monkeypatch.setattr("rfprune.stages.objective.fisher_factors", fail)
     elif place == "compact":
         monkeypatch.setattr("rfprune.pipeline.compact", fail)
     elif place == "reconstruct":

@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -26,8 +25,9 @@ from rfprune import processes
 from rfprune.errors import UserError
 from rfprune.model.layout import Block, Layout
 from rfprune.model.replay import Batch, pack, token_mask
+from rfprune.stages.consumers import output_gradients
 from rfprune.stages.least_squares import NumericalFailure
-from rfprune.stages.objective import LABELS, fisher_factors, generator_of, label_losses
+from rfprune.stages.objective import generator_of
 from rfprune.stages.obs import Curve, removal_curve
 
 DAMPING = 1e-2
@@ -165,38 +165,17 @@ def _run(
 ) -> None:
     """Give the takers of every block what enters its consumer, (tokens, p), and by factor the
     gradient at what leaves it, (tokens, d)."""
-    inputs = {name: value for name, value in batch.items() if name not in LABELS}
-    leaving: list[Tensor] = []
-    with ExitStack() as stack:
-        for block, (take_inputs, _) in zip(layout.blocks, takers, strict=True):
-            consumer = model.get_submodule(block.consumer)
-            hook = _watch(take_inputs, tokens, leaving)
-            stack.callback(consumer.register_forward_hook(hook).remove)
-        outputs = model(**inputs, return_dict=True)
-    if use_labels:
-        factors = label_losses(outputs, batch, model.config)
-    else:
-        factors = fisher_factors(outputs, model.config, generator)
-    for i, factor in enumerate(factors):
-        retain = i + 1 < len(factors)
-        gradients = torch.autograd.grad(factor.sum(), leaving, retain_graph=retain)
-        for (_, take_gradients), gradient in zip(takers, gradients, strict=True):
-            take_gradients(pack(gradient, tokens).float())
 
+    def packed(take: Taker) -> Taker:
+        return lambda values: take(pack(values, tokens).float())
 
-def _watch(
-    take: Taker, tokens: Tensor, leaving: list[Tensor]
-) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    """Take in what enters a consumer, and make what leaves it a place to differentiate at."""
-
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        take(pack(inputs[0].detach(), tokens).float())
-        if not output.requires_grad:  # the first block: nothing before it is differentiated
-            output = output.detach().requires_grad_()
-        leaving.append(output)
-        return output
-
-    return hook
+    entering = [packed(take_inputs) for take_inputs, _ in takers]
+    leaving = [packed(take_gradients) for _, take_gradients in takers]
+    for gradients in output_gradients(
+        model, layout, batch, entering, generator, use_labels=use_labels
+    ):
+        for take, gradient in zip(leaving, gradients, strict=True):
+            take(gradient)
 
 
 def _exchange(

@@ -19,7 +19,7 @@ from rfprune.errors import UserError
 from rfprune.model.layout import Layout
 from rfprune.model.masks import masked
 from rfprune.model.replay import Batch, token_mask
-from rfprune.stages.objective import LABELS, fisher_factors, generator_of, label_losses
+from rfprune.stages.objective import LABELS, factors_of, generator_of
 
 Gradients = tuple[Tensor, ...]
 """One (n, U) matrix per block: n gradient vectors over its units."""
@@ -89,10 +89,7 @@ def _batch_gradients(
         ]
         with masked(model, layout, masks):
             outputs = model(**inputs, return_dict=True)
-        if use_labels:
-            factors = label_losses(outputs, batch, model.config)
-        else:
-            factors = fisher_factors(outputs, model.config, generator)
+        factors = factors_of(outputs, batch, model.config, generator, use_labels=use_labels)
         totals = [factor.sum() for factor in factors]
     for i, total in enumerate(totals):
         yield torch.autograd.grad(total, masks, retain_graph=i + 1 < len(totals))

@@ -15,8 +15,7 @@ the order is that of the published criteria; a fraction of each, as `uniform` ke
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +25,8 @@ from transformers import PreTrainedModel
 from rfprune.errors import UserError
 from rfprune.model.layout import Block, Layout, linear
 from rfprune.model.replay import Batch, token_mask
+from rfprune.stages.consumers import output_gradients
 from rfprune.stages.fisher import Gradients, collect_gradients
-from rfprune.stages.objective import LABELS, fisher_factors, label_losses
 
 CRITERIA = ("fisher", "taylor", "gradient", "magnitude-l2", "magnitude-l1", "random")
 
@@ -195,39 +194,15 @@ def _add_norms(
     generator: torch.Generator,
     rows: Sequence[list[Tensor]],
 ) -> None:
-    inputs = {name: value for name, value in batch.items() if name not in LABELS}
     tokens = token_mask(batch)[:, :, None]
     entering: list[Tensor] = []
-    leaving: list[Tensor] = []
-    with ExitStack() as stack:
-        for block in layout.blocks:
-            hook = _watch(entering, leaving)
-            consumer = model.get_submodule(block.consumer)
-            stack.callback(consumer.register_forward_hook(hook).remove)
-        outputs = model(**inputs, return_dict=True)
-    if use_labels:
-        factors = label_losses(outputs, batch, model.config)
-    else:
-        factors = fisher_factors(outputs, model.config, generator)
-    for i, factor in enumerate(factors):
-        retain = i + 1 < len(factors)
-        gradients = torch.autograd.grad(factor.sum(), leaving, retain_graph=retain)
+    takers = [lambda values: entering.append(values.float())] * len(layout.blocks)
+    for gradients in output_gradients(
+        model, layout, batch, takers, generator, use_labels=use_labels
+    ):
         for block, block_rows, x, g in zip(layout.blocks, rows, entering, gradients, strict=True):
             g = g.float() * tokens  # padding is no part of an example
             squares = (x * ((g @ g.transpose(1, 2)) @ x)).sum(1)  # (B, p), one a column
             norms = squares.unflatten(1, (block.num_units, -1)).sum(-1).clamp_min(0).sqrt()
             size = block.unit_width * g.shape[-1]
             block_rows.append((norms / math.sqrt(size)).cpu())
-
-
-def _watch(
-    entering: list[Tensor], leaving: list[Tensor]
-) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        entering.append(inputs[0].detach().float())
-        if not output.requires_grad:  # the first block: nothing before it is differentiated
-            output = output.detach().requires_grad_()
-        leaving.append(output)
-        return output
-
-    return hook

@@ -63,6 +63,20 @@ def fisher_factors(
     return [_sampled_loss(logits, generator)]
 
 
+def factors_of(
+    outputs: Any,
+    batch: Mapping[str, Tensor],
+    config: PretrainedConfig,
+    generator: torch.Generator,
+    *,
+    use_labels: bool,
+) -> list[Tensor]:
+    """What is differentiated, (B,) each: `label_losses` or `fisher_factors`."""
+    if use_labels:
+        return label_losses(outputs, batch, config)
+    return fisher_factors(outputs, config, generator)
+
+
 def label_losses(
     outputs: Any, batch: Mapping[str, Tensor], config: PretrainedConfig
 ) -> list[Tensor]:

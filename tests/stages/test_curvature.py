@@ -64,7 +64,7 @@ def test_curves_do_not_depend_on_batches_or_on_seeing_everything_twice(
     model, batch = tiny_model("bert", head), tiny_batch(4, 7)
     # labels that are sampled differ from batch to batch: take the exact factors of fixed positions
     monkeypatch.setattr(
-        "rfprune.stages.curvature.fisher_factors",
+        "rfprune.stages.objective.fisher_factors",
         lambda outputs, *_: [outputs[0][:, 0]],
     )
     layout = layout_of(model)

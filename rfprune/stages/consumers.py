@@ -1,0 +1,60 @@
+"""What enters the consumers of all blocks, and the loss gradients at what leaves them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rfprune.model.layout import Layout
+from rfprune.model.replay import Batch
+from rfprune.stages.objective import LABELS, factors_of
+
+
+def output_gradients(
+    model: PreTrainedModel,
+    layout: Layout,
+    batch: Batch,
+    takers: Sequence[Callable[[Tensor], None]],
+    generator: torch.Generator,
+    *,
+    use_labels: bool,
+) -> Iterator[tuple[Tensor, ...]]:
+    """Run a batch and differentiate it; nothing runs before the first item is asked for.
+
+    Args:
+        model: frozen, and not under no_grad.
+        takers: one a block, each given what enters its consumer, (B, S, p), detached.
+        use_labels: differentiate the loss on labels instead of the label-free Fisher factors.
+
+    Yields:
+        For every factor one (B, S, d) a block, padding included.
+    """
+    inputs = {name: value for name, value in batch.items() if name not in LABELS}
+    leaving: list[Tensor] = []
+    with ExitStack() as stack:
+        for block, take in zip(layout.blocks, takers, strict=True):
+            consumer = model.get_submodule(block.consumer)
+            stack.callback(consumer.register_forward_hook(_watch(take, leaving)).remove)
+        outputs = model(**inputs, return_dict=True)
+    factors = factors_of(outputs, batch, model.config, generator, use_labels=use_labels)
+    for i, factor in enumerate(factors):
+        yield torch.autograd.grad(factor.sum(), leaving, retain_graph=i + 1 < len(factors))
+
+
+def _watch(
+    take: Callable[[Tensor], None], leaving: list[Tensor]
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """Take in what enters a consumer, and make what leaves it a place to differentiate at."""
+
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        take(inputs[0].detach())
+        if not output.requires_grad:  # the first block: nothing before it is differentiated
+            output = output.detach().requires_grad_()
+        leaving.append(output)
+        return output
+
+    return hook
