@@ -8,8 +8,6 @@ The small table goes between the lines `<!-- ablation:begin -->` and `<!-- ablat
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,8 +16,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
 from rfprune.command_line import ALLOCATIONS, CRITERIA, METHODS
-from rfprune.errors import UserError
-from scripts.summarise import ROOT, Cell, caption, cells_of, entry, holds, read, with_tables, write
+from scripts.summarise import (
+    Cell,
+    caption,
+    cells_of,
+    entry,
+    keep_current,
+    read,
+    read_measurements,
+    with_tables,
+)
 
 BEGIN, END = "<!-- ablation:begin -->", "<!-- ablation:end -->"
 SELECT = "-select"
@@ -32,53 +38,17 @@ Pair = dict[bool, Cell]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process); 0 done, 1 stale, 2 user error."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    return keep_current(argv, "ablation_table", __doc__, _wanted)
+
+
+def _wanted(results: Path, readme: Path) -> dict[Path, str]:
+    cells = cells_of(
+        read_measurements(results, "ablation", "ablate", lambda line: full_table(cells_of([line])))
     )
-    parser.add_argument("--check", action="store_true", help="only say whether they are stale")
-    parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
-    options = parser.parse_args(argv)
-    try:
-        cells = cells_of(read_results(options.results))
-        readme = with_tables(read(options.readme), small_table(cells), options.readme, BEGIN, END)
-        wanted = {options.results / "ablation.md": full_table(cells), options.readme: readme}
-        stale = [path for path, text in wanted.items() if not holds(path, text)]
-        for path in stale:
-            if options.check:
-                sys.stderr.write(f"ablation_table: {path} is stale: run ablation_table.py\n")
-            else:
-                write(path, wanted[path])
-                sys.stderr.write(f"ablation_table: wrote {path}\n")
-    except UserError as error:
-        sys.stderr.write(f"ablation_table: error: {error}\n")
-        return 2
-    return 1 if options.check and stale else 0
-
-
-def read_results(folder: Path) -> list[dict[str, Any]]:
-    """All lines of the folder's ablation_*.jsonl, files in the order of their names.
-
-    Raises:
-        UserError: there are none, or a line is not what scripts/ablate.py writes.
-    """
-    lines = []
-    for path in sorted(folder.glob("ablation_*.jsonl")):
-        for number, text in enumerate(read(path).splitlines(), start=1):
-            try:
-                line = json.loads(text)
-                full_table(cells_of([line]))
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{path}, line {number} is not a measurement of scripts/ablate.py "
-                    f"({type(error).__name__}: {error}): take the line out and measure again."
-                ) from error
-            lines.append(line)
-    if not lines:
-        raise UserError(f"{folder} holds no ablation_*.jsonl: run scripts/ablate.py first.")
-    return lines
+    return {
+        results / "ablation.md": full_table(cells),
+        readme: with_tables(read(readme), small_table(cells), readme, BEGIN, END),
+    }
 
 
 def full_table(cells: Sequence[Cell]) -> str:

@@ -9,8 +9,6 @@ change, means over the seeds that both have.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -20,8 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
-from rfprune.errors import UserError
-from scripts.summarise import ROOT, holds, read, write
+from scripts.summarise import keep_current, read_measurements
 
 Line = Mapping[str, Any]
 Place = tuple[str, int, float]
@@ -30,50 +27,12 @@ Place = tuple[str, int, float]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process); 0 done, 1 stale, 2 user error."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--check", action="store_true", help="only say whether it is stale")
-    parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR")
-    options = parser.parse_args(argv)
-    output: Path = options.results / "exploration.md"
-    try:
-        wanted = table(read_results(options.results))
-        if holds(output, wanted):
-            return 0
-        if options.check:
-            sys.stderr.write(f"exploration_table: {output} is stale: run exploration_table.py\n")
-            return 1
-        write(output, wanted)
-    except UserError as error:
-        sys.stderr.write(f"exploration_table: error: {error}\n")
-        return 2
-    return 0
+    return keep_current(argv, "exploration_table", __doc__, _wanted)
 
 
-def read_results(folder: Path) -> list[Line]:
-    """All lines of the folder's exploration_*.jsonl.
-
-    Raises:
-        UserError: there are none, or a line is not what scripts/explore.py writes.
-    """
-    lines = []
-    for path in sorted(folder.glob("exploration_*.jsonl")):
-        for number, text in enumerate(read(path).splitlines(), start=1):
-            try:
-                line = json.loads(text)
-                _place(line), line["variation"], line["seed"], line["divergence"], line["score"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{path}, line {number} is not a measurement of scripts/explore.py "
-                    f"({type(error).__name__}: {error}): take the line out and measure again."
-                ) from error
-            lines.append(line)
-    if not lines:
-        raise UserError(f"{folder} holds no exploration_*.jsonl: run scripts/explore.py first.")
-    return lines
+def _wanted(results: Path, _: Path) -> dict[Path, str]:
+    lines = read_measurements(results, "exploration", "explore", _needed)
+    return {results / "exploration.md": table(lines)}
 
 
 def table(lines: Sequence[Line]) -> str:
@@ -94,6 +53,10 @@ def table(lines: Sequence[Line]) -> str:
         entries = [_entry(found[variation, place], found["plain", place]) for place in places]
         text.append(f"| `{variation}` | {' | '.join(entries)} |")
     return "\n".join(text) + "\n"
+
+
+def _needed(line: Line) -> tuple[Any, ...]:
+    return _place(line), *(line[name] for name in ("variation", "seed", "divergence", "score"))
 
 
 def _place(line: Line) -> Place:

@@ -9,7 +9,6 @@ results/quality_*.jsonl. Checkpoints differ, which the table says.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,9 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
-from rfprune.errors import UserError
 from rfprune.tasks.registry import TASKS
-from scripts.summarise import ROOT, Cell, cells_of, holds, read, read_results, with_tables, write
+from scripts.summarise import Cell, cells_of, keep_current, read, read_results, with_tables
 
 BEGIN, END = "<!-- peers:begin -->", "<!-- peers:end -->"
 PEERS = Path(__file__).with_name("peers.csv")
@@ -31,28 +29,12 @@ Row = Mapping[str, str]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process); 0 done, 1 stale, 2 user error."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--check", action="store_true", help="only say whether it is stale")
-    parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
-    options = parser.parse_args(argv)
-    try:
-        rows = [*csv.DictReader(read(PEERS).splitlines()), *ours(read_results(options.results))]
-        wanted = with_tables(read(options.readme), table(rows), options.readme, BEGIN, END)
-        if holds(options.readme, wanted):
-            return 0
-        if options.check:
-            sys.stderr.write(f"peers_table: {options.readme} is stale: run peers_table.py\n")
-            return 1
-        write(options.readme, wanted)
-    except UserError as error:
-        sys.stderr.write(f"peers_table: error: {error}\n")
-        return 2
-    return 0
+    return keep_current(argv, "peers_table", __doc__, _wanted)
+
+
+def _wanted(results: Path, readme: Path) -> dict[Path, str]:
+    rows = [*csv.DictReader(read(PEERS).splitlines()), *ours(read_results(results))]
+    return {readme: with_tables(read(readme), table(rows), readme, BEGIN, END)}
 
 
 def ours(lines: Sequence[Mapping[str, object]]) -> Iterator[Row]:

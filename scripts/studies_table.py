@@ -8,7 +8,6 @@ A study varies the number of calibration examples, or the variant; a table for e
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,35 +17,19 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
 from rfprune.errors import UserError
-from scripts.summarise import ROOT, Cell, cells_of, entry, holds, read, write
+from scripts.summarise import Cell, cells_of, entry, keep_current, read
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process); 0 done, 1 stale, 2 user error."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--check", action="store_true", help="only say whether it is stale")
-    parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR")
-    options = parser.parse_args(argv)
-    output: Path = options.results / "studies.md"
-    try:
-        paths = sorted(options.results.glob("study_*.jsonl"))
-        if not paths:
-            raise UserError(f"{options.results} holds no study_*.jsonl: run scripts/sweep.py.")
-        wanted = "\n".join(table(path) for path in paths)
-        if holds(output, wanted):
-            return 0
-        if options.check:
-            sys.stderr.write(f"studies_table: {output} is stale: run studies_table.py\n")
-            return 1
-        write(output, wanted)
-    except UserError as error:
-        sys.stderr.write(f"studies_table: error: {error}\n")
-        return 2
-    return 0
+    return keep_current(argv, "studies_table", __doc__, _wanted)
+
+
+def _wanted(results: Path, _: Path) -> dict[Path, str]:
+    paths = sorted(results.glob("study_*.jsonl"))
+    if not paths:
+        raise UserError(f"{results} holds no study_*.jsonl: run scripts/sweep.py.")
+    return {results / "studies.md": "\n".join(table(path) for path in paths)}
 
 
 def table(path: Path) -> str:

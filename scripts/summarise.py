@@ -13,7 +13,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -62,57 +62,82 @@ class Cell:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process); 0 done, 1 stale, 2 user error."""
+    return keep_current(argv, "summarise", __doc__, _wanted)
+
+
+def _wanted(results: Path, readme: Path) -> dict[Path, str]:
+    cells = cells_of(read_results(results))
+    return {
+        results / "summary.csv": summary(cells),
+        readme: with_tables(read(readme), tables(cells), readme),
+    }
+
+
+def keep_current(
+    argv: Sequence[str] | None,
+    script: str,
+    description: str | None,
+    wanted: Callable[[Path, Path], Mapping[Path, str]],
+) -> int:
+    """The main function of a script that writes tables: 0 done, 1 stale, 2 user error.
+
+    Args:
+        wanted: from the folder of the results and README.md, what each file should hold.
+    """
     parser = argparse.ArgumentParser(
-        description=__doc__,
+        description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--check", action="store_true", help="only say whether they are stale")
+    parser.add_argument("--check", action="store_true", help="only say what is stale")
     parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
     options = parser.parse_args(argv)
     try:
-        cells = cells_of(read_results(options.results))
-        readme = read(options.readme)
-        wanted = {
-            options.results / "summary.csv": summary(cells),
-            options.readme: with_tables(readme, tables(cells), options.readme),
-        }
-        stale = [path for path, text in wanted.items() if not holds(path, text)]
-        if not options.check:
-            for path in stale:
-                write(path, wanted[path])
-                sys.stderr.write(f"summarise: wrote {path}\n")
-            return 0
+        texts = wanted(options.results, options.readme)
+        stale = [path for path, text in texts.items() if not holds(path, text)]
+        for path in stale:
+            if options.check:
+                sys.stderr.write(f"{script}: {path} is stale: run scripts/{script}.py\n")
+            else:
+                write(path, texts[path])
+                sys.stderr.write(f"{script}: wrote {path}\n")
     except UserError as error:
-        sys.stderr.write(f"summarise: error: {error}\n")
+        sys.stderr.write(f"{script}: error: {error}\n")
         return 2
-    for path in stale:
-        sys.stderr.write(f"summarise: {path} is stale: run scripts/summarise.py\n")
-    return 1 if stale else 0
+    return 1 if options.check and stale else 0
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """All lines of the folder's quality_*.jsonl, files in the order of their names.
+    """All lines of the folder's quality_*.jsonl; see `read_measurements`."""
+    return read_measurements(folder, "quality", "sweep", lambda line: summary(cells_of([line])))
+
+
+def read_measurements(
+    folder: Path, kind: str, script: str, use: Callable[[dict[str, Any]], object]
+) -> list[dict[str, Any]]:
+    """All lines of the folder's KIND_*.jsonl, files in the order of their names.
+
+    Args:
+        use: what a line must be good for; ValueError, KeyError or TypeError say that it is not.
 
     Raises:
-        UserError: there are none, or a line is not what scripts/sweep.py writes.
+        UserError: there are none, or a line is not what scripts/SCRIPT.py writes.
     """
     lines = []
-    for path in sorted(folder.glob("quality_*.jsonl")):
+    for path in sorted(folder.glob(f"{kind}_*.jsonl")):
         for number, text in enumerate(read(path).splitlines(), start=1):
             try:
                 line = json.loads(text)
-                cells_of([line])
-                summary(cells_of([line]))
+                use(line)
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
-                    f"{path}, line {number} is not a measurement of scripts/sweep.py "
+                    f"{path}, line {number} is not a measurement of scripts/{script}.py "
                     f"({type(error).__name__}: {error}): take the line out and measure again."
                 ) from error
             lines.append(line)
     if not lines:
-        raise UserError(f"{folder} holds no quality_*.jsonl: run scripts/sweep.py first.")
+        raise UserError(f"{folder} holds no {kind}_*.jsonl: run scripts/{script}.py first.")
     return lines
 
 
