@@ -72,14 +72,15 @@ def prune(
 def prune_family(
     model: PreTrainedModel,
     batches: Iterable[Batch],
-    constraints: Sequence[Constraint],
+    constraints: Iterable[Constraint],
     settings: Settings | None = None,
     *,
     cache: Path | None = None,
     progress: bool = False,
 ) -> Iterator[PruneResult]:
     """Prune to several constraints from one collection of statistics; see `prune`. Yields results
-    in their order."""
+    in their order; what is no sequence is asked for the next constraint when one is wanted, so that
+    a search can decide by the results so far."""
     settings = settings or Settings()
     layout = layout_of(model)
     check_finite(model)
@@ -92,7 +93,10 @@ def prune_family(
     inputs = [
         {name: value for name, value in batch.items() if name not in LABELS} for batch in labelled
     ]
-    check_constraints(model, inputs, constraints)
+    if isinstance(constraints, Sequence):
+        check_constraints(model, inputs, constraints)
+    else:
+        constraints = _checked_in_turn(model, inputs, constraints)
     job = _Job(model, layout, labelled, inputs, settings, cache, progress)
     results = _family(job, constraints)
     while True:
@@ -101,6 +105,14 @@ def prune_family(
         if result is None:
             return
         yield result
+
+
+def _checked_in_turn(
+    model: PreTrainedModel, inputs: Sequence[Batch], constraints: Iterable[Constraint]
+) -> Iterator[Constraint]:
+    for constraint in constraints:
+        check_constraints(model, inputs, [constraint])
+        yield constraint
 
 
 def _on_device(batch: Any, device: torch.device) -> Batch:
@@ -136,7 +148,7 @@ class _Job:
         return cost_model(metric, model, layout, self.inputs)
 
 
-def _family(job: _Job, constraints: Sequence[Constraint]) -> Iterator[PruneResult]:
+def _family(job: _Job, constraints: Iterable[Constraint]) -> Iterator[PruneResult]:
     """What is learnt about the model itself is learnt once; what the later rounds need is not."""
     shared = Clock()
     selection = job.learn(job.model, job.layout, shared)
