@@ -29,6 +29,16 @@ def mean_tokens(batches: Sequence[Batch]) -> float:
     return float(sum(int(mask.sum()) for mask in masks) / sum(len(mask) for mask in masks))
 
 
+def least_ratio(costs: CostModel) -> float:
+    """The least ratio that leaves a single head or neuron."""
+    return costs.ratio_for(_least_cost(costs))
+
+
+def _least_cost(costs: CostModel) -> float:
+    cheapest = [float(table[1:].min()) for table in costs.tables if len(table) > 1]
+    return costs.constant + min(cheapest, default=0.0)
+
+
 def check_constraints(
     model: PreTrainedModel, batches: Sequence[Batch], constraints: Iterable[Constraint]
 ) -> None:
@@ -40,10 +50,7 @@ def check_constraints(
     layout = layout_of(model)
     for constraint in constraints:
         costs = cost_model(constraint.metric, model, layout, batches)
-        cheapest = min(
-            (float(table[1:].min()) for table in costs.tables if len(table) > 1), default=0.0
-        )
-        least = costs.constant + cheapest
+        least = _least_cost(costs)
         if constraint.ratio * costs.original < least:
             ratio = costs.ratio_for(least)
             raise UserError(
