@@ -27,9 +27,10 @@ from rfprune.onnx_export import (
     varied_inputs,
 )
 from rfprune.report import latency
-from rfprune.report.latency import median_seconds, typical_batch
+from rfprune.report.latency import typical_batch
 from rfprune.result import PruneResult
 from rfprune.tasks.evaluation import Evaluation, EvaluationSet, divergence, evaluate_model
+from rfprune.timing import time_interleaved
 
 TOLERANCE = 1e-4
 """Logits of an export may differ by this much from the pruned model's, in units of the largest;
@@ -122,25 +123,21 @@ def time_on_cpu(
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[dict[str, float], dict[str, int]]:
     """Median milliseconds of a forward pass by model, all in turn, and the conditions."""
-
     inputs = model_inputs(next(iter(models.values())), batch)
-
-    def seconds_of(model: nn.Module) -> float:
-        start = clock()
-        model(**inputs)
-        return clock() - start
-
     with torch.inference_mode():
-        medians, rounds = median_seconds(
-            [partial(seconds_of, model.eval()) for model in models.values()],
+        timings = time_interleaved(
+            [partial(model.eval(), **inputs) for model in models.values()],
+            "cpu",
             seconds=latency.SECONDS if seconds is None else seconds,
             max_rounds=latency.MAX_ROUNDS if max_rounds is None else max_rounds,
+            tolerance=0,
+            clock=clock,
         )
     size, length = inputs["input_ids"].shape
-    conditions = {"batch_size": size, "sequence_length": length, "rounds": rounds}
+    conditions = {"batch_size": size, "sequence_length": length, "rounds": timings[0].rounds}
     conditions["threads"] = torch.get_num_threads()
-    found = zip(models, medians, strict=True)
-    return {name: 1000 * median for name, median in found}, conditions
+    found = zip(models, timings, strict=True)
+    return {name: timing.median_ms for name, timing in found}, conditions
 
 
 def _checked(

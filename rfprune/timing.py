@@ -1,0 +1,238 @@
+"""Wall-clock time of several callables, measured side by side.
+
+All are called in turn, round after round, each round starting with another one, so that a machine
+that slows down or heats up slows all alike. Medians are taken over the rounds, and rounds go on
+until the medians are steady or the time is up.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+
+import torch
+from tqdm.auto import tqdm
+
+Call = Callable[[], object]
+Clock = Callable[[], float]
+
+# Few enough to end in seconds, enough for a steady median.
+SECONDS = 6.0
+MIN_ROUNDS = 5
+MAX_ROUNDS = 50
+WARM_UP_ROUNDS = 2
+
+TOLERANCE = 0.01
+"""Medians are steady when their standard error is less than this fraction of them."""
+
+# Standard error of a median: 1.2533 sigma / sqrt(n), and sigma is 1.4826 times half the
+# interquartile range, both for a normal distribution.
+_ERROR_OF_SPREAD = 1.2533 * 1.4826
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long a call takes.
+
+    Attributes:
+        median_ms: median of all rounds, in milliseconds.
+        spread: half the interquartile range, as a fraction of the median.
+        rounds: how often it was called, the warm-up left out.
+    """
+
+    median_ms: float
+    spread: float
+    rounds: int
+
+    @property
+    def error(self) -> float:
+        """Standard error of the median, as a fraction of it."""
+        return _standard_error(self.spread, self.rounds)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How much longer one call takes than another.
+
+    Attributes:
+        ratio: median over the rounds of pruned / original of the same round: what slows a machine
+            down for a while slows both, and cancels.
+        spread: half the interquartile range of these ratios, as a fraction of their median.
+        original, pruned: the two apart.
+    """
+
+    ratio: float
+    spread: float
+    original: Timing
+    pruned: Timing
+
+    @property
+    def error(self) -> float:
+        """Standard error of the ratio, as a fraction of it."""
+        return _standard_error(self.spread, self.original.rounds)
+
+
+def time_interleaved(
+    calls: Sequence[Call],
+    device: torch.device | str,
+    *,
+    seconds: float = SECONDS,
+    min_rounds: int = MIN_ROUNDS,
+    max_rounds: int = MAX_ROUNDS,
+    tolerance: float = TOLERANCE,
+    warm_up_rounds: int = WARM_UP_ROUNDS,
+    progress: bool = False,
+    clock: Clock = time.perf_counter,
+) -> list[Timing]:
+    """Time every one of `calls`, all in turn.
+
+    Args:
+        device: where they do their work; on a GPU their work is timed to its end.
+        seconds: no round is begun after that many, the warm-up included, but for `min_rounds`.
+        tolerance: stop earlier, once the standard error of every median is below this fraction of
+            it, or of the mean of all medians where that is more; 0: never.
+        clock: seconds now; not used where the device has a clock of its own (CUDA).
+    """
+    times: list[list[float]] = [[] for _ in calls]
+    rounds = _rounds(calls, device, seconds, warm_up_rounds, progress, clock)
+    for number, (milliseconds, is_late) in enumerate(rounds, start=1):
+        for own, value in zip(times, milliseconds, strict=True):
+            own.append(value)
+        steady = number >= min_rounds and _are_steady([_timing(own) for own in times], tolerance)
+        if steady or number >= max_rounds or (is_late and number >= min_rounds):
+            break
+    return [_timing(own) for own in times]
+
+
+def time_ratio(
+    original: Call,
+    pruned: Call,
+    device: torch.device | str,
+    *,
+    seconds: float = SECONDS,
+    min_rounds: int = MIN_ROUNDS,
+    max_rounds: int = MAX_ROUNDS,
+    tolerance: float = TOLERANCE,
+    warm_up_rounds: int = WARM_UP_ROUNDS,
+    progress: bool = False,
+    clock: Clock = time.perf_counter,
+) -> Ratio:
+    """How long `pruned` takes, as a fraction of `original`; see `time_interleaved`.
+
+    `tolerance` is that of the ratio, which is steadier than the two times.
+    """
+    pairs: list[list[float]] = []
+    ratio = _timing([])
+    rounds = _rounds([original, pruned], device, seconds, warm_up_rounds, progress, clock)
+    for number, (milliseconds, is_late) in enumerate(rounds, start=1):
+        pairs.append(milliseconds)
+        ratio = _timing([after / before if before else math.nan for before, after in pairs])
+        steady = number >= min_rounds and ratio.error < tolerance
+        if steady or number >= max_rounds or (is_late and number >= min_rounds):
+            break
+    first, second = (_timing([pair[i] for pair in pairs]) for i in (0, 1))
+    return Ratio(ratio.median_ms, ratio.spread, first, second)
+
+
+def _standard_error(spread: float, rounds: int) -> float:
+    return _ERROR_OF_SPREAD * spread / math.sqrt(rounds) if rounds > 1 else math.inf
+
+
+def _timing(values: Sequence[float]) -> Timing:
+    if len(values) < 2:
+        return Timing(values[0] if values else math.nan, 0.0, len(values))
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Timing(median, (high - low) / (2 * median) if median else 0.0, len(values))
+
+
+def _are_steady(timings: Sequence[Timing], tolerance: float) -> bool:
+    """What takes less time than the others need not be known any better, in milliseconds."""
+    mean = statistics.fmean(timing.median_ms for timing in timings)
+    return all(
+        timing.error * timing.median_ms < tolerance * max(timing.median_ms, mean)
+        for timing in timings
+    )
+
+
+def _rounds(
+    calls: Sequence[Call],
+    device: torch.device | str,
+    seconds: float,
+    warm_up_rounds: int,
+    progress: bool,
+    clock: Clock,
+) -> Iterator[tuple[list[float], bool]]:
+    """Milliseconds of each call, and whether the time is up, round after round without end."""
+    device, start = torch.device(device), clock()
+    limit = max(1, round(seconds))
+    shape = "{desc} {percentage:3.0f}%|{bar}| {elapsed}, at most {total} s"
+    with (
+        _no_garbage_collection(),
+        tqdm(
+            total=limit, desc="timing", disable=not progress, leave=False, bar_format=shape
+        ) as bar,
+    ):
+
+        def advance() -> None:
+            bar.update(min(limit, clock() - start) - bar.n)
+
+        for number in count(-warm_up_rounds):
+            order = [(position + number) % len(calls) for position in range(len(calls))]
+            found = _time_all([calls[which] for which in order], device, clock, advance)
+            if number >= 0:
+                by_call = dict(zip(order, found, strict=True))
+                yield [by_call[which] for which in range(len(calls))], clock() - start > seconds
+
+
+def _time_all(
+    calls: Sequence[Call], device: torch.device, clock: Clock, advance: Callable[[], None]
+) -> list[float]:
+    """Milliseconds of each call; `advance` is called after each."""
+    if device.type == "cuda":
+        return _time_by_events(calls, device, advance)
+    milliseconds = []
+    for call in calls:
+        start = clock()
+        call()
+        if device.type == "mps":
+            torch.mps.synchronize()
+        milliseconds.append(1000 * (clock() - start))
+        advance()
+    return milliseconds
+
+
+def _time_by_events(
+    calls: Sequence[Call], device: torch.device, advance: Callable[[], None]
+) -> list[float]:
+    """The GPU notes when it starts and ends each call: waiting for it once, after them all, leaves
+    the calls queued up as they are in a program that does not time them."""
+    events = []
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        for call in calls:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            events.append((start, end))
+            advance()
+        torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in events]
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """It takes as long as a short call, and would be counted to whichever it interrupts."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
