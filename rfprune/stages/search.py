@@ -1,10 +1,14 @@
 """Which units to keep under a budget, by additive importance (Kwon et al. 2022, algorithm 1).
 
-Heads cost the same in every layer, and so do neurons. For every number of heads kept, the rest of
-the budget goes to neurons, each taken by importance; the best total wins. That is exact for an
-additive objective: whatever the optimal number of heads is, the optimum keeps the most important
-ones, and as many of the most important neurons as fit. Departure from the authors' code: keeping no
-heads is a candidate too.
+Where heads cost the same in every layer, and so do neurons, the published search is exact: for
+every number of heads kept, the rest of the budget goes to neurons, each taken by importance; the
+best total wins. Whatever the optimal number of heads is, the optimum keeps the most important ones,
+and as many of the most important neurons as fit. Departure from the authors' code: keeping no heads
+is a candidate too.
+
+Any other table (a measured latency with its steps and plateaus, sizes that are not allowed, layers
+of unequal cost) is left to `allocate`, with the importance of what goes as the error. The paper
+fits such tables with a constant and a line instead, which is not exact.
 """
 
 from __future__ import annotations
@@ -20,19 +24,57 @@ from rfprune.cost.constraint import CostModel
 from rfprune.errors import UserError
 from rfprune.model.layout import Layout
 from rfprune.model.masks import Masks
+from rfprune.stages.allocate import allocate
 
 
 def search(layout: Layout, importance: Sequence[Tensor], costs: CostModel, budget: float) -> Masks:
     """Masks of the largest total importance whose cost stays within `budget`.
 
     Args:
-        importance: per block the importance (U,) of its units, not negative.
-        costs: linear in the number of units, equal for all heads and for all neurons.
+        importance: per block the importance (U,) of its units, not negative; of equals the first
+            stay.
         budget: what all kept units together may cost.
 
     Raises:
         UserError: not even one unit fits the budget.
     """
+    if _same_unit_costs(layout, costs):
+        return _published(layout, importance, costs, budget)
+    return most_important(importance, allocate(additive_errors(importance), costs, budget))
+
+
+def additive_errors(importance: Sequence[Tensor]) -> list[NDArray[np.float64]]:
+    """Per block (U + 1,): the importance of all units but the n most important ones."""
+    errors = []
+    for values in importance:
+        ascending = np.sort(values.double().cpu().numpy())
+        errors.append(np.concatenate([[0.0], np.cumsum(ascending)])[::-1].copy())
+    return errors
+
+
+def most_important(importance: Sequence[Tensor], kept: Sequence[int]) -> Masks:
+    """Masks of the `kept[b]` most important units of each block b; of equals the first stay."""
+    masks = tuple(torch.zeros(len(values)) for values in importance)
+    for mask, values, count in zip(masks, importance, kept, strict=True):
+        mask[values.argsort(descending=True, stable=True)[:count].to(mask.device)] = 1.0
+    return masks
+
+
+def _same_unit_costs(layout: Layout, costs: CostModel) -> bool:
+    """Whether all heads cost the same, and all neurons, however many there are of them."""
+    unit_costs: dict[str, float] = {}
+    for block, table in zip(layout.blocks, costs.tables, strict=True):
+        unit_cost = unit_costs.setdefault(block.kind, float(table[-1]) / block.num_units)
+        if not unit_cost > 0:
+            return False
+        if not np.allclose(table, unit_cost * np.arange(len(table)), rtol=1e-9, atol=0):
+            return False
+    return True
+
+
+def _published(
+    layout: Layout, importance: Sequence[Tensor], costs: CostModel, budget: float
+) -> Masks:
     heads = _Ranking(layout, importance, costs, "head")
     neurons = _Ranking(layout, importance, costs, "neuron")
     best, best_value = (0, 0), -1.0
@@ -62,12 +104,7 @@ class _Ranking:
         self, layout: Layout, importance: Sequence[Tensor], costs: CostModel, kind: str
     ) -> None:
         indices = [b for b, block in enumerate(layout.blocks) if block.kind == kind]
-        unit_costs = {float(costs.tables[b][1]) for b in indices}
-        if len(unit_costs) > 1:
-            raise ValueError(
-                f"the search needs {kind}s of equal cost in every layer, got {sorted(unit_costs)}"
-            )
-        self.unit_cost = unit_costs.pop() if unit_costs else 0.0
+        self.unit_cost = float(costs.tables[indices[0]][1]) if indices else 0.0
         values = np.concatenate(
             [importance[b].double().cpu().numpy() for b in indices] or [np.zeros(0)]
         )

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given
@@ -22,7 +23,7 @@ from rfprune.cost.params import param_costs
 from rfprune.errors import UserError
 from rfprune.model.layout import Block, Layout, layout_of
 from rfprune.model.masks import num_kept
-from rfprune.stages.search import search
+from rfprune.stages.search import additive_errors, most_important, search
 
 Tiny = Callable[..., Any]
 Problem = tuple[Layout, list[Tensor], CostModel, float]
@@ -157,8 +158,80 @@ def test_too_small_a_budget_names_a_constraint_that_would_do() -> None:
     assert num_kept(search(layout, importance, costs, budget)) == (1, 0)
 
 
-def test_units_of_unequal_cost_are_a_mistake_of_the_caller() -> None:
-    layout = made_layout([1, 1], [])
-    costs = linear_costs("mac", [1.0, 2.0], [1, 1])
-    with pytest.raises(ValueError, match=r"heads of equal cost.*\[1.0, 2.0\]"):
-        search(layout, [torch.ones(1), torch.ones(1)], costs, 2.0)
+@st.composite
+def shaped_problems(draw: st.DrawFn) -> Problem:
+    """Tables of any shape, in whole numbers, and importance with ties and zeros."""
+    sizes = st.lists(st.integers(0, 3), min_size=2, max_size=2)
+    layout = made_layout(draw(sizes), draw(sizes))
+    assume(layout.blocks)
+    tables, importance = [], []
+    for block in layout.blocks:
+        units = block.num_units
+        shape = draw(st.sampled_from(["linear", "stepped", "flat", "noisy", "off the grid"]))
+        unit, kept = draw(st.integers(1, 5)), np.arange(units + 1)
+        noise = draw(st.lists(st.integers(-1, 3), min_size=units, max_size=units))
+        tables.append(
+            {
+                "linear": unit * kept,
+                "stepped": unit * 2 * ((kept + 1) // 2),
+                "flat": unit * np.minimum(kept, 1),
+                "noisy": unit * kept + np.array([0, *noise]),
+                "off the grid": np.where((kept % 2 == 0) | (kept == units), unit * kept, np.inf),
+            }[shape].astype(np.float64)
+        )
+        tables[-1][0] = draw(st.sampled_from([0.0, 1.0]))  # what is empty can still cost something
+        values = st.sampled_from([0.0, 0.1, 1, 2, 2.5, 7]) | st.floats(0, 10)
+        importance.append(torch.tensor(draw(st.lists(values, min_size=units, max_size=units))))
+    costs = CostModel("latency", tuple(tables), draw(st.sampled_from([0.0, 10.0])))
+    budget = draw(st.integers(0, int(costs.original - costs.constant)))
+    return layout, importance, costs, float(budget)
+
+
+@given(shaped_problems())
+def test_tables_of_any_shape_are_searched_as_well_as_by_brute_force(problem: Problem) -> None:
+    layout, importance, costs, budget = problem
+    allowed = budget + costs.constant
+    best = max(
+        (
+            value_of(importance, masks)
+            for masks in all_masks(layout)
+            if costs.total([sum(mask) for mask in masks]) <= allowed
+        ),
+        default=0.0,
+    )
+    try:
+        masks = search(layout, importance, costs, budget)
+    except UserError:
+        assert best == pytest.approx(0.0, abs=1e-9)
+        return
+    assert costs.total(num_kept(masks)) <= allowed * (1 + 1e-9)
+    assert value_of(importance, masks) >= best - 1e-6 * max(1.0, best)
+
+
+def test_the_published_search_serves_where_it_is_exact_and_the_allocation_elsewhere() -> None:
+    """It keeps units that are worth nothing too, which the allocation leaves out."""
+    layout = made_layout([2, 2], [])
+    importance = [torch.tensor([0.0, 0.0]), torch.tensor([1.0, 0.0])]
+    equal = linear_costs("mac", [2.0, 2.0], [2, 2])
+    unequal = linear_costs("params", [2.0, 1.0], [2, 2])
+    assert num_kept(search(layout, importance, equal, 8.0)) == (2, 2)
+    assert num_kept(search(layout, importance, unequal, 6.0)) == (0, 1)
+
+
+def test_layers_of_unequal_cost_are_weighed_against_each_other() -> None:
+    layout = made_layout([1, 2], [])
+    importance = [torch.tensor([3.0]), torch.tensor([2.0, 2.5])]
+    costs = linear_costs("params", [2.0, 1.0], [1, 2])
+    assert [mask.tolist() for mask in search(layout, importance, costs, 2.0)] == [[0], [1, 1]]
+    assert [mask.tolist() for mask in search(layout, importance, costs, 3.0)] == [[1], [0, 1]]
+    with pytest.raises(UserError, match=r"at least 0\.25$"):
+        search(layout, importance, costs, 0.9)
+
+
+def test_errors_are_what_all_but_the_most_important_units_are_worth() -> None:
+    values = torch.tensor([1.0, 9, 2, 9])
+    assert additive_errors([values])[0].tolist() == [21, 12, 3, 1, 0]
+    assert most_important([values], [1])[0].tolist() == [0, 1, 0, 0]
+    for kept, error in enumerate(additive_errors([values])[0]):
+        mask = most_important([values], [kept])[0]
+        assert float(values[mask == 0].sum()) == error
