@@ -22,7 +22,7 @@ from rfprune.hub_flags import add_hub, check_hub
 from rfprune.output import check_output
 from rfprune.tasks.registry import CUSTOM, TASK_NAMES, TASKS
 
-METRICS = ("mac", "params")
+METRICS = ("mac", "params", "memory", "latency")
 METHODS = ("curvature", "kwon", "importance")
 DEFAULT_METHOD = METHODS[0]
 CRITERIA = ("fisher", "taylor", "gradient", "magnitude-l2", "magnitude-l1", "random")

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from rfprune.cost.constraint import Constraint, CostModel
 from rfprune.cost.macs import mac_costs, total_macs
+from rfprune.cost.memory import total_bytes
 from rfprune.cost.metrics import check_constraints, cost_model, mean_tokens
 from rfprune.cost.params import total_params
 from rfprune.errors import UserError
@@ -253,6 +254,7 @@ def _summarise(
         achieved={
             "mac": mac_costs(layout, tokens).total(kept) / total_macs(layout, tokens),
             "params": total_params(student) / total_params(job.model),
+            "memory": total_bytes(student) / total_bytes(job.model),
         },
         seconds=clock.report(),
         warnings=tuple(warnings),

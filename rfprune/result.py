@@ -86,7 +86,7 @@ class PruneResult:
         masks: one (U,) per block of `layout`; zeros were removed, other values are tuned scales.
         layout: of the model that was given.
         achieved: pruned/original by metric: "mac" (Transformer layers, at the mean length),
-            "params" (all).
+            "params" (all), "memory" (bytes of weights).
         seconds: by stage (collect, search, rearrange, compact, tune), and in all (prune_total).
         warnings: a sentence for whatever did not go as planned.
         layers: heads and neurons kept in every layer.

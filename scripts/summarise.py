@@ -28,7 +28,7 @@ TABLE = ("metric", "requested_samples", "batch_size", "max_length", "dtype")
 """One table in README.md for each combination of these."""
 ROW = (*TABLE, "model", "task", "eval_limit", "variant")
 """One row of a table for each combination of these."""
-COSTS = {"mac": "MACs", "params": "parameters"}
+COSTS = {"mac": "MACs", "params": "parameters", "memory": "memory", "latency": "latency"}
 
 Line = Mapping[str, Any]
 

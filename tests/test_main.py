@@ -133,7 +133,7 @@ def test_the_report_has_the_schema_of_the_plan(flags: Callable[..., list[str]]) 
     report = json.loads(Path("out/report.json").read_text(encoding="utf-8"))
     columns = {"score", "macs", "params", "bytes", "latency_ms"}
     assert set(report["original"]) == set(report["pruned"]) == columns
-    assert set(report["achieved"]) == {"mac", "params", "latency"}
+    assert set(report["achieved"]) == {"mac", "params", "memory", "latency"}
     assert set(report["seconds"]) == {"load", *STAGES, "evaluate", "prune_total"}
     assert all(seconds > 0 for seconds in report["seconds"].values())
     assert report["seconds"]["prune_total"] == pytest.approx(

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from rfprune.cost.constraint import Constraint
 from rfprune.cost.macs import total_macs
 from rfprune.cost.metrics import mean_tokens
+from rfprune.cost.memory import total_bytes
 from rfprune.cost.params import total_params
 from rfprune.errors import UserError
 from rfprune.model.architectures import ARCHITECTURES
@@ -105,7 +106,9 @@ def test_every_family_is_pruned_and_reloads(
     assert torch.equal(logits_of(with_code, batches[0]), expected)
 
 
-@pytest.mark.parametrize(("metric", "ratio"), [("mac", 0.7), ("mac", 0.3), ("params", 0.9)])
+@pytest.mark.parametrize(
+    ("metric", "ratio"), [("mac", 0.7), ("mac", 0.3), ("params", 0.9), ("memory", 0.9)]
+)
 def test_the_budget_is_met_by_the_model_itself(
     metric: str, ratio: float, settings: Settings, tiny_model: Tiny, batches: list[Batch]
 ) -> None:
@@ -115,6 +118,7 @@ def test_the_budget_is_met_by_the_model_itself(
     real = {
         "mac": total_macs(layout_of(result.model), tokens) / total_macs(layout_of(model), tokens),
         "params": total_params(result.model) / total_params(model),
+        "memory": total_bytes(result.model) / total_bytes(model),
     }
     assert result.achieved == pytest.approx(real)
     assert ratio - 0.1 < real[metric] <= ratio
@@ -474,7 +478,7 @@ def test_the_scheduled_teacher_is_masked_at_the_square_root(
         assert kept_macs == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("metric", ["mac", "params"])
+@pytest.mark.parametrize("metric", ["mac", "params", "memory"])
 def test_rounds_meet_the_same_constraint_and_their_masks_tell_what_is_left(
     settings: Settings, metric: str, tiny_model: Tiny, batches: list[Batch]
 ) -> None:

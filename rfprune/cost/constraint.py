@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from rfprune.errors import UserError
 
-METRICS = ("mac", "params")
+METRICS = ("mac", "params", "memory", "latency")
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,9 @@ class Constraint:
     """The fraction of the original cost to keep.
 
     Attributes:
-        metric: "mac" (multiply-accumulates of the Transformer layers) or "params" (all parameters).
+        metric: "mac" (multiply-accumulates of the Transformer layers), "params" (all parameters),
+            "memory" (bytes of all weights) or "latency" (milliseconds of a forward pass, end to
+            end, on the device that the model is on).
         ratio: in (0, 1); 0.5 keeps half. (Kwon et al. 2022 use the same meaning; some papers give
             the fraction that is removed.)
 
@@ -51,7 +53,7 @@ class CostModel:
     Attributes:
         metric: see `Constraint`.
         tables: one float64 array per block of a layout; `tables[b][n]` is the cost of keeping n
-            units of block b.
+            units of block b, infinite where that is not allowed. No unit and all units always are.
         constant: the cost of what is never pruned and still counted.
     """
 
@@ -73,6 +75,19 @@ class CostModel:
     def ratio_for(self, cost: float) -> float:
         """The ratio, rounded up to four decimals, that allows a cost (the constant included)."""
         return math.ceil(1e4 * cost / self.original) / 1e4
+
+    def with_savings(self, factor: float) -> CostModel:
+        """The same original cost, where whatever is pruned saves `factor` times as much."""
+        tables = tuple(factor * table for table in self.tables)
+        full = sum(float(table[-1]) for table in self.tables)
+        return CostModel(self.metric, tables, self.constant + (1 - factor) * full)
+
+    def of_blocks(self, blocks: Sequence[int], num_units: Sequence[int]) -> CostModel:
+        """Of some of the blocks alone, of which fewer units are left; the others cost nothing."""
+        tables = tuple(
+            self.tables[b][: units + 1] for b, units in zip(blocks, num_units, strict=True)
+        )
+        return CostModel(self.metric, tables, self.constant)
 
     def budget(self, constraint: Constraint) -> float:
         """The cost that a constraint allows for the blocks, the constant left out.

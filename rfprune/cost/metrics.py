@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from rfprune.cost.constraint import Constraint, CostModel
 from rfprune.cost.macs import mac_costs
+from rfprune.cost.memory import memory_costs
 from rfprune.cost.params import param_costs
 from rfprune.errors import UserError
 from rfprune.model.layout import Layout, layout_of
@@ -18,6 +19,8 @@ def cost_model(
     metric: str, model: PreTrainedModel, layout: Layout, batches: Sequence[Batch]
 ) -> CostModel:
     """What kept units cost by the metric of a constraint."""
+    if metric == "memory":
+        return memory_costs(model, layout)
     if metric == "params":
         return param_costs(model, layout)
     return mac_costs(layout, mean_tokens(batches))

@@ -37,7 +37,7 @@ def versions() -> dict[str, str]:
 
 def ratios(original: Mapping[str, float], pruned: Mapping[str, float]) -> dict[str, float]:
     """pruned/original of every cost that can be a constraint."""
-    keys = {"mac": "macs", "params": "params", "latency": "latency_ms"}
+    keys = {"mac": "macs", "params": "params", "memory": "bytes", "latency": "latency_ms"}
     return {metric: pruned[key] / original[key] for metric, key in keys.items()}
 
 

@@ -52,9 +52,14 @@ def test_another_schema_is_refused(tmp_path: Path) -> None:
 
 
 def test_ratios_are_pruned_over_original() -> None:
-    original = {"macs": 8.0, "params": 10.0, "latency_ms": 4.0}
-    pruned = {"macs": 2.0, "params": 5.0, "latency_ms": 3.0}
-    assert ratios(original, pruned) == {"mac": 0.25, "params": 0.5, "latency": 0.75}
+    original = {"macs": 8.0, "params": 10.0, "bytes": 50.0, "latency_ms": 4.0}
+    pruned = {"macs": 2.0, "params": 5.0, "bytes": 30.0, "latency_ms": 3.0}
+    assert ratios(original, pruned) == {
+        "mac": 0.25,
+        "params": 0.5,
+        "memory": 0.6,
+        "latency": 0.75,
+    }
 
 
 def test_a_stage_that_was_left_out_took_no_time() -> None:
