@@ -158,7 +158,12 @@ def divergence(reference: Evaluation, other: Evaluation) -> float:
     difference, the KL of two normal distributions of unit variance. ValueError unless both come
     from one evaluation set.
     """
-    pairs = list(zip(reference.logits, other.logits, strict=True))
+    return divergence_of_logits(reference.logits, other.logits)
+
+
+def divergence_of_logits(reference: Logits, other: Logits) -> float:
+    """As `divergence`, from logits of the same rows; see `logits_on`."""
+    pairs = list(zip(reference, other, strict=True))
     for first, second in pairs:
         same_shape = first.shape == second.shape
         if not same_shape or (np.isfinite(first) != np.isfinite(second)).any():
@@ -167,6 +172,24 @@ def divergence(reference: Evaluation, other: Evaluation) -> float:
         first, second = pairs[0]
         return float(np.mean((first.astype(np.float64) - second) ** 2) / 2)
     return float(sum(_mean_kl(first, second) for first, second in pairs))
+
+
+def logits_on(model: nn.Module, task: Task, batches: Sequence[Mapping[str, Tensor]]) -> Logits:
+    """The logits of padded inputs that nothing is known of, such as calibration batches.
+
+    Rows are in the order of the batches; else as in `Evaluation`, but that answers may be at any
+    token. Raises the UserErrors of `evaluate_model`.
+    """
+    sizes = [len(batch["input_ids"]) for batch in batches]
+    rows = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
+    if task.kind == "question-answering":
+        start, end = span_logits(model, batches, rows, progress=False)
+        for logits in (start, end):
+            _check_finite(logits, ~np.isneginf(logits))  # which is behind shorter rows
+        return start, end
+    logits = class_logits(model, batches, rows, task.num_labels, progress=False)
+    _check_finite(logits, np.ones_like(logits, dtype=bool))
+    return (logits,)
 
 
 def _draw(dataset: Any, limit: int | None, seed: int) -> Any:
@@ -245,8 +268,7 @@ def _scores(logits: Logits, evaluation_set: EvaluationSet) -> dict[str, float]:
         return _answer_scores(logits, evaluation_set)
     assert evaluation_set.labels is not None
     task = evaluation_set.task
-    (outputs,) = logits
-    predictions = outputs[:, 0] if task.kind == "regression" else outputs.argmax(axis=1)
+    predictions = predicted(task, logits)
     scores, first = {}, 0
     for number, (split, size) in enumerate(evaluation_set.split_sizes.items()):
         suffix = f"_{split.removeprefix('validation_')}" if number else ""
@@ -258,15 +280,39 @@ def _scores(logits: Logits, evaluation_set: EvaluationSet) -> dict[str, float]:
     return scores
 
 
+def predicted(task: Task, logits: Logits) -> NDArray[Any]:
+    """What logits (N, C) say of each row, (N,): label ids, or the values of a regression."""
+    (outputs,) = logits
+    return outputs[:, 0] if task.kind == "regression" else outputs.argmax(axis=1)
+
+
 def _answer_scores(logits: Logits, evaluation_set: EvaluationSet) -> dict[str, float]:
-    questions = evaluation_set.questions
+    task, questions = evaluation_set.task, evaluation_set.questions
     assert questions is not None
+    return answer_scores(task, *answered(task, logits, questions), questions.answers)
+
+
+def answered(
+    task: Task, logits: Logits, questions: Questions
+) -> tuple[list[str], NDArray[np.float64]]:
+    """The best answers to Q questions, and what speaks for giving none, (Q,)."""
     start, end = logits
     texts, best = best_answers(start, end, questions.windows, questions.contexts)
-    if not _allows_no_answer(evaluation_set.task):
-        return squad_scores(texts, questions.answers)
-    no_answer = null_scores(start, end, questions.windows) - best
-    scores = squad_v2_scores(texts, questions.answers, no_answer.tolist(), NO_ANSWER_THRESHOLD)
+    if not _allows_no_answer(task):
+        return texts, np.full(len(texts), -np.inf)
+    return texts, null_scores(start, end, questions.windows) - best
+
+
+def answer_scores(
+    task: Task,
+    texts: Sequence[str],
+    no_answer: NDArray[np.float64],
+    answers: Sequence[Sequence[str]],
+) -> dict[str, float]:
+    """All scores, in points of 100, of what `answered` gives."""
+    if not _allows_no_answer(task):
+        return squad_scores(texts, answers)
+    scores = squad_v2_scores(texts, answers, no_answer.tolist(), NO_ANSWER_THRESHOLD)
     return {name: value for name, value in scores.items() if not name.endswith("total")}
 
 
