@@ -1,6 +1,7 @@
-"""One fraction for all blocks: within the budget, the largest that fits, nothing emptied.
+"""The same everywhere: within the budget, the largest or the best that fits, nothing emptied.
 
-Deleting this lets the uniform baseline exceed its budget, or waste it and look worse than it is.
+Deleting this lets the uniform baseline exceed its budget, or waste it and look worse than it is,
+and a plain architecture be worse than it need be.
 """
 
 from __future__ import annotations
@@ -9,15 +10,18 @@ import itertools
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from rfprune.cost.constraint import Constraint, CostModel, linear_costs
 from rfprune.errors import UserError
+from rfprune.model.layout import Layout
 from rfprune.model.masks import num_kept
-from rfprune.stages.uniform import uniform, uniform_counts
+from rfprune.stages.uniform import same_sizes, uniform, uniform_counts
 from tests.stages.test_search import made_layout
 
 Problem = tuple[list[int], CostModel, float]
@@ -105,3 +109,89 @@ def test_too_small_a_budget_names_a_constraint_that_would_do() -> None:
     assert named
     budget = costs.budget(Constraint("mac", float(named[1])))
     assert num_kept(uniform(layout, importance, costs, budget)) == (1, 1)
+
+
+def test_too_small_a_budget_on_a_grid_names_the_least_that_is_allowed() -> None:
+    """A size that is not allowed costs infinitely much, which is no constraint."""
+    table = np.array([0.0, np.inf, 2.0, np.inf, 4.0])
+    costs = CostModel("mac", (table,))
+    with pytest.raises(UserError, match=r"at least 0\.5,"):
+        uniform_counts([4], costs, 1.0)
+
+
+Sizes = tuple[Layout, list[NDArray[np.float64]], CostModel, float]
+
+
+@st.composite
+def size_problems(draw: st.DrawFn) -> Sizes:
+    """One to three layers of different sizes; tables of any shape, in whole numbers."""
+    layers = draw(st.integers(1, 3))
+    sizes = st.lists(st.integers(1, 4), min_size=layers, max_size=layers)
+    layout = made_layout(draw(sizes), draw(sizes))
+    errors, tables = [], []
+    for block in layout.blocks:
+        falls = draw(
+            st.lists(st.integers(0, 9), min_size=block.num_units, max_size=block.num_units)
+        )
+        errors.append(np.array([*np.cumsum(falls[::-1])[::-1], 0.0], dtype=np.float64))
+        table = st.integers(0, 20) | st.just(np.inf)
+        middle = draw(st.lists(table, min_size=block.num_units, max_size=block.num_units))
+        tables.append(np.array([0.0, *middle[:-1], draw(st.integers(0, 20))], dtype=np.float64))
+    costs = CostModel("latency", tuple(tables), draw(st.sampled_from([0.0, 7.0])))
+    return layout, errors, costs, float(draw(st.integers(0, 60)))
+
+
+@given(size_problems(), st.sampled_from([(), ("head",), ("neuron",), ("head", "neuron")]))
+def test_no_other_pair_of_sizes_within_the_budget_is_better(
+    problem: Sizes, fixed: tuple[str, ...]
+) -> None:
+    layout, errors, costs, budget = problem
+    most = {
+        kind: min(block.num_units for block in layout.blocks if block.kind == kind)
+        for kind in ("head", "neuron")
+    }
+    found = {}
+    for heads, neurons in itertools.product(
+        *(range(most[k] if k in fixed else 1, most[k] + 1) for k in ("head", "neuron"))
+    ):
+        kept = [heads if block.kind == "head" else neurons for block in layout.blocks]
+        found[tuple(kept)] = (
+            sum(float(error[n]) for error, n in zip(errors, kept, strict=True)),
+            costs.total(kept),
+        )
+    fitting = {
+        kept: (error, cost)
+        for kept, (error, cost) in found.items()
+        if cost <= budget + costs.constant
+    }
+    if not fitting:
+        with pytest.raises(UserError, match="leave out --uniform"):
+            same_sizes(layout, errors, costs, budget, fixed=fixed)
+        return
+    chosen = same_sizes(layout, errors, costs, budget, fixed=fixed)
+    assert fitting[chosen] == min(fitting.values()), "of equals the cheapest"
+
+
+def test_heads_and_neurons_are_chosen_apart_from_each_other() -> None:
+    """The classical fraction would take half of both."""
+    layout = made_layout([4, 4], [8, 8])
+    costs = linear_costs("mac", [2.0, 1.0] * 2, [4, 8] * 2)
+    errors = [
+        *(np.array([40.0, 30, 20, 10, 0]), np.linspace(1, 0, 9)),
+        *(np.array([80.0, 60, 40, 20, 0]), np.linspace(2, 0, 9)),
+    ]
+    assert same_sizes(layout, errors, costs, 18.0) == (4, 1, 4, 1)
+    assert uniform_counts([4, 8] * 2, costs, 18.0) == (2, 4, 2, 4)
+
+
+def test_the_least_constraint_for_fixed_heads_is_named_and_would_do() -> None:
+    layout = made_layout([2, 2], [5, 5])
+    costs = linear_costs("mac", [10.0, 1.0] * 2, [2, 5] * 2)
+    errors = [np.linspace(1, 0, len(table)) for table in costs.tables]
+    with pytest.raises(UserError, match="all heads stay") as raised:
+        same_sizes(layout, errors, costs, costs.budget(Constraint("mac", 0.5)), fixed=("head",))
+    named = re.findall(r"at least ([\d.]+\d)", str(raised.value))
+    assert set(named) == {"0.84"}
+    budget = costs.budget(Constraint("mac", 0.84))
+    assert same_sizes(layout, errors, costs, budget, fixed=("head",)) == (2, 1, 2, 1)
+    assert same_sizes(layout, errors, costs, costs.budget(Constraint("mac", 0.5))) == (1, 2, 1, 2)
