@@ -1,0 +1,226 @@
+"""Measure a latency table on a model's own modules.
+
+For every shape of sublayer one real layer is copied, that sublayer cut to n units and all else in
+the layer emptied; what this takes more than the layer with everything emptied is the sublayer's
+time. All sizes are timed in one rotation with the whole model, and with the whole model emptied:
+machine and caches are the same for all, and weights come from memory as they do in the model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rfprune.cost.conditions import Conditions, conditions_of, layer_call
+from rfprune.cost.latency import Curve, LatencyTable, scaled, shape_of
+from rfprune.errors import UserError
+from rfprune.model.compact import compact
+from rfprune.model.layout import Block, Layout
+from rfprune.model.masks import frozen
+from rfprune.timing import Timing, time_interleaved
+
+SECONDS = 120.0
+"""What measuring takes at most, unless the least rounds alone take longer."""
+
+ROUND_TO = 32
+"""Numbers of neurons that are multiples of this suit the vector units of most machines."""
+
+MIN_ROUNDS = 3
+MAX_POINTS = 24
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """A sublayer of some size, alone in its layer."""
+
+    block: Block
+    size: int
+    call: Callable[[], object]
+
+
+def profile(
+    model: PreTrainedModel,
+    layout: Layout,
+    batch: Batch,
+    *,
+    round_to: int | None = None,
+    seconds: float = SECONDS,
+    min_rounds: int = MIN_ROUNDS,
+    progress: bool = False,
+) -> LatencyTable:
+    """Measure what a model takes on a batch by the sizes of its sublayers, on its own device.
+
+    Args:
+        model: left untouched, also after an error or an interruption.
+        batch: inputs (B, S) without labels; their shape counts, and whether there is padding.
+        round_to: which numbers of neurons are to be allowed, multiples of it (default: 32, or less
+            for narrow FFNs); of heads any number is.
+        seconds: begins no round of measurements after that many.
+
+    Raises:
+        UserError: there is nothing to prune in the model, or `round_to` is not positive.
+    """
+    if not layout.blocks:
+        raise UserError("this model has no heads or neurons left, so there is nothing to measure")
+    if round_to is not None and round_to < 1:
+        raise UserError(f"neurons cannot be kept in multiples of {round_to}; give 1 or more")
+    inputs = {name: value.to(model.device) for name, value in batch.items()}
+    with frozen(model):
+        with torch.inference_mode(False), torch.no_grad():
+            conditions = conditions_of(model, layout, inputs)
+            emptied = compact(model, layout, [torch.zeros(b.num_units) for b in layout.blocks])
+            variants = _variants(model, layout, inputs, round_to)
+        whole = [partial(model, **inputs), partial(emptied, **inputs)]
+        with torch.inference_mode():
+            timings = time_interleaved(
+                [*whole, *(variant.call for variant in variants)],
+                model.device,
+                seconds=seconds,
+                min_rounds=min_rounds,
+                warm_up_rounds=1,
+                progress=progress,
+            )
+    return _table(layout, conditions, timings[:2], variants, timings[2:], round_to)
+
+
+def _variants(
+    model: PreTrainedModel, layout: Layout, inputs: Batch, round_to: int | None
+) -> list[_Variant]:
+    """Every size that is measured; size 0 is the layer with everything emptied."""
+    made = []
+    for layer, blocks in _by_layer(_largest(layout)).items():
+        within = replace(layout, blocks=layout.blocks_of_layer(layer))
+        alone = _with_one_layer(model, layout, layer)
+        call = layer_call(model, layout.layers[layer], inputs)
+        for block in blocks:
+            for size in measured_sizes(block, rounding(block, round_to)):
+                part = _cut(alone, within, block, size).get_submodule(layout.layers[layer])
+                made.append(_Variant(block, size, partial(part, *call.args, **call.kwargs)))
+    return made
+
+
+def _largest(layout: Layout) -> list[Block]:
+    """Of every shape of sublayer the largest: smaller ones are points on its curve."""
+    found: dict[tuple[str, int], Block] = {}
+    for block in layout.blocks:
+        key = (block.kind, block.unit_width)
+        if key not in found or block.num_units > found[key].num_units:
+            found[key] = block
+    return list(found.values())
+
+
+def _by_layer(blocks: Sequence[Block]) -> dict[int, list[Block]]:
+    layers: dict[int, list[Block]] = {}
+    for block in blocks:
+        layers.setdefault(block.layer, []).append(block)
+    return layers
+
+
+def rounding(block: Block, round_to: int | None) -> int:
+    """The multiples in which units of a block are kept."""
+    if block.kind == "head":
+        return 1
+    return round_to or min(ROUND_TO, max(1, block.num_units // ROUND_TO))
+
+
+def measured_sizes(block: Block, round_to: int) -> list[int]:
+    """Sizes to measure, up from 0: all heads; of neurons so many multiples, and all."""
+    step = round_to
+    if block.kind == "neuron":
+        step *= -(-block.num_units // (round_to * MAX_POINTS))
+    return [*range(0, block.num_units, step), block.num_units]
+
+
+def _with_one_layer(model: PreTrainedModel, layout: Layout, layer: int) -> PreTrainedModel:
+    """A copy that shares the weights of one layer, and in which all others have no memory."""
+    own = {id(tensor) for tensor in _tensors(model.get_submodule(layout.layers[layer]))}
+    memo = {
+        id(tensor): tensor if id(tensor) in own else _without_memory(tensor)
+        for tensor in _tensors(model)
+    }
+    return copy.deepcopy(model, memo)
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return list(chain(module.parameters(), module.buffers()))
+
+
+def _without_memory(tensor: Tensor) -> Tensor:
+    meta = tensor.detach().to("meta")
+    return nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+
+
+def _cut(model: PreTrainedModel, within: Layout, block: Block, size: int) -> PreTrainedModel:
+    """Only `size` units of `block` stay of a layer's blocks."""
+    masks = []
+    for other in within.blocks:
+        mask = torch.zeros(other.num_units)
+        mask[: size if other == block else 0] = 1
+        masks.append(mask)
+    return compact(model, within, masks)
+
+
+def _table(
+    layout: Layout,
+    conditions: Conditions,
+    whole: Sequence[Timing],
+    variants: Sequence[_Variant],
+    timings: Sequence[Timing],
+    round_to: int | None,
+) -> LatencyTable:
+    """From what was timed to what sublayers take."""
+    total, emptied = whole
+    curves = []
+    for block in _largest(layout):
+        own = [
+            (variant.size, timing)
+            for variant, timing in zip(variants, timings, strict=True)
+            if variant.block == block
+        ]
+        base = own[0][1].median_ms
+        curves.append(
+            Curve(
+                kind=block.kind,
+                hidden_size=layout.hidden_size,
+                unit_width=block.unit_width,
+                round_to=rounding(block, round_to),
+                sizes=tuple(size for size, _ in own),
+                ms=tuple(max(0.0, timing.median_ms - base) for _, timing in own),
+                spreads=tuple(timing.spread for _, timing in own),
+            )
+        )
+    unscaled = LatencyTable(
+        model=shape_of(layout),
+        conditions=conditions,
+        total_ms=total.median_ms,
+        total_spread=total.spread,
+        rest_ms=emptied.median_ms,
+        curves=tuple(curves),
+        scale=1.0,
+        rounds=total.rounds,
+    )
+    return _adding_up(unscaled, layout)
+
+
+def _adding_up(table: LatencyTable, layout: Layout) -> LatencyTable:
+    """Scale what sublayers take so that they and the rest make the total."""
+    full = sum(
+        float(table.curve_of(block, layout.hidden_size).costs(block.num_units)[-1])
+        for block in layout.blocks
+    )
+    share = table.total_ms - table.rest_ms
+    if full <= 0 or share <= 0:  # too small a model to see what its sublayers take
+        scale, rest = 0.0, table.total_ms
+    else:
+        scale, rest = share / full, table.rest_ms
+    curves = tuple(scaled(curve, scale) for curve in table.curves)
+    return replace(table, curves=curves, rest_ms=rest, scale=scale)
