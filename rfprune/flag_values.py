@@ -75,6 +75,20 @@ def ratio(text: str) -> float:
     return number
 
 
+def points(text: str) -> float:
+    """A number of points of 100, none of them included."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if not 0.0 <= number < 100.0:
+        raise UserError(
+            f"--max-drop {text or repr(text)} is not a number from 0 up to 100: it is how many "
+            f"points of the task's score may be lost, such as 1."
+        )
+    return number + 0.0  # -0.0 is 0
+
+
 def whole_number(flag: str, smallest: int, largest: int | None = None) -> Callable[[str], int]:
     """A reader of a whole number within bounds."""
     wanted = f"of at least {smallest}" if largest is None else f"from {smallest} to {largest}"
