@@ -123,21 +123,60 @@ def time_ratio(
     progress: bool = False,
     clock: Clock = time.perf_counter,
 ) -> Ratio:
-    """How long `pruned` takes, as a fraction of `original`; see `time_interleaved`.
+    """How long `pruned` takes, as a fraction of `original`; see `time_ratios`."""
+    (ratio,) = time_ratios(
+        original,
+        [pruned],
+        device,
+        seconds=seconds,
+        min_rounds=min_rounds,
+        max_rounds=max_rounds,
+        tolerance=tolerance,
+        warm_up_rounds=warm_up_rounds,
+        progress=progress,
+        clock=clock,
+    )
+    return ratio
 
-    `tolerance` is that of the ratio, which is steadier than the two times.
+
+def time_ratios(
+    original: Call,
+    pruned: Sequence[Call],
+    device: torch.device | str,
+    *,
+    seconds: float = SECONDS,
+    min_rounds: int = MIN_ROUNDS,
+    max_rounds: int = MAX_ROUNDS,
+    tolerance: float = TOLERANCE,
+    warm_up_rounds: int = WARM_UP_ROUNDS,
+    progress: bool = False,
+    clock: Clock = time.perf_counter,
+) -> list[Ratio]:
+    """How long each of `pruned` takes, as a fraction of `original`; see `time_interleaved`.
+
+    `tolerance` is that of the ratios, which are steadier than the times. On a GPU each call begins
+    when the work of the one before it is done: what a call spends on asking for its work would else
+    hide behind the work of a longer one, and the faster model would look faster than it is alone.
     """
-    pairs: list[list[float]] = []
-    ratio = _timing([])
-    rounds = _rounds([original, pruned], device, seconds, warm_up_rounds, progress, clock)
+    found: list[list[float]] = []
+    ratios: list[Timing] = []
+    calls = [original, *pruned]
+    rounds = _rounds(calls, device, seconds, warm_up_rounds, progress, clock, alone=True)
     for number, (milliseconds, is_late) in enumerate(rounds, start=1):
-        pairs.append(milliseconds)
-        ratio = _timing([after / before if before else math.nan for before, after in pairs])
-        steady = number >= min_rounds and ratio.error < tolerance
+        found.append(milliseconds)
+        by_call = [
+            [each[which] / each[0] if each[0] else math.nan for each in found]
+            for which in range(1, len(calls))
+        ]
+        ratios = [_timing(own) for own in by_call]
+        steady = number >= min_rounds and all(ratio.error < tolerance for ratio in ratios)
         if steady or number >= max_rounds or (is_late and number >= min_rounds):
             break
-    first, second = (_timing([pair[i] for pair in pairs]) for i in (0, 1))
-    return Ratio(ratio.median_ms, ratio.spread, first, second)
+    first, *others = (_timing([each[which] for each in found]) for which in range(len(calls)))
+    return [
+        Ratio(ratio.median_ms, ratio.spread, first, own)
+        for ratio, own in zip(ratios, others, strict=True)
+    ]
 
 
 def _standard_error(spread: float, rounds: int) -> float:
@@ -167,8 +206,13 @@ def _rounds(
     warm_up_rounds: int,
     progress: bool,
     clock: Clock,
+    *,
+    alone: bool = False,
 ) -> Iterator[tuple[list[float], bool]]:
-    """Milliseconds of each call, and whether the time is up, round after round without end."""
+    """Milliseconds of each call, and whether the time is up, round after round without end.
+
+    `alone`: a call waits until the device has nothing else to do.
+    """
     device, start = torch.device(device), clock()
     limit = max(1, round(seconds))
     shape = "{desc} {percentage:3.0f}%|{bar}| {elapsed}, at most {total} s"
@@ -184,18 +228,22 @@ def _rounds(
 
         for number in count(-warm_up_rounds):
             order = [(position + number) % len(calls) for position in range(len(calls))]
-            found = _time_all([calls[which] for which in order], device, clock, advance)
+            found = _time_all([calls[which] for which in order], device, clock, advance, alone)
             if number >= 0:
                 by_call = dict(zip(order, found, strict=True))
                 yield [by_call[which] for which in range(len(calls))], clock() - start > seconds
 
 
 def _time_all(
-    calls: Sequence[Call], device: torch.device, clock: Clock, advance: Callable[[], None]
+    calls: Sequence[Call],
+    device: torch.device,
+    clock: Clock,
+    advance: Callable[[], None],
+    alone: bool,
 ) -> list[float]:
     """Milliseconds of each call; `advance` is called after each."""
     if device.type == "cuda":
-        return _time_by_events(calls, device, advance)
+        return _time_by_events(calls, device, advance, alone)
     milliseconds = []
     for call in calls:
         start = clock()
@@ -208,15 +256,17 @@ def _time_all(
 
 
 def _time_by_events(
-    calls: Sequence[Call], device: torch.device, advance: Callable[[], None]
+    calls: Sequence[Call], device: torch.device, advance: Callable[[], None], alone: bool
 ) -> list[float]:
     """The GPU notes when it starts and ends each call: waiting for it once, after them all, leaves
-    the calls queued up as they are in a program that does not time them."""
+    the calls queued up as they are in a program that does not time them; see `time_ratios`."""
     events = []
     with torch.cuda.device(device):
         torch.cuda.synchronize()
         for call in calls:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            if alone:
+                torch.cuda.synchronize()
             start.record()
             call()
             end.record()

@@ -23,6 +23,7 @@ from rfprune.timing import (
     Timing,
     time_interleaved,
     time_ratio,
+    time_ratios,
 )
 
 
@@ -138,6 +139,20 @@ def test_an_unsteady_ratio_takes_its_time() -> None:
     assert ratio.pruned.rounds == MAX_ROUNDS
     assert ratio.ratio == pytest.approx(0.5)
     assert 0 < ratio.error < ratio.spread
+
+
+def test_several_are_compared_with_one_in_the_same_rounds() -> None:
+    machine = Machine()
+    original = machine.call("original", cycle([10.0, 30.0]))
+    halves = machine.call("halves", cycle([5.0, 15.0]))
+    unsteady = machine.call("unsteady", cycle([2.0, 3.0, 4.0]))
+    ratios = time_ratios(original, [halves, unsteady], "cpu", seconds=1e9, clock=machine.clock)
+    assert ratios[0].ratio == pytest.approx(0.5)
+    assert ratios[0].spread == pytest.approx(0)
+    assert ratios[1].ratio == pytest.approx(2 / 10, abs=0.12)
+    assert ratios[0].pruned.rounds == ratios[1].pruned.rounds == MAX_ROUNDS
+    assert ratios[1].original == ratios[0].original
+    assert machine.calls.count("halves") == machine.calls.count("original")
 
 
 def test_one_round_says_nothing_about_its_error() -> None:
