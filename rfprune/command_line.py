@@ -41,6 +41,7 @@ examples:
   rfprune --model demo --task sst2 --constraint 0.5
   rfprune --model bert-base --task mrpc --constraint 0.5
   rfprune --model path/to/checkpoint --task mrpc --data-dir path/to/data --constraint 0.7 0.5 0.3
+  rfprune --model bert-base --task mrpc --max-drop 1
   rfprune --model path/to/checkpoint --task custom --data-dir path/to/data --text-columns review \\
       --label-column verdict --constraint 0.5
 """
@@ -53,6 +54,7 @@ class Options:
     model: str
     task: str
     constraint: tuple[float, ...]
+    max_drop: float | None
     metric: str
     method: str
     importance: str
@@ -86,18 +88,25 @@ class Options:
     quiet: bool
     verbose: bool
 
-    def output_folder(self, ratio: float) -> Path:
+    @property
+    def ratios(self) -> tuple[float | None, ...]:
+        """One for each model to make; None for the one that `--max-drop` finds."""
+        return self.constraint or (None,)
+
+    def output_folder(self, ratio: float | None) -> Path:
         """Where the model pruned to `ratio` goes; several ratios go to a folder each."""
-        name = f"{self.metric}-{ratio}"
+        limit = None if self.max_drop is None else f"drop-{self.max_drop:g}"
+        name = f"{self.metric}-{limit or ratio}"
         if self.output_dir is not None:
-            return self.output_dir if len(self.constraint) == 1 else self.output_dir / name
+            return self.output_dir if len(self.ratios) == 1 else self.output_dir / name
         model = re.sub(r"[^\w.-]+", "--", Path(self.model).expanduser().resolve().name)
         if not Path(self.model).expanduser().exists():
             model = self.model.replace("/", "--")
         return Path("outputs", model, self.task, name, f"seed-{self.seed}")
 
-    def identity(self, ratio: float) -> str:
+    def identity(self, ratio: float | None) -> str:
         """SHA-256 of the flags that tell one output from another; any new flag is one of them."""
+        ratio = ratio if self.max_drop is None else None  # it is found, not given
         flags = {name: str(value) for name, value in asdict(self).items() if name not in _ASIDE}
         return hashlib.sha256(json.dumps([ratio, flags], sort_keys=True).encode()).hexdigest()
 
@@ -109,7 +118,7 @@ def parse(argv: Sequence[str]) -> Options:
         UserError: a flag is unknown, missing, or has a value that it cannot have.
     """
     flags = vars(_parser().parse_args(argv))
-    flags["constraint"] = tuple(dict.fromkeys(flags["constraint"]))
+    flags["constraint"] = tuple(dict.fromkeys(flags["constraint"] or ()))
     flags["export"] = tuple(dict.fromkeys(flags["export"]))
     flags["text_columns"] = flags["text_columns"] and tuple(flags["text_columns"])
     options = Options(**_with_method(flags))
@@ -120,10 +129,10 @@ def parse(argv: Sequence[str]) -> Options:
         options.push_to_hub,
         private=options.private,
         dry_run=options.hub_dry_run,
-        models=len(options.constraint),
+        models=len(options.ratios),
     )
     value.check_exports(options.export, quantize=options.quantize)
-    for ratio in options.constraint:
+    for ratio in options.ratios:
         check_output(
             options.output_folder(ratio),
             overwrite=options.overwrite,
@@ -169,13 +178,19 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         required=True,
         help=f"{', '.join(TASKS)}; or {CUSTOM}: your own checkpoint and data",
     )
-    group.add_argument(
+    size = group.add_mutually_exclusive_group(required=True)
+    size.add_argument(
         "--constraint",
-        required=True,
         nargs="+",
         type=value.ratio,
         metavar="RATIO",
         help="fraction of the original cost to keep, between 0 and 1; several give several models",
+    )
+    size.add_argument(
+        "--max-drop",
+        type=value.points,
+        metavar="POINTS",
+        help="or the smallest model that loses at most so many points (of 100) of the task's score",
     )
     group.add_argument(
         "--metric", choices=METRICS, default="mac", help="the cost that counts (default: mac)"
@@ -243,8 +258,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--output-dir",
         type=value.folder("--output-dir"),
         metavar="DIR",
-        help="default: outputs/MODEL/TASK/METRIC-CONSTRAINT/seed-N; several constraints make "
-        "folders in it",
+        help="default: outputs/MODEL/TASK/METRIC-CONSTRAINT/seed-N, or METRIC-drop-POINTS; several "
+        "constraints make folders in it",
     )
     group.add_argument("--overwrite", action="store_true", help="replace an earlier output")
     group.add_argument(
