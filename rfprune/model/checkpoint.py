@@ -2,7 +2,7 @@
 
 A saved folder holds config.json, model.safetensors, modeling_rfprune.py (the model's own code, for
 `trust_remote_code=True`) and masks.safetensors (which units of the model that was pruned were
-kept).
+kept). A plain model (see `rfprune.model.plain`) has no code of its own; its masks say what it is.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from rfprune.errors import UserError
 from rfprune.model.architectures import ARCHITECTURES
 from rfprune.model.layout import Layout
 from rfprune.model.modeling_rfprune import FORMAT_VERSION, check_description, pruned_class
+from rfprune.model.plain_entries import ENTRIES, said_by
 
 MASKS_FILE = "masks.safetensors"
 
@@ -61,6 +62,8 @@ def save_pruned(
         block.name: mask.detach().clone() for block, mask in zip(layout.blocks, masks, strict=True)
     }
     metadata = {"format_version": str(FORMAT_VERSION)}
+    if getattr(model.config, "rfprune", None) is None:
+        metadata["plain"] = "true"
     save_file(named, Path(folder) / MASKS_FILE, metadata=metadata)
 
 
@@ -84,12 +87,14 @@ def load_pruned(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     """
     folder = Path(folder)
     config = _read_config(folder)
-    blocks = _described_blocks(config, folder)
+    plain = _is_plain(config, folder)
+    blocks = [] if plain else _described_blocks(config, folder)
     base = _base_class(config, folder)
     _check_shapes(folder, blocks)
     try:
         with _no_report():
-            model, info = pruned_class(base).from_pretrained(
+            model_class = base if plain else pruned_class(base)
+            model, info = model_class.from_pretrained(
                 folder,
                 use_safetensors=True,
                 output_loading_info=True,
@@ -150,8 +155,12 @@ def load_masks(folder: str | Path) -> dict[str, Tensor]:
 def _check_masks(masks: dict[str, Tensor], path: Path) -> None:
     """Compare what the masks keep with what config.json says that there is."""
     config = _read_config(path.parent)
-    blocks = _described_blocks(config, path.parent)
-    kept = {f"layer.{block['layer']}.{block['kind']}s": block["num_units"] for block in blocks}
+    if _is_plain(config, path.parent):
+        said = said_by(config)
+        kept = {name: said.get(name.rpartition(".")[2]) for name in masks}
+    else:
+        blocks = _described_blocks(config, path.parent)
+        kept = {f"layer.{block['layer']}.{block['kind']}s": block["num_units"] for block in blocks}
     for name in sorted(kept.keys() | masks.keys()):
         mask = masks.get(name)
         found = None if mask is None or mask.dim() != 1 else int((mask != 0).sum())
@@ -161,6 +170,17 @@ def _check_masks(masks: dict[str, Tensor], path: Path) -> None:
                 f"config.json has {kept.get(name, 'no such block')}; the two files are not of the "
                 "same model: prune it again, or download them again"
             )
+
+
+def _is_plain(config: dict[str, Any], folder: Path) -> bool:
+    """Whether a folder holds a plain model that we have saved: its masks say so."""
+    if "rfprune" in config or config.get("model_type") not in ENTRIES:
+        return False
+    try:
+        with safe_open(folder / MASKS_FILE, framework="pt") as file:
+            return (file.metadata() or {}).get("plain") == "true"
+    except (OSError, SafetensorError):
+        return False
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -203,12 +223,12 @@ def _no_report() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _base_class(config: dict[str, Any], folder: Path) -> type:
+def _base_class(config: dict[str, Any], folder: Path) -> Any:
     """The class of transformers that was pruned."""
     names = config.get("architectures")
     name = str(names[0] if isinstance(names, list) and names else None)
     name = name.removeprefix("Pruned")  # as rfprune 0.1.0 called the class at first
-    base: type | None = getattr(transformers, name, None)
+    base: Any = getattr(transformers, name, None)
     is_model = isinstance(base, type) and issubclass(base, PreTrainedModel)
     if base is None or not is_model or config.get("model_type") not in ARCHITECTURES:
         raise UserError(

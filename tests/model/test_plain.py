@@ -1,0 +1,178 @@
+"""Plain architectures: what a uniform model is saved as, and who can load it.
+
+Deleting this lets `--uniform` write folders that need code of ours, or compute something else.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from rfprune.errors import UserError
+from rfprune.model.architectures import ARCHITECTURES
+from rfprune.model.checkpoint import load_masks, load_pruned, save_pruned
+from rfprune.model.compact import compact
+from rfprune.model.layout import Layout, layout_of
+from rfprune.model.masks import masked
+from rfprune.model.plain import plain_sizes, to_plain
+from rfprune.model.plain_entries import ENTRIES
+
+Tiny = Callable[..., Any]
+
+FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "mpnet")
+
+
+def masks_of(layout: Layout, heads: int | None, neurons: int) -> tuple[Tensor, ...]:
+    """The last ones of every block, scaled; None: all heads."""
+    masks = []
+    for block in layout.blocks:
+        wanted = heads if block.kind == "head" else neurons
+        mask = torch.zeros(block.num_units)
+        mask[-(wanted or block.num_units) :] = 1.25
+        masks.append(mask)
+    return tuple(masks)
+
+
+def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(**batch).logits
+    return found
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_plain_model_computes_what_the_pruned_one_does_and_carries_nothing_of_ours(
+    model_type: str, tiny_model: Tiny, tiny_batch: Tiny, tmp_path: Path
+) -> None:
+    model, batch = tiny_model(model_type), tiny_batch()
+    layout = layout_of(model)
+    masks = masks_of(layout, None, 5)
+    pruned = compact(model, layout, masks)
+    plain = to_plain(pruned)
+    expected = logits(pruned, batch)
+    assert not torch.allclose(expected, logits(model, batch), atol=1e-2), "pruning matters"
+    with masked(model, layout, masks):
+        torch.testing.assert_close(expected, logits(model, batch), rtol=1e-4, atol=1e-5)
+    assert torch.equal(logits(plain, batch), expected)
+    assert type(plain) is type(model)
+    assert not hasattr(plain.config, "rfprune")
+    assert hasattr(pruned.config, "rfprune"), "what was given stays as it is"
+    save_pruned(plain, layout, masks, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert not {"rfprune", "auto_map"} & config.keys()
+    assert not list(tmp_path.glob("*.py"))
+    assert config[ENTRIES[model_type].neurons] == 5
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(logits(again, batch), expected)
+    loaded = load_pruned(tmp_path)
+    assert type(loaded) is type(model)
+    assert torch.equal(logits(loaded, batch), expected)
+    found = load_masks(tmp_path)
+    assert all(torch.equal(found[b.name], m) for b, m in zip(layout.blocks, masks, strict=True))
+
+
+def test_it_loads_in_a_fresh_process_without_rfprune_to_the_bit(
+    tiny_model: Tiny, tiny_batch: Tiny, tmp_path: Path
+) -> None:
+    model, batch = tiny_model(), tiny_batch()
+    layout = layout_of(model)
+    masks = masks_of(layout, None, 3)
+    plain = to_plain(compact(model, layout, masks))
+    save_pruned(plain, layout, masks, tmp_path)
+    torch.save((batch, logits(plain, batch)), tmp_path / "expected.pt")
+    program = f"""
+import sys, torch
+from transformers import AutoModelForSequenceClassification
+model = AutoModelForSequenceClassification.from_pretrained({str(tmp_path)!r}).eval()
+batch, expected = torch.load({str(tmp_path / "expected.pt")!r})
+with torch.no_grad():
+    assert torch.equal(model(**batch).logits, expected)
+assert "rfprune" not in sys.modules
+assert type(model).__module__ == "transformers.models.bert.modeling_bert"
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_modes_and_gradient_flags_are_those_of_the_pruned_model(tiny_model: Tiny) -> None:
+    model = tiny_model().train()
+    model.classifier.requires_grad_(False)
+    layout = layout_of(model)
+    plain = to_plain(compact(model, layout, masks_of(layout, None, 3)))
+    assert plain.training
+    assert not plain.classifier.weight.requires_grad
+    assert plain.bert.encoder.layer[0].output.dense.weight.requires_grad
+
+
+def test_a_plain_model_can_be_pruned_again(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    model, batch = tiny_model("distilbert"), tiny_batch()
+    layout = layout_of(model)
+    first = to_plain(compact(model, layout, masks_of(layout, None, 7)))
+    layout = layout_of(first)
+    assert {block.num_units for block in layout.blocks} == {4, 7}
+    smaller = compact(first, layout, masks_of(layout, 1, 2))
+    with masked(first, layout, masks_of(layout, 1, 2)):
+        torch.testing.assert_close(
+            logits(smaller, batch), logits(first, batch), rtol=1e-4, atol=1e-5
+        )
+    again = to_plain(compact(first, layout, masks_of(layout, None, 2)))
+    assert again.config.hidden_dim == 2
+
+
+def test_sizes_that_no_configuration_can_say_are_refused(tiny_model: Tiny) -> None:
+    model = tiny_model()
+    layout = layout_of(model)
+    assert plain_sizes(model, layout) == {"head": (4,), "neuron": tuple(range(1, 13))}
+    fewer_heads = compact(model, layout, masks_of(layout, 2, 12))
+    with pytest.raises(UserError, match=r"has \[2\] heads .* can only say 4 for all"):
+        to_plain(fewer_heads)
+    uneven = list(masks_of(layout, None, 6))
+    uneven[1] = torch.ones(12)
+    with pytest.raises(UserError, match=r"\[4\] heads and \[6, 12\] neurons"):
+        to_plain(compact(model, layout, uneven))
+    assert plain_sizes(compact(model, layout, uneven), layout)["neuron"][-1] == 12
+    uneven[1] = torch.zeros(12)
+    without = compact(model, layout, uneven)
+    with pytest.raises(UserError, match="layers without neurons"):
+        plain_sizes(without, layout_of(without))
+
+
+def test_a_family_without_a_row_is_refused_by_name(
+    tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(ENTRIES, "bert")
+    model = tiny_model()
+    with pytest.raises(UserError, match="configuration of a bert model has no entry"):
+        plain_sizes(model, layout_of(model))
+
+
+def test_every_supported_family_has_a_row_or_a_reason() -> None:
+    assert set(ARCHITECTURES) - set(ENTRIES) <= {"dinov2"}, "its neurons are a ratio of the width"
+
+
+def test_masks_of_another_model_are_noticed(tiny_model: Tiny, tmp_path: Path) -> None:
+    model = tiny_model()
+    layout = layout_of(model)
+    masks = masks_of(layout, None, 5)
+    save_pruned(to_plain(compact(model, layout, masks)), layout, masks, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 6}))
+    with pytest.raises(UserError, match="keeps 5 where config.json has 6"):
+        load_masks(tmp_path)
+    with pytest.raises(UserError, match="not of the same model"):
+        load_pruned(tmp_path)
+
+
+def test_what_was_never_pruned_is_still_refused(tiny_folder: Tiny) -> None:
+    with pytest.raises(UserError, match="not a pruned model"):
+        load_pruned(tiny_folder())
