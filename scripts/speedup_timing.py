@@ -1,0 +1,146 @@
+"""Original and pruned models in turn on the same batch, for scripts/benchmark_speedup.py."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rfprune.cost.macs import mac_costs
+from rfprune.model.layout import Layout, layout_of
+from rfprune.report.report_json import versions
+from rfprune.timing import Ratio, time_ratios
+from scripts.speedup_models import (
+    Batch,
+    Kept,
+    draw_structure,
+    layers_of,
+    make_batch,
+    prune_to,
+    runner,
+)
+
+WARM_UP_ROUNDS = 3
+"""CUDA's graphs are recorded at the second pass."""
+
+TOLERANCE = 0.003
+"""Rounds end when the standard error of every speedup is below this fraction of it."""
+
+Cell = Mapping[str, Any]
+Run = Callable[[Batch], object]
+
+
+@dataclass(frozen=True)
+class Field:
+    """Who takes part: the original and, by constraint, what is kept and how it is run."""
+
+    dense: Any
+    layout: Layout
+    run_dense: Run
+    pruned: Mapping[float, tuple[Kept, Run]]
+
+
+def make_field(dense: Any, cells: Sequence[Cell]) -> Field:
+    """The models of cells that share device, dtype and runtime; `dense` is moved there."""
+    cell = cells[0]
+    dense.to(cell["device"], getattr(torch, cell["dtype"]))
+    layout = layout_of(dense)
+    pruned = {}
+    for ratio in dict.fromkeys(cell["constraint"] for cell in cells):
+        kept = draw_structure(layout, ratio, seed=cell["seed"], round_to=cell["round_to"])
+        pruned[ratio] = kept, runner(cell["runtime"], prune_to(dense, layout, kept))
+    return Field(dense, layout, runner(cell["runtime"], dense), pruned)
+
+
+def measure(
+    field: Field, group: Sequence[Cell], *, seconds: float, max_rounds: int
+) -> list[dict[str, Any]]:
+    """Lines of the file: the cells of one shape, and what was measured for them."""
+    ratios = time_field(field, group, seconds=seconds, max_rounds=max_rounds)
+    costs = mac_costs(field.layout, group[0]["length"])
+    lines = []
+    for cell, ratio in zip(group, ratios, strict=True):
+        kept = field.pruned[cell["constraint"]][0]
+        speedup, ideal = 1 / ratio.ratio, costs.original / costs.total(kept)
+        line = {
+            **cell,
+            "speedup": round(speedup, 5),
+            "spread": round(ratio.spread, 5),
+            "ideal": round(ideal, 5),
+            "quotient": round(speedup / ideal, 5),
+            "dense_ms": round(ratio.original.median_ms, 5),
+            "pruned_ms": round(ratio.pruned.median_ms, 5),
+            "dense_spread": round(ratio.original.spread, 5),
+            "rounds": ratio.pruned.rounds,
+            "attention": field.dense.config._attn_implementation,
+            "layers": layers_of(field.layout, kept),
+            "load_average": round(os.getloadavg()[0], 2),
+            "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        lines.append(line)
+    return lines
+
+
+def time_field(
+    field: Field, group: Sequence[Cell], *, seconds: float, max_rounds: int
+) -> list[Ratio]:
+    """The original and the pruned models of one shape in turn; compiling is warming up, and not
+    counted to `seconds`."""
+    batch = make_batch(field.dense, group[0]["batch_size"], group[0]["length"])
+    runs = [field.run_dense, *(field.pruned[cell["constraint"]][1] for cell in group)]
+    calls = [partial(run, batch) for run in runs]
+    with torch.inference_mode():
+        for _ in range(WARM_UP_ROUNDS):
+            for call in calls:
+                call()
+        return time_ratios(
+            calls[0],
+            calls[1:],
+            field.dense.device,
+            seconds=seconds,
+            max_rounds=max_rounds,
+            tolerance=TOLERANCE,
+            warm_up_rounds=0,
+        )
+
+
+def forget_compiled() -> None:
+    """Free what was compiled, and the graphs that CUDA recorded."""
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What must be the same for two cells to stand in one table."""
+    names = ("python", "torch", "transformers")
+    found = {name: number for name, number in versions().items() if name in names}
+    with suppress(PackageNotFoundError):
+        found["onnxruntime"] = version("onnxruntime")
+    return {
+        "device_name": _device_name(device),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "tf32": device == "cuda" and torch.backends.cuda.matmul.allow_tf32,
+        "versions": found,
+    }
+
+
+def _device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
