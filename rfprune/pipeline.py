@@ -38,7 +38,7 @@ from rfprune.model.masks import Masks, frozen, full_masks, masked, num_kept
 from rfprune.model.replay import Batch, token_mask
 from rfprune.result import Clock, PruneResult, Settings
 from rfprune.selection import Selection, learn
-from rfprune.stages.objective import LABELS
+from rfprune.stages.objective import LABELS, Loss
 from rfprune.stages.search import search
 from rfprune.stages.tune import refit, tune_scales
 
@@ -49,6 +49,7 @@ def prune(
     constraint: Constraint,
     settings: Settings | None = None,
     *,
+    loss: Loss | None = None,
     cache: Path | None = None,
     progress: bool = False,
 ) -> PruneResult:
@@ -59,6 +60,9 @@ def prune(
             an error.
         batches: calibration batches of input_ids (B, S), attention_mask, ...; no labels needed;
             read once.
+        loss: from the model's outputs and a batch, its labels included, to a loss an example, (B,),
+            or their mean: importance is by its gradients, not by those of the model's own
+            predictions. Nothing is kept in the cache then.
         cache: a folder where what is collected is kept: it serves any other constraint.
 
     Raises:
@@ -66,7 +70,9 @@ def prune(
             batches, or weights or gradients are not finite.
     """
     return next(
-        prune_family(model, batches, [constraint], settings, cache=cache, progress=progress)
+        prune_family(
+            model, batches, [constraint], settings, loss=loss, cache=cache, progress=progress
+        )
     )
 
 
@@ -76,6 +82,7 @@ def prune_family(
     constraints: Iterable[Constraint],
     settings: Settings | None = None,
     *,
+    loss: Loss | None = None,
     cache: Path | None = None,
     progress: bool = False,
 ) -> Iterator[PruneResult]:
@@ -98,7 +105,7 @@ def prune_family(
         check_constraints(model, inputs, constraints)
     else:
         constraints = _checked_in_turn(model, inputs, constraints)
-    job = _Job(model, layout, labelled, inputs, settings, cache, progress)
+    job = _Job(model, layout, labelled, inputs, settings, loss, cache, progress)
     results = _family(job, constraints)
     while True:
         with torch.inference_mode(False), torch.enable_grad():  # in whatever mode the caller is
@@ -135,14 +142,23 @@ class _Job:
     batches: Sequence[Batch]
     inputs: Sequence[Batch]
     settings: Settings
+    loss: Loss | None
     cache: Path | None
     progress: bool
 
     def learn(self, model: PreTrainedModel, layout: Layout, clock: Clock) -> Selection:
         cache = self.cache if model is self.model else None  # students are not met again
-        batches = self.batches if self.settings.use_labels else self.inputs
+        with_labels = self.settings.use_labels or self.loss is not None
+        batches = self.batches if with_labels else self.inputs
         return learn(
-            model, layout, batches, self.settings, clock, cache=cache, progress=self.progress
+            model,
+            layout,
+            batches,
+            self.settings,
+            clock,
+            loss=self.loss,
+            cache=cache,
+            progress=self.progress,
         )
 
     def costs(self, metric: str, model: PreTrainedModel, layout: Layout) -> CostModel:

@@ -24,6 +24,7 @@ from rfprune.stages.allocate import allocate
 from rfprune.stages.curvature import collect_curvature, error_curves
 from rfprune.stages.fisher import block_fisher, collect_gradients, diagonal_fisher
 from rfprune.stages.importance import importance_of
+from rfprune.stages.objective import LABELLED, PREDICTIONS, Loss, Objective
 from rfprune.stages.obs import Curve
 from rfprune.stages.rearrange import rearrange
 from rfprune.stages.search import search
@@ -52,6 +53,7 @@ def learn(
     settings: Settings,
     clock: Clock,
     *,
+    loss: Loss | None = None,
     cache: Path | None = None,
     progress: bool = False,
 ) -> Selection:
@@ -60,14 +62,20 @@ def learn(
     Args:
         batches: calibration batches, with labels where the settings ask for them.
         clock: takes the time by stage.
-        cache: a folder where what is collected is kept, and looked for first.
+        loss: differentiated instead of what the settings say.
+        cache: a folder where what is collected is kept, and looked for first; not with a loss,
+            since nobody can tell what it computes.
 
     Raises:
         UserError: gradients or activations are not finite.
     """
     methods = {"kwon": _kwon, "curvature": _curvature, "importance": _importance}
+    objective: Objective = LABELLED if settings.use_labels else PREDICTIONS
+    objective = objective if loss is None else loss
+    cache = cache if loss is None else None
     remember = remembering_statistics(cache, model, batches, settings, clock)
-    return methods[settings.method](model, layout, batches, settings, clock, remember, progress)
+    collect_for = methods[settings.method]
+    return collect_for(model, layout, batches, settings, clock, objective, remember, progress)
 
 
 def _kwon(
@@ -76,6 +84,7 @@ def _kwon(
     batches: Sequence[Batch],
     settings: Settings,
     clock: Clock,
+    objective: Objective,
     remember: Remember,
     progress: bool,
 ) -> Selection:
@@ -87,7 +96,7 @@ def _kwon(
                 model,
                 layout,
                 batches,
-                use_labels=settings.use_labels,
+                objective=objective,
                 per_batch=settings.gradients == "per-batch",
                 seed=settings.seed,
                 progress=progress,
@@ -117,6 +126,7 @@ def _curvature(
     batches: Sequence[Batch],
     settings: Settings,
     clock: Clock,
+    objective: Objective,
     remember: Remember,
     progress: bool,
 ) -> Selection:
@@ -128,7 +138,7 @@ def _curvature(
                 model,
                 layout,
                 batches,
-                use_labels=settings.use_labels,
+                objective=objective,
                 seed=settings.seed,
                 progress=progress,
             )
@@ -155,6 +165,7 @@ def _importance(
     batches: Sequence[Batch],
     settings: Settings,
     clock: Clock,
+    objective: Objective,
     remember: Remember,
     progress: bool,
 ) -> Selection:
@@ -167,7 +178,7 @@ def _importance(
                 model,
                 layout,
                 batches,
-                use_labels=settings.use_labels,
+                objective=objective,
                 seed=settings.seed,
                 progress=progress,
             )

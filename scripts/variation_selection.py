@@ -36,7 +36,7 @@ def summed_and_weighted(
             for block in layout.blocks:
                 consumer = model.get_submodule(block.consumer)
                 stack.callback(consumer.register_forward_hook(_to_differentiate(seen)).remove)
-            factors = fisher_factors(model(**batch), model.config, generator)
+            factors = fisher_factors(model(**batch), batch, model.config, generator)
             leaving = [output for _, output in seen]
             gradients = [
                 torch.autograd.grad(factor.sum(), leaving, retain_graph=True) for factor in factors

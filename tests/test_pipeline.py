@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from rfprune.cost.constraint import Constraint
 from rfprune.cost.macs import total_macs
-from rfprune.cost.metrics import mean_tokens
 from rfprune.cost.memory import total_bytes
+from rfprune.cost.metrics import mean_tokens
 from rfprune.cost.params import total_params
 from rfprune.errors import UserError
 from rfprune.model.architectures import ARCHITECTURES
@@ -564,11 +564,40 @@ def test_a_constraint_that_cannot_be_met_names_one_that_can(
     assert sum(num_kept(result.masks)) == 1
 
 
-def test_a_model_without_a_head_is_refused(
+def test_a_model_without_a_head_is_pruned_by_its_embeddings(
     settings: Settings, tiny_model: Tiny, batches: list[Batch]
 ) -> None:
-    with pytest.raises(UserError, match="question-answering head"):
-        prune(tiny_model(head="none"), batches, HALF, settings)
+    model = tiny_model(head="none")
+    result = prune(model, batches, HALF, settings)
+    assert 0.3 < result.achieved["mac"] <= 0.5
+    hidden = result.model(**batches[0]).last_hidden_state
+    assert hidden.shape == model(**batches[0]).last_hidden_state.shape
+
+
+@pytest.mark.parametrize("method", CHOICES["method"])
+def test_a_loss_of_the_users_own_takes_the_place_of_the_predictions(
+    method: str, tiny_model: Tiny, batches: list[Batch], tmp_path: Path
+) -> None:
+    """Given the loss on the labels, it is the same as `use_labels`, and nothing is kept of it."""
+    labelled = [{**batch, "labels": torch.arange(6) % 2} for batch in batches]
+    calls = []
+
+    def loss(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        calls.append(batch)
+        return torch.nn.functional.cross_entropy(outputs.logits, batch["labels"])
+
+    settings = Settings(method=method, tune=False)
+    own = prune(tiny_model(), labelled, HALF, settings, loss=loss, cache=tmp_path)
+    assert len(calls) == len(labelled) and not any(tmp_path.iterdir())
+    by_label = prune(tiny_model(), labelled, HALF, replace(settings, use_labels=True))
+    free = prune(tiny_model(), labelled, HALF, settings)
+    found, expected, other = (
+        result.importance or [curve.errors for curve in result.curves or ()]
+        for result in (own, by_label, free)
+    )
+    for i, values in enumerate(expected):
+        torch.testing.assert_close(found[i], values, rtol=1e-3, atol=1e-9)
+    assert not all(torch.allclose(o, e, rtol=1e-3) for o, e in zip(other, expected, strict=True))
 
 
 def test_an_unknown_setting_names_the_known_ones() -> None:

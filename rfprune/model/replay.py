@@ -52,6 +52,8 @@ class Trace:
 def token_mask(batch: Batch) -> Tensor:
     """(B, S) booleans: true where there is a token, false where there is padding.
 
+    Choices (B, C, S) are the rows (B * C, S) that the model makes of them.
+
     Raises:
         UserError: the batch has no inputs, or an attention mask that does not say what padding is.
     """
@@ -60,8 +62,11 @@ def token_mask(batch: Batch) -> Tensor:
         raise UserError(
             f"a batch holds {', '.join(batch) or 'nothing'}, but a model needs input_ids (B, S)"
         )
-    shape = inputs.shape[:2]
     mask = batch.get("attention_mask")
+    if inputs is batch.get("input_ids") and inputs.dim() == 3:
+        inputs = inputs.flatten(0, 1)
+        mask = mask.flatten(0, 1) if mask is not None and mask.dim() == 3 else mask
+    shape = inputs.shape[:2]
     if mask is None:
         return torch.ones(shape, dtype=torch.bool, device=inputs.device)
     if mask.shape != shape:

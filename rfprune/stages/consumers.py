@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from rfprune.model.layout import Layout
 from rfprune.model.replay import Batch
-from rfprune.stages.objective import LABELS, factors_of
+from rfprune.stages.objective import LABELS, Objective, factors_of
 
 
 def output_gradients(
@@ -21,14 +21,14 @@ def output_gradients(
     takers: Sequence[Callable[[Tensor], None]],
     generator: torch.Generator,
     *,
-    use_labels: bool,
+    objective: Objective,
 ) -> Iterator[tuple[Tensor, ...]]:
     """Run a batch and differentiate it; nothing runs before the first item is asked for.
 
     Args:
         model: frozen, and not under no_grad.
         takers: one a block, each given what enters its consumer, (B, S, p), detached.
-        use_labels: differentiate the loss on labels instead of the label-free Fisher factors.
+        objective: what is differentiated, see `rfprune.stages.objective.factors_of`.
 
     Yields:
         For every factor one (B, S, d) a block, padding included.
@@ -40,7 +40,7 @@ def output_gradients(
             consumer = model.get_submodule(block.consumer)
             stack.callback(consumer.register_forward_hook(_watch(take, leaving)).remove)
         outputs = model(**inputs, return_dict=True)
-    factors = factors_of(outputs, batch, model.config, generator, use_labels=use_labels)
+    factors = factors_of(outputs, batch, model.config, generator, objective=objective)
     for i, factor in enumerate(factors):
         yield torch.autograd.grad(factor.sum(), leaving, retain_graph=i + 1 < len(factors))
 

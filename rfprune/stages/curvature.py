@@ -27,7 +27,7 @@ from rfprune.model.layout import Block, Layout
 from rfprune.model.replay import Batch, pack, token_mask
 from rfprune.stages.consumers import output_gradients
 from rfprune.stages.least_squares import NumericalFailure
-from rfprune.stages.objective import generator_of
+from rfprune.stages.objective import PREDICTIONS, Objective, generator_of
 from rfprune.stages.obs import Curve, removal_curve
 
 DAMPING = 1e-2
@@ -77,7 +77,7 @@ def collect_curvature(
     layout: Layout,
     batches: Sequence[Batch],
     *,
-    use_labels: bool = False,
+    objective: Objective = PREDICTIONS,
     seed: int = 0,
     progress: bool = False,
 ) -> tuple[Curvature, ...]:
@@ -85,7 +85,7 @@ def collect_curvature(
 
     Args:
         model: frozen (see `rfprune.model.masks.frozen`), so that no weight gradient is computed.
-        use_labels: differentiate the loss on labels instead of the label-free Fisher factors.
+        objective: what is differentiated, see `rfprune.stages.objective.factors_of`.
 
     Raises:
         UserError: a moment is not finite; the block is named.
@@ -93,7 +93,7 @@ def collect_curvature(
     collected = tuple(_nothing_yet(model, block) for block in layout.blocks)
     turns = processes.turns(len(batches))
     for turn in tqdm(turns, desc="curvature", unit="batch", disable=not progress, leave=False):
-        _add_turn(model, layout, batches, turn, collected, use_labels, seed)
+        _add_turn(model, layout, batches, turn, collected, objective, seed)
     for block, curvature in zip(layout.blocks, collected, strict=True):
         for moment in (curvature.input_moment, curvature.gradient_moment):
             if not torch.isfinite(moment).all():
@@ -125,7 +125,7 @@ def _add_turn(
     batches: Sequence[Batch],
     turn: Sequence[int | None],
     collected: Sequence[Curvature],
-    use_labels: bool,
+    objective: Objective,
     seed: int,
 ) -> None:
     """Every process runs its batch of a turn; the sums of a block are kept by one of them.
@@ -142,11 +142,11 @@ def _add_turn(
         curvature.examples += sum(len(mask) for mask in masks if mask is not None)
     if processes.count() == 1:
         takers = [(curvature.add_inputs, curvature.add_gradients) for curvature in collected]
-        _run(model, layout, batch, tokens, takers, use_labels, generator)
+        _run(model, layout, batch, tokens, takers, objective, generator)
         return
     seen: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in layout.blocks]
     waiting = [(inputs.append, gradients.append) for inputs, gradients in seen]
-    _run(model, layout, batch, tokens, waiting, use_labels, generator)
+    _run(model, layout, batch, tokens, waiting, objective, generator)
     lengths = [0 if mask is None else int(mask.sum()) for mask in masks]
     _exchange(layout, collected, seen, lengths)
 
@@ -160,7 +160,7 @@ def _run(
     batch: Batch,
     tokens: Tensor,
     takers: Sequence[tuple[Taker, Taker]],
-    use_labels: bool,
+    objective: Objective,
     generator: torch.Generator,
 ) -> None:
     """Give the takers of every block what enters its consumer, (tokens, p), and by factor the
@@ -172,7 +172,7 @@ def _run(
     entering = [packed(take_inputs) for take_inputs, _ in takers]
     leaving = [packed(take_gradients) for _, take_gradients in takers]
     for gradients in output_gradients(
-        model, layout, batch, entering, generator, use_labels=use_labels
+        model, layout, batch, entering, generator, objective=objective
     ):
         for take, gradient in zip(leaving, gradients, strict=True):
             take(gradient)

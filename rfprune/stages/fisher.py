@@ -19,7 +19,13 @@ from rfprune.errors import UserError
 from rfprune.model.layout import Layout
 from rfprune.model.masks import masked
 from rfprune.model.replay import Batch, token_mask
-from rfprune.stages.objective import LABELS, factors_of, generator_of
+from rfprune.stages.objective import (
+    LABELS,
+    PREDICTIONS,
+    Objective,
+    factors_of,
+    generator_of,
+)
 
 Gradients = tuple[Tensor, ...]
 """One (n, U) matrix per block: n gradient vectors over its units."""
@@ -30,7 +36,7 @@ def collect_gradients(
     layout: Layout,
     batches: Sequence[Batch],
     *,
-    use_labels: bool = False,
+    objective: Objective = PREDICTIONS,
     per_batch: bool = False,
     seed: int = 0,
     progress: bool = False,
@@ -39,7 +45,7 @@ def collect_gradients(
 
     Args:
         model: frozen (see `rfprune.model.masks.frozen`), so that no weight gradient is computed.
-        use_labels: differentiate the loss on the labels instead of the label-free Fisher factors.
+        objective: what is differentiated, see `rfprune.stages.objective.factors_of`.
         per_batch: one vector per batch (the mean over its examples) instead of one per example and
             factor.
 
@@ -53,9 +59,11 @@ def collect_gradients(
     numbers = processes.own_turns(len(batches))
     for i in tqdm(numbers, desc="mask gradients", unit="batch", disable=not progress, leave=False):
         generator, own[i] = generator_of(seed, i), []
-        for gradients in _batch_gradients(model, layout, batches[i], use_labels, generator):
+        for gradients in _batch_gradients(model, layout, batches[i], objective, generator):
             if per_batch:
-                gradients = _batch_means(gradients, signed=use_labels, generator=generator)
+                gradients = _batch_means(
+                    gradients, signed=objective != PREDICTIONS, generator=generator
+                )
             own[i].append([gradient.float().cpu() for gradient in gradients])
     factors = [factor for batch in processes.everyones(own) for factor in batch]
     own.clear()
@@ -75,24 +83,25 @@ def _batch_gradients(
     model: PreTrainedModel,
     layout: Layout,
     batch: Batch,
-    use_labels: bool,
+    objective: Objective,
     generator: torch.Generator,
 ) -> Iterator[tuple[Tensor, ...]]:
     """For every factor one (B, U) gradient per block; the caller may be in no_grad mode."""
     weight = next(model.parameters())
     inputs = {name: value for name, value in batch.items() if name not in LABELS}
-    num_examples = len(token_mask(batch))
+    num_rows = len(token_mask(batch))
     with torch.inference_mode(False), torch.enable_grad():
         masks = [
-            weight.new_ones(num_examples, block.num_units).requires_grad_()
-            for block in layout.blocks
+            weight.new_ones(num_rows, block.num_units).requires_grad_() for block in layout.blocks
         ]
         with masked(model, layout, masks):
             outputs = model(**inputs, return_dict=True)
-        factors = factors_of(outputs, batch, model.config, generator, use_labels=use_labels)
+        factors = factors_of(outputs, batch, model.config, generator, objective=objective)
         totals = [factor.sum() for factor in factors]
     for i, total in enumerate(totals):
-        yield torch.autograd.grad(total, masks, retain_graph=i + 1 < len(totals))
+        gradients = torch.autograd.grad(total, masks, retain_graph=i + 1 < len(totals))
+        # An example may be several rows of the model's: choices, say.
+        yield tuple(gradient.unflatten(0, (len(factors[0]), -1)).sum(1) for gradient in gradients)
 
 
 def _batch_means(

@@ -27,6 +27,7 @@ from rfprune.model.layout import Block, Layout, linear
 from rfprune.model.replay import Batch, token_mask
 from rfprune.stages.consumers import output_gradients
 from rfprune.stages.fisher import Gradients, collect_gradients
+from rfprune.stages.objective import PREDICTIONS, Objective
 
 CRITERIA = ("fisher", "taylor", "gradient", "magnitude-l2", "magnitude-l1", "random")
 
@@ -40,7 +41,7 @@ def importance_of(
     layout: Layout,
     batches: Sequence[Batch],
     *,
-    use_labels: bool = False,
+    objective: Objective = PREDICTIONS,
     seed: int = 0,
     progress: bool = False,
 ) -> Importance:
@@ -49,7 +50,7 @@ def importance_of(
     Args:
         model: frozen (see `rfprune.model.masks.frozen`), so that no weight gradient is computed.
         batches: calibration batches; magnitudes and random numbers need none.
-        use_labels: differentiate the loss on labels instead of the label-free Fisher factors.
+        objective: what is differentiated, see `rfprune.stages.objective.factors_of`.
         seed: of the random numbers, and of labels that are sampled.
 
     Raises:
@@ -57,7 +58,7 @@ def importance_of(
     """
     if criterion in ("taylor", "fisher"):
         gradients = collect_gradients(
-            model, layout, batches, use_labels=use_labels, seed=seed, progress=progress
+            model, layout, batches, objective=objective, seed=seed, progress=progress
         )
         if criterion == "fisher":
             return fisher(gradients)
@@ -68,7 +69,7 @@ def importance_of(
     elif criterion == "gradient":
         averages = gradient(
             collect_gradient_norms(
-                model, layout, batches, use_labels=use_labels, seed=seed, progress=progress
+                model, layout, batches, objective=objective, seed=seed, progress=progress
             )
         )
     elif criterion == "random":
@@ -151,7 +152,7 @@ def collect_gradient_norms(
     layout: Layout,
     batches: Sequence[Batch],
     *,
-    use_labels: bool = False,
+    objective: Objective = PREDICTIONS,
     seed: int = 0,
     progress: bool = False,
 ) -> Gradients:
@@ -175,7 +176,7 @@ def collect_gradient_norms(
     bar = tqdm(batches, desc="weight gradients", unit="batch", disable=not progress, leave=False)
     for batch in bar:
         with torch.inference_mode(False), torch.enable_grad():
-            _add_norms(model, layout, batch, use_labels, generator, rows)
+            _add_norms(model, layout, batch, objective, generator, rows)
     collected = tuple(torch.cat(block_rows) for block_rows in rows)
     for block, norms in zip(layout.blocks, collected, strict=True):
         if not torch.isfinite(norms).all():
@@ -190,16 +191,14 @@ def _add_norms(
     model: PreTrainedModel,
     layout: Layout,
     batch: Batch,
-    use_labels: bool,
+    objective: Objective,
     generator: torch.Generator,
     rows: Sequence[list[Tensor]],
 ) -> None:
     tokens = token_mask(batch)[:, :, None]
     entering: list[Tensor] = []
     takers = [lambda values: entering.append(values.float())] * len(layout.blocks)
-    for gradients in output_gradients(
-        model, layout, batch, takers, generator, use_labels=use_labels
-    ):
+    for gradients in output_gradients(model, layout, batch, takers, generator, objective=objective):
         for block, block_rows, x, g in zip(layout.blocks, rows, entering, gradients, strict=True):
             g = g.float() * tokens  # padding is no part of an example
             squares = (x * ((g @ g.transpose(1, 2)) @ x)).sum(1)  # (B, p), one a column

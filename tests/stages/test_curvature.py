@@ -12,7 +12,7 @@ from rfprune.errors import UserError
 from rfprune.model.layout import layout_of
 from rfprune.model.masks import frozen
 from rfprune.stages.curvature import Curvature, collect_curvature, error_curves
-from rfprune.stages.objective import fisher_factors
+from rfprune.stages.objective import LABELLED, fisher_factors
 
 
 def collect(model: Any, batches: list[Any], **settings: Any) -> tuple[Curvature, ...]:
@@ -30,7 +30,7 @@ def test_moments_are_those_of_a_loop_over_tokens(tiny_model: Any, tiny_batch: An
         handle = consumer.register_forward_hook(lambda _, i, o, seen=seen: seen.extend((i[0], o)))
         outputs = model(**batch)
         handle.remove()
-        factors = fisher_factors(outputs, model.config, torch.Generator())
+        factors = fisher_factors(outputs, batch, model.config, torch.Generator())
         inputs, leaving = seen
         expected_inputs = torch.zeros_like(collected[index].input_moment)
         expected_gradients = torch.zeros_like(collected[index].gradient_moment)
@@ -82,12 +82,12 @@ def test_curves_do_not_depend_on_batches_or_on_seeing_everything_twice(
 def test_labels_are_used_only_when_asked_for(tiny_model: Any, tiny_batch: Any) -> None:
     model, batch = tiny_model("bert"), tiny_batch(4, 7)
     labelled = {**batch, "labels": torch.tensor([0, 1, 1, 0])}
-    free, with_labels = collect(model, [labelled]), collect(model, [labelled], use_labels=True)
+    free, with_labels = collect(model, [labelled]), collect(model, [labelled], objective=LABELLED)
     unlabelled = collect(model, [batch])
     assert torch.equal(free[0].gradient_moment, unlabelled[0].gradient_moment)
     assert not torch.allclose(free[0].gradient_moment, with_labels[0].gradient_moment)
     with pytest.raises(UserError, match="labels"):
-        collect(model, [batch], use_labels=True)
+        collect(model, [batch], objective=LABELLED)
 
 
 def test_a_block_whose_gradients_are_not_finite_is_named(tiny_model: Any, tiny_batch: Any) -> None:

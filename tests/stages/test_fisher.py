@@ -17,6 +17,7 @@ from rfprune.errors import UserError
 from rfprune.model.layout import layout_of
 from rfprune.model.masks import frozen, full_masks, masked
 from rfprune.stages.fisher import block_fisher, collect_gradients, diagonal_fisher
+from rfprune.stages.objective import LABELLED, PREDICTIONS, Objective
 
 Tiny = Callable[..., Any]
 LABELS = torch.tensor([0, 1, 1, 0])
@@ -41,13 +42,13 @@ def collect(model: Any, batches: list[dict[str, Tensor]], **options: Any) -> tup
 
 
 @pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet"])
-@pytest.mark.parametrize("use_labels", [False, True])
+@pytest.mark.parametrize("objective", [PREDICTIONS, LABELLED])
 def test_every_example_has_its_own_gradient(
-    model_type: str, use_labels: bool, tiny_model: Tiny, tiny_batch: Tiny
+    model_type: str, objective: Objective, tiny_model: Tiny, tiny_batch: Tiny
 ) -> None:
     model, batch = tiny_model(model_type), {**tiny_batch(), "labels": LABELS}
-    together = collect(model, [batch], use_labels=use_labels)
-    alone = collect(model, one_by_one(batch), use_labels=use_labels)
+    together = collect(model, [batch], objective=objective)
+    alone = collect(model, one_by_one(batch), objective=objective)
     for block, left, right in zip(layout_of(model).blocks, together, alone, strict=True):
         assert left.shape == (4, block.num_units)
         assert left.dtype == torch.float32
@@ -65,10 +66,10 @@ def test_label_gradients_are_those_of_the_loss(tiny_model: Tiny, tiny_batch: Tin
     with masked(model, layout, masks):
         model(**batch, labels=labels).loss.backward()
     labelled = [{**batch, "labels": labels}]
-    for mask, gradient in zip(masks, collect(model, labelled, use_labels=True), strict=True):
+    for mask, gradient in zip(masks, collect(model, labelled, objective=LABELLED), strict=True):
         assert mask.grad is not None
         torch.testing.assert_close(gradient.mean(0), mask.grad, rtol=1e-4, atol=1e-6)
-    per_batch = collect(model, labelled, use_labels=True, per_batch=True)
+    per_batch = collect(model, labelled, objective=LABELLED, per_batch=True)
     for mask, gradient in zip(masks, per_batch, strict=True):
         assert mask.grad is not None
         torch.testing.assert_close(gradient[0], mask.grad, rtol=1e-4, atol=1e-6)
@@ -81,7 +82,7 @@ def test_labels_do_not_matter_without_use_labels(tiny_model: Tiny, tiny_batch: T
     for given in labels:
         for left, right in zip(collect(model, [{**batch, "labels": given}]), plain, strict=True):
             assert torch.equal(left, right)
-    with_labels = [collect(model, [{**batch, "labels": y}], use_labels=True) for y in labels[:2]]
+    with_labels = [collect(model, [{**batch, "labels": y}], objective=LABELLED) for y in labels[:2]]
     assert not torch.allclose(with_labels[0][0], with_labels[1][0])
 
 

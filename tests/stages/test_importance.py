@@ -25,6 +25,7 @@ from rfprune.stages.importance import (
     num_weights,
     unit_weights,
 )
+from rfprune.stages.objective import LABELLED
 
 Tiny = Callable[..., Any]
 FROM_LOSS = ("fisher", "taylor", "gradient")
@@ -64,7 +65,7 @@ def test_taylor_and_fisher_are_means_over_examples(
         for example, label in zip(examples_of(batch), LABELS.tolist(), strict=True)
     ]
     labelled = [{**batch, "labels": LABELS}]
-    found = importance(criterion, model, labelled, use_labels=True)
+    found = importance(criterion, model, labelled, objective=LABELLED)
     for block, values in enumerate(found):
         gradients = torch.stack([row[block] for row in rows]).double()
         expected = (gradients.abs() if criterion == "taylor" else gradients.square()).mean(0)
@@ -102,7 +103,7 @@ def test_gradient_is_the_norm_of_real_weight_gradients(
         ):
             by_unit = gradient.T.reshape(block.num_units, -1)
             rows.append(by_unit.norm(dim=1) / math.sqrt(by_unit.shape[1]))
-    found = importance("gradient", model, [{**batch, "labels": LABELS}], use_labels=True)
+    found = importance("gradient", model, [{**batch, "labels": LABELS}], objective=LABELLED)
     for block, values, rows in zip(layout.blocks, found, norms, strict=True):
         expected = num_weights(model, block) * torch.stack(rows).double().mean(0)
         assert expected.std() > 1e-2 * expected.mean() > 0
@@ -232,10 +233,10 @@ def test_labels_matter_where_they_are_asked_for_alone(
     labelled = [{**batch, "labels": LABELS}]
     free, ignored = (importance(criterion, model, given) for given in ([batch], labelled))
     assert all(torch.equal(*pair) for pair in zip(free, ignored, strict=True))
-    with_labels = importance(criterion, model, labelled, use_labels=True)
+    with_labels = importance(criterion, model, labelled, objective=LABELLED)
     assert not torch.allclose(free[0] / free[0].sum(), with_labels[0] / with_labels[0].sum())
     with pytest.raises(UserError, match="labels"):
-        importance(criterion, model, [batch], use_labels=True)
+        importance(criterion, model, [batch], objective=LABELLED)
 
 
 def test_question_answering_without_padding(tiny_model: Tiny, tiny_batch: Tiny) -> None:

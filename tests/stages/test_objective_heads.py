@@ -1,0 +1,267 @@
+"""Fisher factors of predictions a token, choices and embeddings against the exact Fisher; losses
+that the user gives.
+
+Deleting this lets padding count, examples be taken for their choices, or a language model be pruned
+by something else than its divergence, unnoticed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rfprune.embeddings import POOLING_ENTRY, embed
+from rfprune.errors import UserError
+from rfprune.model.layout import layout_of
+from rfprune.model.masks import frozen, masked
+from rfprune.stages.fisher import collect_gradients
+from rfprune.stages.objective import PREDICTIONS, factors_of, fisher_factors, label_losses
+
+Tiny = Callable[..., Any]
+
+DRAWS = 20_000
+CONFIG = transformers.BertConfig(num_labels=2, pad_token_id=0)
+
+
+def tiny(tiny_model: Tiny, model_class: Any, **changes: Any) -> Any:
+    config = tiny_model(**changes).config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return model_class(config).eval()
+
+
+def gradients_of(values: Tensor, masks: Tensor) -> Tensor:
+    return torch.autograd.grad(values.sum(), masks, retain_graph=True)[0]
+
+
+def outer(gradients: Tensor) -> Tensor:
+    return torch.einsum("bi,bj->bij", gradients, gradients)
+
+
+def categorical_fisher(weight: Tensor) -> Tensor:
+    """(5, 5), of logits = masks @ weight at masks of ones, weight (5, C)."""
+    p = weight.sum(0).softmax(-1)
+    return weight @ (torch.diag(p) - torch.outer(p, p)) @ weight.T
+
+
+MASKS = {
+    "attention_mask": {"attention_mask": torch.tensor([0, 1, 1, 0])},
+    "no mask": {},
+    "decoder": {
+        "attention_mask": torch.ones(9),
+        "decoder_input_ids": torch.tensor([0, 7, 8, 0]),  # starts with what else is padding
+    },
+    "decoder mask": {
+        "decoder_input_ids": torch.tensor([0, 7, 8, 0]),
+        "decoder_attention_mask": torch.tensor([0, 1, 1, 0]),
+    },
+}
+REAL = {
+    "attention_mask": [1, 2],
+    "no mask": [0, 1, 2, 3],
+    "decoder": [0, 1, 2],
+    "decoder mask": [1, 2],
+}
+
+
+@pytest.mark.parametrize("case", MASKS)
+def test_tokens_are_sampled_without_bias_and_padding_counts_nothing(case: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    weights = torch.randn(4, 5, 11, generator=generator, dtype=torch.float64)  # of 4 tokens
+    masks = torch.ones(DRAWS, 5, dtype=torch.float64, requires_grad=True)
+    logits = torch.einsum("bi,siv->bsv", masks, 0.4 * weights)
+    batch = {name: mask.expand(DRAWS, -1) for name, mask in MASKS[case].items()}
+    (factor,) = fisher_factors({"logits": logits}, batch, CONFIG, generator)
+    estimate = outer(gradients_of(factor, masks)).mean(0)
+    exact = torch.stack([categorical_fisher(0.4 * weights[s]) for s in REAL[case]]).sum(0)
+    whole = torch.stack([categorical_fisher(0.4 * weight) for weight in weights]).sum(0)
+    assert case == "no mask" or (whole - exact).norm() > 0.2 * exact.norm()
+    assert (estimate - exact).norm() < 0.05 * exact.norm()
+
+
+def test_the_gradient_is_that_of_one_drawn_label_a_token() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 4, 6, generator=generator, requires_grad=True)
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [1, 0, 0, 0]])
+    (factor,) = fisher_factors({"logits": logits}, {"attention_mask": mask}, CONFIG, generator)
+    slopes = gradients_of(factor, logits)
+    drawn = logits.detach().softmax(-1) - slopes
+    assert torch.equal(slopes[mask == 0], torch.zeros(5, 6))
+    torch.testing.assert_close(drawn[mask == 1].sort(-1).values, torch.eye(6)[[5] * 7])
+
+
+def test_what_is_impossible_is_never_drawn() -> None:
+    logits = torch.zeros(1, 4000, 4)
+    logits[..., [0, 3]] = -60.0  # first and last: where rounding could go wrong
+    logits.requires_grad_()
+    (factor,) = fisher_factors({"logits": logits}, {}, CONFIG, torch.Generator().manual_seed(0))
+    slopes = gradients_of(factor, logits)
+    assert slopes[..., [0, 3]].abs().max() < 1e-6
+    assert (slopes[..., 1] > 0).any() and (slopes[..., 1] < 0).any()
+
+
+class _Watch(TorchDispatchMode):
+    """Notes the size of every tensor of float64 that is made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, tuple | list) else [found]:
+            if isinstance(tensor, Tensor) and tensor.dtype == torch.float64:
+                self.largest = max(self.largest, tensor.numel())
+        return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_of_a_language_model_are_never_float64(dtype: torch.dtype) -> None:
+    logits = torch.randn(2, 5, 7, dtype=dtype, requires_grad=True)
+    with _Watch() as watch:  # type: ignore[no-untyped-call]
+        (factor,) = fisher_factors({"logits": logits}, {}, CONFIG, torch.Generator())
+        slopes = gradients_of(factor, logits)
+        assert watch.largest == 0
+        logits.double()
+        assert watch.largest == 70, "the watch sees what it is for"
+    assert slopes.dtype == dtype and slopes.abs().max() > 0
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_embeddings_have_the_fisher_of_gaussian_noise(padding: str, pooling: str) -> None:
+    """The exact one is JᵀJ, J the Jacobian of the embedding of one example."""
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(5, 4 * 3, generator=generator, dtype=torch.float64)
+    mask = torch.tensor([1, 1, 1, 0] if padding == "right" else [0, 1, 1, 1])
+
+    def hidden(masks: Tensor) -> Tensor:
+        return (torch.tanh(masks) @ weight).view(len(masks), 4, 3)
+
+    def embedding(one: Tensor) -> Tensor:
+        states = hidden(one[None])[0]
+        pooled = states[mask == 1].mean(0) if pooling == "mean" else states[mask.argmax()]
+        normal: Tensor = pooled / pooled.norm()
+        return normal
+
+    jacobian = torch.autograd.functional.jacobian(embedding, torch.ones(5).double())
+    masks = torch.ones(DRAWS, 5, dtype=torch.float64, requires_grad=True)
+    batch = {"attention_mask": mask.expand(DRAWS, -1)}
+    config = transformers.BertConfig(**{POOLING_ENTRY: pooling})
+    outputs = {"last_hidden_state": hidden(masks)}
+    factors = fisher_factors(outputs, batch, config, generator)
+    estimate = torch.stack([outer(gradients_of(factor, masks)).mean(0) for factor in factors])
+    exact = jacobian.T @ jacobian
+    assert (estimate.sum(0) - exact).norm() < 0.05 * exact.norm()
+
+
+def test_an_embedding_has_length_one_and_ignores_padding() -> None:
+    hidden = torch.randn(2, 5, 3)
+    mask = torch.tensor([[1, 1, 0, 0, 0], [0, 1, 1, 1, 1]])
+    embedded = embed(hidden, mask, "mean")
+    torch.testing.assert_close(embedded.norm(dim=1), torch.ones(2))
+    noise = torch.where(mask[:, :, None] == 1, hidden, 9.0)
+    assert torch.equal(embed(noise, mask, "mean"), embedded)
+    assert not torch.allclose(embed(hidden, torch.ones(2, 5), "mean"), embedded)
+
+
+def test_choices_are_classes_whatever_the_number_of_labels() -> None:
+    generator = torch.Generator().manual_seed(7)
+    weight = torch.randn(5, 4, generator=generator, dtype=torch.float64)
+    masks = torch.ones(3, 5, dtype=torch.float64, requires_grad=True)
+    batch = {"input_ids": torch.ones(3, 4, 6, dtype=torch.long)}
+    factors = fisher_factors({"logits": masks @ weight}, batch, CONFIG, generator)
+    fisher = torch.stack([outer(gradients_of(factor, masks)) for factor in factors]).sum(0)
+    torch.testing.assert_close(fisher, categorical_fisher(weight).expand(3, 5, 5))
+
+
+def test_an_example_is_all_of_its_choices(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    """The mask of an example acts on all choices: its gradient is a sum over them."""
+    model = tiny(tiny_model, transformers.BertForMultipleChoice)
+    flat = tiny_batch(6)
+    batch = {name: values.view(2, 3, -1) for name, values in flat.items()}
+    layout = layout_of(model)
+    with frozen(model):
+        collected = collect_gradients(model, layout, [batch])
+        masks = [torch.ones(2, block.num_units, requires_grad=True) for block in layout.blocks]
+        with masked(model, layout, [mask.repeat_interleave(3, 0) for mask in masks]):
+            outputs = model(**batch)
+        factors = fisher_factors(outputs, batch, model.config, torch.Generator())
+        expected = [torch.autograd.grad(f.sum(), masks, retain_graph=True) for f in factors]
+    for found, block_gradients in zip(collected, zip(*expected, strict=True), strict=True):
+        assert found.abs().max() > 1e-4
+        torch.testing.assert_close(found, torch.cat(block_gradients), rtol=1e-4, atol=1e-6)
+
+
+def test_losses_of_tokens_and_choices_are_those_of_transformers(
+    tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    tokens = tiny_batch()
+    words = torch.full_like(tokens["input_ids"], -100)
+    words[:, 1:4] = torch.tensor([0, 2, 1])
+    cases = [
+        (transformers.BertForTokenClassification, {**tokens, "labels": words}),
+        (
+            transformers.BertForMultipleChoice,
+            {
+                **{name: values.view(2, 2, -1) for name, values in tokens.items()},
+                "labels": torch.tensor([1, 0]),
+            },
+        ),
+    ]
+    for model_class, batch in cases:
+        model = tiny(tiny_model, model_class, num_labels=3)
+        outputs = model(**{name: values for name, values in batch.items() if name != "labels"})
+        (losses,) = label_losses(outputs, batch, model.config)
+        for row in range(len(losses)):
+            expected = model(**{name: values[row : row + 1] for name, values in batch.items()}).loss
+            torch.testing.assert_close(losses[row], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_labels_of_a_causal_language_model_are_refused(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    """They are one place further on, which nothing in the outputs says."""
+    model = tiny(tiny_model, transformers.BertLMHeadModel, is_decoder=True)
+    batch = tiny_batch()
+    with pytest.raises(UserError, match="nothing that can be differentiated"):
+        label_losses(model(**batch), {**batch, "labels": batch["input_ids"]}, model.config)
+
+
+def test_a_loss_may_be_a_number_an_example_or_their_mean() -> None:
+    masks = torch.ones(3, 5, requires_grad=True)
+    batch = {"input_ids": torch.ones(3, 2), "labels": torch.tensor([1.0, 2, 3])}
+
+    def loss(outputs: Any, batch: Any) -> Tensor:
+        found: Tensor = (outputs["logits"] - batch["labels"]).square()
+        return found
+
+    outputs = {"logits": (masks.cumsum(0) * masks).sum(1)}
+    found = []
+    for objective in (loss, lambda outputs, batch: loss(outputs, batch).mean()):
+        (factor,) = factors_of(outputs, batch, CONFIG, torch.Generator(), objective=objective)
+        assert factor.shape == (3,)
+        found.append(gradients_of(factor, masks))
+    assert found[0].abs().max() > 1
+    torch.testing.assert_close(found[1], found[0])
+    (free,) = factors_of({"logits": outputs["logits"][:, None]}, batch,
+                         transformers.BertConfig(num_labels=1), torch.Generator(),
+                         objective=PREDICTIONS)  # fmt: skip
+    assert not torch.allclose(gradients_of(free, masks), found[0])
+
+
+@pytest.mark.parametrize(
+    ("loss", "problem"),
+    [
+        (lambda outputs, batch: outputs["logits"], r"gives \(3, 2\), but a number an example, \(3"),
+        (lambda outputs, batch: 1.0, "gives float"),
+        (lambda outputs, batch: outputs["logits"].detach().sum(1), "does not depend on the model"),
+    ],
+)
+def test_a_loss_of_another_shape_is_refused(loss: Any, problem: str) -> None:
+    outputs = {"logits": torch.ones(3, 2, requires_grad=True)}
+    with pytest.raises(UserError, match=problem):
+        factors_of(outputs, {"input_ids": torch.ones(3, 4)}, CONFIG, torch.Generator(),
+                   objective=loss)  # fmt: skip
