@@ -9,8 +9,8 @@ the original's, which is smooth and grows as the ratio falls. The rules are:
    (isotonic regression of the drop on the divergence).
 2. A model is within the limit if its own drop is, and the drop that it counts with is, too.
 3. Between a size that is within and one that is not, the drop is interpolated along the
-   divergence, and the logarithm of the divergence along the ratio. Where that does not halve what is
-   left to search, the next probe is in its middle, as in Brent's method.
+   divergence, and the logarithm of the divergence along the ratio. Where a probe does not halve
+   what is left to search, the next one is in its middle, as in Brent's method.
 
 The search ends when the two sizes are RESOLUTION apart, when they are NEAR and the rest is not
 expected to gain more than RESOLUTION, or after MOST_PROBES.

@@ -50,18 +50,33 @@ class Prepared:
     inputs: str
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """A pruned model, and what is known of it where a search has found it.
+
+    `pruned`: its score, when rounded to what is stored. `search`: what the report says of how it
+    was found.
+    """
+
+    result: PruneResult
+    pruned: Evaluation | None = None
+    search: Mapping[str, Any] | None = None
+
+
 def measure(
     options: Options,
     prepared: Prepared,
     original: Evaluation,
-    result: PruneResult,
+    outcome: Outcome,
     stored: torch.dtype,
     *,
     progress: bool,
 ) -> dict[str, Any]:
     """Score and time a pruned model beside the original: most of report.json."""
-    model = prepared.loaded.model
-    pruned = evaluate_model(result.model, prepared.evaluation_set, progress=progress)
+    model, result = prepared.loaded.model, outcome.result
+    pruned = outcome.pruned
+    if pruned is None:
+        pruned = evaluate_model(result.model, prepared.evaluation_set, progress=progress)
     stages = []
     if options.score_stages:
         data = prepared.evaluation_set
@@ -95,6 +110,7 @@ def measure(
         "seconds": stage_seconds(
             result.seconds, load=prepared.seconds, evaluate=original.seconds + pruned.seconds
         ),
+        **({} if outcome.search is None else {"max_drop": outcome.search}),
         "layers": list(result.layers),
         "original_layers": original_layers(result.layout),
         "curves": curve_points(result),

@@ -6,6 +6,7 @@ out smaller in parameters and larger in bytes.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +14,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+
+from rfprune.errors import RfpruneWarning
 
 _SHORT = {"F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -57,3 +60,16 @@ def round_weights(model: nn.Module, dtype: torch.dtype) -> bool:
         for tensor, value in zip(tensors, rounded, strict=True):
             tensor.copy_(value)
     return True
+
+
+def rounded_to(dtype: torch.dtype, model: nn.Module) -> torch.dtype:
+    """Round the weights to what will be stored of them, so that this is what is measured."""
+    if dtype == next(model.parameters()).dtype or round_weights(model, dtype):
+        return dtype
+    warnings.warn(
+        f"The pruned weights are beyond the range of {str(dtype).removeprefix('torch.')}, the "
+        f"dtype of the original's file: they are stored in float32.",
+        RfpruneWarning,
+        stacklevel=2,
+    )
+    return torch.float32

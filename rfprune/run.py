@@ -6,15 +6,12 @@ import io
 import shlex
 import sys
 import time
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
 
 from rfprune import processes
 from rfprune.cache import default_folder
@@ -23,15 +20,14 @@ from rfprune.command_line import Options
 from rfprune.cost.constraint import Constraint
 from rfprune.cost.metrics import check_constraints
 from rfprune.device import pick_device
-from rfprune.errors import RfpruneWarning, UserError
 from rfprune.export import ExportJob, write_exports
-from rfprune.inspection import reason
 from rfprune.loading import choose_task, data_folder, length_limit, load, quiet_transformers
-from rfprune.measure import Prepared, evaluate_original, inputs_digest, measure, name_of
+from rfprune.measure import Outcome, Prepared, evaluate_original, inputs_digest, measure
 from rfprune.model.checkpoint import save_pruned
 from rfprune.output import check_output, holds, staged, weight_bytes
 from rfprune.pipeline import prune_family
-from rfprune.precision import round_weights, stored_dtype
+from rfprune.precision import rounded_to, stored_dtype
+from rfprune.probing import asked_for, smallest
 from rfprune.report.folder import write_family, write_for_people
 from rfprune.report.hub import plan_of, push
 from rfprune.report.report_json import SCHEMA, read_report, write_report
@@ -40,6 +36,7 @@ from rfprune.result import PruneResult, Settings
 from rfprune.tasks.custom import warn_of_cuts
 from rfprune.tasks.evaluation import Evaluation, prepare_evaluation
 from rfprune.tasks.registry import CUSTOM, Task
+from rfprune.trouble import collected_warnings, out_of_memory_is_said
 
 
 def run(options: Options, arguments: Sequence[str]) -> None:
@@ -80,33 +77,27 @@ def _run(options: Options, arguments: Sequence[str], device: torch.device) -> No
             label_column=options.label_column,
         )
         prepared = _prepare(options, task, device, told)
-        constraints = processes.from_main(lambda: _unfinished(options, prepared, told, screen))
+        left = processes.from_main(lambda: _unfinished(options, prepared, told, screen))
         if not processes.is_main():
-            _help(options, prepared, constraints)
+            _help(options, prepared, left)
             return
-        if not constraints:
+        if not left:
             _publish(options, told, progress)
             return
         told.print(f"Scoring the original on {prepared.evaluation_set.num_examples} examples")
         original, cached = evaluate_original(prepared, _cache(options), progress=progress)
-        results = prune_family(
-            prepared.loaded.model,
-            prepared.batches,
-            constraints,
-            prepared.settings,
-            cache=_cache(options),
-            progress=progress,
-        )
         told.print("Pruning")
-        for result in results:
-            stored = _rounded_to(prepared.stored, result.model)
-            told.print(f"Scoring and timing the model pruned to {result.constraint.ratio:g}")
+        for outcome in _outcomes(options, prepared, original, left, told, progress):
+            result = outcome.result
+            stored = rounded_to(prepared.stored, result.model)
+            if outcome.pruned is None:
+                told.print(f"Scoring and timing the model pruned to {result.constraint.ratio:g}")
             report = {
                 "schema": SCHEMA,
                 "command": shlex.join(["rfprune", *arguments]),
-                **measure(options, prepared, original, result, stored, progress=progress),
+                **measure(options, prepared, original, outcome, stored, progress=progress),
                 "cached": sorted(cached.union(result.cached)),
-                "identity": _identity(options, prepared, result.constraint),
+                "identity": _identity(options, prepared, result.constraint.ratio),
                 "warnings": list(dict.fromkeys([*heard, *result.warnings])),
             }
             if options.export:
@@ -117,14 +108,48 @@ def _run(options: Options, arguments: Sequence[str], device: torch.device) -> No
         _publish(options, told, progress)
 
 
-def _help(options: Options, prepared: Prepared, constraints: Sequence[Constraint]) -> None:
+def _outcomes(
+    options: Options,
+    prepared: Prepared,
+    original: Evaluation,
+    left: Sequence[float | None],
+    told: Console,
+    progress: bool,
+) -> Iterator[Outcome]:
+    """The pruned models: one a constraint, or the one that a search finds."""
+    if options.max_drop is None:
+        yield from map(Outcome, _family(options, prepared, _constraints(options, left), progress))
+        return
+    yield smallest(
+        options.max_drop,
+        options.metric,
+        prepared,
+        original,
+        lambda constraints: _family(options, prepared, constraints, progress),
+        told.print,
+        progress=progress,
+    )
+
+
+def _family(
+    options: Options, prepared: Prepared, constraints: Iterable[Constraint], progress: bool = False
+) -> Iterator[PruneResult]:
+    model, batches, settings = prepared.loaded.model, prepared.batches, prepared.settings
+    cache = _cache(options)
+    return prune_family(model, batches, constraints, settings, cache=cache, progress=progress)
+
+
+def _help(options: Options, prepared: Prepared, left: Sequence[float | None]) -> None:
     """Do another process' share of the pruning; what comes out is what the main one has."""
-    if constraints:
-        model, batches = prepared.loaded.model, prepared.batches
-        for _ in prune_family(
-            model, batches, constraints, prepared.settings, cache=_cache(options)
-        ):
-            processes.wait()  # the main one is timing what it has
+    if not left:
+        return
+    if options.max_drop is not None:
+        for _ in _family(options, prepared, asked_for(options.metric)):
+            pass  # the main one decides what comes next
+        processes.wait()
+        return
+    for _ in _family(options, prepared, _constraints(options, left)):
+        processes.wait()  # the main one is timing what it has
 
 
 def _save(
@@ -156,7 +181,7 @@ def _save(
 
 def _publish(options: Options, told: Console, progress: bool) -> None:
     """Put a family on one page, and a model on the hub if that was asked for."""
-    folders = [options.output_folder(ratio) for ratio in options.constraint]
+    folders = [options.output_folder(ratio) for ratio in options.ratios]
     page = write_family(folders)
     if page is not None:
         told.print(f"All sizes are on one page, '{page}'")
@@ -185,90 +210,37 @@ def _export_job(
     )
 
 
-def _rounded_to(dtype: torch.dtype, model: nn.Module) -> torch.dtype:
-    """Round the weights to what will be stored of them, so that this is what is measured."""
-    if dtype == next(model.parameters()).dtype or round_weights(model, dtype):
-        return dtype
-    warnings.warn(
-        f"The pruned weights are beyond the range of {name_of(dtype)}, the dtype of the original's "
-        f"file: they are stored in float32.",
-        RfpruneWarning,
-        stacklevel=2,
-    )
-    return torch.float32
-
-
-@contextmanager
-def out_of_memory_is_said(batch_size: int) -> Iterator[None]:
-    """Smaller batches mend it.
-
-    Raises:
-        UserError: memory ran out, on the device or beside it.
-    """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        on_cpu = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
-        if not (on_cpu or isinstance(error, torch.cuda.OutOfMemoryError)):
-            raise
-        raise UserError(
-            f"Memory ran out with batches of {batch_size} ({reason(error)}): give a smaller "
-            f"--batch-size, fewer --samples or a smaller --max-length."
-        ) from error
-
-
-@contextmanager
-def collected_warnings(told: Console, *, verbose: bool) -> Iterator[list[str]]:
-    """Show our own warnings as they come and keep them; others only where `verbose` asks."""
-    heard: list[str] = []
-
-    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-        if issubclass(category, RfpruneWarning):
-            if str(message) in heard:
-                return
-            heard.append(str(message))
-        elif not verbose:
-            return
-        told.print(f"warning: {message}")
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("default" if verbose else "ignore")
-        warnings.simplefilter("always", RfpruneWarning)
-        warnings.showwarning = show
-        yield heard
-
-
 def _unfinished(
     options: Options, prepared: Prepared, told: Console, screen: Console
-) -> list[Constraint]:
-    """The constraints whose output is not there yet; of the others the table is shown again.
+) -> list[float | None]:
+    """The ratios whose output is not there yet; of the others the table is shown again.
 
     Raises:
         UserError: an output is there that these flags gave with another model, or other data.
     """
     left = []
-    for constraint in _constraints(options):
-        folder = options.output_folder(constraint.ratio)
-        if not options.overwrite and holds(folder, _identity(options, prepared, constraint)):
+    for ratio in options.ratios:
+        folder = options.output_folder(ratio)
+        if not options.overwrite and holds(folder, _identity(options, prepared, ratio)):
             told.print(f"'{folder}' is of this very run: kept (--overwrite makes it again)")
             print_report(read_report(folder), screen)
             continue
         check_output(folder, overwrite=options.overwrite)
-        left.append(constraint)
+        left.append(ratio)
     return left
 
 
-def _identity(options: Options, prepared: Prepared, constraint: Constraint) -> dict[str, str]:
+def _identity(options: Options, prepared: Prepared, ratio: float | None) -> dict[str, str]:
     """Of one output: the flags, and what they stood for when it was made."""
-    return {"flags": options.identity(constraint.ratio), "inputs": prepared.inputs}
+    return {"flags": options.identity(ratio), "inputs": prepared.inputs}
 
 
 def _cache(options: Options) -> Path | None:
     return None if options.no_cache else options.cache_dir or default_folder()
 
 
-def _constraints(options: Options) -> list[Constraint]:
-    return [Constraint(options.metric, ratio) for ratio in options.constraint]
+def _constraints(options: Options, ratios: Sequence[float | None]) -> list[Constraint]:
+    return [Constraint(options.metric, ratio) for ratio in ratios if ratio is not None]
 
 
 def _settings(options: Options) -> Settings:
@@ -305,7 +277,7 @@ def _prepare(options: Options, task: Task, device: torch.device, told: Console) 
         seed=options.seed,
         with_labels=options.use_labels,
     )
-    check_constraints(loaded.model, batches, _constraints(options))
+    check_constraints(loaded.model, batches, _constraints(options, options.ratios))
     evaluation_set = prepare_evaluation(
         task,
         loaded.tokenizer,

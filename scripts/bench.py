@@ -152,7 +152,7 @@ def measure(
 def _collected_warnings() -> AbstractContextManager[list[str]]:
     from rich.console import Console
 
-    from rfprune.run import collected_warnings
+    from rfprune.trouble import collected_warnings
 
     return collected_warnings(Console(stderr=True, highlight=False), verbose=False)
 

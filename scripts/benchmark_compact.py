@@ -108,7 +108,7 @@ def _measure(options: argparse.Namespace, task: Task) -> dict[str, Any]:
     from rfprune.pipeline import prune_family
     from rfprune.report.latency import typical_batch
     from rfprune.report.report_json import versions
-    from rfprune.run import collected_warnings
+    from rfprune.trouble import collected_warnings
 
     if options.rounds < 1:
         raise UserError(f"--rounds {options.rounds} times nothing: give 1 or more.")

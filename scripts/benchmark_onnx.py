@@ -96,8 +96,8 @@ def _measure(options: argparse.Namespace, task: Task) -> dict[str, Any]:
     from rfprune.pipeline import prune
     from rfprune.report.report_json import versions
     from rfprune.result import Settings
-    from rfprune.run import collected_warnings
     from rfprune.tasks.evaluation import prepare_evaluation
+    from rfprune.trouble import collected_warnings
 
     if options.clock == "cpu" and torch.get_num_threads() > 1:
         raise UserError(

@@ -71,8 +71,8 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
     from rfprune.device import pick_device
     from rfprune.loading import choose_task, data_folder, length_limit, load
     from rfprune.report.report_json import versions
-    from rfprune.run import collected_warnings
     from rfprune.tasks.evaluation import evaluate_model, prepare_evaluation
+    from rfprune.trouble import collected_warnings
 
     with collected_warnings(Console(stderr=True, highlight=False), verbose=False) as heard:
         task = choose_task(

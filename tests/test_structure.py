@@ -48,6 +48,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "device": set(),
     "inspection": {"model", "tasks"},
     "precision": set(),
+    "trouble": {"inspection"},
+    "max_drop": set(),
+    "probing": {
+        *("cost", "max_drop", "measure", "model", "precision", "processes", "report", "result"),
+        *("stages", "tasks"),
+    },
     "loading": {"demo", "inspection", "model", "pipeline", "tasks"},
     "measure": {
         *("cache", "command_line", "cost", "evidence", "loading", "model", "report", "result"),
@@ -57,7 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "export": {"model", "onnx_export", "report", "result", "tasks", "timing"},
     "run": {
         *("cache", "calibration", "command_line", "cost", "device", "export", "inspection"),
-        *("loading", "measure"),
+        *("loading", "measure", "probing", "trouble"),
         *("model", "output", "pipeline", "precision", "processes", "report", "result", "tasks"),
     },
     "main": {"command_line", "run"},

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rfprune.report.figures import COLOURS, OF_A_RUN, Sketch, kept_per_layer
 from rfprune.report.frontier import frontier
+from rfprune.report.search_path import search_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,7 +48,7 @@ class Plot:
 
 def draw_run(report: Mapping[str, Any]) -> tuple[Plot, ...]:
     """All figures that the report of one run has numbers for."""
-    return _draw(figure(report) for figure in OF_A_RUN)
+    return _draw(figure(report) for figure in (search_path, *OF_A_RUN))
 
 
 def draw_kept(report: Mapping[str, Any]) -> tuple[Plot, ...]:
