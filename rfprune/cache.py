@@ -47,7 +47,7 @@ _PARTIAL = ".partial"
 _ABANDONED_SECONDS = 3600.0
 """A half-written file this old is of a process that was killed."""
 
-_AFTERWARDS = ("allocation", "rearrange", "tune", "teacher", "rounds")
+_AFTERWARDS = ("allocation", "rearrange", "tune", "teacher", "uniform", "round_to", "rounds")
 """Settings of what follows the collection. Any other is part of the key, also one that is new."""
 
 _SINCE_LOADING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")

@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rfprune.cost.constraint import Constraint, CostModel
+from rfprune.cost.grid import on_grid
 from rfprune.cost.macs import mac_costs, total_macs
 from rfprune.cost.memory import total_bytes
 from rfprune.cost.metrics import check_constraints, cost_model, mean_tokens
@@ -35,9 +36,10 @@ from rfprune.errors import UserError
 from rfprune.model.compact import compact
 from rfprune.model.layout import Layout, layout_of
 from rfprune.model.masks import Masks, frozen, full_masks, masked, num_kept
+from rfprune.model.plain import to_plain
 from rfprune.model.replay import Batch, token_mask
 from rfprune.result import Clock, PruneResult, Settings
-from rfprune.selection import Selection, learn
+from rfprune.selection import Selection, check_sizes, learn
 from rfprune.stages.objective import LABELS, Loss
 from rfprune.stages.search import search
 from rfprune.stages.tune import refit, tune_scales
@@ -162,11 +164,15 @@ class _Job:
         )
 
     def costs(self, metric: str, model: PreTrainedModel, layout: Layout) -> CostModel:
-        return cost_model(metric, model, layout, self.inputs)
+        costs = cost_model(metric, model, layout, self.inputs)
+        return on_grid(costs, layout, self.settings.round_to)
 
 
 def _family(job: _Job, constraints: Iterable[Constraint]) -> Iterator[PruneResult]:
     """What is learnt about the model itself is learnt once; what the later rounds need is not."""
+    for constraint in constraints if isinstance(constraints, Sequence) else ():
+        costs = job.costs(constraint.metric, job.model, job.layout)
+        check_sizes(job.model, job.layout, costs, constraint, job.settings)
     shared = Clock()
     selection = job.learn(job.model, job.layout, shared)
     for constraint in constraints:
@@ -176,6 +182,8 @@ def _family(job: _Job, constraints: Iterable[Constraint]) -> Iterator[PruneResul
         for ratio in schedule(constraint.ratio, job.settings.rounds):
             milestone = Constraint(constraint.metric, ratio)
             student, masks, warnings = _round(job, student, masks, milestone, selection, clock)
+        if job.settings.uniform:
+            student = to_plain(student)
         yield _summarise(job, student, masks, constraint, clock, warnings, selection)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rfprune.cost.constraint import Constraint
+from rfprune.cost.grid import MULTIPLES
 from rfprune.errors import UserError
 from rfprune.model.layout import Layout
 from rfprune.model.masks import Masks
@@ -43,6 +44,10 @@ class Settings:
         tune: fit what is left to the teacher by least squares.
         teacher: "dense" (the model as it is, which measures better), or "scheduled" (masked at the
             square root of the constraint, as the authors' code).
+        uniform: the same number of heads and of neurons in every layer, chosen for the least error,
+            so that the result is a plain architecture (see `rfprune.model.plain`) without code of
+            its own. (`allocation="uniform"` is a classical baseline: the same fraction of both.)
+        round_to: keep neurons in multiples of 8, 16, 32 or 64 (or none, or all); None: any number.
         rounds: prune in so many steps; after each, what is left is fitted and looked at afresh.
         seed: of the labels that are sampled where the exact Fisher is too costly.
 
@@ -58,6 +63,8 @@ class Settings:
     rearrange: bool = True
     tune: bool = True
     teacher: str = CHOICES["teacher"][0]
+    uniform: bool = False
+    round_to: int | None = None
     rounds: int = 1
     seed: int = 0
 
@@ -73,6 +80,16 @@ class Settings:
                     f"{name} '{value}' belongs to the method importance and does nothing for "
                     f"{self.method}; leave it out, or choose method='importance'"
                 )
+        if self.uniform and self.allocation == "uniform":
+            raise UserError(
+                "allocation 'uniform' keeps the same fraction everywhere, and uniform=True chooses "
+                "sizes itself; leave one of them out"
+            )
+        if self.round_to is not None and self.round_to not in MULTIPLES:
+            raise UserError(
+                f"round_to {self.round_to} is not possible; choose one of "
+                f"{', '.join(str(multiple) for multiple in MULTIPLES)}, or None"
+            )
         if self.rounds < 1:
             raise UserError(f"rounds {self.rounds} is not possible; choose 1 or more")
 

@@ -3,21 +3,29 @@
 kwon:       mask gradients -> Fisher importance -> search -> rearrangement
 curvature:  input and gradient moments -> error curve of every block -> exact allocation
 importance: a classical criterion -> search, or the same fraction of every block
+
+With `uniform`, search and allocation make way for the best sizes that are the same in every layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rfprune.cache import Remember, Tensors, remembering_statistics
-from rfprune.cost.constraint import CostModel
+from rfprune.cost.constraint import Constraint, CostModel
+from rfprune.cost.grid import on_grid
+from rfprune.cost.metrics import least_ratio
 from rfprune.model.layout import Layout
 from rfprune.model.masks import Masks, frozen
+from rfprune.model.plain import plain_sizes
 from rfprune.model.replay import Batch
 from rfprune.result import Clock, Settings
 from rfprune.stages.allocate import allocate
@@ -27,8 +35,8 @@ from rfprune.stages.importance import importance_of
 from rfprune.stages.objective import LABELLED, PREDICTIONS, Loss, Objective
 from rfprune.stages.obs import Curve
 from rfprune.stages.rearrange import rearrange
-from rfprune.stages.search import search
-from rfprune.stages.uniform import uniform
+from rfprune.stages.search import additive_errors, most_important, search
+from rfprune.stages.uniform import least_same_sizes, same_sizes, uniform
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,64 @@ def learn(
     return collect_for(model, layout, batches, settings, clock, objective, remember, progress)
 
 
+def least_possible(
+    model: PreTrainedModel, layout: Layout, costs: CostModel, settings: Settings
+) -> float:
+    """The least ratio of a constraint that the settings leave possible.
+
+    Raises:
+        UserError: none is: the model cannot have the same sizes in every layer.
+    """
+    costs = on_grid(costs, layout, settings.round_to)
+    if settings.uniform:
+        return costs.ratio_for(least_same_sizes(layout, costs, plain_sizes(model, layout)))
+    return least_ratio(costs)
+
+
+def check_sizes(
+    model: PreTrainedModel,
+    layout: Layout,
+    costs: CostModel,
+    constraint: Constraint,
+    settings: Settings,
+) -> None:
+    """Refuse, before any work is done for it, what the same sizes in every layer cannot meet.
+
+    Raises:
+        UserError: the constraint is below the least possible one, which is named, or the model
+            cannot have the same sizes in every layer.
+    """
+    if settings.uniform:
+        costs = on_grid(costs, layout, settings.round_to)
+        nothing = [np.zeros(len(table)) for table in costs.tables]
+        _division(model, layout, settings)(nothing, costs, costs.budget(constraint))
+
+
+def _division(
+    model: PreTrainedModel, layout: Layout, settings: Settings
+) -> Callable[[Sequence[NDArray[np.float64]], CostModel, float], tuple[int, ...]]:
+    """How many units each block keeps, by error curves and a budget.
+
+    Raises:
+        UserError: the same sizes are asked for in every layer, and the model cannot have them.
+    """
+    if settings.uniform:
+        return partial(same_sizes, layout, allowed=plain_sizes(model, layout))
+    return allocate
+
+
+def _by_importance(
+    model: PreTrainedModel, layout: Layout, settings: Settings
+) -> Callable[[Sequence[Tensor], CostModel, float], Masks]:
+    """Which units stay, by the importance of each and a budget."""
+    if settings.uniform:
+        divide = _division(model, layout, settings)
+        return lambda importance, costs, budget: most_important(
+            importance, divide(additive_errors(importance), costs, budget)
+        )
+    return partial({"global": search, "uniform": uniform}[settings.allocation], layout)
+
+
 def _kwon(
     model: PreTrainedModel,
     layout: Layout,
@@ -102,13 +168,14 @@ def _kwon(
                 progress=progress,
             )
 
+    select = _by_importance(model, layout, settings)
     gradients = remember(collect)
     with clock("collect"):
         importance = diagonal_fisher(gradients)
 
     def choose(costs: CostModel, budget: float, clock: Clock) -> Masks:
         with clock("search"):
-            masks = search(layout, importance, costs, budget)
+            masks = select(importance, costs, budget)
         if settings.rearrange:
             with clock("rearrange"):
                 masks = tuple(
@@ -146,6 +213,7 @@ def _curvature(
             found = error_curves(model, layout, collected, progress=progress)
         return tuple(tensor for curve in found for tensor in (curve.order, curve.errors))
 
+    divide = _division(model, layout, settings)
     known = remember(collect)  # kilobytes, where the moments are gigabytes
     curves = tuple(
         Curve(order, errors) for order, errors in zip(known[::2], known[1::2], strict=True)
@@ -153,7 +221,7 @@ def _curvature(
 
     def choose(costs: CostModel, budget: float, clock: Clock) -> Masks:
         with clock("search"):
-            kept = allocate([curve.errors.numpy() for curve in curves], costs, budget)
+            kept = divide([curve.errors.numpy() for curve in curves], costs, budget)
             return tuple(curve.mask(n) for curve, n in zip(curves, kept, strict=True))
 
     return Selection(choose, curves=curves)
@@ -183,11 +251,11 @@ def _importance(
                 progress=progress,
             )
 
+    select = _by_importance(model, layout, settings)
     importance = remember(collect)
-    allocations = {"global": search, "uniform": uniform}
 
     def choose(costs: CostModel, budget: float, clock: Clock) -> Masks:
         with clock("search"):
-            return allocations[settings.allocation](layout, importance, costs, budget)
+            return select(importance, costs, budget)
 
     return Selection(choose, importance=importance)

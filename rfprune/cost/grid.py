@@ -1,7 +1,7 @@
 """Sizes that hardware likes: neurons in whole multiples of 8, 16, 32 or 64.
 
 Matrix units work in tiles: 1,537 neurons take as long as 1,600. So a number of neurons off the grid
-is not allowed, which in a table of costs is an infinite cost. Heads stay as they are: their width is
+is not allowed, which in a table of costs is an infinite cost. Heads are left alone: their width is
 a multiple already.
 """
 

@@ -10,7 +10,7 @@ apart from each other, for the least total error. What comes out can be told in 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import reduce
 
@@ -67,7 +67,7 @@ def same_sizes(
     costs: CostModel,
     budget: float,
     *,
-    fixed: Collection[str] = (),
+    allowed: Mapping[str, Sequence[int]] | None = None,
 ) -> tuple[int, ...]:
     """Units to keep: the same number of heads and of neurons in every layer, at the least error.
 
@@ -76,47 +76,64 @@ def same_sizes(
 
     Args:
         errors: per block, `errors[b][n]` is the error of keeping n units.
-        fixed: the kinds ("head", "neuron") of which all units stay.
+        allowed: by kind ("head", "neuron") the numbers of units that there may be, where not every
+            number is.
 
     Raises:
         UserError: no pair fits the budget; the least possible constraint is named.
     """
-    kinds = list(dict.fromkeys(block.kind for block in layout.blocks))
-    of_kind = {kind: [b for b, x in enumerate(layout.blocks) if x.kind == kind] for kind in kinds}
-    sizes = []
-    for kind in kinds:
-        least = min(layout.blocks[b].num_units for b in of_kind[kind])
-        sizes.append(np.arange(least if kind in fixed else 1, least + 1))
-
-    def totals(tables: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-        """Of all blocks, by the numbers of units: one axis for every kind."""
-        return reduce(
-            np.add.outer,
-            [
-                sum((tables[b][kept] for b in of_kind[kind]), np.zeros(len(kept)))
-                for kind, kept in zip(kinds, sizes, strict=True)
-            ],
-        )
-
-    cost = totals(costs.tables)
+    sizes = _sizes(layout, allowed)
+    cost = _totals(layout, costs.tables, sizes)
     fits = cost <= (budget + costs.constant) * (1 + 1e-12) - costs.constant
     if not fits.any():
+        fixed = [kind for kind, numbers in sizes.items() if len(numbers) == 1]
         raise UserError(_too_small(costs, float(cost.min()), fixed))
-    error = np.where(fits, totals(errors), np.inf)
+    error = np.where(fits, _totals(layout, errors, sizes), np.inf)
     best = np.where(error == error.min(), cost, np.inf)  # of equals the cheapest
     chosen = np.unravel_index(int(best.argmin()), best.shape)
-    kept = {kind: int(n[i]) for kind, n, i in zip(kinds, sizes, chosen, strict=True)}
+    kept = {kind: int(sizes[kind][i]) for kind, i in zip(sizes, chosen, strict=True)}
     return tuple(kept[block.kind] for block in layout.blocks)
 
 
-def _too_small(costs: CostModel, least: float, fixed: Collection[str]) -> str:
+def least_same_sizes(
+    layout: Layout, costs: CostModel, allowed: Mapping[str, Sequence[int]] | None = None
+) -> float:
+    """What the cheapest sizes cost that are the same in every layer, the constant included."""
+    sizes = _sizes(layout, allowed)
+    return costs.constant + float(_totals(layout, costs.tables, sizes).min())
+
+
+def _sizes(
+    layout: Layout, allowed: Mapping[str, Sequence[int]] | None
+) -> dict[str, NDArray[np.int64]]:
+    """By kind, the numbers of units to choose from: no layer has fewer than that."""
+    most: dict[str, int] = {}
+    for block in layout.blocks:
+        most[block.kind] = min(block.num_units, most.get(block.kind, block.num_units))
+    return {
+        kind: np.array((allowed or {}).get(kind, range(1, units + 1)), dtype=np.int64)
+        for kind, units in most.items()
+    }
+
+
+def _totals(
+    layout: Layout, tables: Sequence[NDArray[np.float64]], sizes: Mapping[str, NDArray[np.int64]]
+) -> NDArray[np.float64]:
+    """Of all blocks together, by the numbers of units that they have: an axis for every kind."""
+    totals = {kind: np.zeros(len(numbers)) for kind, numbers in sizes.items()}
+    for block, table in zip(layout.blocks, tables, strict=True):
+        totals[block.kind] += table[sizes[block.kind]]
+    return reduce(np.add.outer, totals.values())
+
+
+def _too_small(costs: CostModel, least: float, fixed: Sequence[str]) -> str:
     if least == np.inf:
         return (
             "no number of neurons that is allowed is left in every layer; choose a smaller "
             "--round-to (round_to), or leave out --uniform (uniform=True)"
         )
     ratio = costs.ratio_for(costs.constant + least)
-    stays = " and ".join(f"all {kind}s stay" for kind in sorted(fixed))
+    stays = " and ".join(f"all {kind}s stay" for kind in fixed)
     reason = f" (where {stays}, since its configuration cannot say otherwise)" if fixed else ""
     return (
         f"a model of the same size in every layer{reason} costs at least {ratio:g} of the "

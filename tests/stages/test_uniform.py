@@ -21,7 +21,7 @@ from rfprune.cost.constraint import Constraint, CostModel, linear_costs
 from rfprune.errors import UserError
 from rfprune.model.layout import Layout
 from rfprune.model.masks import num_kept
-from rfprune.stages.uniform import same_sizes, uniform, uniform_counts
+from rfprune.stages.uniform import least_same_sizes, same_sizes, uniform, uniform_counts
 from tests.stages.test_search import made_layout
 
 Problem = tuple[list[int], CostModel, float]
@@ -141,24 +141,29 @@ def size_problems(draw: st.DrawFn) -> Sizes:
     return layout, errors, costs, float(draw(st.integers(0, 60)))
 
 
-@given(size_problems(), st.sampled_from([(), ("head",), ("neuron",), ("head", "neuron")]))
+@given(size_problems(), st.data())
 def test_no_other_pair_of_sizes_within_the_budget_is_better(
-    problem: Sizes, fixed: tuple[str, ...]
+    problem: Sizes, data: st.DataObject
 ) -> None:
     layout, errors, costs, budget = problem
     most = {
         kind: min(block.num_units for block in layout.blocks if block.kind == kind)
         for kind in ("head", "neuron")
     }
+    numbers = {
+        kind: st.lists(st.integers(1, n), min_size=1, unique=True) for kind, n in most.items()
+    }
+    allowed = data.draw(st.fixed_dictionaries({}, optional=numbers))
     found = {}
     for heads, neurons in itertools.product(
-        *(range(most[k] if k in fixed else 1, most[k] + 1) for k in ("head", "neuron"))
+        *(allowed.get(kind, range(1, n + 1)) for kind, n in most.items())
     ):
         kept = [heads if block.kind == "head" else neurons for block in layout.blocks]
         found[tuple(kept)] = (
             sum(float(error[n]) for error, n in zip(errors, kept, strict=True)),
             costs.total(kept),
         )
+    assert least_same_sizes(layout, costs, allowed) == min(cost for _, cost in found.values())
     fitting = {
         kept: (error, cost)
         for kept, (error, cost) in found.items()
@@ -166,9 +171,9 @@ def test_no_other_pair_of_sizes_within_the_budget_is_better(
     }
     if not fitting:
         with pytest.raises(UserError, match="leave out --uniform"):
-            same_sizes(layout, errors, costs, budget, fixed=fixed)
+            same_sizes(layout, errors, costs, budget, allowed=allowed)
         return
-    chosen = same_sizes(layout, errors, costs, budget, fixed=fixed)
+    chosen = same_sizes(layout, errors, costs, budget, allowed=allowed)
     assert fitting[chosen] == min(fitting.values()), "of equals the cheapest"
 
 
@@ -188,10 +193,11 @@ def test_the_least_constraint_for_fixed_heads_is_named_and_would_do() -> None:
     layout = made_layout([2, 2], [5, 5])
     costs = linear_costs("mac", [10.0, 1.0] * 2, [2, 5] * 2)
     errors = [np.linspace(1, 0, len(table)) for table in costs.tables]
+    allowed = {"head": (2,)}
     with pytest.raises(UserError, match="all heads stay") as raised:
-        same_sizes(layout, errors, costs, costs.budget(Constraint("mac", 0.5)), fixed=("head",))
+        same_sizes(layout, errors, costs, costs.budget(Constraint("mac", 0.5)), allowed=allowed)
     named = re.findall(r"at least ([\d.]+\d)", str(raised.value))
     assert set(named) == {"0.84"}
     budget = costs.budget(Constraint("mac", 0.84))
-    assert same_sizes(layout, errors, costs, budget, fixed=("head",)) == (2, 1, 2, 1)
+    assert same_sizes(layout, errors, costs, budget, allowed=allowed) == (2, 1, 2, 1)
     assert same_sizes(layout, errors, costs, costs.budget(Constraint("mac", 0.5))) == (1, 2, 1, 2)
