@@ -154,14 +154,12 @@ def time_ratios(
 ) -> list[Ratio]:
     """How long each of `pruned` takes, as a fraction of `original`; see `time_interleaved`.
 
-    `tolerance` is that of the ratios, which are steadier than the times. On a GPU each call begins
-    when the work of the one before it is done: what a call spends on asking for its work would else
-    hide behind the work of a longer one, and the faster model would look faster than it is alone.
+    `tolerance` is that of the ratios, which are steadier than the times.
     """
     found: list[list[float]] = []
     ratios: list[Timing] = []
     calls = [original, *pruned]
-    rounds = _rounds(calls, device, seconds, warm_up_rounds, progress, clock, alone=True)
+    rounds = _rounds(calls, device, seconds, warm_up_rounds, progress, clock)
     for number, (milliseconds, is_late) in enumerate(rounds, start=1):
         found.append(milliseconds)
         by_call = [
@@ -206,13 +204,8 @@ def _rounds(
     warm_up_rounds: int,
     progress: bool,
     clock: Clock,
-    *,
-    alone: bool = False,
 ) -> Iterator[tuple[list[float], bool]]:
-    """Milliseconds of each call, and whether the time is up, round after round without end.
-
-    `alone`: a call waits until the device has nothing else to do.
-    """
+    """Milliseconds of each call, and whether the time is up, round after round without end."""
     device, start = torch.device(device), clock()
     limit = max(1, round(seconds))
     shape = "{desc} {percentage:3.0f}%|{bar}| {elapsed}, at most {total} s"
@@ -228,22 +221,18 @@ def _rounds(
 
         for number in count(-warm_up_rounds):
             order = [(position + number) % len(calls) for position in range(len(calls))]
-            found = _time_all([calls[which] for which in order], device, clock, advance, alone)
+            found = _time_all([calls[which] for which in order], device, clock, advance)
             if number >= 0:
                 by_call = dict(zip(order, found, strict=True))
                 yield [by_call[which] for which in range(len(calls))], clock() - start > seconds
 
 
 def _time_all(
-    calls: Sequence[Call],
-    device: torch.device,
-    clock: Clock,
-    advance: Callable[[], None],
-    alone: bool,
+    calls: Sequence[Call], device: torch.device, clock: Clock, advance: Callable[[], None]
 ) -> list[float]:
     """Milliseconds of each call; `advance` is called after each."""
     if device.type == "cuda":
-        return _time_by_events(calls, device, advance, alone)
+        return _time_by_events(calls, device, advance)
     milliseconds = []
     for call in calls:
         start = clock()
@@ -256,17 +245,18 @@ def _time_all(
 
 
 def _time_by_events(
-    calls: Sequence[Call], device: torch.device, advance: Callable[[], None], alone: bool
+    calls: Sequence[Call], device: torch.device, advance: Callable[[], None]
 ) -> list[float]:
-    """The GPU notes when it starts and ends each call: waiting for it once, after them all, leaves
-    the calls queued up as they are in a program that does not time them; see `time_ratios`."""
+    """The GPU notes when it starts and ends each call.
+
+    Each begins when the work of the one before it is done: what a call spends on asking for its
+    work would else hide behind the work of a longer one, and look faster than it is alone.
+    """
     events = []
     with torch.cuda.device(device):
-        torch.cuda.synchronize()
         for call in calls:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            if alone:
-                torch.cuda.synchronize()
+            torch.cuda.synchronize()
             start.record()
             call()
             end.record()

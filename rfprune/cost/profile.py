@@ -62,8 +62,8 @@ def profile(
     Args:
         model: left untouched, also after an error or an interruption.
         batch: inputs (B, S) without labels; their shape counts, and whether there is padding.
-        round_to: which numbers of neurons are to be allowed, multiples of it (default: 32, or less
-            for narrow FFNs); of heads any number is.
+        round_to: which numbers of neurons are to be allowed, multiples of it (default: 32, or the
+            power of two that leaves a narrow FFN about as many); of heads any number is.
         seconds: begins no round of measurements after that many.
 
     Raises:
@@ -89,14 +89,20 @@ def profile(
                 warm_up_rounds=1,
                 progress=progress,
             )
+    timings = [*timings[:2], *(_each(timing, _repeats(model, layout)) for timing in timings[2:])]
     return _table(layout, conditions, timings[:2], variants, timings[2:], round_to)
 
 
 def _variants(
     model: PreTrainedModel, layout: Layout, inputs: Batch, round_to: int | None
 ) -> list[_Variant]:
-    """Every size that is measured; size 0 is the layer with everything emptied."""
+    """Every size that is measured; size 0 is the layer with everything emptied.
+
+    On a GPU a layer runs as often in a row as the model has layers: there the work of one is asked
+    for while that of the one before is done, which alone it would wait for.
+    """
     made = []
+    repeats = _repeats(model, layout)
     for layer, blocks in _by_layer(_largest(layout)).items():
         within = replace(layout, blocks=layout.blocks_of_layer(layer))
         alone = _with_one_layer(model, layout, layer)
@@ -104,8 +110,18 @@ def _variants(
         for block in blocks:
             for size in measured_sizes(block, rounding(block, round_to)):
                 part = _cut(alone, within, block, size).get_submodule(layout.layers[layer])
-                made.append(_Variant(block, size, partial(part, *call.args, **call.kwargs)))
+                run = partial(part, *call.args, **call.kwargs)
+                made.append(_Variant(block, size, partial(_repeat, run, repeats)))
     return made
+
+
+def _repeat(call: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        call()
+
+
+def _repeats(model: PreTrainedModel, layout: Layout) -> int:
+    return 1 if model.device.type == "cpu" else len(layout.layers)
 
 
 def _largest(layout: Layout) -> list[Block]:
@@ -129,7 +145,8 @@ def rounding(block: Block, round_to: int | None) -> int:
     """The multiples in which units of a block are kept."""
     if block.kind == "head":
         return 1
-    return round_to or min(ROUND_TO, max(1, block.num_units // ROUND_TO))
+    finest = max(1, block.num_units // ROUND_TO)
+    return round_to or min(ROUND_TO, 1 << (finest.bit_length() - 1))
 
 
 def measured_sizes(block: Block, round_to: int) -> list[int]:
@@ -138,6 +155,10 @@ def measured_sizes(block: Block, round_to: int) -> list[int]:
     if block.kind == "neuron":
         step *= -(-block.num_units // (round_to * MAX_POINTS))
     return [*range(0, block.num_units, step), block.num_units]
+
+
+def _each(timing: Timing, repeats: int) -> Timing:
+    return replace(timing, median_ms=timing.median_ms / repeats)
 
 
 def _with_one_layer(model: PreTrainedModel, layout: Layout, layer: int) -> PreTrainedModel:
