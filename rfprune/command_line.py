@@ -12,24 +12,19 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from rfprune import __version__
 from rfprune import flag_values as value
 from rfprune.data_flags import add_data, check_data
 from rfprune.errors import UserError
 from rfprune.hub_flags import add_hub, check_hub
+from rfprune.method_flags import add_method, with_method
 from rfprune.output import check_output
 from rfprune.tasks.registry import CUSTOM, TASK_NAMES, TASKS
 
 METRICS = ("mac", "params", "memory", "latency")
-METHODS = ("curvature", "kwon", "importance")
-DEFAULT_METHOD = METHODS[0]
-CRITERIA = ("fisher", "taylor", "gradient", "magnitude-l2", "magnitude-l1", "random")
-ALLOCATIONS = ("global", "uniform")
-LOSSLESS_CRITERIA = CRITERIA[3:]  # they look at weights alone, or at nothing
 DTYPES = ("float32", "bfloat16", "float16")
-MOST_ROUNDS = 16
 _ASIDE = (
     *("constraint", "output_dir", "overwrite", "cache_dir", "no_cache", "quiet", "verbose"),
     *("push_to_hub", "private", "hub_dry_run"),
@@ -72,6 +67,8 @@ class Options:
     teacher: str
     skip_rearrange: bool
     skip_tune: bool
+    uniform: bool
+    round_to: int | None
     rounds: int
     device: str | None
     dtype: str | None
@@ -121,7 +118,7 @@ def parse(argv: Sequence[str]) -> Options:
     flags["constraint"] = tuple(dict.fromkeys(flags["constraint"] or ()))
     flags["export"] = tuple(dict.fromkeys(flags["export"]))
     flags["text_columns"] = flags["text_columns"] and tuple(flags["text_columns"])
-    options = Options(**_with_method(flags))
+    options = Options(**with_method(flags))
     value.check_task(options.task, TASK_NAMES)
     check_data(options.task, options.data_dir, options.text_columns, options.label_column)
     value.check_device(options.device)
@@ -159,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"rfprune {__version__}")
     _add_what(parser)
     add_data(parser)
-    _add_method(parser)
+    add_method(parser)
     _add_run(parser)
     add_hub(parser)
     return parser
@@ -194,55 +191,6 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--metric", choices=METRICS, default="mac", help="the cost that counts (default: mac)"
-    )
-
-
-def _add_method(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("method")
-    group.add_argument(
-        "--method",
-        choices=METHODS,
-        help="curvature: error curves, exact allocation, refitted projections; kwon: Kwon et al. "
-        "2022, as published; importance: a classical criterion, refitted projections "
-        f"(default: {DEFAULT_METHOD})",
-    )
-    group.add_argument(
-        "--importance",
-        choices=CRITERIA,
-        help=f"the criterion of --method importance, which it implies (default: {CRITERIA[0]})",
-    )
-    group.add_argument(
-        "--allocation",
-        choices=ALLOCATIONS,
-        help="of --method importance, which it implies; global: the most important units wherever "
-        "they are; uniform: the same fraction of every sublayer (default: global)",
-    )
-    group.add_argument(
-        "--use-labels", action="store_true", help="importance from labels, not from predictions"
-    )
-    group.add_argument(
-        "--gradients",
-        choices=("per-example", "per-batch"),
-        default="per-example",
-        help="of kwon; per-batch is what the authors' code does (default: per-example)",
-    )
-    group.add_argument(
-        "--teacher",
-        choices=("dense", "scheduled"),
-        default="dense",
-        help="of kwon; whom tuning imitates: the original, or, as the authors' code, the model "
-        "masked at the square root of the constraint (default: dense)",
-    )
-    group.add_argument(
-        "--skip-rearrange", action="store_true", help="of kwon; leave out the rearrangement"
-    )
-    group.add_argument("--skip-tune", action="store_true", help="leave out the least squares")
-    group.add_argument(
-        "--rounds",
-        type=value.whole_number("--rounds", 1, MOST_ROUNDS),
-        default=1,
-        metavar="N",
-        help="prune in so many steps, looking afresh at what is left after each (default: 1)",
     )
 
 
@@ -290,33 +238,3 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--quiet", action="store_true", help="print nothing but errors")
     group.add_argument("--verbose", action="store_true", help="print the libraries' warnings too")
-
-
-def _with_method(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags with the method that they imply; one that it does not know would do nothing."""
-    implied = "importance" if flags["importance"] or flags["allocation"] else DEFAULT_METHOD
-    method = flags["method"] or implied
-    given = {
-        "--gradients per-batch": ("kwon", flags["gradients"] == "per-batch"),
-        "--teacher scheduled": ("kwon", flags["teacher"] == "scheduled"),
-        "--skip-rearrange": ("kwon", flags["skip_rearrange"]),
-        f"--importance {flags['importance']}": ("importance", flags["importance"]),
-        f"--allocation {flags['allocation']}": ("importance", flags["allocation"]),
-    }
-    for flag, (owner, is_given) in given.items():
-        if is_given and method != owner:
-            raise UserError(
-                f"{flag} belongs to --method {owner} and does nothing for {method}: leave it out, "
-                f"or choose --method {owner}."
-            )
-    if flags["use_labels"] and flags["importance"] in LOSSLESS_CRITERIA:
-        raise UserError(
-            f"--use-labels does nothing for --importance {flags['importance']}, which looks at no "
-            f"loss: leave it out."
-        )
-    return {
-        **flags,
-        "method": method,
-        "importance": flags["importance"] or CRITERIA[0],
-        "allocation": flags["allocation"] or ALLOCATIONS[0],
-    }

@@ -253,6 +253,8 @@ def _settings(options: Options) -> Settings:
         rearrange=not options.skip_rearrange,
         tune=not options.skip_tune,
         teacher=options.teacher,
+        uniform=options.uniform,
+        round_to=options.round_to,
         rounds=options.rounds,
         seed=options.seed,
     )

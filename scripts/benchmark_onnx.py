@@ -19,9 +19,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rfprune.command_line import DEFAULT_METHOD, METHODS
 from rfprune.errors import UserError
 from rfprune.flag_values import check_exports
+from rfprune.method_flags import DEFAULT_METHOD, METHODS
 from rfprune.tasks.registry import TASKS, Task, get_task
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rfprune.command_line import METHODS
 from rfprune.errors import UserError
+from rfprune.method_flags import METHODS
 from rfprune.tasks.registry import TASKS, get_task
 
 BATCH_SIZE = 32

@@ -8,17 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rfprune.command_line import (
-    ALLOCATIONS,
-    CRITERIA,
-    DEFAULT_METHOD,
-    METHODS,
-    METRICS,
-    Options,
-    parse,
-)
-from rfprune.cost import constraint
+from rfprune.command_line import METRICS, Options, parse
+from rfprune.cost import constraint, grid
 from rfprune.errors import UserError
+from rfprune.method_flags import ALLOCATIONS, CRITERIA, DEFAULT_METHOD, METHODS, MULTIPLES
 from rfprune.result import CHOICES, Settings
 
 NEEDED = ["--model", "demo", "--task", "sst2", "--constraint", "0.5"]
@@ -45,6 +38,7 @@ def test_the_choices_are_those_of_the_pipeline() -> None:
     assert METHODS == CHOICES["method"]
     assert METRICS == constraint.METRICS
     assert (CRITERIA, ALLOCATIONS) == (CHOICES["importance"], CHOICES["allocation"])
+    assert MULTIPLES == grid.MULTIPLES
     assert parse(NEEDED).gradients == Settings().gradients
     assert parse(NEEDED).teacher == Settings().teacher
     for flag in ("gradients", "teacher"):
@@ -63,6 +57,14 @@ def test_a_criterion_or_an_allocation_implies_the_method() -> None:
     assert (options.method, options.importance) == ("importance", Settings().importance)
     assert options == parse([*NEEDED, "--method", "importance", "--allocation", "uniform"])
     assert parse(NEEDED).importance == Settings().importance
+
+
+def test_rules_for_sizes_make_another_output() -> None:
+    plain = parse(NEEDED)
+    assert (plain.uniform, plain.round_to) == (Settings().uniform, Settings().round_to)
+    ruled = parse([*NEEDED, "--uniform", "--round-to", "8"])
+    assert (ruled.uniform, ruled.round_to) == (True, 8)
+    assert ruled.identity(0.5) != plain.identity(0.5)
 
 
 def test_several_constraints_go_to_a_folder_each(tmp_path: Path) -> None:
@@ -148,6 +150,10 @@ def test_every_fraction_is_a_constraint(ratio: float) -> None:
             ([*NEEDED, "--use-labels", "--importance", criterion], "--use-labels does nothing for")
             for criterion in ("random", "magnitude-l1", "magnitude-l2")
         ),
+        ([*NEEDED, "--uniform", "--allocation", "uniform"], "leave one of them out"),
+        ([*NEEDED, "--uniform", "--export", "dense"], "leave --export dense out"),
+        ([*NEEDED, "--round-to", "7"], "--round-to: invalid choice: 7"),
+        ([*NEEDED, "--round-to", "all"], "--round-to: invalid int value: 'all'"),
         ([*NEEDED, "--device", "gpu"], "Unknown device 'gpu': choose cpu, cuda"),
         ([*NEEDED, "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
     ],

@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from rfprune import load_pruned, run
-from rfprune.command_line import METHODS
 from rfprune.errors import RfpruneWarning, UserError
 from rfprune.main import main
+from rfprune.method_flags import METHODS
 from rfprune.model.checkpoint import load_masks
 from rfprune.report.report_json import STAGES, read_report
 from rfprune.tasks import evaluation

@@ -43,7 +43,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"__init__", "output", "tasks", "timing"},
     "flag_values": set(),
     "data_flags": {"__init__", "flag_values", "tasks"},
-    "command_line": {"__init__", "data_flags", "flag_values", "hub_flags", "output", "tasks"},
+    "method_flags": {"__init__", "flag_values"},
+    "command_line": {
+        *("__init__", "data_flags", "flag_values", "hub_flags", "method_flags", "output", "tasks"),
+    },
     "hub_flags": {"report"},
     "device": set(),
     "inspection": {"model", "tasks"},
