@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     add("--length", type=int, nargs="+", default=LENGTHS, help="tokens; default: 32 128 384")
     add("--cells", nargs="+", metavar="BxS", help="only these, such as 32x128 1x32")
     add("--constraint", type=float, nargs="+", default=CONSTRAINTS, help="default: 0.75 0.5 0.25")
-    add("--round-to", type=int, default=1, metavar="N", help="keep neurons in multiples of N")
+    add("--round-to", type=int, nargs="+", default=(1,), help="keep neurons in multiples of these")
     add("--seed", type=int, default=0, help="draws what is kept (default: 0)")
     add("--seconds", type=float, default=20.0, help="a shape and runtime; default: 20")
     add("--rounds", type=int, default=MAX_ROUNDS, help=f"at most; default: {MAX_ROUNDS}")
@@ -99,10 +99,12 @@ def cells_of(options: argparse.Namespace) -> list[Cell]:
     """
     from rfprune.cost.constraint import Constraint
 
-    for name, least in (("round_to", 1), ("seed", 0), ("rounds", 1), ("seconds", 0)):
-        if getattr(options, name) < least:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} {getattr(options, name)} is not possible: give {least} up.")
+    for name, least in (("seed", 0), ("rounds", 1), ("seconds", 0)):
+        if not getattr(options, name) >= least:
+            given = getattr(options, name)
+            raise UserError(f"--{name} {given} is not possible: give {least} or more.")
+    if min(options.round_to) < 1:
+        raise UserError(f"--round-to {min(options.round_to)} is not possible: give 1 or more.")
     constraints = [Constraint("mac", ratio).ratio for ratio in options.constraint]
     pairs = product(_dtypes(options), _runtimes(options))
     cells = [
@@ -114,13 +116,14 @@ def cells_of(options: argparse.Namespace) -> list[Cell]:
             "batch_size": batch_size,
             "length": length,
             "constraint": constraint,
-            "round_to": options.round_to,
+            "round_to": round_to,
             "seed": options.seed,
         }
         for dtype, runtime in pairs
         if runtime != "onnx" or dtype == "float32"
         for batch_size, length in _shapes(options)
         for constraint in dict.fromkeys(constraints)
+        for round_to in dict.fromkeys(options.round_to)
     ]
     if not cells:
         raise UserError("--runtime onnx runs in float32 alone: take it out, or add that --dtype.")
@@ -182,8 +185,6 @@ def default_output(options: argparse.Namespace) -> Path:
     parts.append(options.device)
     if options.device == "cpu":
         parts.append(f"{torch.get_num_threads()}thread")
-    if options.round_to > 1:
-        parts.append(f"round{options.round_to}")
     if options.profile:
         parts.append(options.dtype[0])
     name = "_".join(parts) + (".json" if options.profile else ".jsonl")
@@ -253,9 +254,9 @@ def _grouped(cells: Sequence[Cell], names: Sequence[str]) -> list[list[Cell]]:
 def _in_words(line: Mapping[str, Any]) -> str:
     return (
         f"{line['dtype']} {line['runtime']} {line['batch_size']}x{line['length']} "
-        f"{line['constraint']:g}: {line['speedup']:.2f} (spread {line['spread']:.1%}) of "
-        f"{line['ideal']:.2f} = {line['quotient']:.2f}, {line['dense_ms']:.2f} ms dense, "
-        f"{line['rounds']} rounds"
+        f"{line['constraint']:g} by {line['round_to']}: {line['speedup']:.2f} (spread "
+        f"{line['spread']:.1%}) of {line['ideal']:.2f} = {line['quotient']:.2f}, "
+        f"{line['dense_ms']:.2f} ms dense, {line['rounds']} rounds"
     )
 
 

@@ -22,10 +22,13 @@ from rfprune.device import pick_device
 from rfprune.errors import UserError
 from scripts.bench import say
 from scripts.speedup_models import Batch, layers_of, load_dense, make_batch
-from scripts.speedup_timing import Cell, Run, machine, make_field, time_field
+from scripts.speedup_timing import Cell, Run, machine, make_field, structure_of, time_field
 
 PASSES = 5
 """Forward passes of each model that are profiled, in turn, after two that warm up."""
+
+VARIED = ("constraint", "round_to")
+"""What the models that are profiled side by side differ in."""
 
 OPERATORS = ("aten::", "mkldnn::")
 """Beginnings of the names of operators."""
@@ -104,10 +107,11 @@ def profile(dense: Any, group: Sequence[Cell], options: Any) -> dict[str, Any]:
     costs = mac_costs(field.layout, cell["length"])
     rows = []
     for one, speedup, own in zip(group, speedups, passes[1:], strict=True):
-        kept = field.pruned[one["constraint"]][0]
+        kept = field.pruned[structure_of(one)][0]
         ideal = costs.original / costs.total(kept)
         row = {
             "constraint": one["constraint"],
+            "round_to": one["round_to"],
             "ideal": round(ideal, 5),
             "speedup": round(speedup, 5),
             "layers": layers_of(field.layout, kept),
@@ -117,7 +121,7 @@ def profile(dense: Any, group: Sequence[Cell], options: Any) -> dict[str, Any]:
         rows.append(row)
     return {
         "schema": 1,
-        **{name: value for name, value in cell.items() if name != "constraint"},
+        **{name: value for name, value in cell.items() if name not in VARIED},
         "passes": PASSES,
         "load_average": round(os.getloadavg()[0], 2),
         "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -187,8 +191,8 @@ def print_row(row: Mapping[str, Any]) -> None:
     """What one constraint loses, and to what, on standard error."""
     ideal_ms = row["ms"]["all"] - row["lost_ms"]["all"]
     say(
-        f"{row['constraint']:g} of MACs: {row['speedup']:.2f} of {row['ideal']:.2f}; "
-        f"{row['ms']['all']:.2f} ms, ideal {ideal_ms:.2f} ms"
+        f"{row['constraint']:g} of MACs, neurons by {row['round_to']}: {row['speedup']:.2f} of "
+        f"{row['ideal']:.2f}; {row['ms']['all']:.2f} ms, ideal {ideal_ms:.2f} ms"
     )
     for name, lost in row["lost_ms"].items():
         share = lost / ideal_ms

@@ -42,12 +42,12 @@ Run = Callable[[Batch], object]
 
 @dataclass(frozen=True)
 class Field:
-    """Who takes part: the original and, by constraint, what is kept and how it is run."""
+    """Who takes part: the original and, by constraint and grid, what is kept and how it is run."""
 
     dense: Any
     layout: Layout
     run_dense: Run
-    pruned: Mapping[float, tuple[Kept, Run]]
+    pruned: Mapping[tuple[float, int], tuple[Kept, Run]]
 
 
 def make_field(dense: Any, cells: Sequence[Cell]) -> Field:
@@ -56,10 +56,16 @@ def make_field(dense: Any, cells: Sequence[Cell]) -> Field:
     dense.to(cell["device"], getattr(torch, cell["dtype"]))
     layout = layout_of(dense)
     pruned = {}
-    for ratio in dict.fromkeys(cell["constraint"] for cell in cells):
-        kept = draw_structure(layout, ratio, seed=cell["seed"], round_to=cell["round_to"])
-        pruned[ratio] = kept, runner(cell["runtime"], prune_to(dense, layout, kept))
+    for ratio, round_to in dict.fromkeys(structure_of(cell) for cell in cells):
+        kept = draw_structure(layout, ratio, seed=cell["seed"], round_to=round_to)
+        run = runner(cell["runtime"], prune_to(dense, layout, kept))
+        pruned[ratio, round_to] = kept, run
     return Field(dense, layout, runner(cell["runtime"], dense), pruned)
+
+
+def structure_of(cell: Cell) -> tuple[float, int]:
+    """By what a field knows its pruned models."""
+    return cell["constraint"], cell["round_to"]
 
 
 def measure(
@@ -70,7 +76,7 @@ def measure(
     costs = mac_costs(field.layout, group[0]["length"])
     lines = []
     for cell, ratio in zip(group, ratios, strict=True):
-        kept = field.pruned[cell["constraint"]][0]
+        kept = field.pruned[structure_of(cell)][0]
         speedup, ideal = 1 / ratio.ratio, costs.original / costs.total(kept)
         line = {
             **cell,
@@ -97,7 +103,7 @@ def time_field(
     """The original and the pruned models of one shape in turn; compiling is warming up, and not
     counted to `seconds`."""
     batch = make_batch(field.dense, group[0]["batch_size"], group[0]["length"])
-    runs = [field.run_dense, *(field.pruned[cell["constraint"]][1] for cell in group)]
+    runs = [field.run_dense, *(field.pruned[structure_of(cell)][1] for cell in group)]
     calls = [partial(run, batch) for run in runs]
     with torch.inference_mode():
         for _ in range(WARM_UP_ROUNDS):
