@@ -13,7 +13,7 @@ from typing import Any
 from rfprune.report.exports_table import HEADINGS, export_caption, export_lines, export_rows
 from rfprune.report.plots import PLOTS_FOLDER
 from rfprune.report.search_text import search_lines
-from rfprune.report.table import METRIC_NAMES, scoring, seconds_line, summary_rows
+from rfprune.report.table import METRIC_NAMES, is_plain, scoring, seconds_line, summary_rows
 from rfprune.tasks.registry import TASKS, Task
 
 CARD_FILE = "README.md"
@@ -73,6 +73,7 @@ def render_card(report: Report, repository: str | None = None) -> str:
         per_layer=_per_layer(report),
         repository=repository or UNKNOWN_REPOSITORY,
         auto_class=_auto_class(report),
+        is_plain=is_plain(report),
         command=report["command"].replace("```", "'''"),
         method=_method(settings, report["method"]),
         seed=report["seed"],
@@ -102,13 +103,14 @@ def _metadata(report: Report, task: Task | None) -> Any:
     from huggingface_hub import ModelCardData
 
     results = [] if task is None else _results(report, task)
+    code = [] if is_plain(report) else ["custom_code"]
     return ModelCardData(
         library_name="transformers",
         base_model=_hub_id(report["source"]),
         pipeline_tag=_PIPELINES["classification" if task is None else task.kind],
         datasets=None if task is None else [task.hub_path],
         metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
-        tags=["rfprune", "pruned", "structured-pruning", "compression", "custom_code"],
+        tags=["rfprune", "pruned", "structured-pruning", "compression", *code],
         model_name=_name(report),
         eval_results=results or None,
     )

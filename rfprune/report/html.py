@@ -21,6 +21,7 @@ from rfprune.report.plots import Plot, draw_frontier, draw_kept, draw_run, write
 from rfprune.report.search_text import search_lines
 from rfprune.report.table import (
     METRIC_NAMES,
+    is_plain,
     reload_line,
     scoring,
     seconds_line,
@@ -87,6 +88,7 @@ def render_run(report: Report, plots: Sequence[Plot]) -> str:
         exports_label=export_caption(report),
         export_headings=HEADINGS,
         export_lines=export_lines(report),
+        is_plain=is_plain(report),
         with_code=reload_line(report),
         without_code=f"rfprune.load_pruned({json.dumps(report['output_dir'], ensure_ascii=False)})",
         layers=_layers(report),

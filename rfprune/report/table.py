@@ -63,7 +63,8 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
     from rich.text import Text
 
     console.print(render(report))
-    console.print("Saved, with report.html to look at. It loads without rfprune:")
+    alone = " and without any code of its own" if is_plain(report) else ""
+    console.print(f"Saved, with report.html to look at. It loads without rfprune{alone}:")
     console.print(Text(f"  {reload_line(report)}", style="bold"), soft_wrap=True)
 
 
@@ -71,7 +72,13 @@ def reload_line(report: Mapping[str, Any]) -> str:
     """The one line that loads the pruned model."""
     head = "QuestionAnswering" if "squad" in report["task"] else "SequenceClassification"
     folder = json.dumps(report["output_dir"], ensure_ascii=False)
-    return f"transformers.AutoModelFor{head}.from_pretrained({folder}, trust_remote_code=True)"
+    code = "" if is_plain(report) else ", trust_remote_code=True"
+    return f"transformers.AutoModelFor{head}.from_pretrained({folder}{code})"
+
+
+def is_plain(report: Mapping[str, Any]) -> bool:
+    """Whether the pruned model is a plain architecture, which needs no code of its own."""
+    return bool(report.get("settings", {}).get("uniform"))
 
 
 def write_log(report: Mapping[str, Any], folder: Path, told: str = "") -> Path:

@@ -170,3 +170,20 @@ def test_a_card_that_was_edited_is_left_alone(tmp_path: Path) -> None:
 )
 def test_the_standard_error_is_that_of_a_proportion(score: float, count: int, error: float) -> None:
     assert standard_error(score, count) == pytest.approx(error)
+
+
+def test_a_plain_architecture_is_loaded_without_code(report: MakeReport) -> None:
+    """Whoever is told to trust code that is not there learns to trust any."""
+    custom, plain = (
+        report(settings={"method": "curvature", "uniform": uniform}) for uniform in (False, True)
+    )
+    assert "trust_remote_code=True" in render_card(custom)
+    assert "custom_code" in metadata(custom)["tags"]
+    text = render_card(plain)
+    assert "trust_remote_code" not in text
+    assert "modeling_rfprune" not in text
+    assert "load_pruned" not in text
+    assert "custom_code" not in metadata(plain)["tags"]
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    ast.parse(code)
+    assert "uniform True" in text

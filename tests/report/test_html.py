@@ -47,6 +47,12 @@ def test_the_page_has_every_number_of_the_table(report: MakeReport) -> None:
         assert part in page, part
 
 
+def test_a_plain_architecture_is_loaded_without_code(report: MakeReport) -> None:
+    plain = render_run(report(settings={"method": "curvature", "uniform": True}), [])
+    assert "from_pretrained" in plain
+    assert not re.search("trust_remote_code|modeling_rfprune|load_pruned", plain)
+
+
 def test_the_page_asks_the_network_for_nothing(full_page: str) -> None:
     page = full_page
     addresses = set(re.findall(r"https?://[^\"' <]*", page))

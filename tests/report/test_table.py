@@ -143,3 +143,11 @@ def test_the_criterion_is_part_of_the_methods_name() -> None:
     assert "(kwon, 2048 calibration examples)" in shown(report(settings=settings))
     text = shown(report(method="importance", settings=settings))
     assert "(magnitude-l1 importance, uniform allocation, 2048 calibration examples)" in text
+
+
+def test_a_plain_architecture_is_loaded_without_code() -> None:
+    text = shown(report(settings={"uniform": True}))
+    assert 'AutoModelForSequenceClassification.from_pretrained("outputs/it")' in text
+    assert "trust_remote_code" not in text
+    assert "without any code of its own" in text
+    assert "trust_remote_code=True" in shown(report(settings={"uniform": False}))
