@@ -24,8 +24,8 @@ from dataclasses import dataclass
 
 RESOLUTION = 0.02
 NEAR = 0.1
-LARGEST = 0.95
-"""The largest ratio that is tried: beyond it nothing is gained."""
+LEAST_GAIN = 0.05
+"""Of what can be pruned at all: where even that much costs too many points, nothing is pruned."""
 
 MOST_PROBES = 6
 
@@ -89,13 +89,11 @@ def next_ratio(probes: Sequence[Probe], points: float, least: float) -> float | 
         least: the least ratio that is possible.
 
     Returns:
-        A ratio that has not been tried, from `least` to LARGEST (or, where what is never pruned is
-        most of the model, to the middle between `least` and 1).
+        A ratio that has not been tried, from `least` to `largest_ratio`.
     """
-    middle = max(math.floor(50 * (1 + least)) / 100, least)
-    largest = max(LARGEST, middle)
+    largest = largest_ratio(least)
     if not probes:
-        return middle
+        return _middle(least)
     above, below = _bracket(probes, points)
     if above is None:
         if below is None or below.ratio >= largest:
@@ -118,6 +116,15 @@ def next_ratio(probes: Sequence[Probe], points: float, least: float) -> float | 
     lowest = low if below is None else low + RESOLUTION
     highest = high if above is None else high - RESOLUTION
     return _rounded(min(max(wanted, lowest), highest), lowest, highest)
+
+
+def largest_ratio(least: float) -> float:
+    """The largest that is tried, 0.95 where next to all of the cost can be pruned."""
+    return max(math.floor(100 * (1 - LEAST_GAIN * (1 - least))) / 100, _middle(least))
+
+
+def _middle(least: float) -> float:
+    return max(math.floor(50 * (1 + least)) / 100, least)
 
 
 def _bracket(probes: Sequence[Probe], points: float) -> tuple[Probe | None, Probe | None]:

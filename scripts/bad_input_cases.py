@@ -59,16 +59,35 @@ def _one_flag(text: str, says: str) -> Case:
     return Case("flags", f"`{text}`", says, lambda place: [*place.flags(), *text.split(" ")])
 
 
+def _max_drop(text: str, says: str) -> Case:
+    def prepare(place: Place) -> Request:
+        return [*place.flags(constraint=None), f"--max-drop={text}"]
+
+    return Case("flags", f"`--max-drop {text}`", says, prepare)
+
+
+def _kept_by_none(place: Place) -> Request:
+    from rfprune import probing
+    from rfprune.tasks.bootstrap import Drop
+
+    place.set(probing, "paired_drop", lambda *_: Drop(9.0, 1.0, 0.0))
+    return place.flags(constraint=None, max_drop=1, no_cache=True)
+
+
 _NOT_A_RATIO = "is not a number between 0 and 1"
 
 FLAGS = (
     _raw("no flags at all", "required: --model"),
     _raw("nothing but a word", "required: --model", "prune"),
-    _raw("no `--constraint`", "required: --constraint", "--model", "demo", "--task", "sst2"),
+    _raw("no `--constraint`", "--constraint --max-drop is", "--model", "demo", "--task", "sst2"),
     *(_one_flag(f"--constraint {text}", _NOT_A_RATIO) for text in ("0", "1", "1.5", "-1", "nan")),
     *(_one_flag(f"--constraint {text}", _NOT_A_RATIO) for text in ("inf", "half", "0,5")),
     _one_flag("--constraint 0.5 7", _NOT_A_RATIO),
     _one_flag("--constraint=", _NOT_A_RATIO),
+    _one_flag("--max-drop 1", "not allowed with argument --constraint"),
+    *(_max_drop(text, "is not a number from 0 up to 100") for text in ("-1", "100", "nan", "1,5")),
+    _max_drop("", "is not a number from 0 up to 100"),
+    Case("flags", "a `--max-drop` that no size keeps", "the most that was tried", _kept_by_none),
     _one_flag("--task mrcp", "did you mean mrpc"),
     _one_flag("--task ../mrpc", "Unknown task"),
     _one_flag("--tsak mrpc", "nrecognized arguments: --tsak"),

@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rfprune.max_drop import (
-    LARGEST,
     MOST_PROBES,
     RESOLUTION,
     Probe,
     counted_drops,
+    largest_ratio,
     next_ratio,
     smallest_within,
 )
@@ -38,7 +38,7 @@ def search(drop: Curve, points: float, least: float = LEAST) -> list[Probe]:
     probes: list[Probe] = []
     while (ratio := next_ratio(probes, points, least)) is not None:
         assert ratio not in [probe.ratio for probe in probes]
-        assert least <= ratio <= max(LARGEST, (1 + least) / 2)
+        assert least <= ratio <= largest_ratio(least) < 1
         probes.append(Probe(ratio, drop(ratio), divergence(ratio)))
         assert len(probes) <= MOST_PROBES + 1
     return probes
@@ -94,7 +94,7 @@ def test_what_loses_nothing_ends_at_the_least_that_is_possible() -> None:
 def test_what_always_loses_too_much_ends_at_the_largest() -> None:
     for drop in (1.5, 5.0, 50.0):
         probes = search(lambda _, drop=drop: drop, 1.0)  # type: ignore[misc]
-        assert probes[-1].ratio == LARGEST
+        assert probes[-1].ratio == 0.95
         assert len(probes) <= 4
         assert smallest_within(probes, 1.0) is None
 
@@ -102,7 +102,7 @@ def test_what_always_loses_too_much_ends_at_the_largest() -> None:
 def test_where_most_is_never_pruned_there_is_still_something_to_try() -> None:
     assert found(lambda _: 0.0, 1.0, least=0.97) == 0.97
     probes = search(lambda _: 5.0, 1.0, least=0.97)
-    assert [probe.ratio for probe in probes] == [0.98]
+    assert [probe.ratio for probe in probes] == [0.98, 0.99]
 
 
 def test_no_point_at_all_may_be_asked_for() -> None:
@@ -159,7 +159,7 @@ def test_noise_never_breaks_the_promise_or_the_search(
     probes = search(noisy, points, least)
     best = smallest_within(probes, points)
     if best is None:
-        assert max(probe.ratio for probe in probes) >= LARGEST
+        assert max(probe.ratio for probe in probes) == largest_ratio(least)
     else:
         assert best.drop <= points + 1e-9
 

@@ -101,6 +101,11 @@ from rfprune import run
 run.save_pruned = full
 """,
 }
+NOTHING_WITHIN = """
+from rfprune import probing
+from rfprune.tasks.bootstrap import Drop
+probing.paired_drop = lambda *_: Drop(9.0, 1.0, 0.0)
+"""
 CASES: dict[str, dict[str, Any]] = {
     **{method: {"method": method, "task": "mrpc"} for method in METHODS},
     "two labels a row": {"method": "curvature", "task": "squad"},
@@ -109,13 +114,20 @@ CASES: dict[str, dict[str, Any]] = {
     "rounds": {"method": "curvature", "task": "mrpc", "more": "--rounds 2"},
     "family": {"method": "curvature", "task": "mrpc", "more": "--constraint 0.7 0.4"},
     "even": {"method": "curvature", "task": "mrpc", "more": "--samples 29"},
+    "search": {"method": "curvature", "task": "mrpc", "size": "--max-drop 30"},
 }  # fmt: skip
 
 
 def flags_of(
-    folder: Path, data_dir: Path, method: str, task: str, more: str = "", output: str = "two"
+    folder: Path,
+    data_dir: Path,
+    method: str,
+    task: str,
+    more: str = "",
+    output: str = "two",
+    size: str = "--constraint 0.4",
 ) -> list[str]:
-    options = f"--model {folder} --task {task} --data-dir {data_dir} --constraint 0.4"
+    options = f"--model {folder} --task {task} --data-dir {data_dir} {size}"
     options += f" --samples 33 --batch-size 3 --eval-limit 8 --output-dir {output}"
     return f"{options} --method {method} --device cpu {more}".split()
 
@@ -139,6 +151,10 @@ def launched(
     usual = flags_of(model_of(tiny_folder, "mrpc"), tiny_data_dir, "curvature", "mrpc")
     for name, before in FAILURES.items():
         add(name, usual, before)
+    search = flags_of(
+        model_of(tiny_folder, "mrpc"), tiny_data_dir, "curvature", "mrpc", size="--max-drop 1"
+    )
+    add("nothing within the limit", search, NOTHING_WITHIN)
     add("no data", [*usual, "--data-dir", "nowhere"])
     add("a bad flag", [*usual, "--samples", "none"])
     add("a device for two", [*usual, "--device", "cuda:1"])
@@ -202,6 +218,11 @@ def test_two_processes_give_what_one_gives(
     for output in outputs:
         one, two = "one" / output, "two" / output
         reports = read_report(one), read_report(two)
+        paths = [report.get("max_drop", {}).get("path", []) for report in reports]
+        assert [[probe["ratio"] for probe in path] for path in paths[:1]] == [
+            [probe["ratio"] for probe in path] for path in paths[1:]
+        ]
+        assert len(paths[0]) > 1 or name != "search"
         assert reports[0]["layers"] == reports[1]["layers"]
         assert reports[0]["samples"] == reports[1]["samples"]
         masks = load_file(one / "masks.safetensors"), load_file(two / "masks.safetensors")
@@ -241,12 +262,12 @@ def test_the_cache_of_two_processes_serves_one(
 
 def last_lines(folder: Path, rank: int) -> list[str]:
     """What a process said on stderr besides its progress."""
-    told = ("Loading ", "Scoring ", "Pruning")
+    told = ("Loading ", "Scoring ", "Pruning", "Tried ")
     lines = (folder / f"err-{rank}").read_text().splitlines()
     return [line for line in lines if not line.startswith(told)]
 
 
-@pytest.mark.parametrize("name", FAILURES)
+@pytest.mark.parametrize("name", [*FAILURES, "nothing within the limit"])
 def test_an_error_in_one_process_ends_both_with_one_message(
     name: str, launched: dict[str, tuple[Path, list[int]]]
 ) -> None:
@@ -261,7 +282,10 @@ def test_an_error_in_one_process_ends_both_with_one_message(
     assert not [path for path in folder.iterdir() if "two" in path.name], (
         "nothing is left, nothing hidden either"
     )
-    expected = "No space left" if name == "a full disk" else "Something is wrong in process"
+    expected = {
+        "a full disk": "No space left",
+        "nothing within the limit": "give a larger --max-drop",
+    }.get(name, "Something is wrong in process")
     assert expected in said
 
 

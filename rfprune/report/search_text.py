@@ -31,8 +31,8 @@ def search_lines(report: Mapping[str, Any]) -> list[str]:
     drop = round(found["drop"], 2)
     told = f"loses {drop:.2f}" if drop >= 0 else f"gains {-drop:.2f}"
     lines = [
-        f"The smallest that loses at most {allowed}, in {found['seconds']:.0f} s of search: "
-        f"{path}.",
+        f"The smallest that loses at most {allowed}; tried: {path}, in {found['seconds']:.0f} s "
+        f"with all scoring.",
         f"It {told} points, with a standard error of {found['standard_error']:.2f}: in "
         f"{found['sure']:.0%} of resampled validation sets at most {allowed} "
         f"{'is' if found['points'] == 1 else 'are'} lost.",

@@ -22,6 +22,7 @@ from rfprune.report.figures import (
 )
 from rfprune.report.html import _DARK
 from rfprune.report.plots import Plot, draw_frontier, draw_kept, draw_run, write_plots
+from rfprune.report.search_text import search_lines
 from tests.report.conftest import make_report
 
 Report = dict[str, Any]
@@ -29,6 +30,19 @@ MakeReport = Callable[..., Report]
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
+SEARCH = {
+    "points": 1.5,
+    "drop": 1.49,
+    "standard_error": 0.6,
+    "sure": 0.52,
+    "path": [
+        {"ratio": 0.7, "score": 80.64, "drop": -0.25, "divergence": 0.002},
+        {"ratio": 0.4, "score": 76.0, "drop": 4.39, "divergence": 0.09},
+        {"ratio": 0.5, "score": 78.9, "drop": 1.49, "divergence": 0.01},
+    ],
+    "least_possible": 0.01,
+    "seconds": 61.2,
+}
 PROMISE = {"promised_ms": 100.0, "predicted_ms": 101.0, "measured_ms": 99.0}
 
 
@@ -190,3 +204,32 @@ def test_the_colours_can_be_told_from_the_paper(theme: dict[str, str]) -> None:
     assert contrast(theme["neurons"], theme["paper"]) > 3
     assert contrast(theme["heads"], theme["removed"]) > 3
     assert contrast(theme["neurons"], theme["removed"]) > 3
+
+
+def test_a_search_shows_what_it_tried_and_what_it_chose(
+    monkeypatch: pytest.MonkeyPatch, report: MakeReport
+) -> None:
+    monkeypatch.setattr("rfprune.report.plots.OF_A_RUN", ())
+    assert draw_run(report()) == ()
+    (plot,) = draw_run(report(max_drop=SEARCH))
+    said = plot.description
+    assert "1. 70%: 80.64 (+0.25), divergence 0.0020, 2. 40%: 76.00 (-4.39)" in said
+    assert "chosen: 50%, since at most 1.5 points may be lost" in said
+    assert {"1", "2", "3", "MACs kept (%)"} <= set(texts(plot))
+    other = draw_run(report(max_drop=SEARCH, constraint=0.7))[0]
+    assert other.svg != plot.svg, "another one is filled"
+
+
+def test_a_search_is_told_in_words(report: MakeReport) -> None:
+    assert search_lines(report()) == []
+    assert search_lines(report(max_drop=SEARCH)) == [
+        "The smallest that loses at most 1.5 points; tried: 70% (+0.25), 40% (-4.39), "
+        "50% (-1.49), in 61 s with all scoring.",
+        "It loses 1.49 points, with a standard error of 0.60: in 52% of resampled validation sets "
+        "at most 1.5 points are lost.",
+    ]
+    gained = SEARCH | {"points": 1.0, "drop": -0.25}
+    told = search_lines(report(max_drop=gained | {"least_possible": 0.5}))
+    assert "It gains 0.25 points" in told[1]
+    assert told[1].endswith("at most 1 point is lost.")
+    assert told[2] == "Nothing smaller is possible by this metric."
