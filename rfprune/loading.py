@@ -233,7 +233,8 @@ def _check_missing(missing: Iterable[str], model: Any, source: str, task: Task) 
 
 def _check_left_over(unexpected: Iterable[str], model: Any, source: str) -> None:
     """Weights of the layers that transformers would leave out: without them it is another model."""
-    layers = f"{model.base_model_prefix}.{ARCHITECTURES[model.config.model_type].layers}."
+    stacks = ARCHITECTURES[model.config.model_type].stacks
+    layers = tuple(f"{model.base_model_prefix}.{stack.layers}." for stack in stacks)
     names = sorted(str(name) for name in unexpected if str(name).startswith(layers))
     if names:
         raise UserError(

@@ -37,10 +37,10 @@ from rfprune.model.compact import compact
 from rfprune.model.layout import Layout, layout_of
 from rfprune.model.masks import Masks, frozen, full_masks, masked, num_kept
 from rfprune.model.plain import to_plain
-from rfprune.model.replay import Batch, token_mask
+from rfprune.model.replay import LABELS, Batch, token_mask, with_tokens
 from rfprune.result import Clock, PruneResult, Settings
 from rfprune.selection import Selection, check_sizes, learn
-from rfprune.stages.objective import LABELS, Loss
+from rfprune.stages.objective import Loss
 from rfprune.stages.search import search
 from rfprune.stages.tune import refit, tune_scales
 
@@ -94,7 +94,7 @@ def prune_family(
     settings = settings or Settings()
     layout = layout_of(model)
     check_finite(model)
-    labelled = [_on_device(batch, model.device) for batch in batches]
+    labelled = [with_tokens(model, layout, _on_device(batch, model.device)) for batch in batches]
     if not any(token_mask(batch).any() for batch in labelled) or not layout.blocks:
         raise UserError(
             "there is nothing to calibrate on, or nothing to prune; give at least one example, and "

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from rfprune.model.layout import Block, Layout
 from rfprune.model.replay import (
     Batch,
-    LayerCall,
+    Calls,
     Trace,
-    first_layer_call,
+    layer_calls,
     pack,
     run_layer,
     token_mask,
@@ -57,8 +57,8 @@ class Walk:
             self.states[i] = pack(self.trace(i, block).total, token_mask(batch))
         self.last = block
 
-    def _call(self, i: int) -> LayerCall:
-        return first_layer_call(self.model, self.layout, self.batches[i])[1]
+    def _call(self, i: int) -> Calls:
+        return layer_calls(self.model, self.layout, self.batches[i])[1]
 
 
 Passed = Callable[[Block, Walk, Walk], None]
@@ -113,13 +113,19 @@ def solve_at_best(
     none lowers that error, the weight and bias come back as they were, with None.
     """
     if len(ridges) == 1:
-        return *solve_weights(added(parts), ridges[0], prior=weight), ridges[0]
+        return *_solved(added(parts), ridges[0], weight), ridges[0]
     fitted, judged = parts
-    errors = {ridge: judged.error(*solve_weights(fitted, ridge, prior=weight)) for ridge in ridges}
+    errors = {ridge: judged.error(*_solved(fitted, ridge, weight)) for ridge in ridges}
     best = min(errors, key=lambda ridge: errors[ridge])
     if errors[best] >= judged.error(weight, bias):
         return weight, bias, None
-    return *solve_weights(added(parts), best, prior=weight), best
+    return *_solved(added(parts), best, weight), best
+
+
+def _solved(moments: Moments, ridge: float, prior: Tensor) -> tuple[Tensor, Tensor]:
+    weight, bias = solve_weights(moments, ridge, prior=prior)
+    assert bias is not None, "an intercept is fitted"
+    return weight, bias
 
 
 def walk_blocks(
@@ -155,9 +161,7 @@ def walk_blocks(
 
 
 def _start(model: PreTrainedModel, layout: Layout, batches: Sequence[Batch]) -> Walk:
-    states = [
-        pack(first_layer_call(model, layout, batch)[0], token_mask(batch)) for batch in batches
-    ]
+    states = [pack(layer_calls(model, layout, batch)[0], token_mask(batch)) for batch in batches]
     return Walk(model, layout, batches, states)
 
 

@@ -189,7 +189,7 @@ def query_key_moments(
         def note(path: str, block: Block, tokens: Tensor = tokens) -> Callable[..., None]:
             def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
                 values = output.detach() * tokens
-                if path == block.producers[1]:
+                if path == block.producers[1].path:
                     mean = values.sum(1, keepdim=True) / tokens.sum(1, keepdim=True)
                     values = (values - mean) * tokens
                 heads = values.flatten(0, 1).double().unflatten(1, (-1, block.unit_width))
@@ -200,7 +200,7 @@ def query_key_moments(
 
         with torch.no_grad(), ExitStack() as stack:
             for block in blocks:
-                for path in block.producers[:2]:
+                for path in (producer.path for producer in block.producers[:2]):
                     handle = model.get_submodule(path).register_forward_hook(note(path, block))
                     stack.callback(handle.remove)
             model(**batch)
@@ -226,7 +226,7 @@ def low_rank_scores(
     forms = []
     for block, mask in zip(layout.blocks, masks, strict=True):
         if block.kind == "head":
-            query, key = (moments[path] for path in block.producers[:2])
+            query, key = (moments[producer.path] for producer in block.producers[:2])
             for place, head in enumerate(mask.nonzero().flatten().tolist()):
                 roots = [_lower(moment[head]) for moment in (query, key)]
                 forms.append((block, place, roots, torch.linalg.svd(roots[0].T @ roots[1])))
@@ -240,7 +240,7 @@ def low_rank_scores(
         values = svd.S.masked_fill(gone, 0.0)
         middle = (svd.U * values) @ svd.Vh
         form = torch.linalg.solve(query.T, middle) @ torch.linalg.inv(key)  # B
-        layer = student.get_submodule(block.producers[0])
+        layer = student.get_submodule(block.producers[0].path)
         rows = slice(place * block.unit_width, (place + 1) * block.unit_width)
         with torch.no_grad():  # (B·k)·q = k·(Bᵀ·q)
             layer.weight[rows] = (form.T @ layer.weight[rows].double()).to(layer.weight)

@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rfprune.cost.constraint import CostModel
-from rfprune.model.compact import compact, unit_features
-from rfprune.model.layout import Block
+from rfprune.model.compact import compact
+from rfprune.model.layout import Block, unit_features
 from rfprune.model.masks import Masks, frozen, num_kept
 from rfprune.model.replay import Batch
 from rfprune.stages.allocate import allocate

@@ -232,10 +232,8 @@ def test_full_rank_changes_no_score_and_half_rank_does(
         assert close == (lost_dimensions == 0)
         assert (lost > 0) == (lost_dimensions > 0)
     heads = [block for block in layout.blocks if block.kind == "head"]
-    rank = [
-        int(torch.linalg.matrix_rank(student.get_submodule(block.producers[0]).weight, rtol=1e-4))
-        for block in heads
-    ]
+    queries = [student.get_submodule(block.producers[0].path) for block in heads]
+    rank = [int(torch.linalg.matrix_rank(query.weight, rtol=1e-4)) for query in queries]
     assert sum(rank) == sum(block.num_units * block.unit_width for block in heads) - 16
 
 

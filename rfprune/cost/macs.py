@@ -2,7 +2,8 @@
 
 Embeddings, norms, biases, pooler and the task's head are not counted. For S tokens, hidden size d
 and head width D, a head costs 3·S·d·D (query, key, value) + 2·S²·D (scores and their product with
-the values) + S·D·d (output), and a neuron 2·S·d.
+the values) + S·D·d (output), and a neuron 2·S·d. Heads that share a key and a value have one of
+these together, and a gated neuron costs 3·S·d. A mask that hides tokens saves nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from rfprune.model.layout import Block, Layout
 
 def unit_macs(block: Block, hidden_size: int, sequence_length: float) -> float:
     """MACs of one unit of `block` on one sequence of `sequence_length` tokens (a mean: a float)."""
-    projections = (len(block.producers) + 1) * sequence_length * hidden_size * block.unit_width
+    rows = sum(producer.unit_rows for producer in block.producers)
+    projections = sequence_length * hidden_size * (rows + block.unit_width)
     if block.kind == "neuron":
         return projections
     return projections + 2 * sequence_length**2 * block.unit_width

@@ -5,14 +5,17 @@ from __future__ import annotations
 from torch import nn
 
 from rfprune.cost.constraint import CostModel, linear_costs
-from rfprune.model.layout import Block, Layout, linear
+from rfprune.model.layout import Block, Layout
+from rfprune.model.linear import linear, weight_of
 
 
 def unit_params(model: nn.Module, block: Block) -> int:
     """Parameters that go with one unit: rows of its producers, columns of its consumer."""
-    producers = [linear(model, path) for path in block.producers]
-    rows = sum(producer.weight.shape[1] + (producer.bias is not None) for producer in producers)
-    return block.unit_width * (rows + linear(model, block.consumer).out_features)
+    params = block.unit_width * weight_of(linear(model, block.consumer)).shape[0]
+    for producer in block.producers:
+        module = linear(model, producer.path)
+        params += producer.unit_rows * (weight_of(module).shape[1] + (module.bias is not None))
+    return int(params)
 
 
 def total_params(model: nn.Module) -> int:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rfprune.model.layout import Block, Layout, linear
+from rfprune.model.layout import Block, Layout, unit_features
+from rfprune.model.linear import is_transposed, linear, weight_of
 from rfprune.model.modeling_rfprune import FORMAT_VERSION, pruned_class, shrink
 
 
@@ -57,7 +59,7 @@ def _copy_without(model: PreTrainedModel, layout: Layout) -> PreTrainedModel:
 
 
 def _linears(block: Block) -> tuple[str, ...]:
-    return (*block.producers, block.consumer)
+    return (*(producer.path for producer in block.producers), block.consumer)
 
 
 def _entries_of_empty_blocks(model: PreTrainedModel, layout: Layout) -> list[dict[str, Any]]:
@@ -69,37 +71,40 @@ def _entries_of_empty_blocks(model: PreTrainedModel, layout: Layout) -> list[dic
 
 def _describe(block: Block, kept: Tensor) -> dict[str, Any]:
     return {
+        "name": block.name,
         "kind": block.kind,
-        "layer": block.layer,
         "num_units": len(kept),
         "unit_width": block.unit_width,
-        # which heads of the unpruned model these are: a shared position bias is looked up by it
+        # which heads of the unpruned model these are: a bias for all heads is looked up by it
         "units": [block.units[i] for i in kept.tolist()] if block.kind == "head" else None,
-        "producers": list(block.producers),
+        "producers": [asdict(producer) for producer in block.producers],
         "consumer": block.consumer,
         "inner": block.inner,
         "inner_returns_tuple": block.inner_returns_tuple,
-        "shared_position_bias": block.shared_position_bias,
+        "head_bias": block.head_bias,
     }
 
 
 def _sliced(model: PreTrainedModel, block: Block, mask: Tensor, kept: Tensor) -> dict[str, Tensor]:
     """The new parameters of a block by their names in the model."""
     consumer = linear(model, block.consumer)
-    features = unit_features(kept, block.unit_width).to(consumer.weight.device)
-    scales = mask[kept].repeat_interleave(block.unit_width).to(consumer.weight)
-    columns = consumer.weight.detach().index_select(1, features)
-    state = {
-        f"{block.consumer}.weight": columns * scales,
-        f"{block.consumer}.bias": consumer.bias.detach().clone(),
-    }
-    for path in block.producers if len(kept) else ():
-        for name, parameter in model.get_submodule(path).named_parameters():
-            state[f"{path}.{name}"] = parameter.detach().index_select(0, features)
+    weight = weight_of(consumer).detach()
+    features = unit_features(kept, block.unit_width).to(weight.device)
+    scales = mask[kept].repeat_interleave(block.unit_width).to(weight)
+    columns = weight.index_select(1, features) * scales
+    state = {f"{block.consumer}.weight": _as_kept(consumer, columns)}
+    if consumer.bias is not None:
+        state[f"{block.consumer}.bias"] = consumer.bias.detach().clone()
+    for producer in block.producers if len(kept) else ():
+        module = linear(model, producer.path)
+        rows = producer.rows_of(kept, block.num_units).to(module.weight.device)
+        chosen = weight_of(module).detach().index_select(0, rows)
+        state[f"{producer.path}.weight"] = _as_kept(module, chosen)
+        if module.bias is not None:
+            state[f"{producer.path}.bias"] = module.bias.detach().index_select(0, rows)
     return state
 
 
-def unit_features(units: Tensor, unit_width: int) -> Tensor:
-    """Indices of the input features of `units` (n,) -> (n * width,)."""
-    offsets = torch.arange(unit_width, device=units.device)
-    return (units[:, None] * unit_width + offsets).flatten()
+def _as_kept(module: Any, weight: Tensor) -> Tensor:
+    """A weight (outputs, inputs) in the orientation in which a linear map keeps its own."""
+    return weight.T.contiguous() if is_transposed(module) else weight

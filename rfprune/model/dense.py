@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rfprune.model.checkpoint import stored_state
-from rfprune.model.compact import unit_features
-from rfprune.model.layout import Layout
+from rfprune.model.layout import Layout, Producer, unit_features
+from rfprune.model.linear import is_transposed, linear
 
 
 def to_dense(
@@ -36,11 +36,13 @@ def to_dense(
     neurons = {} if layout is None else _kept_neurons(layout, masks)
     dense = _without_weights(model)
     state = dict(model.state_dict())
-    shapes = {name: value.shape for name, value in dense.state_dict().items()}
     for block in model.config.rfprune["blocks"]:
-        state |= _spread(block, neurons.get(block["consumer"]), state, shapes)
+        state |= _spread(block, neurons.get(block["consumer"]), state, dense)
     dense.load_state_dict(state, assign=True)
+    dense.tie_weights()
     _share_buffers(model, dense)
+    if hasattr(model, "generation_config"):
+        dense.generation_config = copy.deepcopy(model.generation_config)
     return dense.train(model.training)
 
 
@@ -88,23 +90,36 @@ def _spread(
     block: Mapping[str, Any],
     neurons: Tensor | None,
     small: Mapping[str, Tensor],
-    shapes: Mapping[str, torch.Size],
+    dense: nn.Module,
 ) -> dict[str, Tensor]:
     """The parameters of a block in their full shapes, by their names."""
     units = torch.arange(block["num_units"]) if neurons is None else neurons
     if block["units"] is not None:
         units = torch.tensor(block["units"], dtype=torch.long)
     consumer = f"{block['consumer']}.weight"
-    features = unit_features(units, block["unit_width"]).to(small[consumer].device)
-    state = {consumer: small[consumer].new_zeros(shapes[consumer])}
-    state[consumer][:, features] = small[consumer]
-    for path in block["producers"]:
-        for name in (f"{path}.weight", f"{path}.bias"):
+    shapes = {name: value.shape for name, value in dense.state_dict().items()}
+    side = 0 if is_transposed(linear(dense, block["consumer"])) else 1
+    columns = unit_features(units, block["unit_width"])
+    num_units = shapes[consumer][side] // block["unit_width"]
+    state = {consumer: _scattered(small[consumer], shapes[consumer], columns, side)}
+    for entry in block["producers"]:
+        producer = Producer(**entry)
+        transposed = is_transposed(linear(dense, producer.path))
+        rows = producer.rows_of(units, num_units)
+        for name in (f"{producer.path}.weight", f"{producer.path}.bias"):
             if name in shapes:
-                state[name] = small[consumer].new_zeros(shapes[name])
-                if len(features):
-                    state[name][features] = small[name]
+                values = small.get(name, small[consumer].new_zeros(0))
+                side = len(shapes[name]) - 1 if transposed else 0
+                state[name] = _scattered(values, shapes[name], rows, side)
     return state
+
+
+def _scattered(values: Tensor, shape: torch.Size, places: Tensor, dimension: int) -> Tensor:
+    """Zeros of a shape with `values` at `places` of one dimension."""
+    full = values.new_zeros(shape)
+    if len(places):
+        full.index_copy_(dimension, places.to(values.device), values)
+    return full
 
 
 def _share_buffers(model: nn.Module, dense: nn.Module) -> None:

@@ -10,11 +10,45 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rfprune.errors import UserError
-from rfprune.model.architectures import ARCHITECTURES, Architecture, BlockKind, Sublayer
+from rfprune.model.architectures import ARCHITECTURES, Architecture, BlockKind, Stack, Sublayer
+from rfprune.model.linear import is_empty, linear, weight_of
+
+
+@dataclass(frozen=True)
+class Producer:
+    """A linear map whose output rows make the units of a block.
+
+    Attributes:
+        path: from the model's root.
+        parts: how many times it holds all units, one part after the other (queries, keys, values).
+        width: rows of one unit in one part; where query heads share keys and values, there are
+            fewer rows of these.
+    """
+
+    path: str
+    parts: int
+    width: int
+
+    @property
+    def unit_rows(self) -> int:
+        """Rows of one unit, in all parts."""
+        return self.parts * self.width
+
+    def rows_of(self, units: Tensor, num_units: int) -> Tensor:
+        """Indices of the rows of `units` (n,), of which there are `num_units`."""
+        starts = torch.arange(self.parts, device=units.device) * (num_units * self.width)
+        return (starts[:, None] + unit_features(units, self.width)).flatten()
+
+
+def unit_features(units: Tensor, unit_width: int) -> Tensor:
+    """Indices of the features of `units` (n,) -> (n * width,)."""
+    offsets = torch.arange(unit_width, device=units.device)
+    return (units[:, None] * unit_width + offsets).flatten()
 
 
 @dataclass(frozen=True)
@@ -24,13 +58,18 @@ class Block:
     Attributes:
         kind: heads or neurons.
         layer: index of the Transformer layer.
-        producers: paths of the linear maps whose output rows make the units.
+        name: such as "layer.0.heads".
+        producers: the linear maps whose output rows make the units.
         consumer: path of the out-projection whose input columns are the units.
         inner: path of the module that computes the units from the hidden states.
-        residual_sum: path of the module whose input is the consumer's output plus the residual.
+        residual_sum: path of the module whose input is the consumer's output plus the residual;
+            None where that is the layer's output.
+        pre_norm: whether the residual is the hidden state itself; see `Stack`.
         inner_returns_tuple: whether `inner` returns a tuple (attention does).
-        shared_position_bias: whether `inner` is handed a position bias with one slice a head.
-        num_units: how many heads or neurons there are now.
+        head_bias: argument of `inner` with one slice a head, such as a position bias.
+        scale: path of a vector (d,) that multiplies what leaves the consumer.
+        num_units: how many heads or neurons there are now; query heads that share a key and a
+            value are one.
         unit_width: input features of the consumer per unit (1 for a neuron).
         units: of each head, its index in the model before any pruning; neurons are numbered as
             they are now.
@@ -38,29 +77,34 @@ class Block:
 
     kind: BlockKind
     layer: int
-    producers: tuple[str, ...]
+    name: str
+    producers: tuple[Producer, ...]
     consumer: str
     inner: str
-    residual_sum: str
+    residual_sum: str | None
+    pre_norm: bool
     inner_returns_tuple: bool
-    shared_position_bias: bool
+    head_bias: str | None
+    scale: str | None
     num_units: int
     unit_width: int
     units: tuple[int, ...]
 
-    @property
-    def name(self) -> str:
-        return f"layer.{self.layer}.{self.kind}s"
-
 
 @dataclass(frozen=True)
 class Layout:
-    """All blocks of a model in the order in which they run; a sublayer without units has none."""
+    """All blocks of a model in the order in which they run; a sublayer without units has none.
+
+    Attributes:
+        layers: paths of all layers, of one stack after the other.
+        causal: whether a token sees none that comes later.
+    """
 
     model_type: str
     hidden_size: int
     layers: tuple[str, ...]
     blocks: tuple[Block, ...]
+    causal: bool = False
 
     def blocks_of_layer(self, layer: int) -> tuple[Block, ...]:
         return tuple(block for block in self.blocks if block.layer == layer)
@@ -80,17 +124,19 @@ def layout_of(model: PreTrainedModel) -> Layout:
         )
     architecture = check_supported(model.config)
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-    layers_path = prefix + architecture.layers
-    layers = tuple(f"{layers_path}.{i}" for i in range(_num_layers(model, layers_path)))
-    unit_width = model.config.hidden_size // model.config.num_attention_heads
-    blocks = [
-        _block(model, sublayer, path, index, unit_width if sublayer.kind == "head" else 1)
-        for index, path in enumerate(layers)
-        for sublayer in architecture.sublayers
-    ]
-    present = tuple(block for block in blocks if block is not None)
-    _check_unshared(model, present)
-    return Layout(model.config.model_type, model.config.hidden_size, layers, present)
+    layers: list[str] = []
+    blocks: list[Block] = []
+    for stack in architecture.stacks:
+        for number in range(_num_layers(model, prefix + stack.layers)):
+            path = f"{prefix}{stack.layers}.{number}"
+            found = (_block(model, stack, each, path, len(layers)) for each in stack.sublayers)
+            blocks += [block for block in found if block is not None]
+            layers.append(path)
+    _check_unshared(model, blocks)
+    config = model.config
+    return Layout(
+        config.model_type, config.hidden_size, tuple(layers), tuple(blocks), architecture.causal
+    )
 
 
 def check_supported(config: PretrainedConfig) -> Architecture:
@@ -105,13 +151,23 @@ def check_supported(config: PretrainedConfig) -> Architecture:
         known = ", ".join(sorted(ARCHITECTURES))
         raise UserError(
             f"model type '{model_type}' is not supported; the supported types are {known}: "
-            "choose such a model, or add a row to rfprune/model/architectures.py"
+            "choose such a model, or add a row to rfprune/model/architectures.py, which names the "
+            "list of layers, and for each attention and FFN the linear maps that make its heads or "
+            f"neurons and the one that reads them ('scripts/inspect_architecture.py {model_type}' "
+            "suggests it)"
         )
+    architecture = ARCHITECTURES[model_type]
     if getattr(config, "add_cross_attention", False):
         raise UserError(
             f"this {model_type} model has cross-attention (add_cross_attention=true), which is not "
-            "supported; use an encoder without it"
+            "supported; use an encoder or a decoder without it"
         )
+    for entry, value in architecture.refused.items():
+        if getattr(config, entry, None) == value:
+            raise UserError(
+                f"this {model_type} model has {entry}={value} in its config.json, which is not "
+                "supported; choose a model without it"
+            )
     if getattr(config, "chunk_size_feed_forward", 0):
         raise UserError(
             f"this {model_type} model runs its FFNs in chunks (chunk_size_feed_forward="
@@ -123,28 +179,16 @@ def check_supported(config: PretrainedConfig) -> Architecture:
             f"this {model_type} model has num_attention_heads={config.num_attention_heads} in its "
             "config.json, which is no number of heads; save or download it again"
         )
-    return ARCHITECTURES[model_type]
+    return architecture
 
 
-def linear(model: nn.Module, path: str) -> nn.Linear:
-    """The linear map at `path`.
-
-    Raises:
-        UserError: there is none, or its weights are not floating-point numbers.
-    """
-    try:
-        module = model.get_submodule(path)
-    except AttributeError as error:
-        raise UserError(
-            f"this {type(model).__name__} has no module '{path}'; load the model with a class of "
-            "transformers for its model type"
-        ) from error
-    if not (isinstance(module, nn.Linear) and module.weight.is_floating_point()):
-        raise UserError(
-            f"'{path}' is a {type(module).__name__}, which is not a plain linear map; merge "
-            "adapters into the model, and load it without quantisation"
-        )
-    return module
+def head_width(config: PretrainedConfig) -> int:
+    """Features of one attention head."""
+    for entry in ("head_dim", "d_kv"):
+        width = getattr(config, entry, None)
+        if isinstance(width, int) and width > 0:
+            return width
+    return int(config.hidden_size // config.num_attention_heads)
 
 
 def _num_layers(model: nn.Module, path: str) -> int:
@@ -161,42 +205,58 @@ def _num_layers(model: nn.Module, path: str) -> int:
 
 
 def _block(
-    model: PreTrainedModel, sublayer: Sublayer, layer_path: str, layer: int, unit_width: int
+    model: PreTrainedModel, stack: Stack, sublayer: Sublayer, layer_path: str, layer: int
 ) -> Block | None:
-    consumer_path = f"{layer_path}.{sublayer.consumer}"
-    if is_empty(model, consumer_path):
+    def full(path: str | None) -> str | None:
+        return None if path is None else f"{layer_path}.{path}"
+
+    consumer = f"{layer_path}.{sublayer.consumer}"
+    if is_empty(model, consumer):
         return None
-    in_features = linear(model, consumer_path).in_features
-    producers = tuple(f"{layer_path}.{path}" for path in sublayer.producers)
-    features = {path: linear(model, path).out_features for path in producers}
-    if any(width != in_features for width in features.values()):
-        raise UserError(
-            f"'{consumer_path}' reads {in_features} features but its producers make {features}; "
-            "the checkpoint's shapes do not fit together"
-        )
-    num_units = in_features // unit_width
+    paths = [f"{layer_path}.{path}" for path in sublayer.producers]
+    width = head_width(model.config) if sublayer.kind == "head" else 1
+    num_units, features, rows = _shapes(model, sublayer, consumer, paths, width)
     return Block(
         kind=sublayer.kind,
         layer=layer,
-        producers=producers,
-        consumer=consumer_path,
+        name=f"layer.{layer}.{sublayer.label or sublayer.kind + 's'}",
+        producers=tuple(
+            Producer(path, sublayer.fused, size // (sublayer.fused * num_units))
+            for path, size in zip(paths, rows, strict=True)
+        ),
+        consumer=consumer,
         inner=f"{layer_path}.{sublayer.inner}",
-        residual_sum=f"{layer_path}.{sublayer.residual_sum}",
+        residual_sum=full(sublayer.residual_sum),
+        pre_norm=stack.pre_norm,
         inner_returns_tuple=sublayer.inner_returns_tuple,
-        shared_position_bias=sublayer.shared_position_bias,
+        head_bias=sublayer.head_bias,
+        scale=full(sublayer.scale),
         num_units=num_units,
-        unit_width=unit_width,
-        units=_original_units(model.config, consumer_path, num_units),
+        unit_width=features // num_units,
+        units=_original_units(model.config, consumer, num_units),
     )
 
 
-def is_empty(model: nn.Module, consumer: str) -> bool:
-    """Whether the out-projection at path `consumer` has been pruned to nothing but its bias."""
-    try:
-        weight = model.get_submodule(consumer).weight
-    except AttributeError:
-        return False
-    return isinstance(weight, Tensor) and weight.shape[-1] == 0
+def _shapes(
+    model: nn.Module, sublayer: Sublayer, consumer: str, producers: list[str], width: int
+) -> tuple[int, int, list[int]]:
+    """How many units there are, the features that the consumer reads, the rows of each producer.
+
+    Keys and values that several query heads share have fewer rows than the queries; there are as
+    many units as there are of them.
+    """
+    features = weight_of(linear(model, consumer)).shape[1]
+    rows = [weight_of(linear(model, path)).shape[0] for path in producers]
+    sizes = [size / sublayer.fused for size in (*rows, sublayer.fused * features)]
+    num_units = int(min(sizes) // width)
+    sound = num_units > 0 and all(size % (num_units * width) == 0 for size in sizes)
+    if not sound or (sublayer.kind == "neuron" and len(set(sizes)) > 1):
+        made = dict(zip(producers, rows, strict=True))
+        raise UserError(
+            f"'{consumer}' reads {features} features but its producers make {made}; "
+            "the checkpoint's shapes do not fit together"
+        )
+    return num_units, features, rows
 
 
 def _original_units(config: PretrainedConfig, consumer: str, num_units: int) -> tuple[int, ...]:
@@ -206,12 +266,13 @@ def _original_units(config: PretrainedConfig, consumer: str, num_units: int) -> 
     return tuple(range(num_units))
 
 
-def _check_unshared(model: nn.Module, blocks: tuple[Block, ...]) -> None:
+def _check_unshared(model: nn.Module, blocks: list[Block]) -> None:
     owners: dict[int, str] = {}
-    for path in (path for block in blocks for path in (*block.producers, block.consumer)):
-        other = owners.setdefault(id(linear(model, path).weight), path)
-        if other != path:
-            raise UserError(
-                f"'{path}' and '{other}' share their weights, which cannot be pruned apart; "
-                "give every layer weights of its own"
-            )
+    for block in blocks:
+        for path in (*(producer.path for producer in block.producers), block.consumer):
+            other = owners.setdefault(id(linear(model, path).weight), path)
+            if other != path:
+                raise UserError(
+                    f"'{path}' and '{other}' share their weights, which cannot be pruned apart; "
+                    "give every layer weights of its own"
+                )

@@ -48,12 +48,13 @@ def masked(model: nn.Module, layout: Layout, masks: Sequence[Tensor]) -> Iterato
 
 def _multiply_by(mask: Tensor, unit_width: int) -> Callable[[nn.Module, Any], Any]:
     def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        features = inputs[0]  # (B, ..., U * width)
+        features = inputs[0]  # (B, ..., U * width); some models flatten to (B * S, U * width)
         factors = mask.to(device=features.device, dtype=features.dtype)
         if unit_width > 1:
             factors = factors.repeat_interleave(unit_width, dim=-1)
         if factors.dim() == 2:  # (B, U * width): broadcast over the tokens of each example
-            factors = factors.unflatten(0, (-1,) + (1,) * (features.dim() - 2))
+            by_example = features.reshape(len(factors), -1, factors.shape[1]) * factors[:, None]
+            return (by_example.view(features.shape), *inputs[1:])
         return (features * factors, *inputs[1:])
 
     return hook

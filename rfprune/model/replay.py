@@ -3,22 +3,33 @@
 Hidden states are kept without padding, (tokens, d) a batch, so that a pass over the layers needs
 memory for the real tokens alone. The keyword arguments of a layer (attention mask, position bias)
 are not kept: they come from the model itself, which is run up to its first layer again.
+
+Two stacks, where the layers of the second read what comes out of the first, are not replayed:
+`layer_calls` passes the first layer's input through all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from rfprune.errors import UserError
 from rfprune.model.layout import Block, Layout
+from rfprune.model.linear import LINEAR_MAPS
 
 Batch = Mapping[str, Tensor]
+
+LABELS = ("labels", "start_positions", "end_positions")
+"""Names of the labels in a batch; the model is never given them."""
+
+TOKENS = "rfprune_tokens"
+"""Entry of a batch of images with its token mask (B, S); see `with_tokens`."""
 
 
 class _Stop(Exception):
@@ -27,10 +38,14 @@ class _Stop(Exception):
 
 @dataclass(frozen=True)
 class LayerCall:
-    """What the first layer of a model is called with, the hidden states apart."""
+    """What a layer is called with, the hidden states apart."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+
+Calls = Mapping[str, LayerCall]
+"""What each layer of a model is called with on a batch, by the layer's path."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +55,8 @@ class Trace:
     Attributes:
         features: (B, S, U * width), what enters the consumer; None where the block has no units
             left.
-        output: (B, S, d), what leaves the consumer.
+        output: (B, S, d), what the sublayer adds to the residual: what leaves the consumer, scaled
+            where the family scales it.
         total: (B, S, d), output plus residual.
     """
 
@@ -49,32 +65,49 @@ class Trace:
     total: Tensor
 
 
+def with_tokens(model: nn.Module, layout: Layout, batch: Batch) -> Batch:
+    """The batch, and for images which of their tokens are real: all.
+
+    How many tokens an image becomes, only the model knows; it is run up to its first layer.
+    """
+    if TOKENS in batch or "pixel_values" not in batch or "input_ids" in batch:
+        return batch
+    with torch.no_grad():
+        hidden, _ = layer_calls(model, layout, batch)
+    return {**batch, TOKENS: torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)}
+
+
+def model_inputs(batch: Batch) -> dict[str, Tensor]:
+    """What a model is called with: a batch without labels and without what `with_tokens` noted."""
+    return {name: value for name, value in batch.items() if name not in (TOKENS, *LABELS)}
+
+
 def token_mask(batch: Batch) -> Tensor:
     """(B, S) booleans: true where there is a token, false where there is padding.
 
-    Choices (B, C, S) are the rows (B * C, S) that the model makes of them.
+    Where an example is several sequences (choices), B counts these.
 
     Raises:
         UserError: the batch has no inputs, or an attention mask that does not say what padding is.
     """
+    if TOKENS in batch:
+        return batch[TOKENS]
     inputs = batch.get("input_ids", batch.get("inputs_embeds"))
-    if inputs is None:
+    if inputs is None or inputs.dim() < 2:
         raise UserError(
-            f"a batch holds {', '.join(batch) or 'nothing'}, but a model needs input_ids (B, S)"
+            f"a batch holds {', '.join(batch) or 'nothing'}, but a model needs input_ids (B, S), "
+            "or pixel_values for images"
         )
+    shape = inputs.shape if "input_ids" in batch else inputs.shape[:-1]
     mask = batch.get("attention_mask")
-    if inputs is batch.get("input_ids") and inputs.dim() == 3:
-        inputs = inputs.flatten(0, 1)
-        mask = mask.flatten(0, 1) if mask is not None and mask.dim() == 3 else mask
-    shape = inputs.shape[:2]
     if mask is None:
-        return torch.ones(shape, dtype=torch.bool, device=inputs.device)
+        mask = torch.ones(shape, device=inputs.device)
     if mask.shape != shape:
         raise UserError(
             f"an attention_mask of shape {tuple(mask.shape)} does not fit {tuple(shape)} tokens; "
             "give one number per token: 1, or 0 for padding"
         )
-    return mask.bool()
+    return mask.bool().flatten(0, -2)
 
 
 def first_tokens(tokens: Tensor) -> Tensor:
@@ -83,8 +116,9 @@ def first_tokens(tokens: Tensor) -> Tensor:
 
 
 def pack(hidden: Tensor, tokens: Tensor) -> Tensor:
-    """(B, S, d) -> (tokens, d): padding left out, wherever accelerate has put the layer."""
-    return hidden[tokens.to(hidden.device)]
+    """(B, S, d), or (B * S, d), -> (tokens, d): padding left out, wherever accelerate has put the
+    layer."""
+    return hidden.reshape(-1, hidden.shape[-1])[tokens.flatten().to(hidden.device)]
 
 
 def unpack(packed: Tensor, tokens: Tensor) -> Tensor:
@@ -94,33 +128,43 @@ def unpack(packed: Tensor, tokens: Tensor) -> Tensor:
     return hidden
 
 
-def first_layer_call(model: nn.Module, layout: Layout, batch: Batch) -> tuple[Tensor, LayerCall]:
-    """The hidden states (B, S, d) that enter the first layer, and what else it is called with."""
-    seen: list[tuple[Tensor, LayerCall]] = []
+def layer_calls(model: nn.Module, layout: Layout, batch: Batch) -> tuple[Tensor, Calls]:
+    """The hidden states (B, S, d) that enter the first layer, and what each layer is called with.
 
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if args:
-            seen.append((args[0], LayerCall(args[1:], kwargs)))
-        else:
-            rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-            seen.append((kwargs["hidden_states"], LayerCall((), rest)))
-        raise _Stop
+    Layers may differ in their attention mask and in their positions. None of them is run: each
+    passes on what it gets. Caches of keys and values are left out.
+    """
+    hidden: list[Tensor] = []
+    calls: dict[str, LayerCall] = {}
 
-    layer = model.get_submodule(layout.layers[0])
-    handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        with suppress(_Stop):
-            model(**batch)
-    finally:
-        handle.remove()
-    return seen[0]
+    def stand_in(path: str) -> Callable[..., Tensor]:
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            states: Tensor = args[0] if args else kwargs.pop("hidden_states")
+            hidden.append(states)
+            named = {name: _no_cache(value) for name, value in kwargs.items()}
+            calls[path] = LayerCall(tuple(_no_cache(value) for value in args[1:]), named)
+            if path == layout.layers[-1]:
+                raise _Stop
+            return states
+
+        return forward
+
+    with ExitStack() as stack, suppress(_Stop):
+        for path in layout.layers:
+            stack.enter_context(_forward_replaced(model, path, stand_in(path)))
+        model(**model_inputs(batch))
+    return hidden[0], calls
+
+
+def _no_cache(value: Any) -> Any:
+    return None if isinstance(value, Cache) else value
 
 
 def run_layer(
     model: nn.Module,
     layer: str,
     hidden: Tensor,
-    call: LayerCall,
+    calls: Calls,
     *,
     done: Sequence[Block] = (),
 ) -> Tensor:
@@ -131,7 +175,11 @@ def run_layer(
         done: blocks of this layer, from its first on, that are not to be run again.
     """
     with _skipped(model, done, hidden):
-        output = model.get_submodule(layer)(hidden, *call.args, **call.kwargs)
+        return _output_of(model, layer, hidden, calls)
+
+
+def _output_of(model: nn.Module, layer: str, hidden: Tensor, calls: Calls) -> Tensor:
+    output = model.get_submodule(layer)(hidden, *calls[layer].args, **calls[layer].kwargs)
     found: Tensor = output[0] if isinstance(output, tuple) else output
     return found
 
@@ -140,22 +188,33 @@ def trace_block(
     model: nn.Module,
     layer: str,
     hidden: Tensor,
-    call: LayerCall,
+    calls: Calls,
     block: Block,
     *,
     done: Sequence[Block] = (),
 ) -> Trace:
-    """Run a layer as far as `block`, and no further; see `run_layer`."""
+    """Run a layer as far as the residual sum of `block`; see `run_layer`."""
     with _skipped(model, done, hidden), _watched(model, block) as seen, suppress(_Stop):
-        model.get_submodule(layer)(hidden, *call.args, **call.kwargs)
-    return Trace(seen.get("features"), seen["output"], seen["total"])
+        seen["total"] = _output_of(model, layer, hidden, calls)
+    scale = output_scale(model, block)
+    output = seen["output"] if scale is None else scale * seen["output"]
+    return Trace(seen.get("features"), output.view(hidden.shape), seen["total"].view(hidden.shape))
+
+
+def output_scale(model: nn.Module, block: Block) -> Tensor | None:
+    """What multiplies what leaves the consumer before the residual is added, (d,)."""
+    if block.scale is None:
+        return None
+    parent, _, name = block.scale.rpartition(".")
+    scale = getattr(model.get_submodule(parent), name)
+    return scale if isinstance(scale, Tensor) else None  # BEiT has 1.0 where it does not scale
 
 
 def entering(
     model: nn.Module,
     layer: str,
     hidden: Tensor,
-    call: LayerCall,
+    calls: Calls,
     block: Block,
     *,
     done: Sequence[Block] = (),
@@ -163,8 +222,8 @@ def entering(
     """What the producers of `block` read (B, S, d); nothing is run beyond; see `run_layer`."""
     with _skipped(model, done, hidden):
         return _what_enters(
-            model.get_submodule(block.producers[0]),
-            lambda: model.get_submodule(layer)(hidden, *call.args, **call.kwargs),
+            model.get_submodule(block.producers[0].path),
+            lambda: _output_of(model, layer, hidden, calls),
         )
 
 
@@ -186,27 +245,37 @@ def _what_enters(module: nn.Module, run: Callable[[], Any]) -> Tensor:
 
 @contextmanager
 def _skipped(model: nn.Module, done: Sequence[Block], total: Tensor) -> Iterator[None]:
-    """Compute nothing in the blocks `done`; `total` (B, S, d) comes after the last one."""
+    """Compute nothing in the blocks `done`; `total` (B, S, d) comes after the last one.
+
+    Where norms come first, the layer is given the total, to which the blocks add zeros. Where they
+    come after, it goes into the last block's norm.
+    """
     with ExitStack() as stack:
         for block in done:
             inside = block.consumer.startswith(block.inner + ".")
-            features = total if inside else total[:1, :1, :1]  # masks of the consumer may multiply
+            output = total.new_zeros(1) if block.pre_norm else total
+            # masks of the consumer may multiply what enters it
+            features = output if inside else total.new_zeros(1, 1, 1)
             inner = (features, None) if block.inner_returns_tuple else features
             stack.enter_context(_returning(model, block.inner, inner))
-            stack.enter_context(_returning(model, block.consumer, total))
-        if done:
-            residual_sum = model.get_submodule(done[-1].residual_sum)
+            stack.enter_context(_returning(model, block.consumer, output))
+        if done and not done[-1].pre_norm:
+            residual_sum = model.get_submodule(done[-1].residual_sum or "")
             handle = residual_sum.register_forward_pre_hook(lambda *_: (total,))
             stack.callback(handle.remove)
         yield
 
 
-@contextmanager
-def _returning(model: nn.Module, path: str, value: Any) -> Iterator[None]:
+def _returning(model: nn.Module, path: str, value: Any) -> AbstractContextManager[None]:
     """Have a module return a value instead of computing anything."""
+    return _forward_replaced(model, path, lambda *_, **__: value)
+
+
+@contextmanager
+def _forward_replaced(model: nn.Module, path: str, forward: Callable[..., Any]) -> Iterator[None]:
     module: Any = model.get_submodule(path)
     own = vars(module).get("forward")  # where a library has wrapped it
-    module.forward = lambda *_, **__: value
+    module.forward = forward
     try:
         yield
     finally:
@@ -221,7 +290,7 @@ def _watched(model: nn.Module, block: Block) -> Iterator[dict[str, Tensor]]:
     seen: dict[str, Tensor] = {}
 
     def after_consumer(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if isinstance(module, nn.Linear):  # else no unit is left, and what enters means nothing
+        if isinstance(module, LINEAR_MAPS):  # else no unit is left, and what enters means nothing
             seen["features"] = inputs[0]
         seen["output"] = output
 
@@ -232,6 +301,7 @@ def _watched(model: nn.Module, block: Block) -> Iterator[dict[str, Tensor]]:
     with ExitStack() as stack:
         consumer = model.get_submodule(block.consumer)
         stack.callback(consumer.register_forward_hook(after_consumer).remove)
-        residual_sum = model.get_submodule(block.residual_sum)
-        stack.callback(residual_sum.register_forward_pre_hook(before_sum).remove)
+        if block.residual_sum is not None:
+            residual_sum = model.get_submodule(block.residual_sum)
+            stack.callback(residual_sum.register_forward_pre_hook(before_sum).remove)
         yield seen

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rfprune.model.layout import Layout
-from rfprune.model.replay import Batch
-from rfprune.stages.objective import LABELS, Objective, factors_of
+from rfprune.model.replay import Batch, model_inputs
+from rfprune.stages.objective import Objective, factors_of
 
 
 def output_gradients(
@@ -27,19 +27,19 @@ def output_gradients(
 
     Args:
         model: frozen, and not under no_grad.
-        takers: one a block, each given what enters its consumer, (B, S, p), detached.
+        takers: one a block, each given what enters its consumer, (B, S, p) or
+            (B * S, p), detached.
         objective: what is differentiated, see `rfprune.stages.objective.factors_of`.
 
     Yields:
-        For every factor one (B, S, d) a block, padding included.
+        For every factor one (B, S, d) a block, or (B * S, d), padding included.
     """
-    inputs = {name: value for name, value in batch.items() if name not in LABELS}
     leaving: list[Tensor] = []
     with ExitStack() as stack:
         for block, take in zip(layout.blocks, takers, strict=True):
             consumer = model.get_submodule(block.consumer)
             stack.callback(consumer.register_forward_hook(_watch(take, leaving)).remove)
-        outputs = model(**inputs, return_dict=True)
+        outputs = model(**model_inputs(batch), return_dict=True)
     factors = factors_of(outputs, batch, model.config, generator, objective=objective)
     for i, factor in enumerate(factors):
         yield torch.autograd.grad(factor.sum(), leaving, retain_graph=i + 1 < len(factors))

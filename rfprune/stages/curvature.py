@@ -5,9 +5,9 @@ its consumer's inputs and G of the loss gradient at its consumer's outputs. Gree
 `rfprune.stages.obs`) turns them into a removal order and an error curve that is comparable between
 heads and neurons and between layers, with no weight to tune and no labels.
 
-Choices of our own: A is taken about the mean, since the consumer's bias makes up for a mean at no
-cost; all tokens count alike in A, which did better than weighting them by their gradient; errors
-low in the model weigh more than errors above (`DEPTH`).
+Choices of our own: A is taken about the mean where the consumer has a bias, which makes up for a
+mean at no cost; all tokens count alike in A, which did better than weighting them by their
+gradient; errors low in the model weigh more than errors above (`DEPTH`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from rfprune import processes
 from rfprune.errors import UserError
 from rfprune.model.layout import Block, Layout
+from rfprune.model.linear import linear, weight_of
 from rfprune.model.replay import Batch, pack, token_mask
 from rfprune.stages.consumers import output_gradients
 from rfprune.stages.least_squares import NumericalFailure
@@ -63,10 +64,12 @@ class Curvature:
         """Take in the gradients at what leaves it, (tokens, d)."""
         self.gradient_moment += rows.T @ rows
 
-    def input_covariance(self) -> Tensor:
-        """A (p, p) float64, about the mean and damped."""
-        mean = self.input_sum.double() / self.tokens
-        covariance = self.input_moment.double() / self.tokens - torch.outer(mean, mean)
+    def input_covariance(self, *, about_mean: bool = True) -> Tensor:
+        """A (p, p) float64, damped; about the mean, or about zero where nothing makes up for it."""
+        covariance = self.input_moment.double() / self.tokens
+        if about_mean:
+            mean = self.input_sum.double() / self.tokens
+            covariance -= torch.outer(mean, mean)
         damping = DAMPING * float(covariance.diagonal().mean())
         covariance.diagonal().add_(max(damping, torch.finfo(torch.float32).tiny))
         return covariance
@@ -110,7 +113,7 @@ def _keeper(block: Block) -> int:
 
 
 def _nothing_yet(model: PreTrainedModel, block: Block) -> Curvature:
-    weight = model.get_submodule(block.consumer).weight
+    weight = weight_of(model.get_submodule(block.consumer))
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(*shape, device=weight.device)
@@ -219,13 +222,16 @@ def error_curves(
     own = [i for i, block in enumerate(layout.blocks) if _keeper(block) == processes.rank()]
     for i in tqdm(own, desc="error curves", unit="block", disable=not progress, leave=False):
         block, moments = layout.blocks[i], collected[i]
-        weight = model.get_submodule(block.consumer).weight.detach()
+        consumer = linear(model, block.consumer)
         height = 1 - block.layer / max(1, len(layout.layers) - 1)  # 1 at the bottom, 0 at the top
         importance = math.exp(DEPTH * height) / (2 * moments.examples)
         gradients = importance * moments.gradient_moment.double()
         try:
             curves[i] = removal_curve(
-                moments.input_covariance(), weight, gradients, block.unit_width
+                moments.input_covariance(about_mean=consumer.bias is not None),
+                weight_of(consumer).detach(),
+                gradients,
+                block.unit_width,
             )
         except NumericalFailure as failure:
             raise UserError(

@@ -18,9 +18,8 @@ from rfprune import processes
 from rfprune.errors import UserError
 from rfprune.model.layout import Layout
 from rfprune.model.masks import masked
-from rfprune.model.replay import Batch, token_mask
+from rfprune.model.replay import Batch, model_inputs, token_mask
 from rfprune.stages.objective import (
-    LABELS,
     PREDICTIONS,
     Objective,
     factors_of,
@@ -88,14 +87,13 @@ def _batch_gradients(
 ) -> Iterator[tuple[Tensor, ...]]:
     """For every factor one (B, U) gradient per block; the caller may be in no_grad mode."""
     weight = next(model.parameters())
-    inputs = {name: value for name, value in batch.items() if name not in LABELS}
     num_rows = len(token_mask(batch))
     with torch.inference_mode(False), torch.enable_grad():
         masks = [
             weight.new_ones(num_rows, block.num_units).requires_grad_() for block in layout.blocks
         ]
         with masked(model, layout, masks):
-            outputs = model(**inputs, return_dict=True)
+            outputs = model(**model_inputs(batch), return_dict=True)
         factors = factors_of(outputs, batch, model.config, generator, objective=objective)
         totals = [factor.sum() for factor in factors]
     for i, total in enumerate(totals):

@@ -23,7 +23,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rfprune.errors import UserError
-from rfprune.model.layout import Block, Layout, linear
+from rfprune.model.layout import Block, Layout
+from rfprune.model.linear import linear, weight_of
 from rfprune.model.replay import Batch, token_mask
 from rfprune.stages.consumers import output_gradients
 from rfprune.stages.fisher import Gradients, collect_gradients
@@ -85,15 +86,19 @@ def importance_of(
 
 def unit_weights(model: nn.Module, block: Block) -> Tensor:
     """All weights of each unit, (U, n): its rows in the producers, its columns in the consumer."""
-    consumer = linear(model, block.consumer).weight.detach()
-    parts = [linear(model, path).weight.detach() for path in block.producers]
-    return torch.cat([part.reshape(block.num_units, -1) for part in (*parts, consumer.T)], dim=1)
+    units, columns = block.num_units, weight_of(linear(model, block.consumer)).T
+    weights = [columns.reshape(units, -1)]
+    for producer in block.producers:
+        rows = weight_of(linear(model, producer.path))
+        by_part = rows.unflatten(0, (producer.parts, units, producer.width))
+        weights.append(by_part.transpose(0, 1).reshape(units, -1))
+    return torch.cat(weights, dim=1).detach()
 
 
 def num_weights(model: nn.Module, block: Block) -> int:
     """How many weights a unit of the block has, the n of `unit_weights`."""
-    linears = [linear(model, path) for path in (*block.producers, block.consumer)]
-    return sum(module.weight.numel() for module in linears) // block.num_units
+    paths = (*(producer.path for producer in block.producers), block.consumer)
+    return sum(int(linear(model, path).weight.numel()) for path in paths) // block.num_units
 
 
 def magnitude_l1(weights: Tensor) -> Tensor:
@@ -195,12 +200,14 @@ def _add_norms(
     generator: torch.Generator,
     rows: Sequence[list[Tensor]],
 ) -> None:
-    tokens = token_mask(batch)[:, :, None]
+    tokens = token_mask(batch)
     entering: list[Tensor] = []
     takers = [lambda values: entering.append(values.float())] * len(layout.blocks)
     for gradients in output_gradients(model, layout, batch, takers, generator, objective=objective):
         for block, block_rows, x, g in zip(layout.blocks, rows, entering, gradients, strict=True):
-            g = g.float() * tokens  # padding is no part of an example
+            x = x.reshape(*tokens.shape, -1)
+            g = g.float().reshape(*tokens.shape, -1)
+            g = g * tokens[:, :, None]  # padding is no part of an example
             squares = (x * ((g @ g.transpose(1, 2)) @ x)).sum(1)  # (B, p), one a column
             norms = squares.unflatten(1, (block.num_units, -1)).sum(-1).clamp_min(0).sqrt()
             size = block.unit_width * g.shape[-1]

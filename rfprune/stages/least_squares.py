@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -75,9 +76,10 @@ class Moments:
         cross = self.cross - torch.outer(self.feature_sum, self.target_sum) / self.count
         return gram, cross
 
-    def error(self, weight: Tensor, bias: Tensor) -> float:
-        """Sum over tokens of |y - W·x - b|² for a weight (d, p) and a bias (d,)."""
-        weight, bias = _like(self.gram, weight), _like(self.gram, bias)
+    def error(self, weight: Tensor, bias: Tensor | None) -> float:
+        """Sum over tokens of |y - W·x - b|² for a weight (d, p) and a bias (d,), or none."""
+        weight = _like(self.gram, weight)
+        bias = self.target_sum.new_zeros(len(weight)) if bias is None else _like(self.gram, bias)
         fitted = (weight @ self.gram * weight).sum() + 2 * bias @ (weight @ self.feature_sum)
         fitted = fitted + self.count * bias @ bias
         crossed = (weight.T * self.cross).sum() + bias @ self.target_sum
@@ -85,7 +87,12 @@ class Moments:
 
 
 def solve_scales(
-    moments: Moments, weight: Tensor, bias: Tensor, unit_width: int, damping: float, limit: float
+    moments: Moments,
+    weight: Tensor,
+    bias: Tensor | None,
+    unit_width: int,
+    damping: float,
+    limit: float,
 ) -> Tensor:
     """One scale per unit, so that the scaled units' outputs fit the targets.
 
@@ -94,14 +101,15 @@ def solve_scales(
     scale 1, has the closed form 1 + (GᵀG + damping²·I)⁻¹·Gᵀr.
 
     Args:
-        weight: (d, p) of the out-projection. bias: (d,), kept as it is.
+        weight: (d, p) of the out-projection. bias: (d,), kept as it is; None without one.
         limit: scales beyond ±limit are a failure.
 
     Raises:
         NumericalFailure: the solve failed or a scale is out of bounds.
     """
-    weight, bias = _like(moments.gram, weight), _like(moments.gram, bias)
-    cross = moments.cross - torch.outer(moments.feature_sum, bias)
+    weight, cross = _like(moments.gram, weight), moments.cross
+    if bias is not None:
+        cross = cross - torch.outer(moments.feature_sum, _like(moments.gram, bias))
     products = (weight.T @ weight) * moments.gram  # (p, p)
     correlations = (weight.T * cross).sum(1)  # (p,)
     units = len(products) // unit_width
@@ -115,13 +123,15 @@ def solve_scales(
 
 
 def solve_weights(
-    moments: Moments, ridge: float, prior: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    moments: Moments, ridge: float, prior: Tensor | None = None, *, intercept: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """Weight (d, p) and bias (d,) that fit the targets best: ridge regression, free intercept.
 
     Args:
         ridge: as a fraction of the mean diagonal of the centred Gram matrix.
         prior: weight (d, p) that the ridge draws the solution to; zero if None.
+        intercept: False for a map without a bias, for which moments are about zero and None is
+            the bias that is given.
 
     Raises:
         NumericalFailure: the solve failed.
@@ -130,20 +140,22 @@ def solve_weights(
         raise NumericalFailure("no token was seen")
     target_mean = moments.target_sum / moments.count
     if not len(moments.gram):
-        return moments.cross.T, target_mean
-    gram, cross = moments.centred()
+        return moments.cross.T, target_mean if intercept else None
+    gram, cross = moments.centred() if intercept else (moments.gram.clone(), moments.cross)
     noise = _PRECISION * float(moments.gram.diagonal().mean())  # what centring cannot see below
     strength = ridge * float(gram.diagonal().mean()) + noise + _TINY
     gram.diagonal().add_(strength)
     if prior is not None:
         cross = cross + strength * _like(gram, prior).T
     weight = _solve(gram, cross).T
+    if not intercept:
+        return weight, None
     return weight, target_mean - weight @ (moments.feature_sum / moments.count)
 
 
 def fit_by_evidence(
-    seen: Moments, held_out: Moments, ridges: Sequence[float], weight: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor]:
+    seen: Moments, held_out: Moments, ridges: Sequence[float], weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """A new weight (d, p) and bias (d,), or the old ones where those fit held-out tokens better.
 
     The ridge that does best on the held-out tokens is used, drawing to the old weight, and the
@@ -151,16 +163,17 @@ def fit_by_evidence(
 
     Args:
         held_out: of tokens that `seen` has not seen; where there are none, the first ridge is used.
-        weight: as it was, (d, p). bias: as it was, (d,).
+        weight: as it was, (d, p). bias: as it was, (d,), or None where there is none.
 
     Raises:
         NumericalFailure: a solve failed.
     """
+    solve = partial(solve_weights, prior=weight, intercept=bias is not None)
     if not held_out.count:
-        return solve_weights(seen, ridges[0], prior=weight)
-    errors = [held_out.error(*solve_weights(seen, ridge, prior=weight)) for ridge in ridges]
+        return solve(seen, ridges[0])
+    errors = [held_out.error(*solve(seen, ridge)) for ridge in ridges]
     best = min(range(len(ridges)), key=errors.__getitem__)
-    fitted = solve_weights(seen.plus(held_out), ridges[best], prior=weight)
+    fitted = solve(seen.plus(held_out), ridges[best])
     if max(errors[best], held_out.error(*fitted)) < held_out.error(weight, bias):
         return fitted
     return weight, bias

@@ -37,8 +37,6 @@ from rfprune.errors import UserError
 EXACT_CLASSES = 8
 EMBEDDING_DIRECTIONS = 4
 """Random directions in which an embedding is differentiated."""
-LABELS = ("labels", "start_positions", "end_positions")
-"""Names of the labels in a batch; the model is never given them."""
 
 Batch = Mapping[str, Tensor]
 Loss = Callable[[Any, Batch], Tensor]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,14 +20,16 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rfprune import processes
-from rfprune.model.layout import Block, Layout, is_empty, linear
+from rfprune.model.layout import Block, Layout
+from rfprune.model.linear import is_empty, linear, weight_of
 from rfprune.model.replay import (
     Batch,
-    LayerCall,
+    Calls,
     Trace,
     entering,
-    first_layer_call,
     first_tokens,
+    layer_calls,
+    output_scale,
     pack,
     run_layer,
     token_mask,
@@ -36,9 +39,10 @@ from rfprune.model.replay import (
 from rfprune.stages.align import estimate, read_through
 from rfprune.stages.least_squares import Moments, NumericalFailure
 
-Fit = Callable[[Block, Moments, Moments, Tensor, Tensor], tuple[Tensor, Tensor]]
+Fit = Callable[[Block, Moments, Moments, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 """From a block, the moments of most batches and those of the held-out ones, the weight (d, p) and
-bias (d,) as they are, to a new weight and bias."""
+bias (d,) or None as they are, to a new weight and bias. Where a family scales what leaves the
+out-projection, weight and bias are scaled so."""
 
 HELD_OUT = 8
 """Every so many batches one is held out from a fit, to judge it."""
@@ -60,20 +64,20 @@ class _Walk:
     states: Sequence[Tensor]
     last: Block | None = None
 
-    def trace(self, i: int, tokens: Tensor, call: LayerCall, block: Block) -> Trace:
+    def trace(self, i: int, tokens: Tensor, calls: Calls, block: Block) -> Trace:
         """Batch i at `block`, on its way from the last one."""
-        hidden, done = self._reach(i, tokens, call, block.layer)
+        hidden, done = self._reach(i, tokens, calls, block.layer)
         path = self.layout.layers[block.layer]
-        return trace_block(self.model, path, hidden, call, block, done=done)
+        return trace_block(self.model, path, hidden, calls, block, done=done)
 
-    def entering(self, i: int, tokens: Tensor, call: LayerCall, block: Block) -> Tensor:
+    def entering(self, i: int, tokens: Tensor, calls: Calls, block: Block) -> Tensor:
         """What the producers of `block` read of batch i, (B, S, d)."""
-        hidden, done = self._reach(i, tokens, call, block.layer)
+        hidden, done = self._reach(i, tokens, calls, block.layer)
         path = self.layout.layers[block.layer]
-        return entering(self.model, path, hidden, call, block, done=done)
+        return entering(self.model, path, hidden, calls, block, done=done)
 
     def _reach(
-        self, i: int, tokens: Tensor, call: LayerCall, until: int
+        self, i: int, tokens: Tensor, calls: Calls, until: int
     ) -> tuple[Tensor, list[Block]]:
         """Hidden states (B, S, d) of batch i in layer `until`, and its blocks that are done."""
         hidden = unpack(self.states[i], tokens)
@@ -82,7 +86,7 @@ class _Walk:
             layer, blocks = self.last.layer, self.layout.blocks_of_layer(self.last.layer)
             done = [*blocks[: blocks.index(self.last)], self.last]
         for path in self.layout.layers[layer:until]:
-            hidden, done = run_layer(self.model, path, hidden, call, done=done), []
+            hidden, done = run_layer(self.model, path, hidden, calls, done=done), []
         return hidden, done
 
 
@@ -130,10 +134,10 @@ def _start(
     teacher: PreTrainedModel, student: PreTrainedModel, layout: Layout, batches: Sequence[Batch]
 ) -> tuple[_Walk, _Walk]:
     sizes = [int(token_mask(batch).sum()) for batch in batches]
-    hidden, _ = first_layer_call(student, layout, batches[0])
+    hidden, _ = layer_calls(student, layout, batches[0])
     together = hidden.new_empty(sum(sizes), hidden.shape[-1])
     for state, batch in zip(together.split(sizes), batches, strict=True):
-        state.copy_(pack(first_layer_call(student, layout, batch)[0], token_mask(batch)))
+        state.copy_(pack(layer_calls(student, layout, batch)[0], token_mask(batch)))
     return (
         _Walk(teacher, layout, together.clone().split(sizes)),
         _Walk(student, layout, together.split(sizes)),
@@ -153,14 +157,14 @@ def _collect(
     The teacher passes the block; the student does so when it has been fitted.
     """
     consumer = student.model.get_submodule(block.consumer)
-    num_outputs, num_features = consumer.weight.shape
+    num_outputs, num_features = weight_of(consumer).shape
     parts = _parts(num_features, num_outputs, consumer.weight.device)
     for i, batch in enumerate(batches):
         tokens = token_mask(batch)
-        _, call = first_layer_call(student.model, student.layout, batch)
-        wanted = teacher.trace(i, tokens, call, block).total
+        _, calls = layer_calls(student.model, student.layout, batch)
+        wanted = teacher.trace(i, tokens, calls, block).total
         teacher.states[i].copy_(pack(wanted, tokens))
-        trace = student.trace(i, tokens, call, block)
+        trace = student.trace(i, tokens, calls, block)
         chosen = first_tokens(tokens) if first_token_only else tokens
         residual = pack(trace.total, chosen) - pack(trace.output, chosen)
         target = pack(wanted, chosen) - residual
@@ -196,28 +200,34 @@ def _align(teacher: _Walk, student: _Walk, batches: Sequence[Batch], block: Bloc
     """Let the student's producers read the teacher's hidden states, as far as they can tell."""
     if is_empty(student.model, block.consumer):
         return []
-    size = student.layout.hidden_size
+    readers = [linear(student.model, producer.path) for producer in block.producers]
+    size = weight_of(readers[0]).shape[1]
     parts = _parts(size, size, student.states[0].device)
     for i, batch in enumerate(batches):
         tokens = token_mask(batch)
-        _, call = first_layer_call(student.model, student.layout, batch)
-        seen = student.entering(i, tokens, call, block)
-        wanted = teacher.entering(i, tokens, call, block)
+        _, calls = layer_calls(student.model, student.layout, batch)
+        seen = student.entering(i, tokens, calls, block)
+        wanted = teacher.entering(i, tokens, calls, block)
         _part(parts, i).add(pack(seen, tokens), pack(wanted, tokens))
     try:
-        matrix, shift = estimate(_everyones(parts[0]), _everyones(parts[1]))
-        for path in block.producers:
-            read_through(linear(student.model, path), matrix, shift)
+        moments = _everyones(parts[0]), _everyones(parts[1])
+        found = {shift: estimate(*moments, shift=shift) for shift in {*map(_has_bias, readers)}}
+        for reader in readers:
+            read_through(reader, *found[_has_bias(reader)])
     except NumericalFailure as failure:
         return [f"what {block.name} reads was left as it was: {failure}"]
     return []
 
 
+def _has_bias(reader: Any) -> bool:
+    return reader.bias is not None
+
+
 def _pass(walk: _Walk, batches: Sequence[Batch], block: Block) -> None:
     for i, batch in enumerate(batches):
         tokens = token_mask(batch)
-        _, call = first_layer_call(walk.model, walk.layout, batch)
-        walk.states[i].copy_(pack(walk.trace(i, tokens, call, block).total, tokens))
+        _, calls = layer_calls(walk.model, walk.layout, batch)
+        walk.states[i].copy_(pack(walk.trace(i, tokens, calls, block).total, tokens))
     walk.last = block
 
 
@@ -225,12 +235,25 @@ def _apply(
     fit: Fit, student: PreTrainedModel, block: Block, seen: Moments, held_out: Moments
 ) -> list[str]:
     consumer = student.get_submodule(block.consumer)
+    weight, bias, scale = weight_of(consumer), consumer.bias, output_scale(student, block)
     try:
-        new_weight, new_bias = fit(block, seen, held_out, consumer.weight, consumer.bias)
-        if not (torch.isfinite(new_weight).all() and torch.isfinite(new_bias).all()):
+        if scale is None:
+            new_weight, new_bias = fit(block, seen, held_out, weight, bias)
+        else:
+            scaled = None if bias is None else scale * bias
+            new_weight, new_bias = fit(block, seen, held_out, scale[:, None] * weight, scaled)
+            new_weight = _unscaled(new_weight, scale[:, None], weight)
+            new_bias = None if new_bias is None else _unscaled(new_bias, scale, bias)
+        if not all(torch.isfinite(new).all() for new in (new_weight, new_bias) if new is not None):
             raise NumericalFailure("the fitted weights are not finite")
     except NumericalFailure as failure:
         return [f"{block.name} was left as it was: {failure}"]
-    consumer.weight.copy_(new_weight)
-    consumer.bias.copy_(new_bias)
+    weight.copy_(new_weight)
+    if new_bias is not None:
+        bias.copy_(new_bias)
     return []
+
+
+def _unscaled(fitted: Tensor, scale: Tensor, before: Tensor) -> Tensor:
+    """What times the scale is `fitted`; where the scale is zero, what it was before."""
+    return torch.where(scale == 0, before, fitted.to(before) / scale)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -51,8 +50,8 @@ def tune_scales(
     scales: dict[str, Tensor] = {}
 
     def fit(
-        block: Block, seen: Moments, held_out: Moments, weight: Tensor, bias: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        block: Block, seen: Moments, held_out: Moments, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         if not weight.numel():
             return weight, bias
         moments = seen.plus(held_out)
@@ -70,7 +69,7 @@ def tune_scales(
         batches,
         fit,
         skip=first_heads,
-        first_token_only=last_ffn(layout) if reads_first_token(student) else (),
+        first_token_only=last_ffn(layout) if reads_first_token(student, layout) else (),
         progress=progress,
     )
     return scales, failures
@@ -95,8 +94,8 @@ def refit(
     """
 
     def fit(
-        _: Block, seen: Moments, held_out: Moments, weight: Tensor, bias: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        _: Block, seen: Moments, held_out: Moments, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         return fit_by_evidence(seen, held_out, RIDGES, weight, bias)
 
     return reconstruct(teacher, student, layout, batches, fit, align=True, progress=progress)
@@ -110,6 +109,11 @@ def last_ffn(layout: Layout) -> list[str]:
     ]
 
 
-def reads_first_token(model: torch.nn.Module) -> bool:
-    """Whether the head reads the first token alone, as all sequence classifiers here do."""
-    return type(model).__name__.endswith("ForSequenceClassification")
+def reads_first_token(model: PreTrainedModel, layout: Layout) -> bool:
+    """Whether the head reads the first token alone, as most sequence classifiers do.
+
+    Those of decoders read the last one.
+    """
+    if getattr(model.config, "classifier_pooling", "cls") != "cls":  # ModernBERT's may be the mean
+        return False
+    return type(model).__name__.endswith("ForSequenceClassification") and not layout.causal

@@ -245,9 +245,10 @@ def test_a_folder_that_is_not_one(tmp_path: Path) -> None:
         ("{", "not readable JSON"),
         ("[1]", "does not hold a JSON object"),
         ("{}", "no entry 'rfprune', so this is not a pruned model"),
-        ('{"rfprune": {"format_version": 2, "blocks": []}}', "format version is 2, not 1: upgrade"),
+        ('{"rfprune": {"format_version": 3, "blocks": []}}', "format version is 3, not 2: upgrade"),
         ('{"rfprune": {"format_version": 1, "blocks": {}}}', "no list of blocks"),
-        ('{"rfprune": {"format_version": 1, "blocks": [3]}}', "must have the fields kind, layer"),
+        ('{"rfprune": {"format_version": 1, "blocks": [3]}}', "must have the fields name, kind"),
+        ('{"rfprune": {"format_version": 2, "blocks": [3]}}', "must have the fields name, kind"),
     ],
 )
 def test_a_config_that_is_none(text: str, message: str, folder: Path) -> None:
@@ -256,10 +257,11 @@ def test_a_config_that_is_none(text: str, message: str, folder: Path) -> None:
         load_pruned(folder)
 
 
+PRODUCER = "bert.encoder.layer.0.attention.self.query"
 TAMPERED: list[tuple[str, Any]] = [
     ("kind", 3),
     ("kind", "expert"),
-    ("layer", "0"),
+    ("name", 0),
     ("num_units", True),
     ("num_units", 3.0),
     ("num_units", -1),
@@ -270,13 +272,16 @@ TAMPERED: list[tuple[str, Any]] = [
     ("units", [0, 1, -1]),
     ("units", [0, 1, 1]),
     ("producers", "query"),
-    ("producers", [1]),
-    ("producers", ["classifier"]),
+    ("producers", [{"path": "classifier", "parts": 1, "width": 4}]),
+    ("producers", [{"path": PRODUCER, "parts": 0, "width": 4}]),
+    ("producers", [{"path": PRODUCER, "parts": 1, "width": -4}]),
+    ("path", [{"path": 1, "parts": 1, "width": 4}]),
+    ("width", [{"path": PRODUCER, "parts": 1, "width": 4.0}]),
     ("consumer", ["classifier"]),
     ("inner", None),
-    ("inner", ""),
+    ("producers", [{"path": "bert.encoder.layer.0.attention.selfish", "parts": 1, "width": 4}]),
     ("inner_returns_tuple", 1),
-    ("shared_position_bias", "yes"),
+    ("head_bias", True),
 ]
 
 
@@ -286,14 +291,15 @@ def test_a_bad_field_is_refused(
     field: str, value: Any, with_code: bool, folder: Path, tiny_model: Tiny
 ) -> None:
     """Also where the folder's own code reads it, which is all that a stranger runs."""
-    edit_config(folder, lambda config: config["rfprune"]["blocks"][0].update({field: value}))
+    place = "producers" if field in ("path", "width") else field
+    edit_config(folder, lambda config: config["rfprune"]["blocks"][0].update({place: value}))
     if with_code:
         model, config = tiny_model(), json.loads((folder / "config.json").read_text())
         model.config.rfprune = config["rfprune"]
-        with pytest.raises(ValueError, match="a block has a bad '"):
+        with pytest.raises(ValueError, match=f"a block has a bad '{field}'"):
             pruned_class(type(model))(model.config)
     else:
-        with pytest.raises(UserError, match="a block has a bad '"):
+        with pytest.raises(UserError, match=f"a block has a bad '{field}'"):
             load_pruned(folder)
 
 
@@ -309,6 +315,15 @@ def test_a_block_that_is_left_out_is_named(saved: Path, tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"extra": 1}, "must have the fields"),
+        ({"producers": [1]}, "a producer of a block must have the fields path"),
+        (
+            {"producers": [{"path": PRODUCER, "parts": 3, "width": 4}]},
+            "query' is smaller than 36 features",
+        ),
+        (
+            {"head_bias": "no_such"},
+            "'no_such' is not in list",
+        ),
         ({"consumer": "bert.encoder"}, "is a BertEncoder, not a linear map"),
         ({"consumer": "bert.no.such"}, "there is no module 'bert.no.such'"),
         ({"consumer": "__class__"}, "there is no module"),
@@ -331,7 +346,7 @@ def test_a_path_must_be_that_of_a_linear_map_at_least_as_large(
 
 def test_shrinking_what_is_shrunk_already_is_refused(saved: Path) -> None:
     model = load_pruned(saved)
-    with pytest.raises(ValueError, match="there is no module"):
+    with pytest.raises(ValueError, match="is a ConstantOutput, not a linear map"):
         shrink(model, model.config.rfprune["blocks"])
 
 
@@ -369,9 +384,26 @@ def test_a_folder_of_the_first_days_loads(folder: Path, saved: Path, tiny_batch:
     assert torch.equal(load_pruned(folder)(**batch).logits, load_pruned(saved)(**batch).logits)
 
 
+def test_a_folder_of_format_version_1_loads(folder: Path, saved: Path, tiny_batch: Tiny) -> None:
+    """As rfprune wrote it when every producer had the rows of the consumer's columns."""
+
+    def as_it_was(config: dict[str, Any]) -> None:
+        config["rfprune"]["format_version"] = 1
+        for block in config["rfprune"]["blocks"]:
+            block["layer"] = int(block.pop("name").split(".")[1])
+            block["producers"] = [producer["path"] for producer in block["producers"]]
+            block["shared_position_bias"] = block.pop("head_bias") is not None
+
+    edit_config(folder, as_it_was)
+    old, new, batch = load_pruned(folder), load_pruned(saved), tiny_batch()
+    assert torch.equal(old(**batch).logits, new(**batch).logits)
+    assert old.config.rfprune == new.config.rfprune
+    assert load_masks(folder).keys() == load_masks(saved).keys()
+
+
 def test_weights_of_another_shape(folder: Path) -> None:
     edit_config(folder, lambda config: config["rfprune"]["blocks"][1].update(num_units=6))
-    with pytest.raises(UserError, match="has 7 columns but config.json promises 6"):
+    with pytest.raises(UserError, match=r"has the shape \(.*7.*\), but config.json promises \("):
         load_pruned(folder)
 
 

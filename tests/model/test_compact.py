@@ -18,8 +18,8 @@ import transformers
 from torch import Tensor
 
 from rfprune.cost.params import total_params
-from rfprune.model.compact import compact, unit_features
-from rfprune.model.layout import layout_of
+from rfprune.model.compact import compact
+from rfprune.model.layout import layout_of, unit_features
 from rfprune.model.masks import full_masks, masked
 from rfprune.model.modeling_rfprune import ConstantOutput, EmptySublayer
 
@@ -59,7 +59,7 @@ def test_the_original_stays_as_it_was(model: Any, tiny_batch: Tiny) -> None:
             parameter.fill_(7.0)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert (type(model), model.config.to_dict()) == (kind, config)
-    assert small.config.rfprune["format_version"] == 1
+    assert small.config.rfprune["format_version"] == 2
     assert type(small).__name__ == "BertForSequenceClassification", "pipelines go by it"
     assert type(small) is not transformers.BertForSequenceClassification
     assert isinstance(small, transformers.BertForSequenceClassification)
@@ -96,6 +96,7 @@ def test_an_emptied_sublayer_keeps_its_bias_alone(model: Any) -> None:
     assert isinstance(attention.self, EmptySublayer)
     assert isinstance(attention.output.dense, ConstantOutput)
     bias = model.bert.encoder.layer[1].attention.output.dense.bias
+    assert attention.output.dense.bias is not None
     assert torch.equal(attention.output.dense.bias, bias)
     assert sum(parameter.numel() for parameter in attention.output.dense.parameters()) == 16
 

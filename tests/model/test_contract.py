@@ -21,8 +21,9 @@ from rfprune.model.architectures import ARCHITECTURES
 from rfprune.model.checkpoint import load_pruned, save_pruned
 from rfprune.model.compact import compact
 from rfprune.model.layout import Layout, layout_of
+from rfprune.model.linear import weight_of
 from rfprune.model.masks import frozen, full_masks, masked
-from rfprune.model.replay import first_layer_call, pack, run_layer, token_mask, unpack
+from rfprune.model.replay import layer_calls, pack, run_layer, token_mask, unpack
 
 HEADS = {
     "sequence-classification": transformers.AutoModelForSequenceClassification,
@@ -90,7 +91,7 @@ def folded(model: Any, layout: Layout, masks: Sequence[Tensor]) -> Any:
     copied = copy.deepcopy(model)
     for block, mask in zip(layout.blocks, masks, strict=True):
         consumer = copied.get_submodule(block.consumer)
-        consumer.weight.data *= mask.repeat_interleave(block.unit_width)
+        weight_of(consumer).data *= mask.repeat_interleave(block.unit_width)
     return copied
 
 
@@ -190,7 +191,7 @@ def test_emptied_sublayers_agree_and_cost_nothing(
     assert present == {block.name for block in layout.blocks} - set(empty)
     linears = {path for path, part in small.named_modules() if isinstance(part, torch.nn.Linear)}
     for block in layout.blocks:
-        paths = {*block.producers, block.consumer}
+        paths = {*(producer.path for producer in block.producers), block.consumer}
         assert paths & linears == (set() if block.name in empty else paths)
 
 
@@ -268,7 +269,7 @@ def test_layers_replayed_are_the_full_forward_pass(
         with torch.no_grad():
             states = net.base_model(**batch, output_hidden_states=True).hidden_states
             tokens = token_mask(batch)
-            hidden, call = first_layer_call(net, layout, batch)
+            hidden, call = layer_calls(net, layout, batch)
             for layer, path in enumerate(layout.layers):
                 assert_close(pack(hidden, tokens), pack(states[layer], tokens))
                 through = unpack(pack(hidden, tokens), tokens)  # what was at padding is lost

@@ -76,8 +76,9 @@ def test_zeros_are_where_units_were_removed(tiny_model: Tiny) -> None:
     dense = to_dense(compact(model, layout, masks), layout, masks)
     for block, mask in zip(layout.blocks, masks, strict=True):
         kept = mask.repeat_interleave(block.unit_width).bool()
-        for path in block.producers:
-            ours, before = dense.get_submodule(path), model.get_submodule(path)
+        for producer in block.producers:
+            ours = dense.get_submodule(producer.path)
+            before = model.get_submodule(producer.path)
             assert torch.equal(ours.weight, before.weight * kept[:, None])
             assert torch.equal(ours.bias, before.bias * kept)
         consumer = block.consumer

@@ -16,7 +16,8 @@ from torch import nn
 from rfprune.errors import UserError
 from rfprune.model.architectures import ARCHITECTURES
 from rfprune.model.compact import compact
-from rfprune.model.layout import layout_of, linear
+from rfprune.model.layout import Producer, layout_of
+from rfprune.model.linear import linear
 from rfprune.model.masks import full_masks
 
 TinyModel = Callable[..., Any]
@@ -28,8 +29,8 @@ def test_blocks_name_their_modules_from_the_root(tiny_model: TinyModel) -> None:
     assert layout.layers == ("bert.encoder.layer.0", "bert.encoder.layer.1")
     assert (heads.name, neurons.name) == ("layer.1.heads", "layer.1.neurons")
     assert heads.consumer == "bert.encoder.layer.1.attention.output.dense"
-    assert heads.producers[2] == "bert.encoder.layer.1.attention.self.value"
-    assert neurons.producers == ("bert.encoder.layer.1.intermediate.dense",)
+    assert heads.producers[2] == Producer("bert.encoder.layer.1.attention.self.value", 1, 4)
+    assert neurons.producers == (Producer("bert.encoder.layer.1.intermediate.dense", 1, 1),)
     assert neurons.consumer == "bert.encoder.layer.1.output.dense"
     assert heads.units == (0, 1, 2, 3)
 
@@ -71,9 +72,11 @@ def test_an_emptied_sublayer_has_no_block(tiny_model: TinyModel) -> None:
 
 
 def test_an_unknown_model_type_names_the_known_ones() -> None:
-    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=10)
-    with pytest.raises(UserError, match=r"'gpt2' is not supported.*bert, camembert.*xlm-roberta"):
-        layout_of(transformers.GPT2Model(config))
+    config = transformers.GPTNeoConfig(
+        num_layers=1, num_heads=2, hidden_size=8, vocab_size=10, attention_types=[[["global"], 1]]
+    )
+    with pytest.raises(UserError, match=r"'gpt_neo' is not supported.*bert, came.*xlm-roberta"):
+        layout_of(transformers.GPTNeoModel(config))
 
 
 @pytest.mark.parametrize(

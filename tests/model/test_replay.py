@@ -20,8 +20,8 @@ from rfprune.model.compact import compact
 from rfprune.model.layout import layout_of
 from rfprune.model.masks import full_masks, masked
 from rfprune.model.replay import (
-    first_layer_call,
     first_tokens,
+    layer_calls,
     pack,
     run_layer,
     token_mask,
@@ -67,25 +67,26 @@ def test_the_first_token_is_found_behind_padding() -> None:
     assert first_tokens(tokens).nonzero().tolist() == [[0, 0], [1, 1], [2, 0], [3, 2]]
 
 
-def test_the_pass_stops_before_the_first_layer(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+def test_nothing_runs_inside_the_layers(tiny_model: Tiny, tiny_batch: Tiny) -> None:
     model = tiny_model()
     layout = layout_of(model)
     ran: list[str] = []
     for name, module in model.named_modules():
         module.register_forward_hook(lambda *_, name=name: ran.append(name))
-    hidden, _call = first_layer_call(model, layout, tiny_batch())
+    hidden, calls = layer_calls(model, layout, tiny_batch())
     assert hidden.shape == (4, 7, 16)
+    assert list(calls) == list(layout.layers)
     assert "bert.embeddings" in ran
-    assert not [name for name in ran if name.startswith("bert.encoder")]
-    assert all(not module._forward_pre_hooks for module in model.modules())
+    assert not [name for name in ran if name.startswith(("bert.encoder.layer.0.", "bert.pooler"))]
+    assert all("forward" not in vars(module) for module in model.modules())
 
 
 def test_no_hook_stays_when_the_model_fails(tiny_model: Tiny) -> None:
     model = tiny_model()
     layout = layout_of(model)
     with pytest.raises(IndexError):
-        first_layer_call(model, layout, {"input_ids": torch.full((1, 2), 10**6)})
-    assert all(not module._forward_pre_hooks for module in model.modules())
+        layer_calls(model, layout, {"input_ids": torch.full((1, 2), 10**6)})
+    assert all("forward" not in vars(module) for module in model.modules())
 
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
@@ -95,7 +96,7 @@ def test_a_trace_is_consistent_with_the_block(
     model, batch = tiny_model(model_type), tiny_batch()
     layout = layout_of(model)
     with torch.no_grad():
-        hidden, call = first_layer_call(model, layout, batch)
+        hidden, call = layer_calls(model, layout, batch)
         path, blocks = layout.layers[0], layout.blocks_of_layer(0)
         heads, neurons = (trace_block(model, path, hidden, call, block) for block in blocks)
         for block, trace in zip(blocks, (heads, neurons), strict=True):
@@ -126,13 +127,13 @@ def test_a_layer_goes_on_after_what_is_done(
     path, (heads, neurons) = layout.layers[0], layout.blocks_of_layer(0)
     ran: list[str] = []
     with torch.no_grad():
-        hidden, call = first_layer_call(model, layout, batch)
+        hidden, call = layer_calls(model, layout, batch)
         between = trace_block(model, path, hidden, call, heads).total
         expected = trace_block(model, path, hidden, call, neurons)
         output = run_layer(model, path, hidden, call)
         for block in (heads, neurons):
             for producer in block.producers if not emptied or block is neurons else ():
-                module = model.get_submodule(producer)
+                module = model.get_submodule(producer.path)
                 module.register_forward_hook(lambda *_, name=block.kind: ran.append(name))
         found = trace_block(model, path, between, call, neurons, done=[heads])
         assert ran == ["neuron"]
@@ -158,7 +159,7 @@ def test_masks_of_what_is_done_do_no_harm(
     masks = full_masks(layout)
     masks[0][0], masks[1][:4] = 0, 0.5
     with torch.no_grad():
-        hidden, call = first_layer_call(model, layout, batch)
+        hidden, call = layer_calls(model, layout, batch)
         plain = run_layer(model, path, hidden, call)
         with masked(model, layout, masks):
             output = run_layer(model, path, hidden, call)
@@ -175,7 +176,7 @@ def test_what_others_have_wrapped_stays_wrapped(tiny_model: Tiny, tiny_batch: Ti
     consumer = model.get_submodule(heads.consumer)
     plain = consumer.forward
     consumer.forward = wrapped = lambda features: plain(features)
-    hidden, call = first_layer_call(model, layout, tiny_batch())
+    hidden, call = layer_calls(model, layout, tiny_batch())
     run_layer(model, layout.layers[0], hidden, call, done=[heads, neurons])
     assert consumer.forward is wrapped
     with pytest.raises(RuntimeError):
@@ -187,7 +188,7 @@ def test_what_others_have_wrapped_stays_wrapped(tiny_model: Tiny, tiny_batch: Ti
 def test_a_traced_pass_goes_no_further_than_its_block(tiny_model: Tiny, tiny_batch: Tiny) -> None:
     model = tiny_model()
     layout = layout_of(model)
-    hidden, call = first_layer_call(model, layout, tiny_batch())
+    hidden, call = layer_calls(model, layout, tiny_batch())
     ran: list[str] = []
     ffn: nn.Module = model.bert.encoder.layer[0].intermediate
     ffn.register_forward_hook(lambda *_: ran.append("ffn"))

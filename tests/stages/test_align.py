@@ -24,8 +24,8 @@ Tiny = Callable[..., Any]
 
 
 def keep(
-    _: Block, __: Moments, ___: Moments, weight: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor]:
+    _: Block, __: Moments, ___: Moments, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     return weight, bias
 
 
@@ -57,6 +57,7 @@ def test_states_that_have_not_moved_are_read_as_they_are() -> None:
     held_out.add(states[400:], states[400:])
     matrix, shift = estimate(seen, held_out)
     assert torch.equal(matrix, torch.eye(6, dtype=torch.float64))
+    assert shift is not None
     assert torch.equal(shift, torch.zeros(6, dtype=torch.float64))
 
 
@@ -86,13 +87,13 @@ def test_producers_above_a_damaged_block_follow_the_teacher(
         if not torch.equal(value, plain.state_dict()[name])
     }
     above = {
-        f"{path}.{name}"
+        f"{producer.path}.{name}"
         for block in layout.blocks[2:]
-        for path in block.producers
+        for producer in block.producers
         for name in ("weight", "bias")
     }
     assert changed == above
-    path = layout.blocks[2].producers[0]
+    path = layout.blocks[2].producers[0].path
     wanted, before, after = (
         output_of(model, path, batches[0]) for model in (teacher, plain, aligned)
     )

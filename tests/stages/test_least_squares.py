@@ -111,6 +111,7 @@ def test_features_that_are_all_alike_leave_the_intercept() -> None:
     targets = draw(10, 4)
     weight, bias = solve_weights(moments_of(torch.full((10, 3), 2.0).double(), targets), ridge=1e-2)
     assert weight.abs().max() < 1e-6
+    assert bias is not None
     torch.testing.assert_close(weight @ torch.full((3,), 2.0).double() + bias, targets.mean(0))
 
 

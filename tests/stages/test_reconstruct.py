@@ -20,7 +20,7 @@ from rfprune.stages.least_squares import Moments, NumericalFailure, solve_weight
 from rfprune.stages.reconstruct import reconstruct
 
 Tiny = Callable[..., Any]
-Pair = tuple[Tensor, Tensor]
+Pair = tuple[Tensor, Tensor | None]
 FAMILIES = ["bert", "distilbert", "mpnet"]
 
 
@@ -32,7 +32,7 @@ class Spy:
         self.errors: dict[str, float] = {}  # mean square over tokens with the weights as they are
 
     def __call__(
-        self, block: Block, seen: Moments, held_out: Moments, weight: Tensor, bias: Tensor
+        self, block: Block, seen: Moments, held_out: Moments, weight: Tensor, bias: Tensor | None
     ) -> Pair:
         moments = seen.plus(held_out)
         self.moments[block.name] = moments
@@ -40,7 +40,7 @@ class Spy:
         return weight, bias
 
 
-def refit(_: Block, moments: Moments, __: Moments, weight: Tensor, bias: Tensor) -> Pair:
+def refit(_: Block, moments: Moments, __: Moments, weight: Tensor, bias: Tensor | None) -> Pair:
     return solve_weights(moments, ridge=1e-8)
 
 
@@ -129,10 +129,11 @@ def test_the_target_makes_up_for_the_residual(tiny_model: Tiny, tiny_batch: Tiny
     student = compact(teacher, layout, masks)
     seen: dict[str, Tensor] = {}
 
-    def watch(name: str, model: Any, path: str) -> Any:
+    def watch(name: str, model: Any, path: str | None) -> Any:
         def note(_: Any, inputs: tuple[Tensor, ...]) -> None:
             seen[name] = inputs[0]
 
+        assert path is not None
         return model.get_submodule(path).register_forward_pre_hook(note)
 
     neurons = layout.blocks[1]
@@ -164,12 +165,14 @@ def test_a_failure_is_reported_and_later_blocks_go_on(tiny_model: Tiny, tiny_bat
     student = compact(teacher, layout, full_masks(layout))
     before = {name: value.clone() for name, value in student.state_dict().items()}
 
-    def fit(block: Block, moments: Moments, _: Moments, weight: Tensor, bias: Tensor) -> Pair:
+    def fit(
+        block: Block, moments: Moments, _: Moments, weight: Tensor, bias: Tensor | None
+    ) -> Pair:
         if block.name == "layer.0.heads":
             raise NumericalFailure("of old age")
         if block.name == "layer.1.heads":
             return weight * torch.nan, bias
-        return 2 * weight, bias + 1
+        return 2 * weight, None if bias is None else bias + 1
 
     failures = run(teacher, student, layout, [tiny_batch()], fit)
     assert failures == [
@@ -295,7 +298,9 @@ def test_every_eighth_batch_is_held_out(tiny_model: Tiny, tiny_batch: Tiny) -> N
     batches = [tiny_batch(2, 5, padding="none", seed=seed) for seed in range(17)]
     counts = []
 
-    def fit(_: Block, seen: Moments, held_out: Moments, weight: Tensor, bias: Tensor) -> Pair:
+    def fit(
+        _: Block, seen: Moments, held_out: Moments, weight: Tensor, bias: Tensor | None
+    ) -> Pair:
         counts.append((seen.count, held_out.count))
         return weight, bias
 

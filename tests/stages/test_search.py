@@ -37,12 +37,15 @@ def made_layout(heads: list[int], neurons: list[int]) -> Layout:
             block = Block(
                 kind=kind,  # type: ignore[arg-type]
                 layer=layer,
+                name=f"layer.{layer}.{kind}s",
                 producers=(),
                 consumer=f"{layer}.{kind}",
                 inner="",
                 residual_sum="",
+                pre_norm=False,
                 inner_returns_tuple=False,
-                shared_position_bias=False,
+                head_bias=None,
+                scale=None,
                 num_units=size,
                 unit_width=1,
                 units=tuple(range(size)),

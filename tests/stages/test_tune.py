@@ -147,6 +147,7 @@ def test_which_ffn_sees_the_first_token_alone(tiny_model: Tiny) -> None:
     masks[3][:] = 0
     small = compact(model, layout, masks)
     assert last_ffn(layout_of(small)) == []
-    assert reads_first_token(model)
-    assert reads_first_token(small)
-    assert not reads_first_token(tiny_model("bert", "question-answering"))
+    assert reads_first_token(model, layout_of(model))
+    assert reads_first_token(small, layout_of(small))
+    answering = tiny_model("bert", "question-answering")
+    assert not reads_first_token(answering, layout_of(answering))
