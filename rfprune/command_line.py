@@ -51,6 +51,7 @@ class Options:
     constraint: tuple[float, ...]
     max_drop: float | None
     metric: str
+    latency_table: Path | None
     method: str
     importance: str
     allocation: str
@@ -119,6 +120,11 @@ def parse(argv: Sequence[str]) -> Options:
     flags["export"] = tuple(dict.fromkeys(flags["export"]))
     flags["text_columns"] = flags["text_columns"] and tuple(flags["text_columns"])
     options = Options(**with_method(flags))
+    if options.latency_table is not None and options.metric != "latency":
+        raise UserError(
+            f"--latency-table does nothing for --metric {options.metric}: leave it out, or give "
+            f"--metric latency."
+        )
     value.check_task(options.task, TASK_NAMES)
     check_data(options.task, options.data_dir, options.text_columns, options.label_column)
     value.check_device(options.device)
@@ -190,7 +196,18 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         help="or the smallest model that loses at most so many points (of 100) of the task's score",
     )
     group.add_argument(
-        "--metric", choices=METRICS, default="mac", help="the cost that counts (default: mac)"
+        "--metric",
+        choices=METRICS,
+        default="mac",
+        help="the cost that counts: MACs, parameters, bytes of weights, or measured milliseconds "
+        "on this device (default: mac)",
+    )
+    group.add_argument(
+        "--latency-table",
+        type=value.folder("--latency-table"),
+        metavar="FILE",
+        help="of --metric latency; made by scripts/profile_latency.py, for the batch size and "
+        "length that it was made for (default: measured first, on a typical batch)",
     )
 
 

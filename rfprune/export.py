@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rfprune.cost.verify import typical_batch
 from rfprune.errors import UserError
 from rfprune.model.dense import save_dense
 from rfprune.onnx_export import (
@@ -27,7 +28,6 @@ from rfprune.onnx_export import (
     varied_inputs,
 )
 from rfprune.report import latency
-from rfprune.report.latency import typical_batch
 from rfprune.result import PruneResult
 from rfprune.tasks.evaluation import Evaluation, EvaluationSet, divergence, evaluate_model
 from rfprune.timing import time_interleaved

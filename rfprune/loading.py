@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from rfprune.checks import check_finite
 from rfprune.demo import DEMO_TASK, demo_data_dir, demo_path
 from rfprune.errors import UserError
 from rfprune.inspection import (
@@ -29,7 +30,6 @@ from rfprune.inspection import (
     reason,
 )
 from rfprune.model.architectures import ARCHITECTURES
-from rfprune.pipeline import check_finite
 from rfprune.tasks.custom import custom_task, unread, with_columns
 from rfprune.tasks.registry import CUSTOM, Task, get_task
 from rfprune.tasks.zoo import resolve_checkpoint

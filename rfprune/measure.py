@@ -15,12 +15,14 @@ from torch import Tensor
 
 from rfprune.cache import Key, circumstances, data_digest, model_digest, remembering
 from rfprune.command_line import Options
+from rfprune.cost.latency import LatencyTable
 from rfprune.cost.macs import total_macs
 from rfprune.cost.params import total_params
+from rfprune.cost.verify import timed_batch
 from rfprune.evidence import curve_points, original_layers, stage_scores
 from rfprune.loading import Loaded
 from rfprune.model.layout import layout_of
-from rfprune.report.latency import Latency, measure_latency, typical_batch
+from rfprune.report.latency import Latency, measure_latency
 from rfprune.report.report_json import ratios, stage_seconds, versions
 from rfprune.result import Clock, PruneResult, Settings
 from rfprune.tasks.evaluation import (
@@ -39,6 +41,7 @@ class Prepared:
     """What all constraints of a run share; `seconds` went into loading.
 
     `stored`: the dtype that weights are saved in. `inputs`: their hash, see `inputs_digest`.
+    `latency_table`: where latency is the metric.
     """
 
     loaded: Loaded
@@ -48,6 +51,7 @@ class Prepared:
     evaluation_set: EvaluationSet
     seconds: float
     inputs: str
+    latency_table: LatencyTable | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,9 @@ def measure(
     if options.score_stages:
         data = prepared.evaluation_set
         stages = stage_scores(model, result, data, original, pruned, progress=progress)
-    latency = measure_latency(model, result.model, typical_batch(prepared.batches))
+    latency = measure_latency(
+        model, result.model, timed_batch(prepared.batches, prepared.latency_table)
+    )
     before = _costs(model, original, latency.original_ms, result.mean_tokens, prepared.stored)
     after = _costs(result.model, pruned, latency.pruned_ms, result.mean_tokens, stored)
     return {
@@ -107,6 +113,7 @@ def measure(
         "evaluated_examples": original.num_examples,
         "mean_tokens": result.mean_tokens,
         "latency": _conditions(latency),
+        "promise": promised(result, latency),
         "seconds": stage_seconds(
             result.seconds, load=prepared.seconds, evaluate=original.seconds + pruned.seconds
         ),
@@ -194,6 +201,23 @@ def _costs(
 def _distinct(state: Mapping[str, Tensor]) -> list[Tensor]:
     """Tied weights are stored once."""
     return list({tensor.data_ptr(): tensor for tensor in state.values()}.values())
+
+
+def promised(result: PruneResult, latency: Latency) -> dict[str, Any] | None:
+    """Of a constraint on latency: what was promised, predicted by the table, and measured in the
+    end, on the fitted model; and the choices that were timed on the way there."""
+    promise = result.promise
+    if promise is None:
+        return None
+    return {
+        "promised_ms": promise.promised * latency.original_ms,
+        "predicted_ms": promise.predicted * latency.original_ms,
+        "measured_ms": latency.pruned_ms,
+        "attempts": [
+            {"predicted": attempt.predicted, "measured": attempt.measured, "error": attempt.error}
+            for attempt in promise.attempts
+        ],
+    }
 
 
 def _conditions(latency: Latency) -> dict[str, int]:

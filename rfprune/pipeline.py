@@ -16,28 +16,32 @@ copy.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rfprune import processes
+from rfprune.checks import check_finite, on_device
 from rfprune.cost.constraint import Constraint, CostModel
 from rfprune.cost.grid import on_grid
+from rfprune.cost.latency import LatencyTable
 from rfprune.cost.macs import mac_costs, total_macs
 from rfprune.cost.memory import total_bytes
 from rfprune.cost.metrics import check_constraints, cost_model, mean_tokens
 from rfprune.cost.params import total_params
+from rfprune.cost.verify import measured_ratio, table_for, timed_batch
 from rfprune.errors import UserError
 from rfprune.model.compact import compact
 from rfprune.model.layout import Layout, layout_of
 from rfprune.model.masks import Masks, frozen, full_masks, masked, num_kept
 from rfprune.model.plain import to_plain
 from rfprune.model.replay import LABELS, Batch, token_mask, with_tokens
+from rfprune.promise import Promise, broken, keep_promise
 from rfprune.result import Clock, PruneResult, Settings
 from rfprune.selection import Selection, check_sizes, learn
 from rfprune.stages.objective import Loss
@@ -52,6 +56,7 @@ def prune(
     settings: Settings | None = None,
     *,
     loss: Loss | None = None,
+    latency_table: LatencyTable | None = None,
     cache: Path | None = None,
     progress: bool = False,
 ) -> PruneResult:
@@ -65,6 +70,8 @@ def prune(
         loss: from the model's outputs and a batch, its labels included, to a loss an example, (B,),
             or their mean: importance is by its gradients, not by those of the model's own
             predictions. Nothing is kept in the cache then.
+        latency_table: for a constraint on latency; without one the model is profiled first, on the
+            batch of median length.
         cache: a folder where what is collected is kept: it serves any other constraint.
 
     Raises:
@@ -73,7 +80,14 @@ def prune(
     """
     return next(
         prune_family(
-            model, batches, [constraint], settings, loss=loss, cache=cache, progress=progress
+            model,
+            batches,
+            [constraint],
+            settings,
+            loss=loss,
+            latency_table=latency_table,
+            cache=cache,
+            progress=progress,
         )
     )
 
@@ -85,6 +99,7 @@ def prune_family(
     settings: Settings | None = None,
     *,
     loss: Loss | None = None,
+    latency_table: LatencyTable | None = None,
     cache: Path | None = None,
     progress: bool = False,
 ) -> Iterator[PruneResult]:
@@ -94,7 +109,7 @@ def prune_family(
     settings = settings or Settings()
     layout = layout_of(model)
     check_finite(model)
-    labelled = [with_tokens(model, layout, _on_device(batch, model.device)) for batch in batches]
+    labelled = [with_tokens(model, layout, on_device(batch, model.device)) for batch in batches]
     if not any(token_mask(batch).any() for batch in labelled) or not layout.blocks:
         raise UserError(
             "there is nothing to calibrate on, or nothing to prune; give at least one example, and "
@@ -104,10 +119,14 @@ def prune_family(
         {name: value for name, value in batch.items() if name not in LABELS} for batch in labelled
     ]
     if isinstance(constraints, Sequence):
-        check_constraints(model, inputs, constraints)
+        if latency_table is None and any(wanted.metric == "latency" for wanted in constraints):
+            latency_table = table_for(
+                None, model, inputs, round_to=settings.round_to, progress=progress
+            )
+        check_constraints(model, inputs, constraints, latency_table)
     else:
-        constraints = _checked_in_turn(model, inputs, constraints)
-    job = _Job(model, layout, labelled, inputs, settings, loss, cache, progress)
+        constraints = _checked_in_turn(model, inputs, constraints, latency_table)
+    job = _Job(model, layout, labelled, inputs, settings, loss, latency_table, cache, progress)
     results = _family(job, constraints)
     while True:
         with torch.inference_mode(False), torch.enable_grad():  # in whatever mode the caller is
@@ -118,21 +137,14 @@ def prune_family(
 
 
 def _checked_in_turn(
-    model: PreTrainedModel, inputs: Sequence[Batch], constraints: Iterable[Constraint]
+    model: PreTrainedModel,
+    inputs: Sequence[Batch],
+    constraints: Iterable[Constraint],
+    table: LatencyTable | None,
 ) -> Iterator[Constraint]:
     for constraint in constraints:
-        check_constraints(model, inputs, [constraint])
+        check_constraints(model, inputs, [constraint], table)
         yield constraint
-
-
-def _on_device(batch: Any, device: torch.device) -> Batch:
-    """Raises UserError where a batch is none."""
-    if not (isinstance(batch, Mapping) and all(isinstance(v, Tensor) for v in batch.values())):
-        raise UserError(
-            f"a batch must map names to tensors, as a data collator's output does; got a "
-            f"{type(batch).__name__}: collate the examples with tensors first"
-        )
-    return {name: value.to(device) for name, value in batch.items()}
 
 
 @dataclass(frozen=True)
@@ -145,6 +157,7 @@ class _Job:
     inputs: Sequence[Batch]
     settings: Settings
     loss: Loss | None
+    table: LatencyTable | None
     cache: Path | None
     progress: bool
 
@@ -163,28 +176,26 @@ class _Job:
             progress=self.progress,
         )
 
-    def costs(self, metric: str, model: PreTrainedModel, layout: Layout) -> CostModel:
-        costs = cost_model(metric, model, layout, self.inputs)
-        return on_grid(costs, layout, self.settings.round_to)
+    def costs(self, metric: str) -> CostModel:
+        costs = cost_model(metric, self.model, self.layout, self.inputs, self.table)
+        return on_grid(costs, self.layout, self.settings.round_to)
 
 
 def _family(job: _Job, constraints: Iterable[Constraint]) -> Iterator[PruneResult]:
     """What is learnt about the model itself is learnt once; what the later rounds need is not."""
     for constraint in constraints if isinstance(constraints, Sequence) else ():
-        costs = job.costs(constraint.metric, job.model, job.layout)
+        costs = job.costs(constraint.metric)
         check_sizes(job.model, job.layout, costs, constraint, job.settings)
     shared = Clock()
     selection = job.learn(job.model, job.layout, shared)
     for constraint in constraints:
         clock = shared.fork()
-        student, masks = job.model, full_masks(job.layout)
-        warnings: list[str] = []
+        step = _Step(job.model, full_masks(job.layout))
         for ratio in schedule(constraint.ratio, job.settings.rounds):
-            milestone = Constraint(constraint.metric, ratio)
-            student, masks, warnings = _round(job, student, masks, milestone, selection, clock)
+            step = _round(job, step, Constraint(constraint.metric, ratio), selection, clock)
         if job.settings.uniform:
-            student = to_plain(student)
-        yield _summarise(job, student, masks, constraint, clock, warnings, selection)
+            step = replace(step, student=to_plain(step.student))
+        yield _summarise(job, step, constraint, clock, selection)
 
 
 def schedule(ratio: float, rounds: int) -> list[float]:
@@ -192,36 +203,74 @@ def schedule(ratio: float, rounds: int) -> list[float]:
     return [ratio ** (i / rounds) for i in range(1, rounds)] + [ratio]
 
 
+@dataclass(frozen=True)
+class _Step:
+    """A model on its way to a constraint, and its masks of the original's units."""
+
+    student: PreTrainedModel
+    masks: Masks
+    warnings: Sequence[str] = ()
+    promise: Promise | None = None
+
+
 def _round(
-    job: _Job,
-    student: PreTrainedModel,
-    masks: Masks,
-    constraint: Constraint,
-    selection: Selection,
-    clock: Clock,
-) -> tuple[PreTrainedModel, Masks, list[str]]:
+    job: _Job, step: _Step, constraint: Constraint, selection: Selection, clock: Clock
+) -> _Step:
     """Prune the student on to a constraint (a fraction of the original), and fit what is left."""
-    costs = job.costs(constraint.metric, job.model, job.layout)
-    budget, layout, chosen = costs.budget(constraint), job.layout, selection
+    student, layout, chosen = step.student, job.layout, selection
     if student is not job.model:
         layout = layout_of(student)
         chosen = job.learn(student, layout, clock)
-        costs = job.costs(constraint.metric, student, layout)
-    kept = chosen.choose(costs, budget, clock)
+    kept, promise = _choose(job, step, layout, chosen, constraint, clock)
     with clock("compact"):
         student = compact(student, layout, kept)
-        masks = _composed(job.layout, masks, layout, kept)
+        masks = _composed(job.layout, step.masks, layout, kept)
+    warnings = broken(promise)
     if not job.settings.tune:
-        return student, masks, []
+        return _Step(student, masks, warnings, promise)
     with clock("tune"), frozen(job.model), frozen(student):
         if job.settings.method != "kwon":
-            warnings = refit(job.model, student, job.layout, job.inputs, progress=job.progress)
-            return student, masks, warnings
+            warnings += refit(job.model, student, job.layout, job.inputs, progress=job.progress)
+            return _Step(student, masks, warnings, promise)
         with _teacher(job, constraint, selection):
-            scales, warnings = tune_scales(
+            scales, failures = tune_scales(
                 job.model, student, job.layout, job.inputs, progress=job.progress
             )
-        return student, _with_scales(job.layout, masks, scales), warnings
+        masks = _with_scales(job.layout, masks, scales)
+        return _Step(student, masks, warnings + failures, promise)
+
+
+def _choose(
+    job: _Job,
+    step: _Step,
+    layout: Layout,
+    selection: Selection,
+    constraint: Constraint,
+    clock: Clock,
+) -> tuple[Masks, Promise | None]:
+    """Masks of the student's units, of which `layout` is; a latency is measured as well."""
+    costs = job.costs(constraint.metric)
+    consumers = [block.consumer for block in job.layout.blocks]
+    places = [consumers.index(block.consumer) for block in layout.blocks]
+    num_units = [block.num_units for block in layout.blocks]
+
+    def choose(costs: CostModel, budget: float) -> Masks:
+        return selection.choose(costs.of_blocks(places, num_units), budget, clock)
+
+    if constraint.metric != "latency":
+        return choose(costs, costs.budget(constraint)), None
+
+    def measure(kept: Masks) -> tuple[float, float]:
+        with clock("verify"), frozen(job.model):
+            small = compact(step.student, layout, kept)
+            return processes.from_main(
+                lambda: measured_ratio(job.model, small, timed_batch(job.inputs, job.table))
+            )
+
+    def kept_by(kept: Masks) -> tuple[int, ...]:
+        return num_kept(_composed(job.layout, step.masks, layout, kept))
+
+    return keep_promise(costs, constraint, choose, measure, kept_by)
 
 
 def _teacher(
@@ -230,7 +279,7 @@ def _teacher(
     """The model as it is, or, as in the authors' code, masked at the constraint's square root."""
     if job.settings.teacher == "dense" or selection.importance is None:
         return nullcontext()
-    costs = job.costs(constraint.metric, job.model, job.layout)
+    costs = job.costs(constraint.metric)
     halfway = Constraint(constraint.metric, math.sqrt(constraint.ratio))
     masks = search(job.layout, selection.importance, costs, costs.budget(halfway))
     return masked(job.model, job.layout, masks)
@@ -255,54 +304,32 @@ def _with_scales(layout: Layout, masks: Masks, scales: dict[str, Tensor]) -> Mas
 
 
 def _summarise(
-    job: _Job,
-    student: PreTrainedModel,
-    masks: Masks,
-    constraint: Constraint,
-    clock: Clock,
-    warnings: Sequence[str],
-    selection: Selection,
+    job: _Job, step: _Step, constraint: Constraint, clock: Clock, selection: Selection
 ) -> PruneResult:
     """Put a pruned model together with what it kept and what that took."""
     layout = job.layout
     tokens = mean_tokens(job.inputs)
-    kept = num_kept(masks)
+    kept = num_kept(step.masks)
     layers = [{"heads": 0, "neurons": 0} for _ in layout.layers]
     for block, count in zip(layout.blocks, kept, strict=True):
         layers[block.layer][f"{block.kind}s"] = count
     return PruneResult(
-        model=student,
-        masks=masks,
+        model=step.student,
+        masks=step.masks,
         layout=layout,
         constraint=constraint,
         achieved={
             "mac": mac_costs(layout, tokens).total(kept) / total_macs(layout, tokens),
-            "params": total_params(student) / total_params(job.model),
-            "memory": total_bytes(student) / total_bytes(job.model),
+            "params": total_params(step.student) / total_params(job.model),
+            "memory": total_bytes(step.student) / total_bytes(job.model),
+            **({"latency": step.promise.measured} if step.promise else {}),
         },
         seconds=clock.report(),
-        warnings=tuple(warnings),
+        warnings=tuple(step.warnings),
         layers=tuple(layers),
         mean_tokens=tokens,
         importance=selection.importance,
         curves=selection.curves,
         cached=tuple(sorted(clock.cached)),
+        promise=step.promise,
     )
-
-
-def check_finite(model: PreTrainedModel) -> None:
-    """Refuse weights that are not finite, or not there to look at.
-
-    Raises:
-        UserError: the first such parameter is named.
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise UserError(
-                f"parameter '{name}' is not in memory: it was offloaded, and every weight is "
-                "looked at and some are changed; load the model onto devices that hold all of it"
-            )
-        if not torch.isfinite(parameter).all():
-            raise UserError(
-                f"parameter '{name}' holds NaN or infinity; save or download the checkpoint again"
-            )

@@ -76,7 +76,8 @@ def smallest(
     model, batches = prepared.loaded.model, prepared.batches
     held_out = batches[HELD_OUT - 1 :: HELD_OUT] or batches
     reference = logits_on(model, prepared.evaluation_set.task, held_out)
-    least = least_ratio(cost_model(metric, model, layout_of(model), batches))
+    table = prepared.latency_table
+    least = least_ratio(cost_model(metric, model, layout_of(model), batches, table))
     tried: list[_Tried] = []
 
     def decide() -> float | None:

@@ -32,13 +32,13 @@ class Attempt:
     Attributes:
         kept: units by block.
         predicted: by the table, as far as it had been corrected.
-        measured: median of paired measurements. spread: of that median, as a fraction of it.
+        measured: median of paired measurements. error: its standard error, as a fraction of it.
     """
 
     kept: tuple[int, ...]
     predicted: float
     measured: float
-    spread: float
+    error: float
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def keep_promise(
         costs: in milliseconds, by a latency table.
         choose: from costs and a budget to masks.
         measure: the fraction of the original's latency that is measured under masks, and its
-            spread.
+            standard error.
         kept_by: units by block of `costs` under masks, which may be those of a student.
 
     Raises:

@@ -15,6 +15,7 @@ from rfprune.cost.grid import MULTIPLES
 from rfprune.errors import UserError
 from rfprune.model.layout import Layout
 from rfprune.model.masks import Masks
+from rfprune.promise import Promise
 from rfprune.stages.importance import CRITERIA
 from rfprune.stages.obs import Curve
 
@@ -103,13 +104,15 @@ class PruneResult:
         masks: one (U,) per block of `layout`; zeros were removed, other values are tuned scales.
         layout: of the model that was given.
         achieved: pruned/original by metric: "mac" (Transformer layers, at the mean length),
-            "params" (all), "memory" (bytes of weights).
-        seconds: by stage (collect, search, rearrange, compact, tune), and in all (prune_total).
+            "params" (all), "memory" (bytes of weights), "latency" (where that was constrained).
+        seconds: by stage (collect, search, rearrange, compact, verify, tune), and in all
+            (prune_total).
         warnings: a sentence for whatever did not go as planned.
         layers: heads and neurons kept in every layer.
         mean_tokens: mean length of the calibration examples, at which MACs are counted.
         importance: per block the importance (U,) of its units, where the method has one.
         curves: per block of `layout` its error curve, where the method has one.
+        promise: of a constraint on latency, what was promised, predicted and measured.
         cached: stages whose outcome was on disk already; their seconds are those of reading it.
     """
 
@@ -125,6 +128,7 @@ class PruneResult:
     importance: tuple[Tensor, ...] | None = None
     curves: tuple[Curve, ...] | None = None
     cached: tuple[str, ...] = ()
+    promise: Promise | None = None
 
 
 @dataclass

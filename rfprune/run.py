@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rfprune.calibration import calibration_batches
 from rfprune.command_line import Options
 from rfprune.cost.constraint import Constraint
 from rfprune.cost.metrics import check_constraints
+from rfprune.cost.verify import table_for
 from rfprune.device import pick_device
 from rfprune.export import ExportJob, write_exports
 from rfprune.loading import choose_task, data_folder, length_limit, load, quiet_transformers
@@ -37,6 +39,8 @@ from rfprune.tasks.custom import warn_of_cuts
 from rfprune.tasks.evaluation import Evaluation, prepare_evaluation
 from rfprune.tasks.registry import CUSTOM, Task
 from rfprune.trouble import collected_warnings, out_of_memory_is_said
+
+LATENCY_TABLE_FILE = "latency_table.json"
 
 
 def run(options: Options, arguments: Sequence[str]) -> None:
@@ -78,6 +82,8 @@ def _run(options: Options, arguments: Sequence[str], device: torch.device) -> No
         )
         prepared = _prepare(options, task, device, told)
         left = processes.from_main(lambda: _unfinished(options, prepared, told, screen))
+        if left and options.metric == "latency":
+            prepared = _with_latency_table(options, prepared, left, told, progress)
         if not processes.is_main():
             _help(options, prepared, left)
             return
@@ -135,8 +141,15 @@ def _family(
     options: Options, prepared: Prepared, constraints: Iterable[Constraint], progress: bool = False
 ) -> Iterator[PruneResult]:
     model, batches, settings = prepared.loaded.model, prepared.batches, prepared.settings
-    cache = _cache(options)
-    return prune_family(model, batches, constraints, settings, cache=cache, progress=progress)
+    return prune_family(
+        model,
+        batches,
+        constraints,
+        settings,
+        latency_table=prepared.latency_table,
+        cache=_cache(options),
+        progress=progress,
+    )
 
 
 def _help(options: Options, prepared: Prepared, left: Sequence[float | None]) -> None:
@@ -174,6 +187,8 @@ def _save(
                 _export_job(prepared, original, result, stored),
                 quantize=options.quantize,
             )
+        if prepared.latency_table is not None:
+            prepared.latency_table.save(temporary / LATENCY_TABLE_FILE)
         write_report(report, temporary)
         write_for_people(report, temporary, options.push_to_hub)
         write_log(report, temporary, told.export_text(clear=False))
@@ -194,6 +209,25 @@ def _publish(options: Options, told: Console, progress: bool) -> None:
     told.print(f"Pushing to {repository}")
     address = push(folders[0], repository, private=options.private, progress=progress)
     told.print(f"Pushed to {address}")
+
+
+def _with_latency_table(
+    options: Options,
+    prepared: Prepared,
+    ratios: Sequence[float | None],
+    told: Console,
+    progress: bool,
+) -> Prepared:
+    """What sublayers take on this device, from the file that was given, or measured."""
+    model, batches, path = prepared.loaded.model, prepared.batches, options.latency_table
+    if path is None:
+        told.print("Measuring what heads and neurons take on this device")
+    round_to = prepared.settings.round_to
+    table = processes.from_main(
+        lambda: table_for(path, model, batches, round_to=round_to, progress=progress)
+    )
+    check_constraints(model, batches, _constraints(options, ratios), table)
+    return replace(prepared, latency_table=table)
 
 
 def _export_job(
@@ -279,7 +313,8 @@ def _prepare(options: Options, task: Task, device: torch.device, told: Console) 
         seed=options.seed,
         with_labels=options.use_labels,
     )
-    check_constraints(loaded.model, batches, _constraints(options, options.ratios))
+    if options.metric != "latency":  # which needs a table first
+        check_constraints(loaded.model, batches, _constraints(options, options.ratios))
     evaluation_set = prepare_evaluation(
         task,
         loaded.tokenizer,

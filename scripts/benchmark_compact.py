@@ -105,8 +105,8 @@ def _measure(options: argparse.Namespace, task: Task) -> dict[str, Any]:
     from rich.console import Console
 
     from rfprune.cost.constraint import Constraint
+    from rfprune.cost.verify import typical_batch
     from rfprune.pipeline import prune_family
-    from rfprune.report.latency import typical_batch
     from rfprune.report.report_json import versions
     from rfprune.trouble import collected_warnings
 

@@ -165,8 +165,8 @@ def _export(
     loaded: Loaded, pruned: Any, batches: Sequence[Batch], folder: Path
 ) -> tuple[dict[str, nn.Module], dict[str, int]]:
     """Six models by name ("original", "original-onnx", "original-onnx-int8", ...), their bytes."""
+    from rfprune.cost.verify import typical_batch
     from rfprune.onnx_export import OnnxModel, export_onnx, quantize_onnx
-    from rfprune.report.latency import typical_batch
 
     models: dict[str, nn.Module] = {}
     sizes = {}
@@ -201,7 +201,7 @@ def _shapes(loaded: Loaded, batches: Sequence[Batch]) -> list[Batch]:
     """A single typical example, a typical batch, and a long one, whose tokens change no time."""
     import torch
 
-    from rfprune.report.latency import typical_batch
+    from rfprune.cost.verify import typical_batch
 
     typical = typical_batch(batches)
     positions = loaded.model.config.max_position_embeddings - 2  # RoBERTa's start at 2

@@ -22,10 +22,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from rfprune import load_pruned, run
+from rfprune.cost.latency import LatencyTable
+from rfprune.cost.profile import profile
 from rfprune.errors import RfpruneWarning, UserError
 from rfprune.main import main
 from rfprune.method_flags import METHODS
 from rfprune.model.checkpoint import load_masks
+from rfprune.model.layout import layout_of
 from rfprune.report.report_json import STAGES, read_report
 from rfprune.tasks import evaluation
 from tests.conftest import MODEL_TYPES, write_parquet
@@ -135,9 +138,10 @@ def test_the_report_has_the_schema_of_the_plan(flags: Callable[..., list[str]]) 
     assert set(report["original"]) == set(report["pruned"]) == columns
     assert set(report["achieved"]) == {"mac", "params", "memory", "latency"}
     assert set(report["seconds"]) == {"load", *STAGES, "evaluate", "prune_total"}
+    assert report["seconds"].pop("verify") == 0  # of a constraint on latency alone
     assert all(seconds > 0 for seconds in report["seconds"].values())
     assert report["seconds"]["prune_total"] == pytest.approx(
-        sum(report["seconds"][stage] for stage in STAGES)
+        sum(report["seconds"][stage] for stage in STAGES if stage != "verify")
     )
     expected = {
         "schema": 1,
@@ -159,6 +163,58 @@ def test_the_report_has_the_schema_of_the_plan(flags: Callable[..., list[str]]) 
     assert report["divergence"] > 0
     assert 0 < report["achieved"]["mac"] <= 0.5
     assert all(set(layer) == {"heads", "neurons"} for layer in report["layers"])
+
+
+@pytest.fixture
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times are not what these tests are about."""
+    monkeypatch.setattr("rfprune.cost.profile.SECONDS", 0.0)
+    monkeypatch.setattr("rfprune.cost.verify.SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_constraint_on_latency_is_promised_predicted_and_measured(
+    flags: Callable[..., list[str]], method: str
+) -> None:
+    arguments = flags(metric="latency", constraint=0.9, method=method)
+    assert main(arguments) == 0
+    report = read_report(Path("out"))
+    promise, original = report["promise"], report["original"]["latency_ms"]
+    assert promise["promised_ms"] == pytest.approx(0.9 * original)
+    assert promise["measured_ms"] == report["pruned"]["latency_ms"]
+    assert 1 <= len(promise["attempts"]) <= 4
+    predictions = [attempt["predicted"] * original for attempt in promise["attempts"]]
+    assert promise["predicted_ms"] in [pytest.approx(value) for value in predictions]
+    assert all(attempt["predicted"] <= 0.9 * 1.001 for attempt in promise["attempts"])
+    assert report["seconds"]["verify"] > 0
+    table = LatencyTable.load(Path("out/latency_table.json"))
+    assert table.conditions.batch_size == report["latency"]["batch_size"]
+
+
+@pytest.mark.usefixtures("quickly")
+def test_a_latency_table_is_used_at_its_own_shape(
+    flags: Callable[..., list[str]], tiny_folder: Callable[..., Path], capsys: Any
+) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_folder())
+    batch = {name: torch.ones(3, 11, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+    profile(model, layout_of(model), batch).save(Path("table.json"))
+    arguments = flags(metric="latency", constraint=0.9, latency_table="table.json")
+    assert main(arguments) == 0
+    latency = read_report(Path("out"))["latency"]
+    assert (latency["batch_size"], latency["sequence_length"]) == (3, 11)
+    assert "Measuring" not in capsys.readouterr().err
+    other = profile(model.bfloat16(), layout_of(model), batch)
+    other.save(Path("table.json"))
+    assert main([*arguments, "--overwrite"]) == 2
+    assert "dtype bfloat16, not float32" in capsys.readouterr().err
+
+
+def test_a_latency_table_without_latency_is_refused(
+    flags: Callable[..., list[str]], capsys: Any
+) -> None:
+    assert main(flags(latency_table="table.json")) == 2
+    assert "--latency-table does nothing for --metric mac" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

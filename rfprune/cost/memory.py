@@ -18,7 +18,7 @@ def total_bytes(model: nn.Module) -> int:
 def memory_costs(model: nn.Module, layout: Layout) -> CostModel:
     """Bytes of the whole model, by how many units each block keeps."""
     unit_costs = [
-        unit_params(model, block) * model.get_submodule(block.consumer).weight.itemsize
+        unit_params(model, block) * model.get_parameter(f"{block.consumer}.weight").itemsize
         for block in layout.blocks
     ]
     num_units = [block.num_units for block in layout.blocks]

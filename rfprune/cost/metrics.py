@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from transformers import PreTrainedModel
 
 from rfprune.cost.constraint import Constraint, CostModel
+from rfprune.cost.latency import LatencyTable, latency_costs
 from rfprune.cost.macs import mac_costs
 from rfprune.cost.memory import memory_costs
 from rfprune.cost.params import param_costs
@@ -16,9 +17,24 @@ from rfprune.model.replay import Batch, token_mask
 
 
 def cost_model(
-    metric: str, model: PreTrainedModel, layout: Layout, batches: Sequence[Batch]
+    metric: str,
+    model: PreTrainedModel,
+    layout: Layout,
+    batches: Sequence[Batch],
+    table: LatencyTable | None = None,
 ) -> CostModel:
-    """What kept units cost by the metric of a constraint."""
+    """What kept units cost by the metric of a constraint; `table` is for latency.
+
+    Raises:
+        UserError: latency without a table.
+    """
+    if metric == "latency":
+        if table is None:
+            raise UserError(
+                "a constraint on latency needs a latency table; give one that "
+                "rfprune.cost.latency.profile has made"
+            )
+        return latency_costs(table, layout)
     if metric == "memory":
         return memory_costs(model, layout)
     if metric == "params":
@@ -43,7 +59,10 @@ def _least_cost(costs: CostModel) -> float:
 
 
 def check_constraints(
-    model: PreTrainedModel, batches: Sequence[Batch], constraints: Iterable[Constraint]
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    constraints: Iterable[Constraint],
+    table: LatencyTable | None = None,
 ) -> None:
     """Refuse what cannot be met before any work is done for it.
 
@@ -52,7 +71,7 @@ def check_constraints(
     """
     layout = layout_of(model)
     for constraint in constraints:
-        costs = cost_model(constraint.metric, model, layout, batches)
+        costs = cost_model(constraint.metric, model, layout, batches, table)
         least = _least_cost(costs)
         if constraint.ratio * costs.original < least:
             ratio = costs.ratio_for(least)

@@ -30,7 +30,7 @@ _EDGE_COLOURS = ("#3b7dd8", "#d2622a")
 """First and last layer; they and what is between them show on white and on black alike."""
 
 _KINDS = ("heads", "neurons")
-_STAGES = ("load", "collect", "search", "rearrange", "compact", "tune", "evaluate")
+_STAGES = ("load", "collect", "search", "rearrange", "compact", "verify", "tune", "evaluate")
 WIDTH_INCHES = 4.0
 
 Report = Mapping[str, Any]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,13 +27,6 @@ class Latency:
     sequence_length: int
     rounds: int
     threads: int
-
-
-def typical_batch(batches: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-    """A full batch of median length: what the model is likely to be fed."""
-    largest = max(len(batch["input_ids"]) for batch in batches)
-    full = [batch for batch in batches if len(batch["input_ids"]) == largest]
-    return sorted(full, key=lambda batch: batch["input_ids"].shape[1])[len(full) // 2]
 
 
 def measure_latency(

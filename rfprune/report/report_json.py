@@ -18,7 +18,7 @@ from typing import Any
 from rfprune.output import REPORT_FILE
 
 SCHEMA = 1
-STAGES = ("collect", "search", "rearrange", "compact", "tune")
+STAGES = ("collect", "search", "rearrange", "compact", "verify", "tune")
 _PACKAGES = ("torch", "transformers", "datasets", "numpy", "safetensors")
 
 

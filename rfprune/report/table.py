@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 LOG_FILE = "log.txt"
 LOG_WIDTH = 100
-_PRUNING = ("collect", "search", "rearrange", "compact", "tune")
+_PRUNING = ("collect", "search", "rearrange", "compact", "verify", "tune")
 METRIC_NAMES = {"mac": "MACs", "params": "parameters", "memory": "memory", "latency": "latency"}
 # SQuAD 2.0 has a dozen scores; those of its halves and thresholds are in the report alone.
 _DETAILS = ("HasAns_", "NoAns_", "best_")

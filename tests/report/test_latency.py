@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rfprune.report.latency import measure_latency, typical_batch
+from rfprune.cost.verify import typical_batch
+from rfprune.report.latency import measure_latency
 from rfprune.timing import MIN_ROUNDS, WARM_UP_ROUNDS
 
 

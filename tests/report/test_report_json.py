@@ -70,6 +70,7 @@ def test_a_stage_that_was_left_out_took_no_time() -> None:
         "search": 0.0,
         "rearrange": 0.0,
         "compact": 0.0,
+        "verify": 0.0,
         "tune": 0.0,
         "prune_total": 2.0,
         "evaluate": 3.0,
