@@ -32,7 +32,7 @@ from rfprune.cost.grid import on_grid
 from rfprune.cost.latency import LatencyTable
 from rfprune.cost.macs import mac_costs, total_macs
 from rfprune.cost.memory import total_bytes
-from rfprune.cost.metrics import check_constraints, cost_model, mean_tokens
+from rfprune.cost.metrics import cost_model, mean_tokens
 from rfprune.cost.params import total_params
 from rfprune.cost.verify import measured_ratio, table_for, timed_batch
 from rfprune.errors import UserError
@@ -43,7 +43,7 @@ from rfprune.model.plain import to_plain
 from rfprune.model.replay import LABELS, Batch, token_mask, with_tokens
 from rfprune.promise import Promise, broken, keep_promise
 from rfprune.result import Clock, PruneResult, Settings
-from rfprune.selection import Selection, check_sizes, learn
+from rfprune.selection import Selection, check_possible, learn
 from rfprune.stages.objective import Loss
 from rfprune.stages.search import search
 from rfprune.stages.tune import refit, tune_scales
@@ -123,9 +123,9 @@ def prune_family(
             latency_table = table_for(
                 None, model, inputs, round_to=settings.round_to, progress=progress
             )
-        check_constraints(model, inputs, constraints, latency_table)
+        check_possible(model, inputs, constraints, settings, latency_table)
     else:
-        constraints = _checked_in_turn(model, inputs, constraints, latency_table)
+        constraints = _checked_in_turn(model, inputs, constraints, settings, latency_table)
     job = _Job(model, layout, labelled, inputs, settings, loss, latency_table, cache, progress)
     results = _family(job, constraints)
     while True:
@@ -140,10 +140,11 @@ def _checked_in_turn(
     model: PreTrainedModel,
     inputs: Sequence[Batch],
     constraints: Iterable[Constraint],
+    settings: Settings,
     table: LatencyTable | None,
 ) -> Iterator[Constraint]:
     for constraint in constraints:
-        check_constraints(model, inputs, [constraint], table)
+        check_possible(model, inputs, [constraint], settings, table)
         yield constraint
 
 
@@ -183,9 +184,6 @@ class _Job:
 
 def _family(job: _Job, constraints: Iterable[Constraint]) -> Iterator[PruneResult]:
     """What is learnt about the model itself is learnt once; what the later rounds need is not."""
-    for constraint in constraints if isinstance(constraints, Sequence) else ():
-        costs = job.costs(constraint.metric)
-        check_sizes(job.model, job.layout, costs, constraint, job.settings)
     shared = Clock()
     selection = job.learn(job.model, job.layout, shared)
     for constraint in constraints:

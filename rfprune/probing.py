@@ -13,7 +13,7 @@ from typing import Any
 
 from rfprune import processes
 from rfprune.cost.constraint import Constraint
-from rfprune.cost.metrics import cost_model, least_ratio
+from rfprune.cost.metrics import cost_model
 from rfprune.errors import UserError
 from rfprune.max_drop import Probe, next_ratio, smallest_within
 from rfprune.measure import Batches, Outcome, Prepared
@@ -22,6 +22,7 @@ from rfprune.precision import rounded_to
 from rfprune.report.search_text import probe_line, shown_points
 from rfprune.report.table import METRIC_NAMES
 from rfprune.result import PruneResult
+from rfprune.selection import least_possible
 from rfprune.stages.reconstruct import HELD_OUT
 from rfprune.tasks.bootstrap import Drop, paired_drop
 from rfprune.tasks.evaluation import (
@@ -77,7 +78,9 @@ def smallest(
     held_out = batches[HELD_OUT - 1 :: HELD_OUT] or batches
     reference = logits_on(model, prepared.evaluation_set.task, held_out)
     table = prepared.latency_table
-    least = least_ratio(cost_model(metric, model, layout_of(model), batches, table))
+    layout = layout_of(model)
+    costs = cost_model(metric, model, layout, batches, table)
+    least = least_possible(model, layout, costs, prepared.settings)
     tried: list[_Tried] = []
 
     def decide() -> float | None:

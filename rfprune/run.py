@@ -19,7 +19,6 @@ from rfprune.cache import default_folder
 from rfprune.calibration import calibration_batches
 from rfprune.command_line import Options
 from rfprune.cost.constraint import Constraint
-from rfprune.cost.metrics import check_constraints
 from rfprune.cost.verify import table_for
 from rfprune.device import pick_device
 from rfprune.export import ExportJob, write_exports
@@ -35,6 +34,7 @@ from rfprune.report.hub import plan_of, push
 from rfprune.report.report_json import SCHEMA, read_report, write_report
 from rfprune.report.table import LOG_WIDTH, print_report, write_log
 from rfprune.result import PruneResult, Settings
+from rfprune.selection import check_possible
 from rfprune.tasks.custom import warn_of_cuts
 from rfprune.tasks.evaluation import Evaluation, prepare_evaluation
 from rfprune.tasks.registry import CUSTOM, Task
@@ -226,7 +226,7 @@ def _with_latency_table(
     table = processes.from_main(
         lambda: table_for(path, model, batches, round_to=round_to, progress=progress)
     )
-    check_constraints(model, batches, _constraints(options, ratios), table)
+    check_possible(model, batches, _constraints(options, ratios), prepared.settings, table)
     return replace(prepared, latency_table=table)
 
 
@@ -314,7 +314,8 @@ def _prepare(options: Options, task: Task, device: torch.device, told: Console) 
         with_labels=options.use_labels,
     )
     if options.metric != "latency":  # which needs a table first
-        check_constraints(loaded.model, batches, _constraints(options, options.ratios))
+        wanted = _constraints(options, options.ratios)
+        check_possible(loaded.model, batches, wanted, _settings(options))
     evaluation_set = prepare_evaluation(
         task,
         loaded.tokenizer,

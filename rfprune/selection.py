@@ -9,7 +9,7 @@ With `uniform`, search and allocation make way for the best sizes that are the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 from rfprune.cache import Remember, Tensors, remembering_statistics
 from rfprune.cost.constraint import Constraint, CostModel
 from rfprune.cost.grid import on_grid
-from rfprune.cost.metrics import least_ratio
-from rfprune.model.layout import Layout
+from rfprune.cost.latency import LatencyTable
+from rfprune.cost.metrics import check_constraints, cost_model, least_ratio
+from rfprune.model.layout import Layout, layout_of
 from rfprune.model.masks import Masks, frozen
 from rfprune.model.plain import plain_sizes
 from rfprune.model.replay import Batch
@@ -100,23 +101,30 @@ def least_possible(
     return least_ratio(costs)
 
 
-def check_sizes(
+def check_possible(
     model: PreTrainedModel,
-    layout: Layout,
-    costs: CostModel,
-    constraint: Constraint,
+    batches: Sequence[Batch],
+    constraints: Iterable[Constraint],
     settings: Settings,
+    table: LatencyTable | None = None,
 ) -> None:
-    """Refuse, before any work is done for it, what the same sizes in every layer cannot meet.
+    """Refuse what cannot be met before any work is done for it.
 
     Raises:
-        UserError: the constraint is below the least possible one, which is named, or the model
-            cannot have the same sizes in every layer.
+        UserError: a constraint is below the least possible one, which is named, or the model
+            cannot have the same sizes in every layer where the settings want it.
     """
-    if settings.uniform:
+    wanted = list(constraints)
+    check_constraints(model, batches, wanted, table)
+    if not settings.uniform:
+        return
+    layout = layout_of(model)
+    allowed = plain_sizes(model, layout)
+    for constraint in wanted:
+        costs = cost_model(constraint.metric, model, layout, batches, table)
         costs = on_grid(costs, layout, settings.round_to)
-        nothing = [np.zeros(len(table)) for table in costs.tables]
-        _division(model, layout, settings)(nothing, costs, costs.budget(constraint))
+        nothing = [np.zeros(len(own)) for own in costs.tables]
+        same_sizes(layout, nothing, costs, costs.budget(constraint), allowed=allowed)
 
 
 def _division(

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rfprune import load_pruned, pipeline, selection
+from rfprune import load_pruned, selection
 from rfprune.cost.constraint import Constraint
-from rfprune.cost.metrics import cost_model, least_ratio
+from rfprune.cost.metrics import check_constraints, cost_model, least_ratio
 from rfprune.errors import UserError
 from rfprune.main import main
 from rfprune.model.layout import layout_of
@@ -198,9 +198,9 @@ def test_the_least_ratio_is_the_least_that_is_not_refused(
 ) -> None:
     model, batches = tiny_model(), batches_of(tiny_batch)
     least = least_ratio(cost_model(metric, model, layout_of(model), batches))
-    pipeline.check_constraints(model, batches, [Constraint(metric, least)])
+    check_constraints(model, batches, [Constraint(metric, least)])
     with pytest.raises(UserError, match=f"choose {least:g} or more"):
-        pipeline.check_constraints(model, batches, [Constraint(metric, least - 1e-4)])
+        check_constraints(model, batches, [Constraint(metric, least - 1e-4)])
 
 
 @pytest.mark.parametrize("task", ["sst2", "stsb", "squad"])

@@ -7,7 +7,10 @@ than need be, and `--round-to` be forgotten by a method or in a later round.
 from __future__ import annotations
 
 import itertools
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from rfprune.cost.constraint import Constraint
 from rfprune.cost.macs import mac_costs
 from rfprune.cost.metrics import cost_model, mean_tokens
 from rfprune.errors import UserError
+from rfprune.main import main
 from rfprune.model.layout import layout_of
 from rfprune.model.masks import num_kept
 from rfprune.model.plain_entries import ENTRIES
@@ -169,3 +173,74 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(UserError, match="round_to 7 is not possible; choose one of 8, 16, 32, 64"):
         Settings(round_to=7)
     assert Settings(round_to=8, uniform=True).round_to == 8
+
+
+@pytest.fixture(scope="module")
+def ran(tiny_folder: Tiny, tiny_data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a command with --uniform and --round-to."""
+    output = tmp_path_factory.mktemp("sizes") / "out"
+    flags = ["--model", str(tiny_folder(intermediate_size=44)), "--task", "sst2"]
+    flags += ["--data-dir", str(tiny_data_dir), "--constraint", "0.7", "--samples", "16"]
+    flags += ["--uniform", "--round-to", "8", "--output-dir", str(output), "--quiet", "--no-cache"]
+    assert main(flags) == 0
+    return output
+
+
+def test_the_command_leaves_a_plain_folder_and_says_so(ran: Path) -> None:
+    report = json.loads((ran / "report.json").read_text())
+    assert (report["settings"]["uniform"], report["settings"]["round_to"]) == (True, 8)
+    config = json.loads((ran / "config.json").read_text())
+    assert not {"rfprune", "auto_map"} & config.keys()
+    assert report["layers"] == [{"heads": 4, "neurons": config["intermediate_size"]}] * 2
+    assert config["intermediate_size"] % 8 == 0
+    assert not list(ran.rglob("*.py"))
+    assert (ran / "masks.safetensors").is_file()
+    for name in ("README.md", "log.txt", "report.html"):
+        text = (ran / name).read_text(encoding="utf-8")
+        assert "from_pretrained" in text
+        assert "trust_remote_code" not in text
+
+
+def test_what_the_command_leaves_loads_in_a_fresh_process_and_scores_the_same(
+    ran: Path, tiny_batch: Tiny
+) -> None:
+    from rfprune import load_pruned
+
+    batch = tiny_batch()
+    expected = logits_of(load_pruned(ran), batch)
+    torch.save((batch, expected), ran.parent / "expected.pt")
+    program = f"""
+import sys, torch
+from transformers import AutoModelForSequenceClassification
+model = AutoModelForSequenceClassification.from_pretrained({str(ran)!r})
+batch, expected = torch.load({str(ran.parent / "expected.pt")!r})
+with torch.no_grad():
+    assert torch.equal(model(**batch).logits, expected)
+assert "rfprune" not in sys.modules
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True, cwd=ran.parent
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_the_command_leaves_is_pruned_again_by_the_command(
+    ran: Path, tiny_data_dir: Path, tmp_path: Path
+) -> None:
+    flags = ["--model", str(ran), "--task", "sst2", "--data-dir", str(tiny_data_dir)]
+    flags += ["--constraint", "0.5", "--samples", "16", "--output-dir", str(tmp_path / "again")]
+    assert main([*flags, "--quiet", "--no-cache"]) == 0
+    report = json.loads((tmp_path / "again" / "report.json").read_text())
+    assert report["achieved"]["mac"] <= 0.5
+
+
+def test_the_command_refuses_what_no_plain_model_can_meet(
+    tiny_folder: Tiny, tiny_data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", str(tiny_folder()), "--task", "sst2", "--data-dir", str(tiny_data_dir)]
+    flags += ["--constraint", "0.2", "--uniform", "--output-dir", str(tmp_path / "out")]
+    assert main(flags) == 2
+    said = capsys.readouterr().err
+    assert "all heads stay" in said
+    assert "Scoring" not in said, "it is refused before any work"
+    assert not (tmp_path / "out").exists()

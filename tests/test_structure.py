@@ -58,7 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "max_drop": set(),
     "probing": {
         *("cost", "max_drop", "measure", "model", "precision", "processes", "report", "result"),
-        *("stages", "tasks"),
+        *("selection", "stages", "tasks"),
     },
     "loading": {"checks", "demo", "inspection", "model", "tasks"},
     "measure": {
@@ -69,7 +69,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "export": {"cost", "model", "onnx_export", "report", "result", "tasks", "timing"},
     "run": {
         *("cache", "calibration", "command_line", "cost", "device", "export"),
-        *("loading", "measure", "probing", "trouble"),
+        *("loading", "measure", "probing", "selection", "trouble"),
         *("model", "output", "pipeline", "precision", "processes", "report", "result", "tasks"),
     },
     "main": {"command_line", "run"},

@@ -40,7 +40,7 @@ def to_dense(
         state |= _spread(block, neurons.get(block["consumer"]), state, dense)
     dense.load_state_dict(state, assign=True)
     dense.tie_weights()
-    _share_buffers(model, dense)
+    share_buffers(model, dense)
     if hasattr(model, "generation_config"):
         dense.generation_config = copy.deepcopy(model.generation_config)
     return dense.train(model.training)
@@ -122,7 +122,7 @@ def _scattered(values: Tensor, shape: torch.Size, places: Tensor, dimension: int
     return full
 
 
-def _share_buffers(model: nn.Module, dense: nn.Module) -> None:
+def share_buffers(model: nn.Module, dense: nn.Module) -> None:
     """Buffers that no state holds, such as position numbers, are those of the pruned model."""
     in_state = dense.state_dict().keys()
     for name, buffer in model.named_buffers():

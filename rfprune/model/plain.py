@@ -14,7 +14,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rfprune.errors import UserError
-from rfprune.model.dense import _share_buffers
+from rfprune.model.dense import share_buffers
 from rfprune.model.layout import Layout, layout_of
 from rfprune.model.plain_entries import ENTRIES, Entries
 
@@ -65,7 +65,7 @@ def to_plain(model: PreTrainedModel) -> PreTrainedModel:
         plain: PreTrainedModel = base(config)
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
-    _share_buffers(model, plain)
+    share_buffers(model, plain)
     if hasattr(model, "generation_config"):
         plain.generation_config = copy.deepcopy(model.generation_config)
     for name, parameter in plain.named_parameters():

@@ -136,7 +136,7 @@ def size_problems(draw: st.DrawFn) -> Sizes:
         errors.append(np.array([*np.cumsum(falls[::-1])[::-1], 0.0], dtype=np.float64))
         table = st.integers(0, 20) | st.just(np.inf)
         middle = draw(st.lists(table, min_size=block.num_units, max_size=block.num_units))
-        tables.append(np.array([0.0, *middle[:-1], draw(st.integers(0, 20))], dtype=np.float64))
+        tables.append(np.array([0.0, *middle[:-1], draw(st.integers(1, 20))], dtype=np.float64))
     costs = CostModel("latency", tuple(tables), draw(st.sampled_from([0.0, 7.0])))
     return layout, errors, costs, float(draw(st.integers(0, 60)))
 
