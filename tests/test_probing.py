@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rfprune import load_pruned, selection
+from rfprune import load_pruned
 from rfprune.cost.constraint import Constraint
 from rfprune.cost.metrics import check_constraints, cost_model, least_ratio
 from rfprune.errors import UserError
@@ -22,6 +22,7 @@ from rfprune.main import main
 from rfprune.model.layout import layout_of
 from rfprune.pipeline import prune_family
 from rfprune.report.report_json import read_report
+from rfprune.stages.curvature import collect_curvature
 from rfprune.tasks import evaluation
 from rfprune.tasks.bootstrap import Drop
 from rfprune.tasks.registry import get_task
@@ -55,20 +56,20 @@ def flags(
 def collections(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """An entry for every collection of statistics."""
     made: list[int] = []
-    original = selection.collect_curvature
+    original = collect_curvature
 
     def counting(*arguments: Any, **options: Any) -> Any:
         made.append(1)
         return original(*arguments, **options)
 
-    monkeypatch.setattr(selection, "collect_curvature", counting)
+    monkeypatch.setattr("rfprune.selection.collect_curvature", counting)
     return made
 
 
 @pytest.mark.parametrize(
     ("task", "points", "more"),
     [
-        ("mrpc", 5, ""),
+        ("mrpc", 5, "--push-to-hub someone/small --hub-dry-run"),
         ("mrpc", 0.5, "--metric params"),
         ("stsb", 30, "--metric memory"),
         ("squad", 5, "--method importance"),
@@ -96,6 +97,7 @@ def test_what_is_saved_keeps_the_limit(
     assert said.err.count("Tried ") == len(tried)
     assert "of resampled validation sets" in " ".join(said.out.split())
     assert load_pruned("out")
+    assert ("someone/small" in said.err) == ("someone/small" in more), "as for one constraint"
 
 
 def test_everything_is_collected_once_and_a_finished_search_is_kept(
@@ -142,14 +144,6 @@ def test_where_every_size_loses_more_it_is_one_sentence_and_nothing_is_left(
     assert "with 0.95 of the MACs kept" in last
     assert "it is 2.50 (standard error 0.70); give a larger --max-drop, or a size with" in last
     assert not Path("outputs").exists()
-
-
-def test_an_output_goes_to_the_hub_as_of_one_constraint(
-    flags: Flags, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pushed = "--output-dir out --push-to-hub someone/small --hub-dry-run"
-    assert main(flags(5, more=pushed)) == 0
-    assert "someone/small" in capsys.readouterr().err
 
 
 def batches_of(tiny_batch: Tiny) -> list[Batch]:
