@@ -10,6 +10,8 @@ this length), and its quotient speedup / ideal.
 
 Every cell is one line of JSON in the output file, written as soon as it is there; the same command
 goes on where it was stopped. `--profile` writes instead where the time goes, by kind of operator.
+Compiling takes longer than measuring: processes with the same `--turns FILE` (any name) and the
+same output compile at the same time, and when all have, they measure one after the other.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
@@ -28,6 +30,9 @@ from rfprune.flag_values import check_exports
 from scripts.bench import say
 from scripts.speedup_models import RUNTIMES, SYNTHETIC
 from scripts.sweep import append_line, model_name, read_lines
+
+if TYPE_CHECKING:
+    from scripts.speedup_timing import Wait
 
 CELL = (
     *("model", "device", "dtype", "runtime", "batch_size", "length"),
@@ -87,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seconds", type=float, default=20.0, help="a shape and runtime; default: 20")
     add("--rounds", type=int, default=MAX_ROUNDS, help=f"at most; default: {MAX_ROUNDS}")
     add("--profile", action="store_true", help="where the time goes, at the first of --cells")
+    add("--turns", type=Path, metavar="FILE", help="processes with the same one take turns")
     add("--output", type=Path, metavar="FILE", help="default: in results, named after the flags")
     return flags
 
@@ -195,12 +201,30 @@ def _complete(options: argparse.Namespace, cells: Sequence[Cell], output: Path) 
     """Measure what the output does not hold yet."""
     from rfprune.device import pick_device
     from scripts.speedup_models import load_dense
-    from scripts.speedup_timing import forget_compiled, machine
+    from scripts.speedup_timing import forget_compiled, machine, taking_turns
 
     pick_device(options.device)
-    here, there = machine(options.device), read_lines(output)
-    others = [line for line in there if line.get("machine") != here]
-    if others:
+    with taking_turns(options.turns) as wait:
+        wait(False)
+        here = machine(options.device)
+        missing = _missing(cells, output, here)
+        if not missing:
+            return
+        dense = load_dense(options.synthetic, options.model)
+        check_lengths(dense, missing)
+        append_line(output, None)
+        for family in _grouped(missing, ("dtype", "runtime")):
+            wait(False)
+            for line in _measured(dense, family, options, wait):
+                append_line(output, line | {"machine": here})
+                say(_in_words(line))
+            forget_compiled()
+
+
+def _missing(cells: Sequence[Cell], output: Path, here: Mapping[str, Any]) -> list[Cell]:
+    """Raises UserError where the output holds what cannot stand beside new measurements."""
+    there = read_lines(output)
+    if any(line.get("machine") != here for line in there):
         raise UserError(
             f"--output {output} holds measurements of another machine or other versions: name "
             f"another file, or move it away."
@@ -208,26 +232,22 @@ def _complete(options: argparse.Namespace, cells: Sequence[Cell], output: Path) 
     measured = {key_of(line) for line in there}
     missing = [cell for cell in cells if key_of(cell) not in measured]
     say(f"{output}: {len(missing)} of {len(cells)} cells to measure")
-    if not missing:
-        return
-    dense = load_dense(options.synthetic, options.model)
-    check_lengths(dense, missing)
-    append_line(output, None)
-    for family in _grouped(missing, ("dtype", "runtime")):
-        for line in _measured(dense, family, options):
-            append_line(output, line | {"machine": here})
-            say(_in_words(line))
-        forget_compiled()
+    return missing
 
 
 def _measured(
-    dense: Any, family: Sequence[Cell], options: argparse.Namespace
+    dense: Any, family: Sequence[Cell], options: argparse.Namespace, wait: Wait
 ) -> Iterator[dict[str, Any]]:
     """The cells that one set of models serves, shape by shape."""
-    from scripts.speedup_timing import make_field, measure
+    from scripts.speedup_timing import make_field, measure, warm_up
 
     field = make_field(dense, family)
-    for group in _grouped(family, ("batch_size", "length")):
+    groups = _grouped(family, ("batch_size", "length"))
+    if options.turns:
+        for group in groups:
+            warm_up(field, group)
+        wait(True)
+    for group in groups:
         yield from measure(field, group, seconds=options.seconds, max_rounds=options.rounds)
 
 

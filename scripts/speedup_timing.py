@@ -6,8 +6,8 @@ import gc
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from rfprune.cost.macs import mac_costs
+from rfprune.errors import UserError
 from rfprune.model.layout import Layout, layout_of
 from rfprune.report.report_json import versions
 from rfprune.timing import Ratio, time_ratios
@@ -38,6 +39,7 @@ TOLERANCE = 0.003
 
 Cell = Mapping[str, Any]
 Run = Callable[[Batch], object]
+Wait = Callable[[bool], None]
 
 
 @dataclass(frozen=True)
@@ -102,13 +104,8 @@ def time_field(
 ) -> list[Ratio]:
     """The original and the pruned models of one shape in turn; compiling is warming up, and not
     counted to `seconds`."""
-    batch = make_batch(field.dense, group[0]["batch_size"], group[0]["length"])
-    runs = [field.run_dense, *(field.pruned[structure_of(cell)][1] for cell in group)]
-    calls = [partial(run, batch) for run in runs]
+    calls = warm_up(field, group)
     with torch.inference_mode():
-        for _ in range(WARM_UP_ROUNDS):
-            for call in calls:
-                call()
         return time_ratios(
             calls[0],
             calls[1:],
@@ -118,6 +115,41 @@ def time_field(
             tolerance=TOLERANCE,
             warm_up_rounds=0,
         )
+
+
+def warm_up(field: Field, group: Sequence[Cell]) -> list[Callable[[], object]]:
+    """Calls of the original and the pruned models on one shape, each of which has been made."""
+    batch = make_batch(field.dense, group[0]["batch_size"], group[0]["length"])
+    runs = [field.run_dense, *(field.pruned[structure_of(cell)][1] for cell in group)]
+    calls: list[Callable[[], object]] = [partial(run, batch) for run in runs]
+    with torch.inference_mode():
+        for _ in range(WARM_UP_ROUNDS):
+            for call in calls:
+                call()
+    return calls
+
+
+@contextmanager
+def taking_turns(path: Path | None) -> Iterator[Wait]:
+    """Several processes prepare together and measure one at a time, by the lock of one file.
+
+    Gives a function that waits: `wait(False)` until nobody measures, `wait(True)` until nobody does
+    anything. Without a file there is nobody to wait for.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    if path is None:
+        yield lambda _: None
+        return
+    import fcntl  # not on Windows
+
+    try:
+        file = path.open("a")
+    except OSError as error:
+        raise UserError(f"--turns {path} cannot be written: {error.strerror}.") from error
+    with file:
+        yield lambda alone: fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
 
 
 def forget_compiled() -> None:

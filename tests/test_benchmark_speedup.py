@@ -119,9 +119,29 @@ def test_another_machine_needs_another_file(
     assert output.read_text() == text
 
 
+def test_processes_prepare_together_and_measure_one_at_a_time(tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    path = tmp_path / "turns"
+    with speedup_timing.taking_turns(path) as wait, path.open("a") as third:
+        wait(False)
+        with speedup_timing.taking_turns(path) as other_waits:
+            other_waits(False)
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(third, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        wait(True)  # the other is done
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(third, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def test_taking_turns_measures_the_same(script: ModuleType, flags: str, tmp_path: Path) -> None:
+    assert script.main(f"{flags} --constraint 0.5 --turns {tmp_path / 'turns'}".split()) == 0
+    assert [line["length"] for line in lines_of(tmp_path)] == [5, 9]
+
+
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
+        ("--turns missing/file", "--turns missing/file"),
         ("--cells 32by128", "32by128 is no shape"),
         ("--cells 0x5", "0 x 5"),
         ("--cells 1x900", "--length 900"),
