@@ -81,14 +81,14 @@ def keep_promise(
     Raises:
         UserError: by the table the constraint cannot be met.
     """
-    corrected, found = costs, list[tuple[Masks, Attempt]]()
+    corrected, budget, found = costs, costs.budget(constraint), list[tuple[Masks, Attempt]]()
     for _ in range(1 + CORRECTIONS):
         try:
-            masks = choose(corrected, corrected.budget(constraint))
+            masks = choose(corrected, budget)
         except UserError:
             if not found:
                 raise
-            break  # by what has been measured it cannot be met: the nearest is what there is
+            break  # nothing smaller is left: the nearest is what there is
         kept = kept_by(masks)
         if any(kept == attempt.kept for _, attempt in found):
             break
@@ -99,6 +99,10 @@ def keep_promise(
             break
         saved = 1 - costs.total(kept) / costs.original
         corrected = costs.with_savings(max((1 - attempt.measured) / saved, _LEAST_SHARE))
+        try:
+            budget = corrected.budget(constraint)
+        except UserError:  # by one measurement it cannot be met: nearer to nothing tells
+            corrected, budget = costs, (costs.total(kept) - costs.constant + costs.least) / 2
     attempts = tuple(attempt for _, attempt in found)
     chosen = min(range(len(found)), key=lambda i: _miss(attempts[i], constraint.ratio))
     return found[chosen][0], Promise(constraint.ratio, attempts, chosen)

@@ -72,6 +72,11 @@ class CostModel:
         """The cost with nothing pruned."""
         return self.constant + sum(float(table[-1]) for table in self.tables)
 
+    @property
+    def least(self) -> float:
+        """What the blocks cost at the least."""
+        return sum(float(table.min()) for table in self.tables)
+
     def ratio_for(self, cost: float) -> float:
         """The ratio, rounded up to four decimals, that allows a cost (the constant included)."""
         return math.ceil(1e4 * cost / self.original) / 1e4
@@ -97,7 +102,7 @@ class CostModel:
                 named.
         """
         budget = constraint.ratio * self.original - self.constant
-        least = self.constant + sum(float(table.min()) for table in self.tables)
+        least = self.constant + self.least
         if constraint.ratio * self.original < least:
             raise UserError(
                 f"constraint {constraint.ratio} on {self.metric} cannot be met: what is never "
