@@ -87,6 +87,7 @@ def time_interleaved(
     max_rounds: int = MAX_ROUNDS,
     tolerance: float = TOLERANCE,
     warm_up_rounds: int = WARM_UP_ROUNDS,
+    level: bool = False,
     progress: bool = False,
     clock: Clock = time.perf_counter,
 ) -> list[Timing]:
@@ -97,17 +98,21 @@ def time_interleaved(
         seconds: no round is begun after that many, the warm-up included, but for `min_rounds`.
         tolerance: stop earlier, once the standard error of every median is below this fraction of
             it, or of the mean of all medians where that is more; 0: never.
+        level: divide by how slow each round was as a whole, so that slow phases of the machine
+            cancel; for many calls, of which no single one makes a round slow.
         clock: seconds now; not used where the device has a clock of its own (CUDA).
     """
     times: list[list[float]] = [[] for _ in calls]
+    timings: list[Timing] = []
     rounds = _rounds(calls, device, seconds, warm_up_rounds, progress, clock)
     for number, (milliseconds, is_late) in enumerate(rounds, start=1):
         for own, value in zip(times, milliseconds, strict=True):
             own.append(value)
-        steady = number >= min_rounds and _are_steady([_timing(own) for own in times], tolerance)
+        timings = [_timing(own) for own in (_levelled(times) if level else times)]
+        steady = number >= min_rounds and _are_steady(timings, tolerance)
         if steady or number >= max_rounds or (is_late and number >= min_rounds):
             break
-    return [_timing(own) for own in times]
+    return timings
 
 
 def time_ratio(
@@ -186,6 +191,20 @@ def _timing(values: Sequence[float]) -> Timing:
         return Timing(values[0] if values else math.nan, 0.0, len(values))
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return Timing(median, (high - low) / (2 * median) if median else 0.0, len(values))
+
+
+def _levelled(times: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Times by call and round, divided by how slow the round was beside the median round.
+
+    The median over the calls says that: a hiccup in one of them is not the round's.
+    """
+    usual = [statistics.geometric_mean([max(value, 1e-9) for value in own]) for own in times]
+    slow = [
+        statistics.median(value / own for value, own in zip(values, usual, strict=True)) or 1.0
+        for values in zip(*times, strict=True)
+    ]
+    median = statistics.median(slow)
+    return [[value * median / by for value, by in zip(own, slow, strict=True)] for own in times]
 
 
 def _are_steady(timings: Sequence[Timing], tolerance: float) -> bool:

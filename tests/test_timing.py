@@ -155,6 +155,40 @@ def test_several_are_compared_with_one_in_the_same_rounds() -> None:
     assert machine.calls.count("halves") == machine.calls.count("original")
 
 
+@given(st.floats(1.5, 20), st.integers(0, 4))
+def test_slow_rounds_can_be_levelled_among_many_calls(slowdown: float, hiccup: int) -> None:
+    """Half of the rounds are slow, and one of the calls stumbles in each."""
+    machine = Machine()
+    own = [1.0, 2.0, 3.0, 4.0, 50.0]
+
+    def times(call: int) -> Iterator[float]:
+        for number in range(100):
+            pace = slowdown if number % 2 else 1.0
+            yield own[call] * pace * (30 if (number + call) % 5 == hiccup else 1)
+
+    def calls() -> list[Callable[[], object]]:
+        return [machine.call(str(i), times(i)) for i in range(len(own))]
+
+    def measured(*, level: bool) -> list[Timing]:
+        return time_interleaved(
+            calls(),
+            "cpu",
+            seconds=1e9,
+            max_rounds=20,
+            warm_up_rounds=0,
+            level=level,
+            tolerance=0,
+            clock=machine.clock,
+        )
+
+    levelled, plain = measured(level=True), measured(level=False)
+    medians = [timing.median_ms for timing in levelled]
+    assert [ms / medians[0] for ms in medians] == pytest.approx(own)
+    assert plain[0].spread > 0.1 > levelled[0].spread
+    assert 1 <= medians[0] * (1 + 1e-6)
+    assert medians[0] <= slowdown * (1 + 1e-6)
+
+
 def test_one_round_says_nothing_about_its_error() -> None:
     assert Timing(5.0, 0.0, 1).error == math.inf
 

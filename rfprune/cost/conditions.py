@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from rfprune.model.layout import Layout
+from rfprune.model.replay import layer_calls
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def conditions_of(
     tokens = batch.get("input_ids")
     if tokens is None:  # how many an image becomes, only the model knows
         with torch.no_grad():
-            tokens = layer_call(model, layout.layers[0], inputs).args[0]
+            tokens, _ = layer_calls(model, layout, inputs)
     mask = batch.get("attention_mask")
     return Conditions(
         device=model.device.type,
@@ -64,40 +63,6 @@ def conditions_of(
         threads=torch.get_num_threads(),
         padded=mask is not None and not bool(mask.all()),
     )
-
-
-@dataclass(frozen=True)
-class LayerCall:
-    """What a layer is called with; the hidden states (B, S, d) come first."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-class _Stop(Exception):
-    """Ends a forward pass at the layer that was asked for."""
-
-
-def layer_call(model: nn.Module, layer: str, inputs: Mapping[str, Tensor]) -> LayerCall:
-    """What the layer at a path is called with when the model runs on `inputs`.
-
-    Caches are left out: they would grow with every call.
-    """
-    seen: list[LayerCall] = []
-
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        states = args or (kwargs.pop("hidden_states"),)
-        named = {name: None if isinstance(v, Cache) else v for name, v in kwargs.items()}
-        seen.append(LayerCall(tuple(None if isinstance(v, Cache) else v for v in states), named))
-        raise _Stop
-
-    handle = model.get_submodule(layer).register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        with suppress(_Stop):
-            model(**inputs)
-    finally:
-        handle.remove()
-    return seen[0]
 
 
 def _device_name(device: torch.device) -> str:

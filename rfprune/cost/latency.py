@@ -79,7 +79,8 @@ class Curve:
         """
         sizes, ms = np.array(self.sizes), np.array(self.ms)
         if len(sizes) <= self.num_units:
-            ms = isotonic_regression(np.clip(ms, 0, ms[-1])).x
+            monotone = isotonic_regression(np.clip(ms, 0, ms[-1])).x
+            ms = np.append(np.minimum(monotone[:-1], ms[-1]), ms[-1])  # exact, without rounding
         units = np.arange(num_units + 1)
         table: NDArray[np.float64] = np.interp(units, sizes, ms)
         table[(units % self.round_to != 0) & (units != num_units)] = np.inf

@@ -9,7 +9,7 @@ machine and caches are the same for all, and weights come from memory as they do
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rfprune.cost.conditions import Conditions, conditions_of, layer_call
+from rfprune.cost.conditions import Conditions, conditions_of
 from rfprune.cost.latency import Curve, LatencyTable, scaled, shape_of
 from rfprune.errors import UserError
 from rfprune.model.compact import compact
 from rfprune.model.layout import Block, Layout
 from rfprune.model.masks import frozen
+from rfprune.model.replay import Batch, layer_calls, model_inputs
 from rfprune.timing import Timing, time_interleaved
 
 SECONDS = 120.0
@@ -34,8 +35,6 @@ ROUND_TO = 32
 
 MIN_ROUNDS = 3
 MAX_POINTS = 24
-
-Batch = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def profile(
 
     Args:
         model: left untouched, also after an error or an interruption.
-        batch: inputs (B, S) without labels; their shape counts, and whether there is padding.
+        batch: inputs (B, S); their shape counts, and whether there is padding.
         round_to: which numbers of neurons are to be allowed, multiples of it (default: 32, or the
             power of two that leaves a narrow FFN about as many); of heads any number is.
         seconds: begins no round of measurements after that many.
@@ -73,22 +72,25 @@ def profile(
         raise UserError("this model has no heads or neurons left, so there is nothing to measure")
     if round_to is not None and round_to < 1:
         raise UserError(f"neurons cannot be kept in multiples of {round_to}; give 1 or more")
-    inputs = {name: value.to(model.device) for name, value in batch.items()}
-    with frozen(model):
-        with torch.inference_mode(False), torch.no_grad():
-            conditions = conditions_of(model, layout, inputs)
-            emptied = compact(model, layout, [torch.zeros(b.num_units) for b in layout.blocks])
-            variants = _variants(model, layout, inputs, round_to)
-        whole = [partial(model, **inputs), partial(emptied, **inputs)]
-        with torch.inference_mode():
-            timings = time_interleaved(
-                [*whole, *(variant.call for variant in variants)],
-                model.device,
-                seconds=seconds,
-                min_rounds=min_rounds,
-                warm_up_rounds=1,
-                progress=progress,
-            )
+    inputs = {name: value.to(model.device) for name, value in model_inputs(batch).items()}
+    # no inference mode: tensors that a model keeps for later would be of no use in training
+    with torch.inference_mode(False), torch.no_grad(), frozen(model):
+        conditions = conditions_of(model, layout, inputs)
+        emptied = compact(model, layout, [torch.zeros(b.num_units) for b in layout.blocks])
+        variants = _variants(model, layout, inputs, round_to)
+        timings = time_interleaved(
+            [
+                partial(model, **inputs),
+                partial(emptied, **inputs),
+                *(variant.call for variant in variants),
+            ],
+            model.device,
+            seconds=seconds,
+            min_rounds=min_rounds,
+            warm_up_rounds=1,
+            level=True,
+            progress=progress,
+        )
     timings = [*timings[:2], *(_each(timing, _repeats(model, layout)) for timing in timings[2:])]
     return _table(layout, conditions, timings[:2], variants, timings[2:], round_to)
 
@@ -103,14 +105,15 @@ def _variants(
     """
     made = []
     repeats = _repeats(model, layout)
+    hidden, calls = layer_calls(model, layout, inputs)
     for layer, blocks in _by_layer(_largest(layout)).items():
         within = replace(layout, blocks=layout.blocks_of_layer(layer))
         alone = _with_one_layer(model, layout, layer)
-        call = layer_call(model, layout.layers[layer], inputs)
+        call = calls[layout.layers[layer]]
         for block in blocks:
             for size in measured_sizes(block, rounding(block, round_to)):
                 part = _cut(alone, within, block, size).get_submodule(layout.layers[layer])
-                run = partial(part, *call.args, **call.kwargs)
+                run = partial(part, hidden, *call.args, **call.kwargs)
                 made.append(_Variant(block, size, partial(_repeat, run, repeats)))
     return made
 

@@ -22,7 +22,7 @@ from rfprune.errors import UserError
 from rfprune.model.compact import compact
 from rfprune.model.layout import layout_of
 from rfprune.timing import Timing
-from tests.conftest import MODEL_TYPES
+from tests.conftest import ALL_TYPES
 
 Tiny = Callable[..., Any]
 
@@ -50,11 +50,11 @@ def eager(model: Any) -> Any:
 
 
 @pytest.mark.usefixtures("counted")
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", ALL_TYPES)
 def test_a_table_predicts_what_the_pruned_model_does(
     model_type: str, tiny_model: Tiny, tiny_batch: Tiny
 ) -> None:
-    model, batch = eager(tiny_model(model_type)), tiny_batch()
+    model, batch = eager(tiny_model(model_type)), tiny_batch(model_type=model_type)
     layout = layout_of(model)
     table = profile(model, layout, batch)
     costs = latency_costs(table, layout)
@@ -90,20 +90,28 @@ def test_a_pruned_model_is_profiled_too(tiny_model: Tiny, tiny_batch: Tiny) -> N
     assert [len(costs_of_block) - 1 for costs_of_block in costs.tables] == [8, 1, 12, 4]
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", ALL_TYPES)
 def test_every_size_is_measured_and_the_model_stays_as_it_was(
     model_type: str, tiny_model: Tiny, tiny_batch: Tiny
 ) -> None:
-    model, batch = tiny_model(model_type).train(), tiny_batch(2, 5, padding="none")
+    model = tiny_model(model_type).train()
+    batch = tiny_batch(2, 5, padding="none", model_type=model_type)
     layout = layout_of(model)
     before = state_of(model)
-    table = profile(model, layout, batch, seconds=0, min_rounds=1)
+    with torch.inference_mode():
+        table = profile(model, layout, batch, seconds=0, min_rounds=1)
+    output = model(**batch)
+    output.logits.sum().backward()  # nothing of the measuring is in its way
+    model.zero_grad()
     assert state_of(model) == before
     heads, neurons = table.curves
     assert (heads.kind, heads.sizes) == ("head", (0, 1, 2, 3, 4))
-    assert (neurons.kind, neurons.sizes) == ("neuron", tuple(range(13)))
+    width = layout.blocks[1].num_units
+    assert (neurons.kind, neurons.sizes) == ("neuron", tuple(range(width + 1)))
     assert table.rounds == 1
-    assert (table.conditions.batch_size, table.conditions.sequence_length) == (2, 5)
+    tokens = 5 if "input_ids" in batch else 1 + 2 * 2  # patches and the class token
+    assert table.conditions.batch_size == 2
+    assert table.conditions.sequence_length == tokens + (model_type == "deit")
     assert latency_costs(table, layout).original == pytest.approx(table.total_ms)
     check_table(table, model, layout, table.conditions)
 
