@@ -95,7 +95,8 @@ def time_interleaved(
 
     Args:
         device: where they do their work; on a GPU their work is timed to its end.
-        seconds: no round is begun after that many, the warm-up included, but for `min_rounds`.
+        seconds: no round is begun that would end later than that, the warm-up included, but for
+            `min_rounds`.
         tolerance: stop earlier, once the standard error of every median is below this fraction of
             it, or of the mean of all medians where that is more; 0: never.
         level: divide by how slow each round was as a whole, so that slow phases of the machine
@@ -239,11 +240,13 @@ def _rounds(
             bar.update(min(limit, clock() - start) - bar.n)
 
         for number in count(-warm_up_rounds):
+            begun = clock()
             order = [(position + number) % len(calls) for position in range(len(calls))]
             found = _time_all([calls[which] for which in order], device, clock, advance)
             if number >= 0:
                 by_call = dict(zip(order, found, strict=True))
-                yield [by_call[which] for which in range(len(calls))], clock() - start > seconds
+                is_late = 2 * clock() - begun - start > seconds  # by the end of another like it
+                yield [by_call[which] for which in range(len(calls))], is_late
 
 
 def _time_all(

@@ -181,10 +181,10 @@ def _print(table: LatencyTable, layout: Layout, path: Path) -> None:
     own = table.conditions
     shown = Table(
         "units kept",
-        *(f"{curve.kind}s: ms" for curve in table.curves),
-        "model: ms",
-        "latency kept",
-        "MACs kept",
+        *(f"{curve.kind}s, ms" for curve in table.curves),
+        "model, ms",
+        "latency",
+        "MACs",
         title=(
             f"{own.device_name}, {own.dtype}, {own.batch_size} x {own.sequence_length} tokens, "
             f"{own.attention} attention, {own.threads} threads"
@@ -198,7 +198,7 @@ def _print(table: LatencyTable, layout: Layout, path: Path) -> None:
         ]
         sizes = [_allowed(curve, curve.num_units, fraction) for curve in table.curves]
         times = [
-            f"{size}: {curve.costs(curve.num_units)[size]:.2f}"
+            f"{curve.costs(curve.num_units)[size]:.2f} ({size})"
             for curve, size in zip(table.curves, sizes, strict=True)
         ]
         total = costs.total(kept)

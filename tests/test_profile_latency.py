@@ -50,7 +50,7 @@ def test_a_folder_becomes_a_table_that_fits_its_model(
     assert latency_costs(table, layout).original == pytest.approx(table.total_ms)
     shown = capsys.readouterr().out
     assert "bfloat16, 2 x 5 tokens" in shown
-    assert "latency kept" in shown
+    assert "units kept" in shown
     assert all(fraction in shown for fraction in ("100%", "75%", "50%", "25%", "0%"))
 
 

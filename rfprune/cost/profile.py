@@ -63,7 +63,7 @@ def profile(
         batch: inputs (B, S); their shape counts, and whether there is padding.
         round_to: which numbers of neurons are to be allowed, multiples of it (default: 32, or the
             power of two that leaves a narrow FFN about as many); of heads any number is.
-        seconds: begins no round of measurements after that many.
+        seconds: begins no round of measurements that would end later, beyond the least.
 
     Raises:
         UserError: there is nothing to prune in the model, or `round_to` is not positive.
