@@ -167,6 +167,16 @@ def test_the_classical_fraction_and_the_uniform_sizes_keep_to_multiples_too(
         assert {n for block, n in kept.items() if block.kind == "neuron"} <= {16, 32}
 
 
+def test_rules_for_sizes_need_no_new_collection(
+    tiny_model: Tiny, batches: list[Batch], tmp_path: Path
+) -> None:
+    model, constraint = tiny_model(intermediate_size=44), Constraint("mac", 0.8)
+    first = prune(model, batches, constraint, Settings(), cache=tmp_path)
+    ruled = prune(model, batches, constraint, Settings(uniform=True, round_to=8), cache=tmp_path)
+    assert not first.cached
+    assert "collect" in ruled.cached
+
+
 def test_settings_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(UserError, match="leave one of them out"):
         Settings(method="importance", allocation="uniform", uniform=True)

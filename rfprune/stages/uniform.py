@@ -134,9 +134,8 @@ def _too_small(costs: CostModel, least: float, fixed: Sequence[str]) -> str:
         )
     ratio = costs.ratio_for(costs.constant + least)
     stays = " and ".join(f"all {kind}s stay" for kind in fixed)
-    reason = f" (where {stays}, since its configuration cannot say otherwise)" if fixed else ""
+    reason = f", where {stays} since its configuration cannot say otherwise" if fixed else ""
     return (
-        f"a model of the same size in every layer{reason} costs at least {ratio:g} of the "
-        f"original's {costs.metric}; choose a constraint of at least {ratio:g}, or leave out "
-        "--uniform (uniform=True)"
+        f"the constraint on {costs.metric} is too small for a model of the same size in every "
+        f"layer{reason}; choose one of at least {ratio:g}, or leave out --uniform (uniform=True)"
     )
