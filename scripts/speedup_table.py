@@ -22,6 +22,10 @@ from scripts.summarise import keep_current, read, read_measurements, with_tables
 
 BEGIN, END = "<!-- speedup:begin -->", "<!-- speedup:end -->"
 
+DTYPES = ("float32", "bfloat16", "float16")
+RUNTIMES = ("eager", "compile", "compile-graphs", "onnx")
+"""In the order of the tables."""
+
 SHOWN = (32, 128)
 """Batch size and length of the short table."""
 
@@ -44,12 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _wanted(results: Path, readme: Path) -> dict[Path, str]:
-    lines = read_measurements(results, "speedup", "benchmark_speedup", lambda line: full([line]))
+    found = read_measurements(results, "speedup", "benchmark_speedup", _use)
+    lines = sorted(found, key=_order)  # processes that took turns left them in any order
     profiles = [_read_profile(path) for path in sorted(results.glob("speedup_profile_*.json"))]
     return {
         results / "speedup.md": "\n".join([INTRODUCTION, full(lines), *profiles]),
         readme: with_tables(read(readme), short(lines), readme, BEGIN, END),
     }
+
+
+def _use(line: Line) -> object:
+    return full([line]), _order(line)
 
 
 def full(lines: Sequence[Line]) -> str:
@@ -107,6 +116,11 @@ def _where(line: Line) -> tuple[str, str, str]:
     if machine["threads"] == 1:
         threads = threads.replace("threads", "thread")
     return line["model"], f"{machine['device_name']}{threads}", line["dtype"]
+
+
+def _order(line: Line) -> tuple[Any, ...]:
+    model, machine, dtype = _where(line)
+    return model, machine, DTYPES.index(dtype), RUNTIMES.index(line["runtime"]), *_shape(line)
 
 
 def _versions(line: Line) -> str:
