@@ -31,8 +31,8 @@ from scripts.speedup_models import (
     runner,
 )
 
-WARM_UP_ROUNDS = 3
-"""CUDA's graphs are recorded at the second pass."""
+WARM_UP_ROUNDS = {"cpu": 1, "cuda": 3}
+"""The first pass compiles; CUDA's graphs are recorded at the second."""
 
 TOLERANCE = 0.003
 """Rounds end when the standard error of every speedup is below this fraction of it."""
@@ -123,7 +123,7 @@ def warm_up(field: Field, group: Sequence[Cell]) -> list[Callable[[], object]]:
     runs = [field.run_dense, *(field.pruned[structure_of(cell)][1] for cell in group)]
     calls: list[Callable[[], object]] = [partial(run, batch) for run in runs]
     with torch.inference_mode():
-        for _ in range(WARM_UP_ROUNDS):
+        for _ in range(WARM_UP_ROUNDS[group[0]["device"]]):
             for call in calls:
                 call()
     return calls
