@@ -246,7 +246,8 @@ def code_digest() -> str:
     package = Path(__file__).parent
     digest = hashlib.sha256()
     sources = (*package.glob("model/*.py"), *package.glob("stages/*.py"))
-    others = (package / "selection.py", package / "tasks" / "forward.py")
+    outside = ("selection.py", "embeddings.py", "tasks/forward.py", "tasks/language.py")
+    others = (package / name for name in outside)
     for path in sorted((*sources, *others)):
         digest.update(f"{path.name}\n".encode() + path.read_bytes())
     return digest.hexdigest()

@@ -8,8 +8,11 @@ import numpy as np
 from torch import Tensor
 
 from rfprune.errors import RfpruneWarning, UserError
-from rfprune.tasks.data import check_not_single, encode, load_split, make_batches
+from rfprune.tasks.batching import make_batches
+from rfprune.tasks.data import check_not_single, encode, load_split
 from rfprune.tasks.registry import Task
+
+_WITHOUT_LABELS = ("language-modeling", "similarity")
 
 
 def sample(dataset: Any, num_samples: int, seed: int) -> Any:
@@ -44,13 +47,21 @@ def calibration_batches(
 ) -> list[dict[str, Tensor]]:
     """Batches of `num_samples` examples of the task's training split.
 
-    An example of question answering is a window: of so many questions drawn, so many windows.
-    Only what is drawn is tokenised; without `with_labels` the data needs no label column. See
+    An example of question answering is a window: of so many questions drawn, so many windows; of
+    similarity it is one of the two texts, of language modelling a block. Only what is drawn is
+    tokenised, but for a running text; without `with_labels` the data needs no label column. See
     `load_split`, `encode` and `make_batches` for the shapes and for what is refused.
     """
+    if with_labels and task.kind in _WITHOUT_LABELS:
+        raise UserError(
+            f"--use-labels is of no use for task {task.name}, which has no labels that the model "
+            f"predicts: leave it out."
+        )
     train = load_split(task, task.train_split, data_dir, labels_required=with_labels)
     check_not_single(task, task.train_split, train)
-    encoded = encode(task, tokenizer, sample(train, num_samples, seed), max_length)
-    if len(encoded) > num_samples:
+    running = task.kind == "language-modeling"
+    drawn = train if running else sample(train, num_samples, seed)
+    encoded = encode(task, tokenizer, drawn, max_length)
+    if len(encoded) > num_samples or running:
         encoded = sample(encoded, num_samples, seed)
     return make_batches(encoded, tokenizer, batch_size, with_labels=with_labels)

@@ -21,7 +21,15 @@ from rfprune.errors import UserError
 from rfprune.hub_flags import add_hub, check_hub
 from rfprune.method_flags import add_method, with_method
 from rfprune.output import check_output
-from rfprune.tasks.registry import CUSTOM, TASK_NAMES, TASKS
+from rfprune.tasks.registry import (
+    CUSTOM,
+    LANGUAGE_MODELING,
+    SIMILARITY,
+    TASK_NAMES,
+    TASKS,
+    default_batch_size,
+    default_samples,
+)
 
 METRICS = ("mac", "params", "memory", "latency")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -117,6 +125,8 @@ def parse(argv: Sequence[str]) -> Options:
     """
     flags = vars(_parser().parse_args(argv))
     flags["constraint"] = tuple(dict.fromkeys(flags["constraint"] or ()))
+    flags["samples"] = flags["samples"] or default_samples(flags["task"])
+    flags["batch_size"] = flags["batch_size"] or default_batch_size(flags["task"])
     flags["export"] = tuple(dict.fromkeys(flags["export"]))
     flags["text_columns"] = flags["text_columns"] and tuple(flags["text_columns"])
     options = Options(**with_method(flags))
@@ -179,7 +189,8 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--task",
         required=True,
-        help=f"{', '.join(TASKS)}; or {CUSTOM}: your own checkpoint and data",
+        help=f"{', '.join(TASKS)}; or {CUSTOM}: your own checkpoint and data; "
+        f"{LANGUAGE_MODELING}, on any text; {SIMILARITY}, of embeddings",
     )
     size = group.add_mutually_exclusive_group(required=True)
     size.add_argument(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rfprune.model.compact import compact
 from rfprune.model.layout import Layout
 from rfprune.model.masks import masked, num_kept
 from rfprune.result import PruneResult
@@ -82,8 +83,12 @@ def stage_scores(
         model: that was pruned; it is run once more, with everything masked that was removed.
     """
     chosen = tuple((mask != 0).to(mask.dtype) for mask in result.masks)
-    with masked(model, result.layout, chosen):
-        selected = evaluate_model(model, evaluation_set, progress=progress)
+    if original.kind == "language-modeling":  # both at once, so that one cannot be the other
+        alone = compact(model, result.layout, chosen)
+        selected = evaluate_model(alone, evaluation_set, reference=model, progress=progress)
+    else:
+        with masked(model, result.layout, chosen):
+            selected = evaluate_model(model, evaluation_set, progress=progress)
     stages = {"original": original, "selected": selected, "fitted": pruned}
     return [
         {"stage": name, "score": scored.score, "divergence": divergence(original, scored)}

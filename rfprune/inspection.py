@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from rfprune.errors import UserError
-from rfprune.tasks.registry import CUSTOM, Task, check_labels
-
-HEADS = {
-    "classification": "SequenceClassification",
-    "regression": "SequenceClassification",
-    "question-answering": "QuestionAnswering",
-}
-"""How transformers calls the head of each kind of task."""
+from rfprune.tasks.custom import HEADS
+from rfprune.tasks.registry import (
+    AUTO_CLASSES,
+    CUSTOM,
+    LANGUAGE_MODELING,
+    WITH_CLASSES,
+    Kind,
+    Task,
+    check_labels,
+)
 
 WAYS_OUT = "give a folder that holds the checkpoint, or try --model demo"
 _SAVE_AGAIN = "save the model again with save_pretrained()"
@@ -96,13 +98,39 @@ def check_config(config: Mapping[str, Any], source: str, task: Task) -> None:
             f"Model type {model_type!r} of '{source}' is not supported: the supported types are "
             f"{', '.join(sorted(ARCHITECTURES))}."
         )
-    head, names = HEADS[task.kind], config.get("architectures") or ()
-    if not isinstance(names, list | tuple):
-        names = (names,)
-    if names and not any(str(name).endswith(f"For{head}") for name in names):
-        raise no_head(source, task, f"it is a {names[0]}, not a ...For{head}")
-    if task.kind != "question-answering":
+    names = class_names(config)
+    head = AUTO_CLASSES[task.kind].removeprefix("AutoModel")
+    known = (head, "LMHeadModel") if task.kind == "language-modeling" else (head,)
+    if names and not any(name.endswith(known) for name in names) and head:
+        raise no_head(source, task, f"it is a {names[0]}, not a ...{head}")
+    if task.kind in (*WITH_CLASSES, "regression"):
         check_labels(labels_of(config, source), task)
+
+
+def class_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The classes of transformers that a configuration says its weights are of."""
+    names = config.get("architectures") or ()
+    return tuple(map(str, names)) if isinstance(names, list | tuple) else (str(names),)
+
+
+def kind_of(config: Mapping[str, Any], source: str) -> Kind:
+    """What task `custom` asks of a checkpoint: by the head it has, a sequence classifier's if its
+    configuration does not say.
+
+    Raises:
+        UserError: it is a language model, for which there is a task of its own.
+    """
+    names = class_names(config)
+    for name in names:
+        for end, kind in HEADS.items():
+            if name.endswith(end):
+                return kind
+    if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
+        raise UserError(
+            f"'{source}' is a language model ({names[0]}): use --task {LANGUAGE_MODELING}, which "
+            f"scores it on a text of yours."
+        )
+    return "classification"
 
 
 def labels_of(config: Mapping[str, Any], source: str) -> Any:

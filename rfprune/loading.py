@@ -19,19 +19,36 @@ from torch import nn
 
 from rfprune.checks import check_finite
 from rfprune.demo import DEMO_TASK, demo_data_dir, demo_path
+from rfprune.embeddings import POOLING_ENTRY
 from rfprune.errors import UserError
 from rfprune.inspection import (
-    HEADS,
     WAYS_OUT,
     check_config,
+    kind_of,
     labels_of,
     no_head,
     read_config,
     reason,
 )
 from rfprune.model.architectures import ARCHITECTURES
-from rfprune.tasks.custom import custom_task, unread, with_columns
-from rfprune.tasks.registry import CUSTOM, Task, get_task
+from rfprune.sentences import pooling_in, transformer_folder
+from rfprune.tasks.custom import (
+    custom_task,
+    language_task,
+    similarity_task,
+    unread,
+    with_columns,
+)
+from rfprune.tasks.lengths import tokenizer_limit
+from rfprune.tasks.registry import (
+    AUTO_CLASSES,
+    CUSTOM,
+    LANGUAGE_MODELING,
+    OWN_DATA,
+    SIMILARITY,
+    Task,
+    get_task,
+)
 from rfprune.tasks.zoo import resolve_checkpoint
 
 DEMO = "demo"
@@ -41,7 +58,8 @@ DEMO = "demo"
 class Loaded:
     """A checkpoint ready for a task: in eval mode, on its device, all weights finite.
 
-    `source` is the folder or hub id that it came from.
+    `source` is the folder or hub id that it came from; the `tokenizer` of a model of images is its
+    image processor.
     """
 
     model: Any
@@ -64,12 +82,16 @@ def choose_task(
     Raises:
         UserError: there is no such task, or model or data do not make one; the sentence says why.
     """
-    if name != CUSTOM:
+    if name not in OWN_DATA:
         return get_task(name)
-    source = locate(model, unread())
+    known = {LANGUAGE_MODELING: language_task, SIMILARITY: similarity_task}
+    task = known[name]() if name in known else unread()
+    source = locate(model, task)
     with quiet_transformers(), _hub_errors(model, source):
         config = read_config(source)
-        task = custom_task(labels_of(config, source), config.get("problem_type"), source)
+        if name == CUSTOM:
+            labels, kind = labels_of(config, source), kind_of(config, source)
+            task = custom_task(labels, config.get("problem_type"), source, kind)
         check_config(config, source, task)
     return with_columns(task, data_dir, text_columns, label_column)
 
@@ -86,7 +108,10 @@ def load(name: str, task: Task, *, device: torch.device, dtype: torch.dtype) -> 
         config = read_config(source)
         check_config(config, source, task)
         model = _load_pruned(source, dtype) if "rfprune" in config else _load(source, task, dtype)
-        tokenizer = _load_tokenizer(source, model)
+        images = task.kind == "image-classification"
+        tokenizer = _load_processor(source) if images else _load_tokenizer(source, model)
+    if task.kind == "similarity" and (pooling := pooling_in(source)) is not None:
+        setattr(model.config, POOLING_ENTRY, pooling)
     check_finite(model)
     return Loaded(model.to(device).eval(), tokenizer, source)
 
@@ -107,7 +132,7 @@ def locate(name: str, task: Task) -> str:
     path = Path(name).expanduser()
     if path.is_file():
         raise UserError(f"Model '{name}' is a file: give the folder that holds config.json.")
-    return str(path) if path.is_dir() else resolve_checkpoint(name, task)
+    return str(transformer_folder(path)) if path.is_dir() else resolve_checkpoint(name, task)
 
 
 def data_folder(name: str, data_dir: Path | None) -> Path | None:
@@ -121,9 +146,11 @@ def length_limit(loaded: Loaded, task: Task, requested: int | None) -> int:
     Raises:
         UserError: more was asked for than the model has positions.
     """
+    if task.kind == "image-classification":
+        return task.max_length  # an image has as many patches as the model wants
     positions = _num_positions(loaded.model)
     if requested is None:
-        return min(task.max_length, positions, int(loaded.tokenizer.model_max_length))
+        return min(task.max_length, positions, tokenizer_limit(loaded.tokenizer))
     if requested > positions:
         raise UserError(
             f"--max-length {requested} is more than the {positions} positions that the model of "
@@ -175,7 +202,7 @@ def _load(source: str, task: Task, dtype: torch.dtype) -> Any:
     """A model as transformers has it, every weight in its place; the caller is quiet."""
     import transformers
 
-    model_class = getattr(transformers, f"AutoModelFor{HEADS[task.kind]}")
+    model_class = getattr(transformers, AUTO_CLASSES[task.kind])
     try:
         model, info = model_class.from_pretrained(
             source,
@@ -221,6 +248,8 @@ def _check_missing(missing: Iterable[str], model: Any, source: str, task: Task) 
     """Weights that transformers would draw at random."""
     names = sorted(str(name) for name in missing)
     inside = [name for name in names if name.startswith(f"{model.base_model_prefix}.")]
+    if model.base_model is model:  # no head; the pooler, if it has one, plays no part in embeddings
+        inside = names = [name for name in names if not name.startswith("pooler.")]
     if names and not inside:
         raise no_head(source, task, f"{names[0]} is missing")
     if inside:
@@ -242,6 +271,21 @@ def _check_left_over(unexpected: Iterable[str], model: Any, source: str) -> None
             f"model of its config.json has no place: the two do not belong together, or an adapter "
             f"is to be merged first."
         )
+
+
+def _load_processor(source: str) -> Any:
+    """The image processor, one that works on images of pillow."""
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(source, use_fast=False, trust_remote_code=False)
+    except Exception as error:  # each processor fails in its own way
+        if not Path(source).is_dir() and isinstance(error, OSError):
+            raise
+        raise UserError(
+            f"No image processor can be loaded from '{source}' ({reason(error)}): save it beside "
+            f"the model, as preprocessor_config.json."
+        ) from error
 
 
 def _load_tokenizer(source: str, model: Any) -> Any:

@@ -32,6 +32,7 @@ from rfprune.tasks.evaluation import (
     divergence,
     evaluate_model,
 )
+from rfprune.tasks.forward import batch_size
 
 Batches = Sequence[Mapping[str, Tensor]]
 
@@ -80,7 +81,8 @@ def measure(
     model, result = prepared.loaded.model, outcome.result
     pruned = outcome.pruned
     if pruned is None:
-        pruned = evaluate_model(result.model, prepared.evaluation_set, progress=progress)
+        data = prepared.evaluation_set
+        pruned = evaluate_model(result.model, data, reference=model, progress=progress)
     stages = []
     if options.score_stages:
         data = prepared.evaluation_set
@@ -94,11 +96,13 @@ def measure(
         "model": options.model,
         "source": prepared.loaded.source,
         "task": options.task,
+        "kind": original.kind,
+        "higher_is_better": prepared.evaluation_set.task.higher_is_better,
         "method": options.method,
         "metric": options.metric,
         "constraint": result.constraint.ratio,
         "seed": options.seed,
-        "samples": sum(len(batch["input_ids"]) for batch in prepared.batches),
+        "samples": sum(batch_size(batch) for batch in prepared.batches),
         "settings": dataclasses.asdict(prepared.settings),
         "device": str(model.device),
         "dtype": name_of(model.dtype),

@@ -127,7 +127,9 @@ def _try(
     probe = Probe(
         result.constraint.ratio,
         drop.points,
-        divergence_of_logits(reference, logits_on(result.model, data.task, held_out)),
+        divergence_of_logits(
+            reference, logits_on(result.model, data.task, held_out), data.task.kind
+        ),
         drop.standard_error,
     )
     within = smallest_within([probe], points) is not None

@@ -20,6 +20,7 @@ from rfprune.calibration import calibration_batches
 from rfprune.command_line import Options
 from rfprune.cost.constraint import Constraint
 from rfprune.cost.verify import table_for
+from rfprune.data_flags import check_kind
 from rfprune.device import pick_device
 from rfprune.export import ExportJob, write_exports
 from rfprune.loading import choose_task, data_folder, length_limit, load, quiet_transformers
@@ -296,6 +297,7 @@ def _settings(options: Options) -> Settings:
 
 def _prepare(options: Options, task: Task, device: torch.device, told: Console) -> Prepared:
     """Load the checkpoint and all data: everything that can be wrong with the input shows here."""
+    check_kind(task, exports=options.export, max_drop=options.max_drop)
     told.print(f"Loading {options.model} and the data of {task.name}")
     start = time.perf_counter()
     dtype = getattr(torch, options.dtype or "float32")
@@ -324,7 +326,8 @@ def _prepare(options: Options, task: Task, device: torch.device, told: Console) 
         max_length=max_length,
         limit=options.eval_limit,
     )
-    if task.name == CUSTOM and options.max_length is None:
+    images = task.kind == "image-classification"
+    if task.name == CUSTOM and options.max_length is None and not images:
         warn_of_cuts(evaluation_set.batches, max_length)
     seconds = time.perf_counter() - start
     inputs = inputs_digest(loaded.model, batches, evaluation_set)

@@ -150,7 +150,7 @@ def training_arguments(options: argparse.Namespace, num_examples: int) -> Any:
 
 def pad(tokenizer: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Rows of the encoded data as one padded batch of (B, S) tensors."""
-    from rfprune.tasks.data import collate
+    from rfprune.tasks.batching import collate
 
     return collate({name: [row[name] for row in rows] for name in rows[0]}, tokenizer)
 

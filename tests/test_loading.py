@@ -339,7 +339,10 @@ def test_custom_is_refused_before_weights_are_read(
     (folder / "model.safetensors").write_bytes(b"never read")
     assert choose_task("custom", str(folder), data_dir=data).num_labels == 2
     change_config(folder, problem_type="multi_label_classification")
-    assert "multi label" in told(folder)
+    assert choose_task("custom", str(folder), data_dir=data).kind == "multi-label"
+    change_config(folder, architectures=["GPT2LMHeadModel"])
+    assert "--task language-modeling" in told(folder)
+    change_config(folder, architectures=["BertForSequenceClassification"])
     change_config(folder, problem_type=None, model_type="bart")
     assert "'bart'" in told(folder)
     answers = told(tiny_folder("bert", "question-answering"))

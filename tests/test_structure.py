@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"cost", "model", "pipeline", "result"},
     "errors": set(),
     "embeddings": set(),
+    "sentences": {"embeddings"},
     "model": set(),
     "timing": set(),
     "cost": {"model", "timing"},
@@ -60,7 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("cost", "max_drop", "measure", "model", "precision", "processes", "report", "result"),
         *("selection", "stages", "tasks"),
     },
-    "loading": {"checks", "demo", "inspection", "model", "tasks"},
+    "loading": {"checks", "demo", "embeddings", "inspection", "model", "sentences", "tasks"},
     "measure": {
         *("cache", "command_line", "cost", "evidence", "loading", "model", "report", "result"),
         "tasks",
@@ -68,7 +69,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "onnx_export": set(),
     "export": {"cost", "model", "onnx_export", "report", "result", "tasks", "timing"},
     "run": {
-        *("cache", "calibration", "command_line", "cost", "device", "export"),
+        *("cache", "calibration", "command_line", "cost", "data_flags", "device", "export"),
         *("loading", "measure", "probing", "selection", "trouble"),
         *("model", "output", "pipeline", "precision", "processes", "report", "result", "tasks"),
     },

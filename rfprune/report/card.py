@@ -13,7 +13,14 @@ from typing import Any
 from rfprune.report.exports_table import HEADINGS, export_caption, export_lines, export_rows
 from rfprune.report.plots import PLOTS_FOLDER
 from rfprune.report.search_text import search_lines
-from rfprune.report.table import METRIC_NAMES, is_plain, scoring, seconds_line, summary_rows
+from rfprune.report.table import (
+    METRIC_NAMES,
+    auto_class,
+    is_plain,
+    scoring,
+    seconds_line,
+    summary_rows,
+)
 from rfprune.tasks.registry import TASKS, Task
 
 CARD_FILE = "README.md"
@@ -27,6 +34,12 @@ _DETAILS = ("HasAns_", "NoAns_", "best_")
 _PIPELINES = {
     "classification": "text-classification",
     "regression": "text-classification",
+    "multi-label": "text-classification",
+    "multiple-choice": "multiple-choice",
+    "token-classification": "token-classification",
+    "image-classification": "image-classification",
+    "language-modeling": "text-generation",
+    "similarity": "sentence-similarity",
     "question-answering": "question-answering",
 }
 
@@ -55,6 +68,7 @@ def render_card(report: Report, repository: str | None = None) -> str:
     task = TASKS.get(report["task"])
     settings, conditions = report["settings"], report["latency"]
     labels = "with their labels" if settings.get("use_labels") else "without their labels"
+    processor = "AutoImageProcessor" if "image" in _kind(report, task) else "AutoTokenizer"
     card = ModelCard.from_template(
         _metadata(report, task),
         template_path=str(_TEMPLATE),
@@ -72,7 +86,8 @@ def render_card(report: Report, repository: str | None = None) -> str:
         plots=PLOTS_FOLDER,
         per_layer=_per_layer(report),
         repository=repository or UNKNOWN_REPOSITORY,
-        auto_class=_auto_class(report),
+        auto_class=auto_class(report),
+        processor=processor,
         is_plain=is_plain(report),
         command=report["command"].replace("```", "'''"),
         method=_method(settings, report["method"]),
@@ -107,7 +122,7 @@ def _metadata(report: Report, task: Task | None) -> Any:
     return ModelCardData(
         library_name="transformers",
         base_model=_hub_id(report["source"]),
-        pipeline_tag=_PIPELINES["classification" if task is None else task.kind],
+        pipeline_tag=_PIPELINES[_kind(report, task)],
         datasets=None if task is None else [task.hub_path],
         metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
         tags=["rfprune", "pruned", "structured-pruning", "compression", *code],
@@ -173,10 +188,8 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def _auto_class(report: Report) -> str:
-    task = TASKS.get(report["task"])
-    answers = task is not None and task.kind == "question-answering"
-    return f"AutoModelFor{'QuestionAnswering' if answers else 'SequenceClassification'}"
+def _kind(report: Report, task: Task | None) -> str:
+    return str(report.get("kind") or ("classification" if task is None else task.kind))
 
 
 def standard_error(score: float, count: int) -> float:

@@ -32,6 +32,7 @@ def frontier(runs: Sequence[tuple[str, Report]]) -> Sketch | None:
     reports = [report for _, report in sorted(runs, key=lambda run: -kept(run[1]))]
     series = _series(reports)
     metric, task = reports[0]["metric_name"], reports[0]["task"]
+    above_is_better = "higher" if reports[0].get("higher_is_better", True) else "lower"
     spoken = listed(
         f"{metric} {report['pruned']['score']:.2f} with {100 * kept(report):.3g}% kept ({label})"
         for label, own in series.items()
@@ -51,7 +52,7 @@ def frontier(runs: Sequence[tuple[str, Report]]) -> Sketch | None:
         f"frontier-{task}",
         f"Score against what is kept: {task}",
         f"Line charts of {metric} and divergence against the share that is kept: {spoken}.",
-        "Further left is smaller; higher above and lower below is better.",
+        f"Further left is smaller; {above_is_better} above and lower below is better.",
         (WIDTH_INCHES, 4.2 + 0.2 * (len(series) - 1)),
         paint,
     )

@@ -23,6 +23,7 @@ from rfprune.report.table import (
     METRIC_NAMES,
     is_plain,
     reload_line,
+    score_change,
     scoring,
     seconds_line,
     summary_rows,
@@ -149,10 +150,8 @@ def _tiles(report: Report) -> list[tuple[str, str]]:
     before, after, achieved = report["original"], report["pruned"], report["achieved"]
     tiles = []
     if before["score"] is not None and after["score"] is not None:
-        change = round(after["score"] - before["score"], 2) + 0.0
-        tiles.append(
-            (f"{change:+.2f} points", f"{report['metric_name']}, now {after['score']:.2f}")
-        )
+        change = score_change(report, before["score"], after["score"])
+        tiles.append((change, f"{report['metric_name']}, now {after['score']:.2f}"))
     tiles.append((f"{achieved['mac']:.1%}", "of the multiply-accumulates"))
     tiles.append((f"{after['bytes'] / before['bytes']:.1%}", "of the bytes of weights"))
     tiles.append((f"{before['latency_ms'] / after['latency_ms']:.2f}x", "as fast, measured"))
@@ -194,13 +193,11 @@ def _columns(runs: Sequence[tuple[str, Report]]) -> list[str]:
 
 def _row(name: str, report: Report) -> list[str]:
     before, after, achieved = report["original"], report["pruned"], report["achieved"]
-    scores = before["score"], after["score"]
-    known = None not in scores
     far = report["divergence"]
     return [
         name,
         f"{after['score']:.2f}" if after["score"] is not None else "undefined",
-        f"{round(after['score'] - before['score'], 2) + 0.0:+.2f}" if known else "",
+        score_change(report, before["score"], after["score"]).removesuffix(" points"),
         "" if far is None else f"{far:.4f}",
         f"{kept(report):.1%} of {METRIC_NAMES.get(report['metric'], report['metric'])}",
         f"{achieved['mac']:.1%}",

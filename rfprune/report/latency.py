@@ -37,7 +37,7 @@ def measure_latency(
     seconds: float | None = None,
     max_rounds: int | None = None,
 ) -> Latency:
-    """Time both models on one batch (B, S), in turn, and take the medians.
+    """Time both models on one batch (B, S), or of images, in turn, and take the medians.
 
     They alternate, and swap places every round; see `rfprune.timing`. Stops after `max_rounds`
     (default: `MAX_ROUNDS`) or `seconds` (`SECONDS`), but not before a few rounds.
@@ -45,7 +45,7 @@ def measure_latency(
     inputs = {
         name: value.to(original.device)
         for name, value in batch.items()
-        if name in ("input_ids", "attention_mask", "token_type_ids")
+        if name in ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
     }
     with torch.inference_mode():
         before, after = time_interleaved(
@@ -55,11 +55,13 @@ def measure_latency(
             max_rounds=MAX_ROUNDS if max_rounds is None else max_rounds,
             tolerance=0,
         )
+    read = inputs.get("input_ids", inputs.get("pixel_values"))
+    assert read is not None
     return Latency(
         original_ms=before.median_ms,
         pruned_ms=after.median_ms,
-        batch_size=inputs["input_ids"].shape[0],
-        sequence_length=inputs["input_ids"].shape[1],
+        batch_size=len(read),
+        sequence_length=read.shape[-1],
         rounds=before.rounds,
         threads=torch.get_num_threads(),
     )

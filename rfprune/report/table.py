@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rfprune.report.exports_table import HEADINGS, export_caption, export_lines, export_rows
 from rfprune.report.search_text import search_lines
+from rfprune.tasks.registry import AUTO_CLASSES
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -70,10 +71,18 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
 
 def reload_line(report: Mapping[str, Any]) -> str:
     """The one line that loads the pruned model."""
-    head = "QuestionAnswering" if "squad" in report["task"] else "SequenceClassification"
     folder = json.dumps(report["output_dir"], ensure_ascii=False)
     code = "" if is_plain(report) else ", trust_remote_code=True"
-    return f"transformers.AutoModelFor{head}.from_pretrained({folder}{code})"
+    return f"transformers.{auto_class(report)}.from_pretrained({folder}{code})"
+
+
+def auto_class(report: Mapping[str, Any]) -> str:
+    """The class of transformers that loads the pruned model; reports once had no kind of task."""
+    kind: Any = report.get("kind")
+    if kind is None:
+        kind = "question-answering" if "squad" in report["task"] else "classification"
+    found: str = AUTO_CLASSES[kind]
+    return found
 
 
 def is_plain(report: Mapping[str, Any]) -> bool:
@@ -139,7 +148,7 @@ def _score_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     rows = []
     for name in sorted(names, key=lambda name: name != main):
         before, after = scores["original"][name], scores["pruned"].get(name)
-        rows.append((name, _points(before), _points(after), _difference(before, after)))
+        rows.append((name, _points(before), _points(after), score_change(report, before, after)))
     return rows
 
 
@@ -162,10 +171,13 @@ def _points(score: float | None) -> str:
     return "undefined" if score is None else f"{score:.2f}"
 
 
-def _difference(before: float | None, after: float | None) -> str:
-    """In points; the sum with 0.0 takes the sign from what rounds to -0.00."""
+def score_change(report: Mapping[str, Any], before: float | None, after: float | None) -> str:
+    """In points, or of what is none (a perplexity) in percent; the sum with 0.0 takes the sign from
+    what rounds to -0.00."""
     if before is None or after is None:
         return ""
+    if not report.get("higher_is_better", True):
+        return f"{round(100 * (after / before - 1), 1) + 0.0:+.1f}%"
     return f"{round(after - before, 2) + 0.0:+.2f} points"
 
 
@@ -192,8 +204,10 @@ def scoring(report: Mapping[str, Any]) -> str:
     if report["divergence"] is None:
         return f"Scored on {examples}."
     name = "KL divergence from the original's predictions"
-    if report["task"] == "stsb":
+    if report["task"] == "stsb" or report.get("kind") == "regression":
         name = "half the mean squared difference from the original's outputs"
+    if report.get("kind") == "similarity":
+        name = "half the mean squared distance from the original's embeddings"
     return f"Scored on {examples}; {name}: {report['divergence']:.4f}."
 
 

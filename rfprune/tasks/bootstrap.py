@@ -19,7 +19,7 @@ from rfprune.tasks.evaluation import (
     answered,
     predicted,
 )
-from rfprune.tasks.metrics import SCORE_FUNCTIONS
+from rfprune.tasks.metrics import score_function
 
 RESAMPLES = 200
 _ROUNDING = 1e-9  # of scores that are 100 x a fraction
@@ -80,7 +80,7 @@ def _scorer(
         one_by_one = _scores_of_questions(evaluation_set, evaluation)
         return lambda rows: float(one_by_one[rows].mean())
     assert evaluation_set.labels is not None
-    score = SCORE_FUNCTIONS[evaluation_set.task.metric_name]
+    score = score_function(evaluation_set.task.metric_name)
     predictions, labels = predicted(evaluation_set.task, evaluation.logits), evaluation_set.labels
     return lambda rows: 100.0 * score(predictions[rows], labels[rows])
 

@@ -1,33 +1,119 @@
 """Check a task's columns as a whole: what is wrong is a UserError naming file and row (from 1)."""
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from rfprune.errors import UserError
+from rfprune.tasks.choices import LISTED
 from rfprune.tasks.files import Table
 from rfprune.tasks.labels import class_ids
-from rfprune.tasks.registry import CUSTOM, Task
+from rfprune.tasks.registry import OWN_DATA, Kind, Task
+
+_Check = Callable[[Task, Sequence[Any], str], Any]
+_OF_NUMBERS = ("regression", "similarity")
 
 
 def checked_columns(task: Task, table: Table, labels_required: bool) -> dict[str, list[Any]]:
     """The table's columns, complete and of the right types, labels as numbers; else UserError."""
+    columns = dict(table.columns)
+    if labels_required and task.kind == "multi-label":
+        columns = with_one_label_column(task, columns)
     needed = [*task.text_columns, *([task.label_column] if labels_required else [])]
-    missing = [name for name in needed if name not in table.columns]
+    missing = [name for name in needed if name not in columns]
     if missing:
         raise UserError(
             f"{table.source} has no column {', '.join(missing)}: {task.name} needs "
             f"{', '.join(needed)}, found {', '.join(table.names) or 'none'}."
         )
-    if not table.columns[needed[0]]:
+    if not columns[needed[0]]:
         raise UserError(f"{table.source} is empty: it has no rows.")
     for name in task.text_columns:
-        _check_texts(table.columns[name], name, table.source)
-    columns = dict(table.columns)
+        is_list = name == LISTED or _of_words(task)
+        (_check_lists if is_list else _check_texts)(columns[name], name, table.source)
     if labels_required:
-        checked = _checked_answers if task.kind == "question-answering" else _checked_labels
+        checked: _Check = _CHECKED.get(task.kind, _checked_labels)
         columns[task.label_column] = checked(task, columns[task.label_column], table.source)
-    return columns
+        if _of_words(task):
+            _check_one_each(task, columns, table.source)
+    return {name: columns[name] for name in columns if name in needed or name in table.columns}
+
+
+def _of_words(task: Task) -> bool:
+    return task.kind == "token-classification"
+
+
+def _check_lists(rows: Sequence[Any], column: str, source: str) -> None:
+    for row, words in enumerate(rows, start=1):
+        if not (isinstance(words, list) and words and all(isinstance(word, str) for word in words)):
+            raise UserError(
+                f"{source}, row {row}: {column} is {_shown(words)}, not a list of texts; lists "
+                f"come in a jsonl or parquet file."
+            )
+
+
+def _shown(value: Any) -> str:
+    return "missing" if value is None else repr(value)[:60]
+
+
+def _check_one_each(task: Task, columns: dict[str, list[Any]], source: str) -> None:
+    words, labels = columns[task.text_columns[0]], columns[task.label_column]
+    for row, (own, names) in enumerate(zip(words, labels, strict=True), start=1):
+        if len(own) != len(names):
+            raise UserError(
+                f"{source}, row {row}: {len(own)} {task.text_columns[0]} but {len(names)} "
+                f"{task.label_column}: a label a word is wanted."
+            )
+
+
+def _checked_lists(task: Task, labels: Sequence[Any], source: str) -> list[list[int]]:
+    """Label ids of rows that are lists of ids or names."""
+    for row, own in enumerate(labels, start=1):
+        if not isinstance(own, list):
+            raise UserError(
+                f"{source}, row {row}: {task.label_column} is {_shown(own)}, not a list; lists "
+                f"come in a jsonl or parquet file."
+            )
+    ids = iter(class_ids(task, [label for own in labels for label in own], source))
+    return [[next(ids) for _ in own] for own in labels]
+
+
+def _checked_sets(task: Task, labels: Sequence[Any], source: str) -> list[list[float]]:
+    """Of rows with any number of labels: 1.0 or 0.0 for every label, (L,) each."""
+    if all(_is_hot(own, task.num_labels) for own in labels):
+        return [[float(value) for value in own] for own in labels]
+    numbers = range(task.num_labels)
+    return [
+        [float(label in ids) for label in numbers] for ids in _checked_lists(task, labels, source)
+    ]
+
+
+def _is_hot(own: Any, num_labels: int) -> bool:
+    """Whether it is a number from 0 to 1 for every label already."""
+    return (
+        isinstance(own, list) and len(own) == num_labels and all(value in (0, 1) for value in own)
+    )
+
+
+def label_columns(task: Task) -> list[str]:
+    """The columns that may hold the labels; several at once may have a column each."""
+    return [task.label_column, *(task.label_names if task.kind == "multi-label" else ())]
+
+
+def with_one_label_column(task: Task, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """The columns, those of the labels as one with a list of 0 and 1 a row."""
+    if task.label_column in columns or not set(task.label_names) <= columns.keys():
+        return columns
+    rows = zip(*(columns[name] for name in task.label_names), strict=True)
+    return columns | {task.label_column: [[_zero_or_one(value) for value in row] for row in rows]}
+
+
+def _zero_or_one(value: Any) -> Any:
+    """A csv file gives text."""
+    known = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
+    return known.get(str(value).strip().lower(), value)
 
 
 def _check_texts(texts: Sequence[Any], column: str, source: str) -> None:
@@ -39,9 +125,11 @@ def _check_texts(texts: Sequence[Any], column: str, source: str) -> None:
 
 def _checked_labels(task: Task, labels: Sequence[Any], source: str) -> list[int] | list[float]:
     """Class ids or scores as numbers (a csv file gives text), all in range."""
-    if task.name == CUSTOM and task.kind == "classification":
+    if task.name in OWN_DATA and task.kind == "classification":
         return class_ids(task, labels, source)
-    if task.kind == "regression":
+    if task.kind == "multiple-choice":
+        return _checked_answers_given(task, labels, source)
+    if task.kind in _OF_NUMBERS:
         low, high = task.label_range or (-math.inf, math.inf)
         wanted = f"a number from {low:g} to {high:g}" if task.label_range else "a number"
     else:
@@ -54,7 +142,7 @@ def _checked_labels(task: Task, labels: Sequence[Any], source: str) -> list[int]
             number = float(label)
         except (TypeError, ValueError):
             number = math.nan
-        whole = math.isfinite(number) and (task.kind == "regression" or number.is_integer())
+        whole = math.isfinite(number) and (task.kind in _OF_NUMBERS or number.is_integer())
         if not (whole and low <= number <= high):
             shown = "missing" if label is None else repr(label)
             raise UserError(
@@ -62,7 +150,18 @@ def _checked_labels(task: Task, labels: Sequence[Any], source: str) -> list[int]
                 f"{wanted}."
             )
         numbers.append(number)
-    return numbers if task.kind == "regression" else [int(number) for number in numbers]
+    return numbers if task.kind in _OF_NUMBERS else [int(number) for number in numbers]
+
+
+def _checked_answers_given(task: Task, labels: Sequence[Any], source: str) -> list[int]:
+    """The number of the right choice in each row, from 0."""
+    for row, label in enumerate(labels, start=1):
+        if not re.fullmatch(r"\d+(\.0)?", str(label)):
+            raise UserError(
+                f"{source}, row {row}: {task.label_column} is {_shown(label)}, but the number of "
+                f"the right choice is wanted, 0 for the first."
+            )
+    return [int(float(label)) for label in labels]
 
 
 def _checked_answers(task: Task, answers: Sequence[Any], source: str) -> list[dict[str, Any]]:
@@ -93,3 +192,12 @@ def _is_answer(answer: Any) -> bool:
         and all(isinstance(text, str) for text in texts)
         and all(isinstance(start, int) and start >= 0 for start in starts)
     )
+
+
+_CHECKED: Mapping[Kind, _Check] = MappingProxyType(
+    {
+        "question-answering": _checked_answers,
+        "token-classification": _checked_lists,
+        "multi-label": _checked_sets,
+    }
+)

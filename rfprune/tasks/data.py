@@ -1,32 +1,37 @@
-"""From a task's data, on disk or on the hub, to padded batches of tokens.
+"""From a task's data, on disk or on the hub, to rows of tokens.
 
 Local data is read into memory and checked as a whole before anything else happens; what is wrong
 with it is a UserError that names the file and the row (counted from 1).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor
 
 from rfprune.errors import UserError
 from rfprune.tasks import hub
-from rfprune.tasks.checks import checked_columns
-from rfprune.tasks.files import EXTENSIONS, Table, first_line, read_table, table_of
-from rfprune.tasks.registry import CUSTOM, Task
+from rfprune.tasks.checks import checked_columns, label_columns
+from rfprune.tasks.choices import choice_rows
+from rfprune.tasks.files import (
+    EXTENSIONS,
+    SHOWN_NAMES,
+    Table,
+    first_line,
+    read_table,
+    table_of,
+)
+from rfprune.tasks.images import image_rows, load_images
+from rfprune.tasks.language import block_rows
+from rfprune.tasks.lengths import checked_length
+from rfprune.tasks.registry import LANGUAGE_MODELING, OWN_DATA, Kind, Task
+from rfprune.tasks.similarity import embedding_rows
+from rfprune.tasks.tokens import token_rows
+from rfprune.tasks.windows import question_rows
 
 # Rows tokenised at a time: enough for the tokenizer's threads, little as Python objects.
 ROWS_AT_A_TIME = 4096
-# A question keeps at most this part of the window, so that there is always room for context.
-QUESTION_SHARE = 3
-# Names of a folder's content shown in an error.
-SHOWN_NAMES = 20
 _KEPT_AS_THEY_ARE = ("id", "idx")
-_POSITIONS = ("start_positions", "end_positions")
-_LABELS = ("labels", *_POSITIONS)
 
 
 def load_split(
@@ -43,9 +48,13 @@ def load_split(
     from datasets import Dataset
     from pyarrow import ArrowException
 
-    wanted = [*task.text_columns, *(() if task.name == CUSTOM else _KEPT_AS_THEY_ARE)]
+    if task.kind == "image-classification":
+        assert data_dir is not None
+        return load_images(task, split, data_dir, labels_required=labels_required)
+    wanted = [*task.text_columns, *(() if task.name in OWN_DATA else _KEPT_AS_THEY_ARE)]
+    labels_required = labels_required and task.label_column != ""
     if labels_required:
-        wanted.append(task.label_column)
+        wanted += label_columns(task)
     if data_dir is None:
         table = _from_hub(task, split, wanted)
     else:
@@ -66,7 +75,7 @@ def load_split(
 
 def check_not_single(task: Task, split: str, dataset: Any) -> None:
     """UserError for a split of one row, which must be a mistake."""
-    if len(dataset) == 1:
+    if len(dataset) == 1 and task.kind != "language-modeling":
         raise UserError(
             f"The {split} split of {task.name} has 1 row: no model can be calibrated or scored on "
             f"a single example; give at least 2, better hundreds."
@@ -93,14 +102,16 @@ def _from_hub(task: Task, split: str, wanted: Iterable[str]) -> Table:
 
 def find_split(task: Task, split: str, data_dir: Path) -> Path:
     """The file or saved dataset that holds the split; UserError says what is there instead."""
-    custom = task.name == CUSTOM
+    custom = task.name in OWN_DATA
+    extensions = (".txt", *EXTENSIONS) if task.name == LANGUAGE_MODELING else EXTENSIONS
+    usual, others = (".txt", ".parquet, ") if len(extensions) > len(EXTENSIONS) else (".csv", "")
     if not data_dir.is_dir():
         problem = "is not a folder" if data_dir.exists() else "does not exist"
-        holding = "train.csv and validation.csv" if custom else f"{task.name}/"
+        holding = f"train{usual} and validation{usual}" if custom else f"{task.name}/"
         raise UserError(f"The data folder '{data_dir}' {problem}: give one that holds {holding}.")
     folders = [data_dir / task.name, data_dir]
     with_files = folders if custom else folders[:1]
-    found = [folder / f"{split}{extension}" for folder in with_files for extension in EXTENSIONS]
+    found = [folder / f"{split}{extension}" for folder in with_files for extension in extensions]
     found = [path for path in found if path.is_file()]
     found += [folder / split for folder in folders if _is_saved_dataset(folder / split)]
     if len(found) > 1:
@@ -113,9 +124,9 @@ def find_split(task: Task, split: str, data_dir: Path) -> Path:
         there = ", ".join(names[:SHOWN_NAMES] + ["..."] * (len(names) > SHOWN_NAMES))
         raise UserError(
             f"'{data_dir}' has no {split} split of {task.name}: wanted "
-            f"{'' if custom else task.name + '/'}{split}.parquet (or .csv, .tsv, .jsonl, or a "
-            f"save_to_disk folder), but '{folder}' holds {there}"
-            f"{_what_for(split) if custom else _one_level_off(task, split, data_dir)}."
+            f"{'' if custom else task.name + '/'}{split}{extensions[0]} (or {others}.csv, .tsv, "
+            f".jsonl, or a save_to_disk folder), but '{folder}' holds {there}"
+            f"{_what_for(task, split) if custom else _one_level_off(task, split, data_dir)}."
         )
     return found[0]
 
@@ -129,8 +140,10 @@ def _one_level_off(task: Task, split: str, data_dir: Path) -> str:
     return f": move them to '{data_dir / task.name}'"
 
 
-def _what_for(split: str) -> str:
+def _what_for(task: Task, split: str) -> str:
     """What somebody's own data needs the split for, and how it comes about."""
+    if task.name == LANGUAGE_MODELING:
+        return "; a text to calibrate on and another one to score are wanted, .txt will do"
     if split == "train":
         return "; prune with a few hundred to 2,000 of your training texts, which need no labels"
     return "; to be scored, the model needs labelled examples that it was not trained on"
@@ -140,188 +153,53 @@ def _is_saved_dataset(folder: Path) -> bool:
     return (folder / "state.json").is_file()
 
 
+RowsOf = Callable[[Task, Any, Any, int | None], dict[str, Any]]
+"""From a task, its tokenizer or image processor, a chunk of data and the tokens a row to columns of
+model inputs."""
+
+
 def encode(task: Task, tokenizer: Any, dataset: Any, max_length: int | None = None) -> Any:
     """Tokenise into a `datasets.Dataset`, truncated and not padded, one row an example.
 
-    Question answering gives one row a window of the context (see `question_windows`). Columns:
-    input_ids, attention_mask, token_type_ids where the tokenizer makes them, and, where the
-    dataset has them, labels (question answering: start_positions and end_positions, token
-    indices; both the CLS token where the window has no answer). `max_length` in tokens; the
-    task's own if None. UserError where the tokenizer does not allow it.
+    Question answering gives one row a window of the context (see `question_windows`), similarity
+    one row a text, language modelling one row a block. Columns: input_ids, attention_mask,
+    token_type_ids where the tokenizer makes them, and, where the dataset has them, labels
+    (question answering: start_positions and end_positions, token indices; both the CLS token where
+    the window has no answer; token classification: token_labels). Images are a column `image`.
+    `max_length` in tokens; the task's own if None. UserError where the tokenizer does not allow it.
     """
     from datasets import Dataset, concatenate_datasets
 
-    length = _checked_length(task, tokenizer, max_length)
-    rows_of = _question_rows if task.kind == "question-answering" else _sentence_rows
+    if task.kind == "language-modeling":
+        length = checked_length(task, tokenizer, max_length)
+        return Dataset.from_dict(block_rows(tokenizer, dataset[task.text_columns[0]][:], length))
+    rows_of = ROWS_OF[task.kind]
     chunks = []
     for first in range(0, len(dataset), ROWS_AT_A_TIME):
         chunk = dataset[first : first + ROWS_AT_A_TIME]
-        chunks.append(Dataset.from_dict(rows_of(task, tokenizer, chunk, length)))
+        chunks.append(Dataset.from_dict(rows_of(task, tokenizer, chunk, max_length)))
     return concatenate_datasets(chunks)
 
 
-def _checked_length(task: Task, tokenizer: Any, max_length: int | None) -> int:
-    """The number of tokens a row may have."""
-    # Tokenizers that know no limit state one of 1e30.
-    limit = int(min(tokenizer.model_max_length, 10**9))
-    if max_length is None:
-        max_length = min(task.max_length, limit)
-    pair = len(task.text_columns) == 2
-    shortest = tokenizer.num_special_tokens_to_add(pair=pair) + len(task.text_columns)
-    if task.kind == "question-answering":
-        shortest = max(32, shortest)  # room for a piece of the question and for moving windows
-    if not shortest <= max_length <= limit:
-        raise UserError(
-            f"A maximal length of {max_length} tokens does not fit: for {task.name} this "
-            f"checkpoint takes {shortest} to {limit}."
-        )
-    return max_length
-
-
-def _sentence_rows(task: Task, tokenizer: Any, chunk: Any, max_length: int) -> dict[str, Any]:
+def sentence_rows(task: Task, tokenizer: Any, chunk: Any, max_length: int | None) -> dict[str, Any]:
     """Columns of tokenised sentences or sentence pairs."""
+    length = checked_length(task, tokenizer, max_length)
     texts = [chunk[name] for name in task.text_columns]
-    columns = dict(tokenizer(*texts, truncation=True, max_length=max_length))
+    columns = dict(tokenizer(*texts, truncation=True, max_length=length))
     if task.label_column in chunk:
         columns["labels"] = chunk[task.label_column]
     return columns
 
 
-def question_windows(
-    task: Task,
-    tokenizer: Any,
-    questions: Sequence[str],
-    contexts: Sequence[str],
-    max_length: int | None = None,
-) -> Any:
-    """The tokenizer's `BatchEncoding` of windows over each context, each behind its question.
-
-    Has `offset_mapping`, and `overflow_to_sample_mapping` from window to question. Windows
-    overlap by the task's stride, or by a third of a window shorter than three strides. A question
-    that would leave a window too little context is cut (to a third of the window).
-    """
-    if not getattr(tokenizer, "is_fast", False):
-        raise UserError(
-            f"Task {task.name} needs a fast tokenizer, for character offsets, and the "
-            f"checkpoint has none: save its tokenizer.json with "
-            f"AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(...)."
-        )
-    length = _checked_length(task, tokenizer, max_length)
-    return tokenizer(
-        _cut_questions(tokenizer, questions, length // QUESTION_SHARE),
-        list(contexts),
-        truncation="only_second",
-        max_length=length,
-        stride=min(task.stride, length // QUESTION_SHARE),
-        return_overflowing_tokens=True,
-        return_offsets_mapping=True,
-    )
-
-
-def _cut_questions(tokenizer: Any, questions: Sequence[str], max_tokens: int) -> list[str]:
-    """Questions without white space before them (some have it), of at most so many tokens."""
-    stripped = [question.strip() for question in questions]
-    offsets = tokenizer(stripped, add_special_tokens=False, return_offsets_mapping=True)
-    return [
-        question if len(spans) <= max_tokens else question[: spans[max_tokens - 1][1]]
-        for question, spans in zip(stripped, offsets["offset_mapping"], strict=True)
-    ]
-
-
-def _question_rows(task: Task, tokenizer: Any, chunk: Any, max_length: int) -> dict[str, Any]:
-    """Columns of windows, with the answer's token positions where there are answers."""
-    questions, contexts = (chunk[name] for name in task.text_columns)
-    windows = question_windows(task, tokenizer, questions, contexts, max_length)
-    skipped = ("offset_mapping", "overflow_to_sample_mapping")
-    columns = {name: values for name, values in windows.items() if name not in skipped}
-    if task.label_column in chunk:
-        columns |= _answer_positions(windows, tokenizer.cls_token_id, chunk[task.label_column])
-    return columns
-
-
-def _answer_positions(
-    windows: Any, cls_token_id: int | None, answers: Sequence[Any]
-) -> dict[str, list[int]]:
-    """First and last token of the first answer in each window, or the CLS token's index twice."""
-    positions: dict[str, list[int]] = {name: [] for name in _POSITIONS}
-    for window, example in enumerate(windows["overflow_to_sample_mapping"]):
-        token_ids = windows["input_ids"][window]
-        outside = token_ids.index(cls_token_id) if cls_token_id in token_ids else 0
-        answer = answers[example]
-        first, last = outside, outside
-        if answer["text"]:
-            in_context = np.array([part == 1 for part in windows.sequence_ids(window)])
-            start = answer["answer_start"][0]
-            span = _tokens_of_span(
-                np.array(windows["offset_mapping"][window]),
-                in_context,
-                start,
-                start + len(answer["text"][0]),
-            )
-            first, last = span or (outside, outside)
-        positions["start_positions"].append(first)
-        positions["end_positions"].append(last)
-    return positions
-
-
-def _tokens_of_span(
-    offsets: np.ndarray[Any, Any], in_context: np.ndarray[Any, Any], start: int, end: int
-) -> tuple[int, int] | None:
-    """First and last token touching characters start to end; None unless the window has them all.
-
-    `offsets` is (S, 2), characters from and to; `in_context` is (S,), true for context tokens.
-    """
-    context = offsets[in_context]
-    if len(context) == 0 or start < context[0, 0] or end > context[-1, 1]:
-        return None
-    touching = in_context & (offsets[:, 0] < end) & (offsets[:, 1] > start)
-    found = np.flatnonzero(touching)
-    return (int(found[0]), int(found[-1])) if len(found) else None
-
-
-def length_sorted_rows(encoded: Any, batch_size: int) -> list[list[int]]:
-    """Row numbers of each batch, longest rows first: a lack of memory shows at once."""
-    if batch_size < 1:
-        raise UserError(f"A batch size of {batch_size} is not possible: it must be at least 1.")
-    lengths = np.array([len(row) for row in encoded["input_ids"][:]])
-    order = np.argsort(-lengths, kind="stable").tolist()
-    return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
-
-
-def make_batches(
-    encoded: Any, tokenizer: Any, batch_size: int, *, with_labels: bool = False
-) -> list[dict[str, Tensor]]:
-    """Batches of up to `batch_size` rows, in the order of `length_sorted_rows`.
-
-    Tensors are (B, S) with S the longest row of the batch, int64; labels (B,), int64 or, for a
-    regression, float32. UserError where labels are asked for and there are none.
-    """
-    names = [name for name in encoded.column_names if with_labels or name not in _LABELS]
-    if with_labels and not set(_LABELS) & set(names):
-        raise UserError("Labels are needed here, but the data has none.")
-    chosen = encoded.select_columns(names)
-    return [collate(chosen[rows], tokenizer) for rows in length_sorted_rows(encoded, batch_size)]
-
-
-def collate(columns: dict[str, list[Any]], tokenizer: Any) -> dict[str, Tensor]:
-    """Pad columns of token lists to their longest, on the tokenizer's side, and make tensors."""
-    lengths = [len(row) for row in columns["input_ids"]]
-    longest = max(lengths)
-    left = tokenizer.padding_side == "left"
-    fill = {
-        "input_ids": tokenizer.pad_token_id or 0,
-        "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0),
+ROWS_OF: Mapping[Kind, RowsOf] = MappingProxyType(
+    {
+        "classification": sentence_rows,
+        "regression": sentence_rows,
+        "multi-label": sentence_rows,
+        "multiple-choice": choice_rows,
+        "token-classification": token_rows,
+        "image-classification": image_rows,
+        "question-answering": question_rows,
+        "similarity": embedding_rows,
     }
-    batch: dict[str, Tensor] = {}
-    for name, rows in columns.items():
-        if name in _LABELS:
-            batch[name] = torch.tensor(rows)
-            if left and name in _POSITIONS:
-                batch[name] += longest - torch.tensor(lengths)
-            continue
-        padded = torch.full((len(rows), longest), fill.get(name, 0))
-        for target, row in zip(padded, rows, strict=True):
-            where = slice(longest - len(row), None) if left else slice(len(row))
-            target[where] = torch.tensor(row)
-        batch[name] = padded
-    return batch
+)

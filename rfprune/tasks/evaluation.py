@@ -1,64 +1,47 @@
-"""Scoring a model on a task's validation data, and how far two models' outputs are apart.
-
-The data is prepared once and then serves every model: original and pruned see the same batches.
-"""
+"""Scoring a model on a task's validation data, and how far two models' outputs are apart."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from rfprune.errors import UserError
-from rfprune.tasks.data import check_not_single, collate, encode, length_sorted_rows, load_split
-from rfprune.tasks.forward import class_logits, span_logits
+from rfprune.tasks.batching import Batch
+from rfprune.tasks.divergence import Logits, divergence_of_logits
+from rfprune.tasks.forward import batch_size as size_of
+from rfprune.tasks.forward import class_logits, embeddings, span_logits, token_logits
+from rfprune.tasks.language import perplexity, token_likelihoods
 from rfprune.tasks.metrics import (
     NO_ANSWER_THRESHOLD,
-    SCORE_FUNCTIONS,
+    score_function,
     score_names,
     squad_scores,
     squad_v2_scores,
 )
-from rfprune.tasks.registry import Task
-from rfprune.tasks.squad import Windows, best_answers, make_windows, null_scores
+from rfprune.tasks.preparation import EvaluationSet, Questions, prepare_evaluation
+from rfprune.tasks.registry import Kind, Task
+from rfprune.tasks.similarity import cosines
+from rfprune.tasks.squad import Windows, best_answers, null_scores
+from rfprune.tasks.tokens import tagging_scores
 
-Logits = tuple[NDArray[np.float32], ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Questions:
-    """Q questions to score answers by: contexts, accepted answers, and their W windows."""
-
-    contexts: tuple[str, ...]
-    answers: tuple[tuple[str, ...], ...]
-    windows: Windows
-
-
-@dataclass(frozen=True, eq=False)
-class EvaluationSet:
-    """A task's validation data, tokenised and batched once for any number of models.
-
-    `batches`: padded model inputs (B, S), longest rows first. `rows`: for each batch, the numbers
-    of its B rows in dataset order; a row is an example, or a window in question answering.
-    `split_sizes`: examples of each validation split, in order. `labels`: (N,), or None in
-    question answering, which has `questions` instead.
-    """
-
-    task: Task
-    batches: tuple[Mapping[str, Tensor], ...]
-    rows: tuple[NDArray[np.int64], ...]
-    split_sizes: Mapping[str, int]
-    labels: NDArray[np.generic] | None = None
-    questions: Questions | None = None
-
-    @property
-    def num_examples(self) -> int:
-        """Examples (questions, not windows) over all splits."""
-        return sum(self.split_sizes.values())
+__all__ = [
+    "Evaluation",
+    "EvaluationSet",
+    "Logits",
+    "Questions",
+    "answer_scores",
+    "answered",
+    "divergence",
+    "divergence_of_logits",
+    "evaluate_model",
+    "logits_on",
+    "predicted",
+    "prepare_evaluation",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +52,10 @@ class Evaluation:
     (`accuracy_mismatched`); `best_..._thresh` of SQuAD 2.0 are differences of logits, not points.
     `logits`: (N, C) in dataset order, the splits one after the other; question answering: start
     and end logits (W, S) of the windows, -inf where no answer can be (SQuAD 2.0: it can also be
-    at the CLS token, meaning none). `seconds`: forward passes and scoring.
+    at the CLS token, meaning none); token classification: (W, C) of the words; similarity: the
+    embeddings (2N, d) of the pairs; language modelling: the log-likelihoods (N, S - 1) of the
+    tokens alone, and `from_reference`, the divergence from the model that was run beside it.
+    `seconds`: forward passes and scoring.
     """
 
     score: float
@@ -78,68 +64,40 @@ class Evaluation:
     logits: Logits
     num_examples: int
     seconds: float
-
-
-def prepare_evaluation(
-    task: Task,
-    tokenizer: Any,
-    data_dir: Path | None,
-    *,
-    batch_size: int = 32,
-    max_length: int | None = None,
-    limit: int | None = None,
-    seed: int = 0,
-) -> EvaluationSet:
-    """Load, tokenise and batch the task's validation splits (data_dir None: from the hub).
-
-    `max_length`: tokens a row, the task's own if None. `limit`: so many rows of each split, drawn
-    with `seed` and kept in their order. UserError for whatever is wrong with data or numbers.
-    """
-    if limit is not None and limit < 1:
-        raise UserError(f"A limit of {limit} examples is not possible: it must be at least 1.")
-    if seed < 0:
-        raise UserError(f"A seed of {seed} is not possible: it must be at least 0.")
-    splits = {}
-    for split in task.validation_splits:
-        dataset = load_split(task, split, data_dir)
-        check_not_single(task, split, dataset)
-        splits[split] = _draw(dataset, limit, seed)
-    sizes = {split: len(dataset) for split, dataset in splits.items()}
-    if task.kind == "question-answering":
-        (dataset,) = splits.values()
-        inputs, questions = _questions(task, tokenizer, dataset, max_length)
-        batches, rows = _batched(inputs, tokenizer, batch_size)
-        return EvaluationSet(task, batches, rows, sizes, questions=questions)
-    encoded = [encode(task, tokenizer, dataset, max_length) for dataset in splits.values()]
-    columns = {
-        name: [row for split in encoded for row in split[name]] for name in encoded[0].column_names
-    }
-    labels = np.array(columns.pop("labels"))
-    batches, rows = _batched(columns, tokenizer, batch_size)
-    return EvaluationSet(task, batches, rows, sizes, labels=labels)
+    kind: Kind = "classification"
+    from_reference: float | None = None
 
 
 def evaluate_model(
     model: nn.Module,
     evaluation_set: EvaluationSet,
     *,
+    reference: nn.Module | None = None,
     progress: bool = False,
     remember: Callable[[Callable[[], Logits]], Logits] | None = None,
 ) -> Evaluation:
     """Score a model, dense or pruned, on its own device; it comes back in the modes it was in.
 
-    `remember` may know what the logits are, or ask the function that it is given.
+    Args:
+        reference: the model that the divergence is to be from; of use in language modelling alone,
+            whose logits are too many to keep: it is run beside the other.
+        remember: may know what the logits are, or asks the function that it is given.
 
     UserError for a model without the task's head, for tokens that it has no embedding for, and
     for logits that are NaN or infinite.
     """
     started = time.perf_counter()
-    if remember is None:
+    task, from_reference = evaluation_set.task, None
+    if task.kind == "language-modeling" and reference is not None:
+        likelihoods, from_reference = token_likelihoods(
+            model, evaluation_set.batches, evaluation_set.rows, reference, progress=progress
+        )
+        logits: Logits = (likelihoods,)
+    elif remember is None:
         logits = _logits(model, evaluation_set, progress)
     else:
         logits = remember(lambda: _logits(model, evaluation_set, progress))
     scores = _scores(logits, evaluation_set)
-    task = evaluation_set.task
     return Evaluation(
         score=scores[task.metric_name],
         metric_name=task.metric_name,
@@ -147,90 +105,75 @@ def evaluate_model(
         logits=logits,
         num_examples=evaluation_set.num_examples,
         seconds=time.perf_counter() - started,
+        kind=task.kind,
+        from_reference=from_reference,
     )
 
 
 def divergence(reference: Evaluation, other: Evaluation) -> float:
-    """How far `other`'s outputs are from `reference`'s on the same data, in nats a row.
+    """How far `other`'s outputs are from `reference`'s on the same data, in nats a row; see
+    `divergence_of_logits`.
 
-    The mean over rows of KL(reference || other), in float64; in question answering a row is a
-    window and the KLs of start and end are added. One output (regression): half the mean squared
-    difference, the KL of two normal distributions of unit variance. ValueError unless both come
-    from one evaluation set.
+    A row is a word in token classification, a token in language modelling. ValueError unless both
+    come from one evaluation set, and, in language modelling, unless the one model was run beside
+    the other.
     """
-    return divergence_of_logits(reference.logits, other.logits)
+    if reference.kind != "language-modeling":
+        return divergence_of_logits(reference.logits, other.logits, reference.kind)
+    if reference is other:
+        return 0.0
+    if other.from_reference is None:
+        raise ValueError("of language models the divergence is taken while one is evaluated")
+    return other.from_reference
 
 
-def divergence_of_logits(reference: Logits, other: Logits) -> float:
-    """As `divergence`, from logits of the same rows; see `logits_on`."""
-    pairs = list(zip(reference, other, strict=True))
-    for first, second in pairs:
-        same_shape = first.shape == second.shape
-        if not same_shape or (np.isfinite(first) != np.isfinite(second)).any():
-            raise ValueError("divergence needs two evaluations of the same evaluation set")
-    if len(pairs) == 1 and pairs[0][0].shape[1] == 1:
-        first, second = pairs[0]
-        return float(np.mean((first.astype(np.float64) - second) ** 2) / 2)
-    return float(sum(_mean_kl(first, second) for first, second in pairs))
-
-
-def logits_on(model: nn.Module, task: Task, batches: Sequence[Mapping[str, Tensor]]) -> Logits:
+def logits_on(model: nn.Module, task: Task, batches: Sequence[Batch]) -> Logits:
     """The logits of padded inputs that nothing is known of, such as calibration batches.
 
     Rows are in the order of the batches; else as in `Evaluation`, but that answers may be at any
     token. Raises the UserErrors of `evaluate_model`.
     """
-    sizes = [len(batch["input_ids"]) for batch in batches]
+    sizes = [size_of(batch) for batch in batches]
     rows = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
     if task.kind == "question-answering":
         start, end = span_logits(model, batches, rows, progress=False)
         for logits in (start, end):
             _check_finite(logits, ~np.isneginf(logits))  # which is behind shorter rows
         return start, end
-    logits = class_logits(model, batches, rows, task.num_labels, progress=False)
+    return (_one_array(model, task, batches, rows, progress=False),)
+
+
+def _one_array(
+    model: nn.Module,
+    task: Task,
+    batches: Sequence[Batch],
+    rows: Sequence[NDArray[np.int64]],
+    *,
+    progress: bool,
+) -> NDArray[np.float32]:
+    """(N, C), finite, of tasks with one prediction, or one embedding, a row."""
+    if task.kind == "similarity":
+        logits = embeddings(model, batches, rows, progress=progress)
+    else:
+        choice = task.kind == "multiple-choice"
+        number = batches[0]["input_ids"].shape[1] if choice else task.num_labels
+        logits = class_logits(model, batches, rows, number, progress=progress)
     _check_finite(logits, np.ones_like(logits, dtype=bool))
-    return (logits,)
-
-
-def _draw(dataset: Any, limit: int | None, seed: int) -> Any:
-    """`limit` rows of a dataset, without replacement, in their order; all if there are no more."""
-    if limit is None or limit >= len(dataset):
-        return dataset
-    drawn = np.random.default_rng(seed).choice(len(dataset), size=limit, replace=False)
-    return dataset.select(np.sort(drawn).tolist())
-
-
-def _questions(
-    task: Task, tokenizer: Any, dataset: Any, max_length: int | None
-) -> tuple[Mapping[str, Sequence[Any]], Questions]:
-    """Model inputs of the windows, W rows by name, and what their answers are scored by."""
-    questions, contexts = (list(dataset[name]) for name in task.text_columns)
-    inputs, windows = make_windows(task, tokenizer, questions, contexts, max_length)
-    answers = tuple(tuple(answer["text"]) for answer in dataset[task.label_column])
-    return inputs, Questions(tuple(contexts), answers, windows)
-
-
-def _batched(
-    columns: Mapping[str, Sequence[Any]], tokenizer: Any, batch_size: int
-) -> tuple[tuple[Mapping[str, Tensor], ...], tuple[NDArray[np.int64], ...]]:
-    """Padded batches of columns of token lists, and the row numbers in each."""
-    rows = length_sorted_rows(columns, batch_size)
-    batches = tuple(
-        collate(
-            {name: [values[row] for row in batch] for name, values in columns.items()}, tokenizer
-        )
-        for batch in rows
-    )
-    return batches, tuple(np.array(batch) for batch in rows)
+    return logits
 
 
 def _logits(model: nn.Module, evaluation_set: EvaluationSet, progress: bool) -> Logits:
     """The model's logits as `Evaluation` has them; UserError where they are not finite."""
     task, batches, rows = evaluation_set.task, evaluation_set.batches, evaluation_set.rows
-    if evaluation_set.questions is None:
-        logits = class_logits(model, batches, rows, task.num_labels, progress=progress)
+    if task.kind == "language-modeling":
+        return (token_likelihoods(model, batches, rows, progress=progress)[0],)
+    if evaluation_set.positions is not None:
+        places = evaluation_set.positions
+        logits = token_logits(model, batches, rows, places, task.num_labels, progress=progress)
         _check_finite(logits, np.ones_like(logits, dtype=bool))
         return (logits,)
+    if evaluation_set.questions is None:
+        return (_one_array(model, task, batches, rows, progress=progress),)
     candidates = _candidates(task, evaluation_set.questions.windows)
     both = span_logits(model, batches, rows, progress=progress)
     for logits in both:
@@ -266,23 +209,34 @@ def _scores(logits: Logits, evaluation_set: EvaluationSet) -> dict[str, float]:
     """All scores of the task in points of 100, see `Evaluation`."""
     if evaluation_set.questions is not None:
         return _answer_scores(logits, evaluation_set)
-    assert evaluation_set.labels is not None
     task = evaluation_set.task
+    if task.kind == "language-modeling":
+        return {"perplexity": perplexity(logits[0])}
+    assert evaluation_set.labels is not None
     predictions = predicted(task, logits)
+    if evaluation_set.positions is not None:
+        lengths = [len(row) for row in evaluation_set.positions]
+        found = tagging_scores(predictions, evaluation_set.labels, lengths, task.label_names)
+        return {name: 100.0 * value for name, value in found.items()}
     scores, first = {}, 0
     for number, (split, size) in enumerate(evaluation_set.split_sizes.items()):
         suffix = f"_{split.removeprefix('validation_')}" if number else ""
         rows = slice(first, first + size)
         for name in score_names(task):
-            value = SCORE_FUNCTIONS[name](predictions[rows], evaluation_set.labels[rows])
+            value = score_function(name)(predictions[rows], evaluation_set.labels[rows])
             scores[name + suffix] = 100.0 * value
         first += size
     return scores
 
 
 def predicted(task: Task, logits: Logits) -> NDArray[Any]:
-    """What logits (N, C) say of each row, (N,): label ids, or the values of a regression."""
+    """What logits (N, C) say of each row, (N,): label ids, or the values of a regression; of
+    several labels at once (N, C), 0 or 1; of pairs the cosines of their embeddings."""
     (outputs,) = logits
+    if task.kind == "similarity":
+        return cosines(outputs)
+    if task.kind == "multi-label":
+        return (outputs > 0).astype(np.int64)
     return outputs[:, 0] if task.kind == "regression" else outputs.argmax(axis=1)
 
 
@@ -314,20 +268,3 @@ def answer_scores(
         return squad_scores(texts, answers)
     scores = squad_v2_scores(texts, answers, no_answer.tolist(), NO_ANSWER_THRESHOLD)
     return {name: value for name, value in scores.items() if not name.endswith("total")}
-
-
-def _mean_kl(reference: NDArray[np.float32], other: NDArray[np.float32]) -> float:
-    """Mean over rows of KL(reference || other) of logits (N, C); -inf in both: not a class."""
-    log_p, log_q = _log_softmax(reference), _log_softmax(other)
-    differences = np.zeros_like(log_p)
-    np.subtract(log_p, log_q, out=differences, where=np.isfinite(log_p))
-    return float((np.exp(log_p) * differences).sum(axis=1).mean())
-
-
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Log-softmax of each row in float64; -inf stays, also where a row has nothing else."""
-    values = logits.astype(np.float64)
-    peak = values.max(axis=1, keepdims=True)
-    values -= np.where(np.isfinite(peak), peak, 0.0)
-    total = np.exp(values).sum(axis=1, keepdims=True)
-    return values - np.log(np.where(total > 0, total, 1.0))

@@ -1,4 +1,4 @@
-"""Read one local table (parquet, csv, tsv, jsonl or a saved dataset) into plain columns.
+"""Read one local table (parquet, csv, tsv, jsonl, a text or a saved dataset) into plain columns.
 
 Nothing is cached and nothing written. All that can be wrong with a file is a UserError naming it.
 """
@@ -15,6 +15,11 @@ from typing import Any
 from rfprune.errors import UserError
 
 EXTENSIONS = (".parquet", ".csv", ".tsv", ".jsonl", ".json")
+TEXT = "text"
+"""The column of a plain text."""
+
+SHOWN_NAMES = 20
+"""Names of a folder's content shown in an error."""
 _QUOTED = re.compile(r'"(?:[^"]|"")*"')
 
 
@@ -38,6 +43,7 @@ def read_table(path: Path, wanted: Collection[str]) -> Table:
         ".tsv": _read_delimited,
         ".jsonl": _read_json_lines,
         ".json": _read_json_lines,
+        ".txt": _read_plain,
     }
     try:
         if path.is_dir():
@@ -48,6 +54,15 @@ def read_table(path: Path, wanted: Collection[str]) -> Table:
     except OSError as error:
         raise UserError(f"'{path}' cannot be read: {error.strerror or error}.") from error
     return Table(f"'{path}'", tuple(names), columns)
+
+
+def _read_plain(path: Path, wanted: Collection[str]) -> tuple[list[str], dict[str, list[Any]]]:
+    """A text as a table of one row, whose column has whatever name is wanted."""
+    text = _read_text(path)
+    if not text.strip():
+        raise UserError(f"'{path}' is empty: it holds nothing but white space.")
+    names = list(wanted) or [TEXT]
+    return names, {name: [text] for name in names}
 
 
 def table_of(dataset: Any, wanted: Collection[str], source: str) -> Table:

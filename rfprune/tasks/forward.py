@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from rfprune.embeddings import embed, pooling_of
 from rfprune.errors import UserError
 
 # Padded model inputs (B, S) by name, and the numbers of the B data rows in each batch.
@@ -22,11 +23,53 @@ def class_logits(
     """The logits (N, num_outputs) of N rows; UserError for a model that gives other outputs."""
     parts = []
     for batch, (logits,) in _outputs(model, batches, ("logits",), progress):
-        _check_shape(model, "logits", logits, (len(batch["input_ids"]), num_outputs))
+        _check_shape(model, "logits", logits, (batch_size(batch), num_outputs))
         parts.append(logits.numpy())
-    logits_of_rows = np.concatenate(parts)
-    ordered = np.empty_like(logits_of_rows)
-    ordered[np.concatenate(rows)] = logits_of_rows
+    return _in_order(parts, rows)
+
+
+def token_logits(
+    model: nn.Module,
+    batches: Batches,
+    rows: RowNumbers,
+    positions: Sequence[NDArray[np.int64]],
+    num_outputs: int,
+    *,
+    progress: bool,
+) -> NDArray[np.float32]:
+    """The logits (W, num_outputs) at the `positions` of each of N rows, row after row.
+
+    Positions count from a row's first token, whichever side was padded.
+    """
+    found: list[NDArray[np.float32]] = [np.empty((0, num_outputs), np.float32)] * len(positions)
+    outputs = _outputs(model, batches, ("logits",), progress)
+    for (batch, (logits,)), numbers in zip(outputs, rows, strict=True):
+        is_token = batch["attention_mask"].bool()
+        _check_shape(model, "logits", logits, (*is_token.shape, num_outputs))
+        for row, kept, values in zip(numbers, is_token, logits, strict=True):
+            found[row] = values[kept].numpy()[positions[row]]
+    return np.concatenate(found)
+
+
+def embeddings(
+    model: nn.Module, batches: Batches, rows: RowNumbers, *, progress: bool
+) -> NDArray[np.float32]:
+    """The embeddings (N, d) of N rows, of length one; see `rfprune.embeddings`."""
+    pooling, parts = pooling_of(getattr(model, "config", None)), []
+    for batch, (hidden,) in _outputs(model, batches, ("last_hidden_state",), progress):
+        parts.append(embed(hidden, batch["attention_mask"], pooling).numpy())
+    return _in_order(parts, rows)
+
+
+def batch_size(batch: Mapping[str, Tensor]) -> int:
+    """Examples in a batch of any kind of input."""
+    return len(next(iter(batch.values())))
+
+
+def _in_order(parts: Sequence[NDArray[np.float32]], rows: RowNumbers) -> NDArray[np.float32]:
+    values = np.concatenate(parts)
+    ordered = np.empty_like(values)
+    ordered[np.concatenate(rows)] = values
     return ordered
 
 
@@ -61,8 +104,8 @@ def _outputs(
 
     device = next(model.parameters()).device
     accepted = _accepted_names(model, batches[0])
-    _check_fits(model, batches)
-    with _evaluating(model), torch.inference_mode():
+    check_fits(model, batches)
+    with evaluating(model), torch.inference_mode():
         bar = tqdm(batches, desc="scoring", unit="batch", disable=not progress, leave=False)
         for batch in bar:
             output = model(**{name: batch[name].to(device) for name in accepted})
@@ -76,7 +119,7 @@ def _outputs(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in eval mode; every module is back in its own mode afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -91,18 +134,22 @@ def _accepted_names(model: nn.Module, batch: Mapping[str, Tensor]) -> list[str]:
     """The inputs that the model's forward names: distilbert, for one, has no token types."""
     parameters = signature(model.forward).parameters
     accepted = [name for name in batch if name in parameters]
-    if "input_ids" in accepted:
+    if "input_ids" in accepted or "pixel_values" in accepted:
         return accepted
     if not any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values()):
-        raise UserError(f"{type(model).__name__} takes no input_ids: it is not a text model.")
+        raise UserError(
+            f"{type(model).__name__} takes no {next(iter(batch))}: it is not a model for this task."
+        )
     return list(batch)
 
 
-def _check_fits(model: nn.Module, batches: Batches) -> None:
+def check_fits(model: nn.Module, batches: Batches) -> None:
     """Tokens that the model has no embedding for are a UserError here, a crash in the model."""
     config = getattr(model, "config", None)
+    if "input_ids" not in batches[0]:
+        return
     positions = getattr(config, "max_position_embeddings", None)
-    longest = max(batch["input_ids"].shape[1] for batch in batches)
+    longest = max(batch["input_ids"].shape[-1] for batch in batches)
     if positions is not None and longest > positions:
         raise UserError(
             f"The model reads at most {positions} tokens, but a row has {longest}: give a maximum "

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rfprune.tasks.registry import Task
+from rfprune.tasks.registry import Kind, Task
 
 # The scores of each GLUE task, by the keys of the hub's `glue` metric.
 GLUE_SCORES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -35,6 +35,14 @@ GLUE_SCORES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "mnli_matched": ("accuracy",),
         "mnli_mismatched": ("accuracy",),
         "wnli": ("accuracy",),
+    }
+)
+_SCORES_OF_KIND: Mapping[Kind, tuple[str, ...]] = MappingProxyType(
+    {
+        "regression": ("pearson", "spearmanr"),
+        "similarity": ("pearson", "spearmanr"),
+        "multi-label": ("f1_micro", "f1_labels"),
+        "multiple-choice": ("accuracy",),
     }
 )
 # A question goes unanswered when its no-answer score is above its best span's by more than this.
@@ -66,6 +74,20 @@ def f1_macro(predictions: ArrayLike, references: ArrayLike) -> float:
 
     predicted, truth = _pair(predictions, references)
     return float(f1_score(truth, predicted, average="macro", zero_division=0))
+
+
+def f1_micro(predictions: ArrayLike, references: ArrayLike) -> float:
+    """F1 over all labels of all rows together, from 0 and 1 for every label, (N, L); 0 where none
+    is or is said to be there."""
+    predicted, truth = (np.asarray(values).ravel() for values in (predictions, references))
+    return f1(predicted, truth.astype(np.int64))
+
+
+def f1_labels(predictions: ArrayLike, references: ArrayLike) -> float:
+    """Mean F1 of the L labels, from 0 and 1 for every label, (N, L); of a label that never is or is
+    said to be there it is 0."""
+    columns = (np.asarray(values).astype(np.int64).T for values in (predictions, references))
+    return float(np.mean([f1(*pair) for pair in zip(*columns, strict=True)]))
 
 
 def matthews_correlation(predictions: ArrayLike, references: ArrayLike) -> float:
@@ -103,6 +125,14 @@ SCORE_FUNCTIONS: Mapping[str, Callable[[ArrayLike, ArrayLike], float]] = Mapping
     }
 )
 
+_OF_LABEL_SETS = MappingProxyType({"f1_micro": f1_micro, "f1_labels": f1_labels})
+
+
+def score_function(name: str) -> Callable[[ArrayLike, ArrayLike], float]:
+    """What computes a score, as a fraction of 1, from predictions and references (N,), or, of
+    several labels at once, (N, L)."""
+    return _OF_LABEL_SETS.get(name) or SCORE_FUNCTIONS[name]
+
 
 def glue_scores(name: str, predictions: ArrayLike, references: ArrayLike) -> dict[str, float]:
     """The scores of one GLUE task as fractions of 1, keyed as the hub's `glue` metric keys them.
@@ -115,8 +145,7 @@ def glue_scores(name: str, predictions: ArrayLike, references: ArrayLike) -> dic
 
 def score_names(task: Task) -> tuple[str, ...]:
     """The scores of a classification or regression task; by its kind where it is not GLUE's."""
-    by_kind = ("pearson", "spearmanr") if task.kind == "regression" else ("accuracy", "f1_macro")
-    return GLUE_SCORES.get(task.name, by_kind)
+    return GLUE_SCORES.get(task.name, _SCORES_OF_KIND.get(task.kind, ("accuracy", "f1_macro")))
 
 
 def squad_scores(

@@ -12,7 +12,40 @@ from typing import Any, Literal
 
 from rfprune.errors import RfpruneWarning, UserError
 
-Kind = Literal["classification", "regression", "question-answering"]
+Kind = Literal[
+    "classification",
+    "regression",
+    "multi-label",
+    "multiple-choice",
+    "token-classification",
+    "image-classification",
+    "question-answering",
+    "language-modeling",
+    "similarity",
+]
+
+AUTO_CLASSES: Mapping[Kind, str] = MappingProxyType(
+    {
+        "classification": "AutoModelForSequenceClassification",
+        "regression": "AutoModelForSequenceClassification",
+        "multi-label": "AutoModelForSequenceClassification",
+        "multiple-choice": "AutoModelForMultipleChoice",
+        "token-classification": "AutoModelForTokenClassification",
+        "image-classification": "AutoModelForImageClassification",
+        "question-answering": "AutoModelForQuestionAnswering",
+        "language-modeling": "AutoModelForCausalLM",
+        "similarity": "AutoModel",
+    }
+)
+"""The class of transformers that loads a checkpoint for each kind of task."""
+
+WITH_CLASSES: tuple[Kind, ...] = (
+    "classification",
+    "multi-label",
+    "token-classification",
+    "image-classification",
+)
+"""Kinds of task whose label ids the checkpoint has names for."""
 
 GLUE = "nyu-mll/glue"
 
@@ -22,7 +55,8 @@ class Task:
     """What one task reads and what it is scored by.
 
     `label_names` is in the order of the label ids and empty where there are no classes;
-    `label_range` bounds a regression's labels; `max_length` and `stride` are in tokens.
+    `label_range` bounds a regression's labels; `max_length` and `stride` are in tokens. Where less
+    is better (not `higher_is_better`), the score is no number of points, as for a perplexity.
     """
 
     name: str
@@ -38,6 +72,7 @@ class Task:
     train_split: str = "train"
     validation_splits: tuple[str, ...] = ("validation",)
     label_range: tuple[float, float] | None = None
+    higher_is_better: bool = True
 
     @property
     def num_labels(self) -> int:
@@ -90,9 +125,30 @@ _TASKS = (
 )  # fmt: skip
 TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _TASKS})
 CUSTOM = "custom"
-"""The task that a checkpoint and a data folder make, see `rfprune.tasks.custom`."""
+LANGUAGE_MODELING = "language-modeling"
+SIMILARITY = "similarity"
+OWN_DATA = (CUSTOM, LANGUAGE_MODELING, SIMILARITY)
+"""Tasks that a checkpoint and a data folder make, see `rfprune.tasks.custom`."""
 
-TASK_NAMES = (*TASKS, CUSTOM)
+TASK_NAMES = (*TASKS, *OWN_DATA)
+
+BLOCK_TOKENS = 512
+"""Tokens that a language model reads at once, where nobody asks for another number."""
+
+_SAMPLES, _BATCH_SIZE = 2048, 32
+# An example of a language model is a block of tokens, with logits over the vocabulary for each.
+_OF_TASK = {LANGUAGE_MODELING: (256, 4)}
+
+
+def default_samples(task_name: str) -> int:
+    """Calibration examples of a task, where nobody asks for another number."""
+    return _OF_TASK.get(task_name, (_SAMPLES, _BATCH_SIZE))[0]
+
+
+def default_batch_size(task_name: str) -> int:
+    """Examples in a batch of a task, where nobody asks for another number."""
+    return _OF_TASK.get(task_name, (_SAMPLES, _BATCH_SIZE))[1]
+
 
 # Other names that checkpoints give to a class, in normal form (see _normal_form).
 _SYNONYMS: Mapping[str, tuple[str, ...]] = {
@@ -115,7 +171,7 @@ _SAME_AS = {"not_duplicate": "not_equivalent", "duplicate": "equivalent"}
 
 def get_task(name: str) -> Task:
     """The task of that name; UserError names the known ones. `custom` takes more than a name."""
-    if name == CUSTOM:
+    if name in OWN_DATA:
         raise UserError(
             f"Task {name!r} is made from a checkpoint and a data folder, by rfprune itself, "
             f"scripts/evaluate.py and scripts/finetune.py: choose one of {', '.join(TASKS)} here."
@@ -125,15 +181,18 @@ def get_task(name: str) -> Task:
     return TASKS[name]
 
 
-def check_columns(text_columns: Sequence[str] | None, label_column: str | None) -> None:
-    """Of `custom`: UserError for over two texts, one column twice, or one without a name."""
+def check_columns(
+    text_columns: Sequence[str] | None, label_column: str | None, *, most: int = 2
+) -> None:
+    """Of `custom`: UserError for over `most` texts, one column twice, or one without a name."""
     names = [*(text_columns or ()), *([] if label_column is None else [label_column])]
     if any(not name for name in names):
         raise UserError("A column's name is empty: give it as the first line of the file does.")
-    if len(text_columns or ()) > 2:
+    if len(text_columns or ()) > most:
+        number = "one text or two" if most > 1 else "one text here"
         raise UserError(
-            f"--text-columns {' '.join(text_columns or ())}: a model reads one text or two; name "
-            f"no more columns."
+            f"--text-columns {' '.join(text_columns or ())}: a model reads {number}; name no more "
+            f"columns."
         )
     for name in names:
         if names.count(name) > 1:

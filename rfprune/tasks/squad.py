@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rfprune.tasks.data import question_windows
 from rfprune.tasks.registry import Task
+from rfprune.tasks.windows import question_windows
 
 # As in the original BERT's script and Hugging Face's example.
 N_BEST = 20
@@ -52,7 +52,7 @@ def make_windows(
 ) -> tuple[Inputs, Windows]:
     """Tokenise Q questions with their contexts: model inputs, W unpadded rows by name, and windows.
 
-    Windows are those of `rfprune.tasks.data.question_windows`, which raises the same UserErrors.
+    Windows are those of `rfprune.tasks.windows.question_windows`, which raises the same UserErrors.
     """
     inputs: Inputs = {}
     question, offsets, contexts_at = [], [], []

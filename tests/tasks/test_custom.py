@@ -72,10 +72,9 @@ def test_the_checkpoint_says_what_is_asked() -> None:
 @pytest.mark.parametrize(
     ("names", "problem_type", "what"),
     [
-        (("a", "b"), "multi_label_classification", "multi label classification"),
         (("a", "b"), "regression", "regression with 2 outputs"),
         (("a",), "single_label_classification", "tells apart 1 class"),
-        (("a", "b"), ["x"], "one label, or one number"),
+        (("a", "b"), ["x"], "takes labels, or one number"),
     ],
 )
 def test_other_heads_are_refused(names: tuple[str, ...], problem_type: Any, what: str) -> None:

@@ -13,15 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rfprune.errors import UserError
-from rfprune.tasks.data import (
-    collate,
-    encode,
-    length_sorted_rows,
-    load_split,
-    make_batches,
-    question_windows,
-)
+from rfprune.tasks.batching import collate, length_sorted_rows, make_batches
+from rfprune.tasks.data import encode, load_split
 from rfprune.tasks.registry import get_task
+from rfprune.tasks.windows import question_windows
 
 SST2, STSB, SQUAD, SQUAD_V2 = (get_task(name) for name in ("sst2", "stsb", "squad", "squad_v2"))
 MRPC = get_task("mrpc")

@@ -1,0 +1,151 @@
+"""Image classification: a folder of images a class, or a saved dataset with a column of images."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rfprune.errors import UserError
+from rfprune.tasks.files import SHOWN_NAMES, first_line
+from rfprune.tasks.labels import class_ids
+from rfprune.tasks.registry import Task
+
+IMAGE = "image"
+"""The column of encoded images: a path, or the bytes and the path that `datasets` keeps."""
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+COLUMNS = ("image", "img", "pixel_values")
+_LABELS = ("label", "labels", "fine_label")
+
+
+def load_images(task: Task, split: str, data_dir: Path, *, labels_required: bool) -> Any:
+    """A split as a `datasets.Dataset`: `image`, and `label` (ids) where labels are required.
+
+    From DATA_DIR/SPLIT/CLASS/IMAGE, where the folders are named as the model's classes or by their
+    ids, or from a `save_to_disk` folder at DATA_DIR/SPLIT or DATA_DIR; all of it also below
+    DATA_DIR/TASK. UserError where there is neither, or a class that the model does not know.
+    """
+    from datasets import Dataset
+
+    if not data_dir.is_dir():
+        problem = "is not a folder" if data_dir.exists() else "does not exist"
+        raise UserError(
+            f"The data folder '{data_dir}' {problem}: give one that holds train/CLASS/*.png and "
+            f"validation/CLASS/*.png."
+        )
+    found = [folder / split for folder in (data_dir / task.name, data_dir)]
+    found = [folder for folder in found if folder.is_dir()]
+    if not found:
+        names = sorted(path.name for path in data_dir.iterdir())[:SHOWN_NAMES] or ["nothing"]
+        raise UserError(
+            f"'{data_dir}' has no {split} images: wanted {split}/CLASS/*.png with a folder a "
+            f"class, or a save_to_disk folder {split}, but it holds {', '.join(names)}."
+        )
+    if (found[0] / "state.json").is_file():
+        return _saved(task, found[0], labels_required)
+    paths, names = _in_folders(found[0])
+    columns: dict[str, list[Any]] = {IMAGE: [str(path) for path in paths]}
+    if labels_required:
+        columns[task.label_column] = class_ids(task, names, f"'{found[0]}'")
+    return Dataset.from_dict(columns)
+
+
+def _in_folders(folder: Path) -> tuple[list[Path], list[str]]:
+    """All images below, and the name of the class folder that each is in."""
+    classes = sorted(path for path in folder.iterdir() if path.is_dir())
+    paths = [
+        path
+        for one in classes
+        for path in sorted(one.rglob("*"))
+        if path.suffix.lower() in EXTENSIONS and path.is_file()
+    ]
+    names = [path.relative_to(folder).parts[0] for path in paths]
+    if len(set(names)) < 2:
+        there = ", ".join(path.name for path in classes[:SHOWN_NAMES]) or "no folders"
+        raise UserError(
+            f"'{folder}' holds images of {len(set(names))} class ({there}): wanted are two or "
+            f"more folders, one a class, with images ({', '.join(EXTENSIONS)}) in them."
+        )
+    return paths, names
+
+
+def _saved(task: Task, folder: Path, labels_required: bool) -> Any:
+    """The split that `datasets` has saved, images as they are stored."""
+    import datasets
+
+    try:
+        dataset = datasets.load_from_disk(str(folder))
+    except Exception as error:  # the library promises no particular one
+        raise UserError(
+            f"'{folder}' is not a readable saved dataset: {first_line(error)}."
+        ) from error
+    image = _one_of(COLUMNS, dataset.column_names, folder, "images")
+    columns: dict[str, Any] = {
+        IMAGE: dataset.cast_column(image, datasets.Image(decode=False))[image][:]
+    }
+    if labels_required:
+        label = _one_of((task.label_column, *_LABELS), dataset.column_names, folder, "labels")
+        columns[task.label_column] = class_ids(task, dataset[label][:], f"'{folder}'")
+    return datasets.Dataset.from_dict(columns)
+
+
+def _one_of(wanted: Sequence[str], names: Sequence[str], folder: Path, what: str) -> str:
+    for name in wanted:
+        if name in names:
+            return name
+    raise UserError(
+        f"'{folder}' has no column {', '.join(dict.fromkeys(wanted))} for the {what}, but "
+        f"{', '.join(names) or 'none'}: rename one of them."
+    )
+
+
+def image_rows(task: Task, _: Any, chunk: Any, __: int | None) -> dict[str, Any]:
+    """Columns of images that can be opened; what cannot is a UserError now, not in an hour."""
+    for image in chunk[IMAGE]:
+        with _opened(image):
+            pass
+    columns = {IMAGE: list(chunk[IMAGE])}
+    if task.label_column in chunk:
+        columns["labels"] = chunk[task.label_column]
+    return columns
+
+
+def pixels(images: Sequence[Any], processor: Any) -> Tensor:
+    """(B, channels, height, width), as the checkpoint's image processor makes them."""
+    decoded = []
+    for image in images:
+        with _opened(image) as opened:
+            decoded.append(_decoded(opened, image))
+    values: Tensor = processor(decoded, return_tensors="pt")["pixel_values"]
+    return values.to(torch.float32)
+
+
+def _opened(image: Any) -> Any:
+    """The file of an image, its head read."""
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError as error:
+        raise UserError(
+            "Images need the package pillow: install it with pip install 'rfprune[vision]'."
+        ) from error
+    try:
+        if isinstance(image, dict):
+            return Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"])
+        return Image.open(image)
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise _unreadable(image, error) from error
+
+
+def _decoded(opened: Any, image: Any) -> Any:
+    try:
+        return opened.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:  # PIL's own for broken PNG is SyntaxError
+        raise _unreadable(image, error) from error
+
+
+def _unreadable(image: Any, error: Exception) -> UserError:
+    name = f"'{image['path']}'" if isinstance(image, dict) else f"'{image}'"
+    return UserError(f"The image {name} cannot be read ({first_line(error)}): mend or remove it.")

@@ -1,0 +1,26 @@
+"""Similarity of pairs of texts, by the cosine of their embeddings."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rfprune.tasks.lengths import checked_length
+from rfprune.tasks.registry import Task
+
+
+def embedding_rows(
+    task: Task, tokenizer: Any, chunk: Any, max_length: int | None
+) -> dict[str, Any]:
+    """Columns of tokenised texts, two rows a pair: the first one and the second one."""
+    length = checked_length(task, tokenizer, max_length, texts=1)
+    texts = [text for pair in zip(*(chunk[name] for name in task.text_columns), strict=True)
+             for text in pair]  # fmt: skip
+    return dict(tokenizer(texts, truncation=True, max_length=length))
+
+
+def cosines(embeddings: NDArray[np.float32]) -> NDArray[np.float64]:
+    """(N,) of embeddings (2N, d) of length one, the two of a pair one after the other."""
+    pairs = embeddings.astype(np.float64).reshape(-1, 2, embeddings.shape[1])
+    products: NDArray[np.float64] = (pairs[:, 0] * pairs[:, 1]).sum(axis=1)
+    return products
