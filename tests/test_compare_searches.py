@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from rfprune.cost.constraint import CostModel
 from rfprune.errors import UserError
 from rfprune.stages.allocate import allocate
+from tests.cost.test_latency import TABLE
 
 ROOT = Path(__file__).parents[1]
 Tables = list[NDArray[np.float64]]
@@ -137,9 +138,12 @@ def test_it_writes_what_both_keep_by_table_objective_and_constraint(
     output = tmp_path / "searches.json"
     flags = ["--model", str(tiny_folder()), "--task", "sst2", "--data-dir", str(tiny_data_dir)]
     flags += ["--samples", "12", "--constraint", "0.8", "0.5", "0.05", "--output", str(output)]
+    TABLE.save(tmp_path / "measured.json")
+    flags += ["--latency-table", str(tmp_path / "measured.json")]
     assert script().main(flags) == 0
     result = json.loads(output.read_text())
-    assert [entry["table"] for entry in result["tables"]] == list(script().SYNTHETIC)
+    assert [entry["table"] for entry in result["tables"]] == ["measured", *script().SYNTHETIC]
+    assert result["tables"][0]["conditions"]["device_name"] == TABLE.conditions.device_name
     seen = set()
     for entry in result["tables"]:
         assert set(entry["lines"]) == {"heads", "neurons"}
