@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--output {options.output} exists already: give a new file")
         result = compare(options)
         text = json.dumps(result, indent=1, allow_nan=False)
+        # What a search keeps is on one line.
+        text = re.sub(r"\[[\d,\s]+\]", lambda found: " ".join(found[0].split()), text)
         options.output.write_text(text + "\n", encoding="utf-8")
     except (UserError, OSError) as error:
         sys.stderr.write(f"compare_searches: error: {error}\n")

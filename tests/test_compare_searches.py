@@ -142,6 +142,7 @@ def test_it_writes_what_both_keep_by_table_objective_and_constraint(
     flags += ["--latency-table", str(tmp_path / "measured.json")]
     assert script().main(flags) == 0
     result = json.loads(output.read_text())
+    assert max(line.count(",") for line in output.read_text().splitlines()) >= 4, "4 blocks a line"
     assert [entry["table"] for entry in result["tables"]] == ["measured", *script().SYNTHETIC]
     assert result["tables"][0]["conditions"]["device_name"] == TABLE.conditions.device_name
     seen = set()
