@@ -1,8 +1,8 @@
 """Wall-clock time of several callables, measured side by side.
 
-All are called in turn, round after round, each round starting with another one, so that a machine
-that slows down or heats up slows all alike. Medians are taken over the rounds, and rounds go on
-until the medians are steady or the time is up.
+All are called in turn, round after round, each round in another order, so that a machine that slows
+down or heats up slows all alike. Medians are taken over the rounds, and rounds go on until the
+medians are steady or the time is up.
 """
 
 from __future__ import annotations
@@ -241,12 +241,20 @@ def _rounds(
 
         for number in count(-warm_up_rounds):
             begun = clock()
-            order = [(position + number) % len(calls) for position in range(len(calls))]
+            order = _order(number, len(calls))
             found = _time_all([calls[which] for which in order], device, clock, advance)
             if number >= 0:
                 by_call = dict(zip(order, found, strict=True))
                 is_late = 2 * clock() - begun - start > seconds  # by the end of another like it
                 yield [by_call[which] for which in range(len(calls))], is_late
+
+
+def _order(number: int, size: int) -> list[int]:
+    """Each round starts with another call, and each call comes after another one than before: what
+    one leaves behind in caches and allocator does not always fall on the same other."""
+    strides = [stride for stride in range(1, size + 1) if math.gcd(stride, size) == 1]
+    stride = strides[number % len(strides)]
+    return [(number + position * stride) % size for position in range(size)]
 
 
 def _time_all(

@@ -50,8 +50,24 @@ def test_all_are_called_in_turn_and_each_round_starts_with_another() -> None:
     calls = [machine.call(name, cycle([1.0, 9.0])) for name in "abc"]
     timings = time_interleaved(calls, "cpu", max_rounds=4, min_rounds=1, clock=machine.clock)
     timed = "".join(machine.calls[3 * WARM_UP_ROUNDS :])
-    assert timed == "abcbcacababc"
+    assert timed == "abcbaccabacb"
     assert [timing.rounds for timing in timings] == [4, 4, 4]
+
+
+def test_with_two_they_take_turns_and_with_many_none_always_follows_the_same() -> None:
+    machine = Machine()
+    calls = [machine.call(name, repeat(1.0)) for name in "ab"]
+    time_interleaved(calls, "cpu", max_rounds=3, min_rounds=3, clock=machine.clock)
+    assert "".join(machine.calls[2 * WARM_UP_ROUNDS :]) == "abbaab"
+    machine = Machine()
+    calls = [machine.call(name, repeat(1.0)) for name in "abcdefg"]
+    time_interleaved(calls, "cpu", max_rounds=6, min_rounds=6, clock=machine.clock)
+    timed = "".join(machine.calls[7 * WARM_UP_ROUNDS :])
+    rounds = [timed[start : start + 7] for start in range(0, 42, 7)]
+    assert all(sorted(one) == list("abcdefg") for one in rounds)
+    assert "".join(one[0] for one in rounds) == "abcdef"
+    before = [one[one.index("g") - 1] for one in rounds if one[0] != "g"]
+    assert len(set(before)) == len(before) == 6
 
 
 def test_times_belong_to_their_calls_whatever_the_order() -> None:

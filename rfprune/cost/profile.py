@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -210,7 +211,11 @@ def _table(
             for variant, timing in zip(variants, timings, strict=True)
             if variant.block == block
         ]
-        base = own[0][1].median_ms
+        base = fmean(
+            timing.median_ms
+            for variant, timing in zip(variants, timings, strict=True)
+            if variant.block.layer == block.layer and variant.size == 0
+        )
         curves.append(
             Curve(
                 kind=block.kind,
@@ -218,7 +223,7 @@ def _table(
                 unit_width=block.unit_width,
                 round_to=rounding(block, round_to),
                 sizes=tuple(size for size, _ in own),
-                ms=tuple(max(0.0, timing.median_ms - base) for _, timing in own),
+                ms=(0.0, *(max(0.0, timing.median_ms - base) for _, timing in own[1:])),
                 spreads=tuple(timing.spread for _, timing in own),
             )
         )
