@@ -129,7 +129,7 @@ MODELS = (
     _model("a config.json of a link to itself", "has no config.json", lambda folder: (
         (folder / "config.json").unlink(), (folder / "config.json").symlink_to("config.json"))),
     _config("no model_type", "names no model_type", model_type=None),
-    _config("model_type gpt2", "is not supported", model_type="gpt2"),
+    _config("model_type gpt_neo", "is not supported", model_type="gpt_neo"),
     _config("model_type that is a list", "is not supported", model_type=["bert"]),
     _config("three labels for a task of two", "2 labels", **_HEADS),
     _config("labels in the wrong order", "label order",

@@ -25,13 +25,23 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 hypothesis.settings.register_profile("rfprune", deadline=None)
 hypothesis.settings.load_profile("rfprune")
 
-Head = Literal["sequence-classification", "question-answering", "none"]
+Head = Literal[
+    "sequence-classification", "question-answering", "causal-lm", "image-classification", "none"
+]
 TinyModel = Callable[..., Any]
 TinyFolder = Callable[..., Path]
 TinyBatch = Callable[..., dict[str, Any]]
 
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "mpnet")
+"""Encoders of texts with norms after the residual sums, which the tests of the command run on."""
+
+CAUSAL_TYPES = ("gpt2", "opt", "llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma")
+IMAGE_TYPES = ("vit", "deit", "beit", "dinov2")
+ALL_TYPES = (*MODEL_TYPES, "modernbert", *CAUSAL_TYPES, *IMAGE_TYPES)
 """Every architecture of the table; `tests/model` checks that none is missing."""
+
+GROUPED_TYPES = ("llama", "qwen2", "qwen3", "smollm3", "gemma")
+"""Those whose tiny models have two query heads to a key and a value."""
 
 WORDS = (
     "the a of and to in is was it that this film movie story cast plot actor scene good great fine "
@@ -90,17 +100,19 @@ def tiny_model() -> TinyModel:
 
     A new random model in eval mode at each call: 2 layers of 4 heads of width 4 and 12 neurons.
     `config` overrides any entry, by BERT's names (`hidden_size`, `num_hidden_layers`,
-    `num_attention_heads`, `intermediate_size`, `num_labels`, ...), for every model type.
+    `num_attention_heads`, `intermediate_size`, `num_labels`, ...), for every model type. Where
+    query heads share keys and values, `num_attention_heads` counts the latter. A model of images
+    has the head for images where one for sequences is asked for.
     """
     return make_tiny_model
 
 
 @pytest.fixture(scope="session")
 def tiny_batch() -> TinyBatch:
-    """`tiny_batch(num_examples=4, length=7, *, padding="right", seed=0)`.
+    """`tiny_batch(num_examples=4, length=7, *, padding="right", seed=0, model_type="bert")`.
 
     Random token ids and an attention mask; every other example is shorter by one to three tokens,
-    padded on the side that `padding` names, or none is ("none").
+    padded on the side that `padding` names, or none is ("none"). Random images for models of them.
     """
     return make_tiny_batch
 
@@ -174,9 +186,13 @@ def make_tiny_model(
     import torch
     import transformers
 
+    if model_type in IMAGE_TYPES and head == "sequence-classification":
+        head = "image-classification"
     model_class = {
         "sequence-classification": transformers.AutoModelForSequenceClassification,
         "question-answering": transformers.AutoModelForQuestionAnswering,
+        "causal-lm": transformers.AutoModelForCausalLM,
+        "image-classification": transformers.AutoModelForImageClassification,
         "none": transformers.AutoModel,
     }[head]
     with torch.random.fork_rng(devices=[]):
@@ -192,11 +208,14 @@ def make_tiny_batch(
     *,
     padding: Literal["right", "left", "none"] = "right",
     seed: int = 0,
+    model_type: str = "bert",
 ) -> dict[str, Any]:
     """What the fixture `tiny_batch` calls; see there."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
+    if model_type in IMAGE_TYPES:
+        return {"pixel_values": torch.randn(num_examples, 3, 8, 8, generator=generator)}
     ids = torch.randint(5, len(vocabulary()), (num_examples, length), generator=generator)
     attention_mask = torch.ones_like(ids)
     for row in range(1, num_examples, 2):
@@ -221,21 +240,53 @@ def tiny_config(model_type: str = "bert", **changes: Any) -> Any:
         "max_position_embeddings": 514,
         "initializer_range": 0.3,
         "pad_token_id": 0,
+        "bos_token_id": 2,
+        "eos_token_id": 3,
     }
     if model_type in ("bert", "electra", "roberta", "xlm-roberta", "camembert"):
         settings["type_vocab_size"] = 2 if model_type in ("bert", "electra") else 1
     if model_type == "electra":
         settings["embedding_size"] = 8
     settings |= changes
-    if model_type == "distilbert":
-        names = {
-            "hidden_size": "dim",
-            "num_hidden_layers": "n_layers",
-            "num_attention_heads": "n_heads",
-            "intermediate_size": "hidden_dim",
-        }
-        settings = {names.get(name, name): value for name, value in settings.items()}
+    settings = _in_the_words_of(model_type, settings) | {
+        name: value for name, value in changes.items() if name not in _SIZES
+    }
     return transformers.AutoConfig.for_model(model_type, **settings)
+
+
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+
+
+def _in_the_words_of(model_type: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings by BERT's names as a model type has them, with what else it needs to be tiny."""
+    hidden, heads = settings["hidden_size"], settings["num_attention_heads"]
+    names = {
+        "distilbert": dict(zip(_SIZES, ("dim", "n_layers", "n_heads", "hidden_dim"), strict=True)),
+        "gpt2": {"intermediate_size": "n_inner"},
+        "opt": {"intermediate_size": "ffn_dim"},
+    }.get(model_type, {})
+    if model_type == "opt":
+        # with ReLU some of twelve neurons would never fire
+        settings = {**settings, "word_embed_proj_dim": hidden, "activation_function": "gelu"}
+    if model_type == "modernbert":
+        settings = {**settings, "cls_token_id": 2, "sep_token_id": 3}
+    if model_type in ("modernbert", "mistral"):  # windows that tiny sequences do not fit in
+        window = {"modernbert": "local_attention", "mistral": "sliding_window"}[model_type]
+        settings = {**settings, window: 4, "num_key_value_heads": heads}
+    elif model_type in GROUPED_TYPES:
+        settings = {**settings, "num_key_value_heads": heads, "num_attention_heads": 2 * heads}
+        settings |= {"head_dim": hidden // heads, "no_rope_layer_interval": 2}
+    elif model_type in IMAGE_TYPES:
+        class_name = {"vit": "ViT", "deit": "DeiT", "beit": "Beit", "dinov2": "Dinov2"}[model_type]
+        settings = {
+            **{name: value for name, value in settings.items() if name != "vocab_size"},
+            "image_size": 8,
+            "patch_size": 4,
+            "mlp_ratio": max(1, settings["intermediate_size"] // hidden),  # DINOv2's neurons
+            "use_relative_position_bias": True,
+            "architectures": [f"{class_name}ForImageClassification"],
+        }
+    return {names.get(name, name): value for name, value in settings.items()}
 
 
 def _spread_what_starts_constant(model: Any) -> None:
@@ -244,8 +295,9 @@ def _spread_what_starts_constant(model: Any) -> None:
 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
-                start = 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0
+            if parameter.dim() == 1 or bool((parameter == parameter.flatten()[0]).all()):
+                scales = "norm" in name.lower() or "ln_" in name
+                start = 1.0 if (scales and name.endswith("weight")) or "lambda" in name else 0.0
                 parameter.copy_(start + 0.2 * torch.randn_like(parameter))
 
 

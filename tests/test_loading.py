@@ -114,9 +114,9 @@ def test_no_model_type(folder: Path) -> None:
 
 
 def test_an_unsupported_model_type_names_the_supported(folder: Path) -> None:
-    change_config(folder, model_type="gpt2")
+    change_config(folder, model_type="gpt_neo")
     sentence = refused(folder)
-    assert "'gpt2'" in sentence
+    assert "'gpt_neo'" in sentence
     for model_type in ("bert", "roberta", "distilbert", "mpnet"):
         assert model_type in sentence
 

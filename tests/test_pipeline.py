@@ -26,13 +26,13 @@ from rfprune.cost.memory import total_bytes
 from rfprune.cost.metrics import mean_tokens
 from rfprune.cost.params import total_params
 from rfprune.errors import UserError
-from rfprune.model.architectures import ARCHITECTURES
 from rfprune.model.checkpoint import load_pruned
 from rfprune.model.layout import layout_of
 from rfprune.model.masks import masked, num_kept
 from rfprune.pipeline import prune, prune_family, schedule
 from rfprune.result import CHOICES, PruneResult, Settings
 from rfprune.stages.search import search
+from tests.conftest import MODEL_TYPES
 
 Tiny = Callable[..., Any]
 Batch = dict[str, Tensor]
@@ -81,7 +81,7 @@ def assert_same(left: dict[str, Any], right: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("head", ["sequence-classification", "question-answering"])
-@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_every_family_is_pruned_and_reloads(
     model_type: str,
     head: str,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from rfprune.cost.constraint import CostModel, linear_costs
-from rfprune.cost.params import unit_params
+from rfprune.cost.constraint import CostModel
+from rfprune.cost.params import sized_costs
 from rfprune.model.layout import Layout
 
 
@@ -17,10 +17,5 @@ def total_bytes(model: nn.Module) -> int:
 
 def memory_costs(model: nn.Module, layout: Layout) -> CostModel:
     """Bytes of the whole model, by how many units each block keeps."""
-    unit_costs = [
-        unit_params(model, block) * model.get_parameter(f"{block.consumer}.weight").itemsize
-        for block in layout.blocks
-    ]
-    num_units = [block.num_units for block in layout.blocks]
-    pruned = sum(cost * units for cost, units in zip(unit_costs, num_units, strict=True))
-    return linear_costs("memory", unit_costs, num_units, constant=total_bytes(model) - pruned)
+    sizes = [model.get_parameter(f"{b.consumer}.weight").itemsize for b in layout.blocks]
+    return sized_costs("memory", model, layout, sizes, total_bytes(model))

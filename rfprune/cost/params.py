@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
 from rfprune.cost.constraint import CostModel, linear_costs
@@ -18,6 +20,17 @@ def unit_params(model: nn.Module, block: Block) -> int:
     return int(params)
 
 
+def shared_params(model: nn.Module, block: Block) -> int:
+    """Parameters that go with the last unit of a block: norms of queries and keys, say."""
+    projections = (*(producer.path for producer in block.producers), block.consumer)
+    inner = model.get_submodule(block.inner)
+    return sum(
+        parameter.numel()
+        for name, parameter in inner.named_parameters(block.inner)
+        if name.rpartition(".")[0] not in projections
+    )
+
+
 def total_params(model: nn.Module) -> int:
     """All parameters of a model; shared ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())
@@ -25,7 +38,23 @@ def total_params(model: nn.Module) -> int:
 
 def param_costs(model: nn.Module, layout: Layout) -> CostModel:
     """Parameters of the whole model, by how many units each block keeps."""
-    unit_costs = [unit_params(model, block) for block in layout.blocks]
+    return sized_costs("params", model, layout, [1] * len(layout.blocks), total_params(model))
+
+
+def sized_costs(
+    metric: str, model: nn.Module, layout: Layout, sizes: list[int], total: int
+) -> CostModel:
+    """What all parameters of a model cost together, by how many units each block keeps.
+
+    Args:
+        sizes: what a parameter of each block costs.
+        total: what all parameters cost.
+    """
+    blocks = list(zip(layout.blocks, sizes, strict=True))
+    unit_costs = [size * unit_params(model, block) for block, size in blocks]
+    shared = [size * shared_params(model, block) for block, size in blocks]
     num_units = [block.num_units for block in layout.blocks]
-    pruned = sum(cost * units for cost, units in zip(unit_costs, num_units, strict=True))
-    return linear_costs("params", unit_costs, num_units, constant=total_params(model) - pruned)
+    costs = linear_costs(metric, unit_costs, num_units)
+    for table, extra in zip(costs.tables, shared, strict=True):
+        table[1:] += extra
+    return replace(costs, constant=float(total - costs.original))

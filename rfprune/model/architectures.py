@@ -8,7 +8,7 @@ relative to the base model (`model.base_model`), paths of a sublayer are relativ
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 BlockKind = Literal["head", "neuron"]
@@ -123,6 +123,97 @@ _MPNET_ATTENTION = Sublayer(
     head_bias="position_bias",
 )
 
+_MODERNBERT_ATTENTION = Sublayer(
+    kind="head",
+    producers=("attn.Wqkv",),
+    fused=3,
+    consumer="attn.Wo",
+    inner="attn",
+    residual_sum="mlp_norm",
+    inner_returns_tuple=True,
+)
+
+_MODERNBERT_FFN = Sublayer(
+    kind="neuron",
+    producers=("mlp.Wi",),
+    fused=2,
+    consumer="mlp.Wo",
+    inner="mlp",
+    residual_sum=None,
+)
+
+_GPT2_ATTENTION = Sublayer(
+    kind="head",
+    producers=("attn.c_attn",),
+    fused=3,
+    consumer="attn.c_proj",
+    inner="attn",
+    residual_sum="ln_2",
+    inner_returns_tuple=True,
+)
+
+_GPT2_FFN = Sublayer(
+    kind="neuron",
+    producers=("mlp.c_fc",),
+    consumer="mlp.c_proj",
+    inner="mlp",
+    residual_sum=None,
+)
+
+_LLAMA_ATTENTION = Sublayer(
+    kind="head",
+    producers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    consumer="self_attn.o_proj",
+    inner="self_attn",
+    residual_sum="post_attention_layernorm",
+    inner_returns_tuple=True,
+)
+
+_LLAMA_FFN = Sublayer(
+    kind="neuron",
+    producers=("mlp.gate_proj", "mlp.up_proj"),
+    consumer="mlp.down_proj",
+    inner="mlp",
+    residual_sum=None,
+)
+
+_LLAMA = Architecture(
+    (Stack("layers", (_LLAMA_ATTENTION, _LLAMA_FFN), pre_norm=True),), causal=True
+)
+
+_OPT_ATTENTION = replace(
+    _LLAMA_ATTENTION, consumer="self_attn.out_proj", residual_sum="final_layer_norm"
+)
+
+_OPT_FFN = Sublayer(
+    kind="neuron", producers=("fc1",), consumer="fc2", inner="fc1", residual_sum=None
+)
+
+_VIT_ATTENTION = Sublayer(
+    kind="head",
+    producers=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+    consumer="attention.o_proj",
+    inner="attention",
+    residual_sum="layernorm_after",
+    inner_returns_tuple=True,
+)
+
+_VIT_FFN = Sublayer(
+    kind="neuron", producers=("mlp.fc1",), consumer="mlp.fc2", inner="mlp", residual_sum=None
+)
+
+_VIT = Architecture((Stack("layers", (_VIT_ATTENTION, _VIT_FFN), pre_norm=True),))
+
+_BEIT_SUBLAYERS = (
+    replace(_VIT_ATTENTION, scale="lambda_1", head_bias="attention_mask"),
+    replace(_VIT_FFN, scale="lambda_2"),
+)
+
+_DINOV2_SUBLAYERS = (
+    replace(_VIT_ATTENTION, residual_sum="norm2", scale="layer_scale1.lambda1"),
+    replace(_VIT_FFN, scale="layer_scale2.lambda1"),
+)
+
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": _BERT,
     "roberta": _BERT,
@@ -133,4 +224,26 @@ ARCHITECTURES: dict[str, Architecture] = {
         (Stack("transformer.layer", (_DISTILBERT_ATTENTION, _DISTILBERT_FFN)),)
     ),
     "mpnet": Architecture((Stack("encoder.layer", (_MPNET_ATTENTION, _BERT_FFN)),)),
+    "modernbert": Architecture(
+        (Stack("layers", (_MODERNBERT_ATTENTION, _MODERNBERT_FFN), pre_norm=True),)
+    ),
+    "gpt2": Architecture((Stack("h", (_GPT2_ATTENTION, _GPT2_FFN), pre_norm=True),), causal=True),
+    "opt": Architecture(
+        (Stack("decoder.layers", (_OPT_ATTENTION, _OPT_FFN), pre_norm=True),),
+        causal=True,
+        refused={"do_layer_norm_before": False},
+    ),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "smollm3": _LLAMA,
+    "gemma": _LLAMA,
+    "vit": _VIT,
+    "deit": _VIT,
+    "beit": Architecture((Stack("layers", _BEIT_SUBLAYERS, pre_norm=True),)),
+    "dinov2": Architecture(
+        (Stack("encoder.layer", _DINOV2_SUBLAYERS, pre_norm=True),),
+        refused={"use_swiglu_ffn": True},
+    ),
 }

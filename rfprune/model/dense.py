@@ -111,6 +111,9 @@ def _spread(
                 values = small.get(name, small[consumer].new_zeros(0))
                 side = len(shapes[name]) - 1 if transposed else 0
                 state[name] = _scattered(values, shapes[name], rows, side)
+    for name, shape in shapes.items():  # of an emptied sublayer, norms of its heads, say
+        if name.startswith(f"{block['inner']}.") and name not in state and name not in small:
+            state[name] = small[consumer].new_ones(shape)
     return state
 
 

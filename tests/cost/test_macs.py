@@ -13,10 +13,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from rfprune.cost.macs import mac_costs, total_macs, unit_macs
-from rfprune.model.architectures import ARCHITECTURES
 from rfprune.model.compact import compact
 from rfprune.model.layout import Layout, layout_of
 from rfprune.model.masks import full_masks, num_kept
+from tests.conftest import ALL_TYPES, IMAGE_TYPES
 
 Tiny = Callable[..., Any]
 LENGTH = 9
@@ -28,7 +28,10 @@ def counted_macs(model: Any, layout: Layout) -> float:
         model.set_attn_implementation("eager")
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
-        model(torch.full((1, LENGTH), 7))
+        if model.config.model_type in IMAGE_TYPES:
+            model(torch.randn(1, 3, 8, 8))
+        else:
+            model(torch.full((1, LENGTH), 7))
     counts = counter.get_flop_counts()
     flops = sum(
         sum(counts[name].values())
@@ -38,17 +41,19 @@ def counted_macs(model: Any, layout: Layout) -> float:
     return flops / 2
 
 
-@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("model_type", ALL_TYPES)
 def test_macs_are_what_torch_counts(model_type: str, tiny_model: Tiny) -> None:
     model = tiny_model(model_type)
     layout = layout_of(model)
-    assert total_macs(layout, LENGTH) == counted_macs(model, layout) > 0
+    # four patches, a class token, and DeiT's token of distillation
+    length = {"deit": 6}.get(model_type, 5) if model_type in IMAGE_TYPES else LENGTH
+    assert total_macs(layout, length) == counted_macs(model, layout) > 0
     masks = full_masks(layout)
     masks[0][1:], masks[1][3:], masks[2][:] = 0, 0, 0
     small = compact(model, layout, masks)
-    kept = mac_costs(layout, LENGTH).total(num_kept(masks))
-    assert kept == total_macs(layout_of(small), LENGTH) == counted_macs(small, layout)
-    assert kept < total_macs(layout, LENGTH) / 2
+    kept = mac_costs(layout, length).total(num_kept(masks))
+    assert kept == total_macs(layout_of(small), length) == counted_macs(small, layout)
+    assert kept < total_macs(layout, length) / 2
 
 
 def test_nothing_left_costs_nothing(tiny_model: Tiny) -> None:

@@ -13,15 +13,15 @@ import torch
 from torch import nn
 
 from rfprune.cost.params import param_costs, total_params, unit_params
-from rfprune.model.architectures import ARCHITECTURES
 from rfprune.model.compact import compact
 from rfprune.model.layout import layout_of
 from rfprune.model.masks import full_masks, num_kept
+from tests.conftest import ALL_TYPES
 
 Tiny = Callable[..., Any]
 
 
-@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("model_type", ALL_TYPES)
 def test_costs_are_the_sizes_of_compact_models(model_type: str, tiny_model: Tiny) -> None:
     model = tiny_model(model_type, num_attention_heads=2)
     layout = layout_of(model)

@@ -360,8 +360,8 @@ def test_an_architecture_that_is_none(names: Any, folder: Path) -> None:
 
 
 def test_an_unsupported_model_type(folder: Path) -> None:
-    edit_config(folder, lambda config: config.update(model_type="gpt2"))
-    with pytest.raises(UserError, match="of type 'gpt2'"):
+    edit_config(folder, lambda config: config.update(model_type="gpt_neo"))
+    with pytest.raises(UserError, match="of type 'gpt_neo'"):
         load_pruned(folder)
 
 

@@ -1,4 +1,4 @@
-"""What every architecture must satisfy, with both heads: the contract that pruning rests on.
+"""What every architecture must satisfy, with every head: the contract that pruning rests on.
 
 Deleting this lets a new row of the table, or a new release of transformers, break pruning for one
 family in silence: masks that miss a unit, a compact model that computes something else, a folder
@@ -8,7 +8,8 @@ that loads into the wrong shapes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,37 @@ from rfprune.model.architectures import ARCHITECTURES
 from rfprune.model.checkpoint import load_pruned, save_pruned
 from rfprune.model.compact import compact
 from rfprune.model.layout import Layout, layout_of
-from rfprune.model.linear import weight_of
+from rfprune.model.linear import LINEAR_MAPS, weight_of
 from rfprune.model.masks import frozen, full_masks, masked
-from rfprune.model.replay import layer_calls, pack, run_layer, token_mask, unpack
+from rfprune.model.replay import (
+    layer_calls,
+    model_inputs,
+    pack,
+    run_layer,
+    token_mask,
+    unpack,
+    with_tokens,
+)
+from tests.conftest import ALL_TYPES, CAUSAL_TYPES, GROUPED_TYPES, IMAGE_TYPES
 
 HEADS = {
     "sequence-classification": transformers.AutoModelForSequenceClassification,
     "question-answering": transformers.AutoModelForQuestionAnswering,
+    "causal-lm": transformers.AutoModelForCausalLM,
+    "image-classification": transformers.AutoModelForImageClassification,
 }
-CASES = [(model_type, head) for model_type in sorted(ARCHITECTURES) for head in HEADS]
+
+
+def heads_of(model_type: str) -> tuple[str, ...]:
+    if model_type in IMAGE_TYPES:
+        return ("image-classification",)
+    if model_type in CAUSAL_TYPES:
+        return ("causal-lm", "sequence-classification")
+    return ("sequence-classification", "question-answering")
+
+
+CASES = [(model_type, head) for model_type in ALL_TYPES for head in heads_of(model_type)]
+CASES += [("gpt2", "question-answering"), ("llama", "question-answering")]
 
 Batch = dict[str, Tensor]
 
@@ -51,18 +74,33 @@ def layout(model: Any) -> Layout:
 
 
 @pytest.fixture
-def batch(tiny_batch: Callable[..., Batch]) -> Batch:
-    return tiny_batch()
+def batches(case: tuple[str, str], tiny_batch: Callable[..., Batch]) -> Callable[..., Batch]:
+    """`tiny_batch` for the family."""
+    return partial(tiny_batch, model_type=case[0])
+
+
+@pytest.fixture
+def batch(batches: Callable[..., Batch]) -> Batch:
+    return batches()
 
 
 def outputs_of(model: Any, batch: Batch) -> Tensor:
-    """Class logits (B, C), or start and end logits (B, 2·S) with zeros at padding."""
+    """In evaluation, (B, n); images are given in the model's own precision."""
+    inputs = {n: v.to(model.dtype) if v.is_floating_point() else v for n, v in batch.items()}
     with torch.no_grad():
-        outputs = model(**batch)
-    if "logits" in outputs:
-        return outputs["logits"]  # type: ignore[no-any-return]
-    tokens = batch["attention_mask"]
-    return torch.cat([outputs["start_logits"] * tokens, outputs["end_logits"] * tokens], dim=1)
+        return flat_outputs(model(**inputs), batch)
+
+
+def flat_outputs(outputs: Any, batch: Batch) -> Tensor:
+    """All logits of every example, (B, n), with zeros at padding."""
+    found = []
+    for name in (name for name in outputs if name.endswith("logits")):
+        logits = outputs[name]
+        if name != "logits" or logits.dim() == 3:  # one a token, or a row of them
+            tokens = batch["attention_mask"]
+            logits = logits * (tokens[:, :, None] if logits.dim() == 3 else tokens)
+        found.append(logits.flatten(1))
+    return torch.cat(found, dim=1)
 
 
 def mixed_masks(layout: Layout) -> tuple[Tensor, ...]:
@@ -100,14 +138,17 @@ def masked_outputs(model: Any, layout: Layout, masks: Sequence[Tensor], batch: B
         return outputs_of(model, batch)
 
 
-def test_the_layout_finds_all_heads_and_neurons(model: Any, layout: Layout) -> None:
+def test_the_layout_finds_all_heads_and_neurons(layout: Layout, case: tuple[str, str]) -> None:
     shapes = [(b.kind, b.layer, b.num_units, b.unit_width) for b in layout.blocks]
+    width = 8 if case[0] in GROUPED_TYPES else 4  # of two query heads that share a key
+    neurons = 16 if case[0] == "dinov2" else 12
     assert shapes == [
-        ("head", 0, 4, 4),
-        ("neuron", 0, 12, 1),
-        ("head", 1, 4, 4),
-        ("neuron", 1, 12, 1),
+        ("head", 0, 4, width),
+        ("neuron", 0, neurons, 1),
+        ("head", 1, 4, width),
+        ("neuron", 1, neurons, 1),
     ]
+    assert set(ALL_TYPES) == set(ARCHITECTURES)
 
 
 def test_masks_of_ones_change_no_bit(model: Any, layout: Layout, batch: Batch) -> None:
@@ -136,10 +177,12 @@ def test_masked_folded_compact_and_reloaded_agree(
     layout: Layout,
     padding: str,
     case: tuple[str, str],
-    tiny_batch: Callable[..., Batch],
+    batches: Callable[..., Batch],
     tmp_path: Path,
 ) -> None:
-    batch, masks = tiny_batch(padding=padding), mixed_masks(layout)
+    if padding != "right" and case[0] in IMAGE_TYPES:
+        pytest.skip("images have no padding")
+    batch, masks = batches(padding=padding), mixed_masks(layout)
     expected = masked_outputs(model, layout, masks, batch)
     assert (expected - outputs_of(model, batch)).abs().max() > 1e-2
     small = compact(model, layout, masks)
@@ -156,9 +199,9 @@ def test_masked_folded_compact_and_reloaded_agree(
 
 
 def test_a_batch_of_one_without_attention_mask(
-    model: Any, layout: Layout, tiny_batch: Callable[..., Batch]
+    model: Any, layout: Layout, batches: Callable[..., Batch]
 ) -> None:
-    ids = tiny_batch(1, padding="none")["input_ids"]
+    ids = next(iter(batches(1, padding="none").values()))
     masks = mixed_masks(layout)
     with torch.no_grad():
         small = compact(model, layout, masks)(ids)[0]
@@ -189,7 +232,7 @@ def test_emptied_sublayers_agree_and_cost_nothing(
     assert torch.equal(outputs_of(load_pruned(tmp_path), batch), outputs_of(small, batch))
     present = {block.name for block in layout_of(small).blocks}
     assert present == {block.name for block in layout.blocks} - set(empty)
-    linears = {path for path, part in small.named_modules() if isinstance(part, torch.nn.Linear)}
+    linears = {path for path, part in small.named_modules() if isinstance(part, LINEAR_MAPS)}
     for block in layout.blocks:
         paths = {*(producer.path for producer in block.producers), block.consumer}
         assert paths & linears == (set() if block.name in empty else paths)
@@ -259,39 +302,61 @@ def test_bfloat16_stays_and_agrees_within_its_precision(
 def test_layers_replayed_are_the_full_forward_pass(
     model: Any,
     layout: Layout,
-    tiny_batch: Callable[..., Batch],
+    case: tuple[str, str],
     padding: str,
     num_examples: int,
+    batches: Callable[..., Batch],
 ) -> None:
-    batch = tiny_batch(num_examples, padding=padding)
+    if padding != "right" and case[0] in IMAGE_TYPES:
+        pytest.skip("images have no padding")
+    batch = with_tokens(model, layout, batches(num_examples, padding=padding))
     small = compact(model, layout, emptied(layout, "layer.1.heads"))
+    tokens = token_mask(batch)
     for net in (model, small):
         with torch.no_grad():
-            states = net.base_model(**batch, output_hidden_states=True).hidden_states
-            tokens = token_mask(batch)
-            hidden, call = layer_calls(net, layout, batch)
+            entering, leaving = states_of(net, layout, batch)
+            hidden, calls = layer_calls(net, layout, batch)
             for layer, path in enumerate(layout.layers):
-                assert_close(pack(hidden, tokens), pack(states[layer], tokens))
+                assert_close(pack(hidden, tokens), pack(entering[layer], tokens))
                 through = unpack(pack(hidden, tokens), tokens)  # what was at padding is lost
-                hidden = run_layer(net, path, through, call)
-            assert_close(pack(hidden, tokens), pack(states[-1], tokens))
-            assert (states[-1] - states[0]).abs().max() > 0.1
+                hidden = run_layer(net, path, through, calls)
+            assert_close(pack(hidden, tokens), pack(leaving[-1], tokens))
+            assert (leaving[-1] - entering[0]).abs().max() > 0.1
 
 
-def test_mask_gradients_are_finite_differences(model: Any, layout: Layout, batch: Batch) -> None:
+def states_of(
+    net: Any, layout: Layout, batch: Mapping[str, Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What enters and leaves every layer in a full forward pass."""
+    entering: list[Tensor] = []
+    leaving: list[Tensor] = []
+
+    def note(_: Any, args: Any, kwargs: Any, output: Any) -> None:
+        entering.append(args[0] if args else kwargs["hidden_states"])
+        leaving.append(output[0] if isinstance(output, tuple) else output)
+
+    layers = [net.get_submodule(path) for path in layout.layers]
+    handles = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
+    net(**model_inputs(batch))
+    for handle in handles:
+        handle.remove()
+    return entering, leaving
+
+
+def test_mask_gradients_are_finite_differences(
+    model: Any, layout: Layout, case: tuple[str, str], batch: Batch
+) -> None:
     model = model.double()
+    batch = {name: v.double() if v.is_floating_point() else v for name, v in batch.items()}
     weights = torch.randn(outputs_of(model, batch).shape, dtype=torch.float64)
     masks = [mask.double().repeat(4, 1).requires_grad_() for mask in full_masks(layout)]
     with frozen(model), masked(model, layout, masks):
-        outputs = model(**batch)
-        if "logits" in outputs:
-            score = (weights * outputs["logits"]).sum()
-        else:
-            both = torch.cat([outputs["start_logits"], outputs["end_logits"]], dim=1)
-            score = (weights * both * batch["attention_mask"].repeat(1, 2)).sum()
+        score = (weights * flat_outputs(model(**batch), batch)).sum()
     gradients = torch.autograd.grad(score, masks)
     assert all(gradient.abs().max() > 1e-2 for gradient in gradients)
-    step = 1e-5
+    # some families compute their norms or positions in float32 whatever the model is in
+    single = case[0] in CAUSAL_TYPES[2:] or case[0] == "modernbert"
+    step = 3e-3 if single else 1e-5
     for i, block in enumerate(layout.blocks):
         for unit in (0, block.num_units - 1):
             values = []
@@ -300,4 +365,6 @@ def test_mask_gradients_are_finite_differences(model: Any, layout: Layout, batch
                 moved[i][unit] += sign * step
                 values.append((weights * masked_outputs(model, layout, moved, batch)).sum(1))
             expected = (values[0] - values[1]) / (2 * step)  # (B,): one gradient an example
-            torch.testing.assert_close(gradients[i][:, unit], expected, rtol=1e-5, atol=1e-7)
+            scale = float(gradients[i].abs().max())
+            rtol, atol = (1e-2, 1e-3 * scale) if single else (1e-5, 1e-7)
+            torch.testing.assert_close(gradients[i][:, unit], expected, rtol=rtol, atol=atol)

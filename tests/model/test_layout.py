@@ -14,11 +14,11 @@ import transformers
 from torch import nn
 
 from rfprune.errors import UserError
-from rfprune.model.architectures import ARCHITECTURES
 from rfprune.model.compact import compact
 from rfprune.model.layout import Producer, layout_of
 from rfprune.model.linear import linear
 from rfprune.model.masks import full_masks
+from tests.conftest import ALL_TYPES
 
 TinyModel = Callable[..., Any]
 
@@ -36,13 +36,13 @@ def test_blocks_name_their_modules_from_the_root(tiny_model: TinyModel) -> None:
 
 
 def test_blocks_run_in_their_order(tiny_model: TinyModel, tiny_batch: Callable[..., Any]) -> None:
-    for model_type in ARCHITECTURES:
+    for model_type in ALL_TYPES:
         model = tiny_model(model_type)
         ran: list[str] = []
         for block in layout_of(model).blocks:
             module = model.get_submodule(block.consumer)
             module.register_forward_hook(lambda *_, at=ran, name=block.name: at.append(name))
-        model(**tiny_batch())
+        model(**tiny_batch(model_type=model_type))
         assert ran == [block.name for block in layout_of(model).blocks]
 
 

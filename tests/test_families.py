@@ -1,0 +1,110 @@
+"""The whole method on families other than the encoders that `test_pipeline` prunes.
+
+Deleting this lets a stage forget that out-projections may lack a bias, lie the other way round, or
+belong to a model of images or one that writes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rfprune.cost.constraint import Constraint
+from rfprune.cost.params import total_params
+from rfprune.model.checkpoint import load_pruned
+from rfprune.model.replay import token_mask
+from rfprune.pipeline import prune
+from rfprune.result import Settings
+from tests.conftest import ALL_TYPES, CAUSAL_TYPES, IMAGE_TYPES, MODEL_TYPES
+
+Tiny = Callable[..., Any]
+Batch = dict[str, Tensor]
+
+CASES = [
+    *((model_type, "sequence-classification") for model_type in ALL_TYPES[len(MODEL_TYPES) :]),
+    *((model_type, "causal-lm") for model_type in CAUSAL_TYPES),
+    ("modernbert", "question-answering"),
+]
+SETTINGS = {
+    "curvature": Settings(),
+    "kwon": Settings(method="kwon"),
+    "gradient": Settings(method="importance", importance="gradient"),
+    "magnitude": Settings(method="importance", importance="magnitude-l2"),
+    "two rounds": Settings(rounds=2),
+}
+FOR_ALL = ("curvature", "kwon")
+SOME = (
+    ("gpt2", "causal-lm"),
+    ("opt", "sequence-classification"),
+    ("llama", "causal-lm"),
+    ("beit", "sequence-classification"),
+)
+
+
+def batches_of(tiny_batch: Tiny, model_type: str) -> list[Batch]:
+    """Eight of them, so that one is held out from fits."""
+    return [tiny_batch(8, 9, seed=seed, model_type=model_type) for seed in range(8)]
+
+
+def divergence(teacher: Any, student: Any, batches: list[Batch]) -> float:
+    """Mean KL(teacher || student) a prediction."""
+    total, count = 0.0, 0
+    for batch in batches:
+        with torch.no_grad():
+            one, other = (model(**batch).logits.log_softmax(-1) for model in (teacher, student))
+        each = (one.exp() * (one - other)).sum(-1)
+        if each.dim() > 1:
+            each = each[token_mask(batch)]
+        total, count = total + float(each.sum()), count + each.numel()
+    return total / count
+
+
+@pytest.mark.parametrize(
+    ("model_type", "head", "method"),
+    [(*case, method) for case in CASES for method in SETTINGS if method in FOR_ALL or case in SOME],
+)
+def test_every_family_is_pruned_and_reloads(
+    model_type: str, head: str, method: str, tiny_model: Tiny, tiny_batch: Tiny, tmp_path: Path
+) -> None:
+    model, batches = tiny_model(model_type, head), batches_of(tiny_batch, model_type)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result = prune(model, batches, Constraint("mac", 0.5), SETTINGS[method])
+    assert result.warnings == ()
+    assert result.achieved["mac"] <= 0.5
+    assert total_params(result.model) < total_params(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    result.model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = result.model(**batches[0])[0]
+        assert torch.equal(load_pruned(tmp_path)(**batches[0])[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "head"),
+    [
+        *((model_type, "causal-lm") for model_type in CAUSAL_TYPES),
+        *((model_type, "image-classification") for model_type in IMAGE_TYPES),
+        ("modernbert", "sequence-classification"),
+    ],
+)
+def test_fitting_brings_the_predictions_back(
+    model_type: str, head: str, tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    model, batches = tiny_model(model_type, head), batches_of(tiny_batch, model_type)
+    ratio = 0.5 if model_type == "modernbert" else 0.6  # fits must have something to make up for
+    others = [tiny_batch(8, 9, seed=seed, model_type=model_type) for seed in range(20, 24)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain, fitted = (
+            prune(model, batches, Constraint("mac", ratio), Settings(tune=tune)).model
+            for tune in (False, True)
+        )
+    before, after = divergence(model, plain, others), divergence(model, fitted, others)
+    assert before > 1e-3
+    assert after < before
