@@ -274,11 +274,11 @@ def _check_left_over(unexpected: Iterable[str], model: Any, source: str) -> None
 
 
 def _load_processor(source: str) -> Any:
-    """The image processor, one that works on images of pillow."""
+    """The image processor."""
     from transformers import AutoImageProcessor
 
     try:
-        return AutoImageProcessor.from_pretrained(source, use_fast=False, trust_remote_code=False)
+        return AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # each processor fails in its own way
         if not Path(source).is_dir() and isinstance(error, OSError):
             raise

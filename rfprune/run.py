@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from rfprune import processes
 from rfprune.cache import default_folder
@@ -26,6 +27,8 @@ from rfprune.export import ExportJob, write_exports
 from rfprune.loading import choose_task, data_folder, length_limit, load, quiet_transformers
 from rfprune.measure import Outcome, Prepared, evaluate_original, inputs_digest, measure
 from rfprune.model.checkpoint import save_pruned
+from rfprune.model.layout import layout_of
+from rfprune.model.replay import TOKENS, with_tokens
 from rfprune.output import check_output, holds, staged, weight_bytes
 from rfprune.pipeline import prune_family
 from rfprune.precision import rounded_to, stored_dtype
@@ -295,6 +298,15 @@ def _settings(options: Options) -> Settings:
     )
 
 
+def _with_tokens(model: Any, batches: Sequence[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Batches of images with the number of tokens that they become, which only the model knows."""
+    layout = layout_of(model)
+    for batch in batches:
+        on_device = {name: values.to(model.device) for name, values in batch.items()}
+        counted = with_tokens(model, layout, on_device)
+        yield {**batch, TOKENS: counted[TOKENS].cpu()}
+
+
 def _prepare(options: Options, task: Task, device: torch.device, told: Console) -> Prepared:
     """Load the checkpoint and all data: everything that can be wrong with the input shows here."""
     check_kind(task, exports=options.export, max_drop=options.max_drop)
@@ -315,6 +327,9 @@ def _prepare(options: Options, task: Task, device: torch.device, told: Console) 
         seed=options.seed,
         with_labels=options.use_labels,
     )
+    images = task.kind == "image-classification"
+    if images:
+        batches = list(_with_tokens(loaded.model, batches))
     if options.metric != "latency":  # which needs a table first
         wanted = _constraints(options, options.ratios)
         check_possible(loaded.model, batches, wanted, _settings(options))
@@ -326,7 +341,6 @@ def _prepare(options: Options, task: Task, device: torch.device, told: Console) 
         max_length=max_length,
         limit=options.eval_limit,
     )
-    images = task.kind == "image-classification"
     if task.name == CUSTOM and options.max_length is None and not images:
         warn_of_cuts(evaluation_set.batches, max_length)
     seconds = time.perf_counter() - start

@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from PIL import Image
 
 from rfprune import load_pruned
 from rfprune.embeddings import POOLING_ENTRY
 from rfprune.main import main
+from rfprune.model.architectures import ARCHITECTURES
 from rfprune.report.report_json import read_report
 from tests.conftest import WORDS, make_tiny_model, make_tiny_tokenizer
 
@@ -115,6 +117,33 @@ def embedder(folder: Path) -> tuple[Path, Path]:
     return model, write_rows(folder / "data", row)
 
 
+def images(folder: Path) -> tuple[Path, Path]:
+    names = ("cat", "dog")
+    model = tiny_vit(id2label=dict(enumerate(names)), label2id={"cat": 0, "dog": 1})
+    model.save_pretrained(folder / "model")
+    processor = transformers.ViTImageProcessor(size={"height": 8, "width": 8})
+    processor.save_pretrained(folder / "model")
+    generator = random.Random(0)
+    for split, number in SPLITS.items():
+        for name in names:
+            (folder / "data" / split / name).mkdir(parents=True)
+            for place in range(number // 2):
+                shades = bytes(generator.randrange(256) for _ in range(3 * 10 * 12))
+                image = Image.frombytes("RGB", (10, 12), shades)
+                image.save(folder / "data" / split / name / f"{place}.png")
+    return folder / "model", folder / "data"
+
+
+def tiny_vit(**changes: Any) -> Any:
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=12,
+        image_size=8, patch_size=4, initializer_range=0.3, **changes,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return transformers.ViTForImageClassification(config)
+
+
 CASES: dict[str, tuple[Callable[[Path], tuple[Path, Path]], list[str], str, str]] = {
     "language-modeling": (
         language,
@@ -125,6 +154,7 @@ CASES: dict[str, tuple[Callable[[Path], tuple[Path, Path]], list[str], str, str]
     "token-classification": (tagger, [], "f1", "AutoModelForTokenClassification"),
     "multiple-choice": (chooser, [], "accuracy", "AutoModelForMultipleChoice"),
     "multi-label": (several_labels, [], "f1_micro", "AutoModelForSequenceClassification"),
+    "image-classification": (images, [], "accuracy", "AutoModelForImageClassification"),
     "similarity": (embedder, ["--task", "similarity"], "spearmanr", "AutoModel"),
 }
 
@@ -139,7 +169,9 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     return flags.split()
 
 
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize(
+    "kind", [kind for kind in CASES if "image" not in kind or "vit" in ARCHITECTURES]
+)
 def test_every_kind_of_task(
     kind: str, small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -175,5 +207,7 @@ def make_model(kind: str) -> Any:
         "multiple-choice": transformers.BertForMultipleChoice,
         "similarity": transformers.BertModel,
     }
+    if kind == "image-classification":
+        return tiny_vit()
     chosen = classes.get(kind, transformers.BertForSequenceClassification)
     return chosen(make_tiny_model().config)

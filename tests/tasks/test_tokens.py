@@ -1,0 +1,138 @@
+"""Words to tokens and back, and the F1 of entities against seqeval.
+
+Deleting this lets labels slide from their words, or an entity count that is half right.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rfprune.errors import UserError
+from rfprune.tasks.batching import make_batches
+from rfprune.tasks.checks import checked_columns
+from rfprune.tasks.custom import custom_task
+from rfprune.tasks.data import encode
+from rfprune.tasks.files import Table
+from rfprune.tasks.forward import token_logits
+from rfprune.tasks.tokens import names_entities, spans, tagging_scores
+from tests.conftest import make_tiny_model, make_tiny_tokenizer
+
+NAMES = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC", "E-LOC", "S-PER")
+CONFIG = transformers.BertConfig(id2label=dict(enumerate(NAMES[:5])))
+
+
+def task_of(*names: str) -> Any:
+    config = transformers.BertConfig(id2label=dict(enumerate(names)))
+    made = custom_task(config, None, "here", "token-classification")
+    return type(made)(**{**vars(made), "text_columns": ("tokens",), "label_column": "tags"})
+
+
+def test_entities() -> None:
+    ids = np.array(
+        [NAMES.index(name) for name in ("B-PER", "I-PER", "O", "I-LOC", "B-LOC", "I-PER")]
+    )
+    assert spans(ids, [6], NAMES) == {
+        (0, 0, 1, "PER"),
+        (0, 3, 3, "LOC"),
+        (0, 4, 4, "LOC"),
+        (0, 5, 5, "PER"),
+    }
+    assert spans(ids, [1, 5], NAMES) == {
+        *((0, 0, 0, "PER"), (1, 0, 0, "PER"), (1, 2, 2, "LOC"), (1, 3, 3, "LOC"), (1, 4, 4, "PER"))
+    }
+    assert not spans(np.array([0, 0]), [2], NAMES)
+
+
+rows = st.lists(
+    st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=8),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(rows=rows)
+def test_scores_are_seqevals(rows: list[list[tuple[int, int]]]) -> None:
+    metrics = pytest.importorskip("seqeval.metrics")
+    found = [[NAMES[pair[0]] for pair in row] for row in rows]
+    wanted = [[NAMES[pair[1]] for pair in row] for row in rows]
+    flat = np.array([pair for row in rows for pair in row])
+    scores = tagging_scores(flat[:, 0], flat[:, 1], [len(row) for row in rows], NAMES)
+    for name in ("f1", "precision", "recall"):
+        function = getattr(metrics, f"{name}_score")
+        assert scores[name] == pytest.approx(function(wanted, found, zero_division=0))
+    assert scores["accuracy"] == pytest.approx(metrics.accuracy_score(wanted, found))
+
+
+def test_labels_that_name_no_entities_have_an_accuracy_alone() -> None:
+    assert names_entities(NAMES)
+    assert not names_entities(("O",)) and not names_entities(("NOUN", "B-PER"))
+    ids = np.array([0, 1, 1])
+    assert tagging_scores(ids, np.array([0, 1, 0]), [3], ("NOUN", "VERB")) == {
+        "accuracy": pytest.approx(2 / 3)
+    }
+    assert task_of("NOUN", "VERB").metric_name == "accuracy"
+    assert task_of(*NAMES).metric_name == "f1"
+
+
+def test_the_first_token_of_a_word_has_its_label() -> None:
+    from datasets import Dataset
+
+    tokenizer, task = make_tiny_tokenizer(), task_of(*NAMES)
+    data = Dataset.from_dict(
+        {"tokens": [["the", "zebra", "film"], ["was"]], "tags": [[1, 2, 3], [4]]}
+    )
+    encoded = encode(task, tokenizer, data)
+    pieces = tokenizer.convert_ids_to_tokens(encoded[0]["input_ids"])
+    labels = encoded[0]["token_labels"]
+    named = {piece: label for piece, label in zip(pieces, labels, strict=True) if label != -100}
+    assert list(named.values()) == [1, 2, 3] and list(named) == ["the", "z", "film"]
+    (batch,) = make_batches(encoded, tokenizer, 2, with_labels=True)
+    assert batch["labels"].shape == batch["input_ids"].shape
+    assert batch["labels"][1].tolist().count(-100) == len(labels) - 1
+    cut = encode(task, tokenizer, data, 4)
+    assert [label for label in cut[0]["token_labels"] if label != -100] == [1, 2]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_logits_are_those_of_the_words_on_whichever_side_the_padding_is(side: str) -> None:
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.padding_side = side
+    config = make_tiny_model(num_labels=3).config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.BertForTokenClassification(config).eval()
+    ids = [[7, 8, 9, 10], [11, 12]]
+    columns = {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]}
+    from datasets import Dataset
+
+    (batch,) = make_batches(Dataset.from_dict(columns), tokenizer, 2)
+    positions = [np.array([1, 3]), np.array([0])]
+    found = token_logits(model, [batch], [np.array([0, 1])], positions, 3, progress=False)
+    alone = [model(input_ids=torch.tensor([row])).logits[0].detach().numpy() for row in ids]
+    expected = np.stack([alone[0][1], alone[0][3], alone[1][0]])
+    if side == "right":
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert found.shape == expected.shape  # on the left BERT counts padding as positions
+
+
+@pytest.mark.parametrize(
+    ("tokens", "tags", "what"),
+    [
+        ("a film", [0, 1], "row 1: tokens is 'a film', not a list of texts"),
+        (["a", "film"], [0], "row 1: 2 tokens but 1 tags"),
+        (["a", "film"], "O O", "row 1: tags is 'O O', not a list"),
+        (["a", "film"], ["O", "B-ORG"], "does not know the tags 'B-ORG'"),
+        ([], [], "not a list of texts"),
+    ],
+)
+def test_rows_that_are_no_words_with_labels_are_named(tokens: Any, tags: Any, what: str) -> None:
+    table = Table("'here'", ("tokens", "tags"), {"tokens": [tokens], "tags": [tags]})
+    with pytest.raises(UserError, match=what):
+        checked_columns(task_of(*NAMES), table, True)
