@@ -321,7 +321,7 @@ def test_a_checkpoint_in_half_precision_stays_in_it(
     assert again["stored_dtype"] == "float16"
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "round_weights", lambda *_: False)
+        patch.setattr("rfprune.precision.round_weights", lambda *_: False)
         assert main(flags(model="half", output_dir="large")) == 0
     report = read_report(Path("large"))
     assert "beyond the range of float16" in report["warnings"][0]
