@@ -1,7 +1,7 @@
 """`--max-drop` on a model: prune, score, decide what to try next; what is learnt serves all probes.
 
 The rules of the search are in max_drop.py. The divergence that leads it is measured on calibration
-batches that no fit has seen, the drop on all validation examples, since it is what is promised.
+batches held out from the fits, the drop on all validation examples, since it is what is promised.
 """
 
 from __future__ import annotations
