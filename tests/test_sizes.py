@@ -80,6 +80,23 @@ def test_uniform_gives_a_plain_model_that_anything_loads(
     assert smaller.achieved["mac"] <= 0.5, "it can be pruned again"
 
 
+def test_uniform_prunes_heads_where_the_configuration_has_their_width(
+    tiny_model: Tiny, batches: list[Batch], tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    result = prune(model, batches, Constraint("mac", 0.4), Settings(uniform=True))
+    heads, neurons = sizes(result, "heads"), sizes(result, "neurons")
+    assert heads[0] == heads[1] < 4
+    assert neurons[0] == neurons[1]
+    result.model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert (again.config.num_key_value_heads, again.config.intermediate_size) == (
+        heads[0],
+        neurons[0],
+    )
+    assert torch.equal(logits_of(again, batches[0]), logits_of(result.model, batches[0]))
+
+
 @pytest.mark.parametrize("method", ["curvature", "importance"])
 def test_no_other_number_of_neurons_within_the_budget_has_a_smaller_error(
     method: str, tiny_model: Tiny, batches: list[Batch]

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
 
 from rfprune.errors import UserError
@@ -25,10 +24,11 @@ from rfprune.model.layout import Layout, layout_of
 from rfprune.model.masks import masked
 from rfprune.model.plain import plain_sizes, to_plain
 from rfprune.model.plain_entries import ENTRIES
+from tests.conftest import ALL_TYPES
 
 Tiny = Callable[..., Any]
 
-FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "mpnet")
+FAMILIES = [model_type for model_type in ALL_TYPES if model_type in ENTRIES]
 
 
 def masks_of(layout: Layout, heads: int | None, neurons: int) -> tuple[Tensor, ...]:
@@ -52,9 +52,9 @@ def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
 def test_a_plain_model_computes_what_the_pruned_one_does_and_carries_nothing_of_ours(
     model_type: str, tiny_model: Tiny, tiny_batch: Tiny, tmp_path: Path
 ) -> None:
-    model, batch = tiny_model(model_type), tiny_batch()
+    model, batch = tiny_model(model_type), tiny_batch(model_type=model_type)
     layout = layout_of(model)
-    masks = masks_of(layout, None, 5)
+    masks = masks_of(layout, 2 if ENTRIES[model_type].heads else None, 5)
     pruned = compact(model, layout, masks)
     plain = to_plain(pruned)
     expected = logits(pruned, batch)
@@ -70,7 +70,7 @@ def test_a_plain_model_computes_what_the_pruned_one_does_and_carries_nothing_of_
     assert not {"rfprune", "auto_map"} & config.keys()
     assert not list(tmp_path.glob("*.py"))
     assert config[ENTRIES[model_type].neurons] == 5
-    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
     assert torch.equal(logits(again, batch), expected)
     loaded = load_pruned(tmp_path)
     assert type(loaded) is type(model)
@@ -127,6 +127,26 @@ def test_a_plain_model_can_be_pruned_again(tiny_model: Tiny, tiny_batch: Tiny) -
         )
     again = to_plain(compact(first, layout, masks_of(layout, None, 2)))
     assert again.config.hidden_dim == 2
+
+
+@pytest.mark.parametrize(("model_type", "groups"), [("llama", (1, 2, 4)), ("qwen2", (1, 2, 3, 4))])
+def test_whole_groups_of_heads_go_where_their_width_can_be_said(
+    model_type: str, groups: tuple[int, ...], tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    """A configuration may check what it is told: Llama's heads must divide the hidden size."""
+    model, batch = tiny_model(model_type), tiny_batch()
+    layout = layout_of(model)
+    assert plain_sizes(model, layout)["head"] == groups
+    plain = to_plain(compact(model, layout, masks_of(layout, 2, 5)))
+    said = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
+    assert [getattr(plain.config, name) for name in said] == [4, 2, 4, 5]
+    layout = layout_of(plain)
+    smaller = compact(plain, layout, masks_of(layout, 1, 3))
+    with masked(plain, layout, masks_of(layout, 1, 3)):
+        torch.testing.assert_close(
+            logits(smaller, batch), logits(plain, batch), rtol=1e-4, atol=1e-5
+        )
+    assert to_plain(smaller).config.num_attention_heads == 2
 
 
 def test_sizes_that_no_configuration_can_say_are_refused(tiny_model: Tiny) -> None:
