@@ -30,13 +30,15 @@ from scripts.bad_input_cases import CACHE, FLAGS, HUB, OUTPUT, Case
 from scripts.bad_input_files import DATA, MODELS
 from scripts.bad_input_place import Place, everything_in, make_material, sandbox
 from scripts.bad_input_pruned import PRUNED
+from scripts.bad_input_tasks import TASKS
 
-CASES: tuple[Case, ...] = (*FLAGS, *MODELS, *DATA, *PRUNED, *OUTPUT, *CACHE, *HUB)
+CASES: tuple[Case, ...] = (*FLAGS, *MODELS, *DATA, *TASKS, *PRUNED, *OUTPUT, *CACHE, *HUB)
 
 GROUPS = {
     "flags": "Flags",
     "model": "Checkpoints",
     "data": "Data",
+    "tasks": "Data of other kinds",
     "pruned": "Pruned models, changed after pruning",
     "output": "Output folders",
     "cache": "The cache",

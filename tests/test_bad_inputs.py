@@ -22,6 +22,7 @@ FEW = (
     *("-4 heads", "weights as a pickle", "code for model, configuration and tokenizer"),
     *("a csv in Latin-1", "a modelling file that was edited", "a newer format version"),
     *("a mask one unit short", "a unit that the model does not have", "a link to nowhere"),
+    *("a text of three words", "fewer tags than words", "images: one class"),
     *("the current folder (empty), as `.`", "the root, as `/`", "../../etc/passwd"),
 )
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from rfprune.errors import RfpruneWarning, UserError
 from rfprune.tasks.choices import choice_columns
 from rfprune.tasks.data import find_split
-from rfprune.tasks.files import TEXT, Table, read_table
+from rfprune.tasks.files import Table, read_table
 from rfprune.tasks.images import IMAGE
 from rfprune.tasks.labels import label_names
 from rfprune.tasks.registry import (
@@ -157,7 +157,7 @@ def with_columns(
         texts = (*texts, *_choices_of(validation))
     for table in (train, validation):
         missing = [name for name in texts if name not in table.names]
-        if missing and table.names != (TEXT,):
+        if missing and not table.source.endswith(".txt'"):  # which has no columns to name
             raise UserError(
                 f"{table.source} has no column {', '.join(map(repr, missing))} for the text: name "
                 f"one or two of its columns ({_listed(table)}) with --text-columns."
