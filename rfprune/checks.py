@@ -13,7 +13,7 @@ from rfprune.errors import UserError
 from rfprune.model.replay import Batch
 
 MOST_LOGITS = 2**26
-"""Of a language model in one batch: 256 MiB in float32, several times over while differentiating."""
+"""Of a language model in one batch: 256 MiB in float32, a few times over when differentiated."""
 
 
 def on_device(batch: Any, device: torch.device) -> Batch:

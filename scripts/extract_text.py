@@ -43,12 +43,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def extract(dataset: Path, column: str, output: Path) -> None:
     """Write the texts of both splits; OSError or ValueError where they cannot be read."""
-    import pandas
+    import pandas as pd
 
     output.mkdir(parents=True, exist_ok=True)
     seen: set[str] = set()
     for split in SPLITS:
-        rows = pandas.read_parquet(dataset / f"{split}.parquet", columns=[column])[column]
+        rows = pd.read_parquet(dataset / f"{split}.parquet", columns=[column])[column]
         texts = [text for text in dict.fromkeys(str(row).strip() for row in rows) if text]
         new = [text for text in texts if text not in seen]
         seen.update(new)
