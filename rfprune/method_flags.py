@@ -14,6 +14,8 @@ CRITERIA = ("fisher", "taylor", "gradient", "magnitude-l2", "magnitude-l1", "ran
 ALLOCATIONS = ("global", "uniform")
 LOSSLESS_CRITERIA = CRITERIA[3:]  # they look at weights alone, or at nothing
 MULTIPLES = (8, 16, 32, 64)
+DEFAULT_MULTIPLE = MULTIPLES[0]
+"""The others are for comparing with what was published, where any number is kept."""
 MOST_ROUNDS = 16
 
 
@@ -67,10 +69,11 @@ def add_method(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--round-to",
         type=int,
-        choices=MULTIPLES,
+        choices=(1, *MULTIPLES),
         metavar="N",
-        help="keep neurons in multiples of 8, 16, 32 or 64, which some hardware likes (default: "
-        "any number)",
+        help="keep neurons in multiples of 8, 16, 32 or 64, which hardware likes: an odd number of "
+        f"them can take several times as long; 1: any number (default: {DEFAULT_MULTIPLE}, and 1 "
+        f"for other methods than {DEFAULT_METHOD})",
     )
     group.add_argument(
         "--rounds",
@@ -108,9 +111,11 @@ def with_method(flags: dict[str, Any]) -> dict[str, Any]:
             f"loss: leave it out."
         )
     _check_uniform(flags)
+    multiple = flags["round_to"] or (DEFAULT_MULTIPLE if method == DEFAULT_METHOD else 1)
     return {
         **flags,
         "method": method,
+        "round_to": None if multiple == 1 else multiple,
         "importance": flags["importance"] or CRITERIA[0],
         "allocation": flags["allocation"] or ALLOCATIONS[0],
     }

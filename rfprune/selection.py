@@ -115,7 +115,7 @@ def check_possible(
             cannot have the same sizes in every layer where the settings want it.
     """
     wanted = list(constraints)
-    check_constraints(model, batches, wanted, table)
+    check_constraints(model, batches, wanted, table, settings.round_to)
     if not settings.uniform:
         return
     layout = layout_of(model)

@@ -61,7 +61,9 @@ def test_a_criterion_or_an_allocation_implies_the_method() -> None:
 
 def test_rules_for_sizes_make_another_output() -> None:
     plain = parse(NEEDED)
-    assert (plain.uniform, plain.round_to) == (Settings().uniform, Settings().round_to)
+    assert (plain.uniform, plain.round_to) == (Settings().uniform, 8)
+    assert parse([*NEEDED, "--round-to", "1"]).round_to == Settings().round_to is None
+    assert parse([*NEEDED, "--method", "kwon"]).round_to is None
     ruled = parse([*NEEDED, "--uniform", "--round-to", "8"])
     assert (ruled.uniform, ruled.round_to) == (True, 8)
     assert ruled.identity(0.5) != plain.identity(0.5)

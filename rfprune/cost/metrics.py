@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from transformers import PreTrainedModel
 
 from rfprune.cost.constraint import Constraint, CostModel
+from rfprune.cost.grid import on_grid
 from rfprune.cost.latency import LatencyTable, latency_costs
 from rfprune.cost.macs import mac_costs
 from rfprune.cost.memory import memory_costs
@@ -32,7 +33,7 @@ def cost_model(
         if table is None:
             raise UserError(
                 "a constraint on latency needs a latency table; give one that "
-                "rfprune.cost.latency.profile has made"
+                "rfprune.cost.profile.profile has made"
             )
         return latency_costs(table, layout)
     if metric == "memory":
@@ -63,6 +64,7 @@ def check_constraints(
     batches: Sequence[Batch],
     constraints: Iterable[Constraint],
     table: LatencyTable | None = None,
+    round_to: int | None = None,
 ) -> None:
     """Refuse what cannot be met before any work is done for it.
 
@@ -72,6 +74,7 @@ def check_constraints(
     layout = layout_of(model)
     for constraint in constraints:
         costs = cost_model(constraint.metric, model, layout, batches, table)
+        costs = on_grid(costs, layout, round_to)
         least = _least_cost(costs)
         if constraint.ratio * costs.original < least:
             ratio = costs.ratio_for(least)

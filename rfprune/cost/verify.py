@@ -67,7 +67,7 @@ def measured_ratio(
     def run(model: Any) -> None:
         model(**batch)
 
-    with torch.inference_mode(), frozen(pruned):
+    with torch.no_grad(), frozen(pruned):
         found = time_ratio(
             partial(run, original),
             partial(run, pruned),

@@ -47,7 +47,7 @@ def measure_latency(
         for name, value in batch.items()
         if name in ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
     }
-    with torch.inference_mode():
+    with torch.no_grad():
         before, after = time_interleaved(
             [partial(model, **inputs) for model in (original.eval(), pruned.eval())],
             original.device,

@@ -105,7 +105,8 @@ def _outputs(
     device = next(model.parameters()).device
     accepted = _accepted_names(model, batches[0])
     check_fits(model, batches)
-    with evaluating(model), torch.inference_mode():
+    # not inference_mode: what a model caches for itself in it can never be differentiated again
+    with evaluating(model), torch.no_grad():
         bar = tqdm(batches, desc="scoring", unit="batch", disable=not progress, leave=False)
         for batch in bar:
             output = model(**{name: batch[name].to(device) for name in accepted})

@@ -85,7 +85,7 @@ def token_likelihoods(
     divergence, count = 0.0, 0
     bar = tqdm(batches, desc="scoring", unit="batch", disable=not progress, leave=False)
     models = (model,) if reference is None else (model, reference)
-    with torch.inference_mode(), evaluating(model), evaluating(models[-1]):
+    with torch.no_grad(), evaluating(model), evaluating(models[-1]):
         for batch, numbers in zip(bar, rows, strict=True):
             logits = [_next_token_logits(one, batch) for one in models]
             targets = batch["input_ids"][:, 1:].to(logits[0].device)
