@@ -33,6 +33,7 @@ from rfprune.tasks.evaluation import (
     evaluate_model,
 )
 from rfprune.tasks.forward import batch_size
+from rfprune.tasks.generation import continuations
 
 Batches = Sequence[Mapping[str, Tensor]]
 
@@ -114,6 +115,7 @@ def measure(
         "metric_name": original.metric_name,
         "scores": {"original": dict(original.scores), "pruned": dict(pruned.scores)},
         "divergence": divergence(original, pruned),
+        **_written(prepared, result.model),
         "evaluated_examples": original.num_examples,
         "mean_tokens": result.mean_tokens,
         "latency": _conditions(latency),
@@ -129,6 +131,15 @@ def measure(
         "data_dir": None if options.data_dir is None else str(options.data_dir),
         "output_dir": str(options.output_folder(result.constraint.ratio)),
     }
+
+
+def _written(prepared: Prepared, pruned: Any) -> dict[str, Any]:
+    """What language models write, before and after."""
+    if prepared.evaluation_set.task.kind != "language-modeling":
+        return {}
+    models = {"original": prepared.loaded.model, "pruned": pruned}
+    batches = prepared.evaluation_set.batches
+    return {"continuations": continuations(models, prepared.loaded.tokenizer, batches)}
 
 
 def evaluate_original(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rfprune.data_flags import add_columns, check_data
 from rfprune.errors import UserError
 from rfprune.flag_values import check_task
-from rfprune.tasks.registry import TASK_NAMES
+from rfprune.tasks.registry import TASK_NAMES, default_batch_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--task", required=True, help=", ".join(TASK_NAMES))
     parser.add_argument("--data-dir", type=Path, help="local data, DIR/TASK/...; else the hub")
     add_columns(parser)
-    parser.add_argument("--batch-size", type=int, default=32, help="rows a batch (default: 32)")
+    parser.add_argument("--batch-size", type=int, help="rows a batch (default: the task's)")
     parser.add_argument("--max-length", type=int, help="tokens a row (default: the task's)")
     parser.add_argument("--limit", type=int, help="score so many random examples of each split")
     parser.add_argument("--seed", type=int, default=0, help="draws them (default: 0)")
@@ -85,11 +85,14 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
         device = pick_device(options.device)
         loaded = load(options.model, task, device=device, dtype=getattr(torch, options.dtype))
         max_length = length_limit(loaded, task, options.max_length)
+        batch_size = options.batch_size
+        if batch_size is None:
+            batch_size = default_batch_size(task.name)
         evaluation_set = prepare_evaluation(
             task,
             loaded.tokenizer,
             data_folder(options.model, options.data_dir),
-            batch_size=options.batch_size,
+            batch_size=batch_size,
             max_length=max_length,
             limit=options.limit,
             seed=options.seed,
@@ -99,13 +102,14 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
         "model": options.model,
         "source": loaded.source,
         "task": task.name,
+        "higher_is_better": task.higher_is_better,
         "params": sum(parameter.numel() for parameter in loaded.model.parameters()),
         **_scores(evaluation),
         "splits": dict(evaluation_set.split_sizes),
         "limit": options.limit,
         "seed": options.seed,
         "max_length": max_length,
-        "batch_size": options.batch_size,
+        "batch_size": batch_size,
         "device": str(device),
         "dtype": options.dtype,
         "versions": versions(),
@@ -144,7 +148,8 @@ def _print_table(result: dict[str, Any], output: Path | None) -> None:
             raise UserError(f"--output {output} cannot be written: {error.strerror}.") from error
     table = Table()
     table.add_column("score")
-    table.add_column("points", justify="right")
+    unit = "points" if result["higher_is_better"] else "value"
+    table.add_column(unit, justify="right")
     for name, value in result["scores"].items():
         main_score = name == result["metric_name"]
         table.add_row(name, f"{value:.2f}", style="bold" if main_score else None)

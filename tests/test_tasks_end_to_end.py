@@ -198,6 +198,7 @@ def test_every_kind_of_task(
     shown = capsys.readouterr().out
     assert f"transformers.{auto_class}.from_pretrained" in shown
     assert ("%" if kind == "language-modeling" else "points") in shown.split(metric)[1][:80]
+    assert ("the original goes on" in shown) == (kind == "language-modeling")
     assert auto_class in (tmp_path / "out" / "README.md").read_text()
     again = load_pruned(tmp_path / "out")
     assert type(again).__name__.endswith(type(make_model(kind)).__name__)

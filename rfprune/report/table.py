@@ -36,7 +36,7 @@ def render(report: Mapping[str, Any]) -> Group:
         table.add_column(name, justify="right")
     for row in summary_rows(report):
         table.add_row(*(Text(cell) for cell in row))
-    lines = [scoring(report), *search_lines(report)]
+    lines = [scoring(report), *written_lines(report), *search_lines(report)]
     lines.append(seconds_line(report["seconds"], report.get("cached", ())))
     lines += [f"Warning: {warning}" for warning in report["warnings"]]
     texts = [Text(line) for line in lines]
@@ -209,6 +209,18 @@ def scoring(report: Mapping[str, Any]) -> str:
     if report.get("kind") == "similarity":
         name = "half the mean squared distance from the original's embeddings"
     return f"Scored on {examples}; {name}: {report['divergence']:.4f}."
+
+
+def written_lines(report: Mapping[str, Any]) -> list[str]:
+    """What language models write after the same words, for a look."""
+    written = report.get("continuations") or {}
+    if not written:
+        return []
+    return [
+        f"After {written['prompt']!r}",
+        f"  the original goes on {written['original']!r}",
+        f"  the pruned model {written['pruned']!r}.",
+    ]
 
 
 def seconds_line(seconds: Mapping[str, float], cached: Collection[str] = ()) -> str:

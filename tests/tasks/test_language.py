@@ -18,8 +18,9 @@ from rfprune.errors import UserError
 from rfprune.tasks import language
 from rfprune.tasks.custom import language_task, with_columns
 from rfprune.tasks.evaluation import divergence, evaluate_model, prepare_evaluation
+from rfprune.tasks.generation import continuations
 from rfprune.tasks.language import block_rows, perplexity, token_likelihoods
-from tests.conftest import WORDS, make_tiny_model, make_tiny_tokenizer
+from tests.conftest import WORDS, make_tiny_model, make_tiny_tokenizer, vocabulary
 
 Tiny = Callable[..., Any]
 
@@ -141,3 +142,24 @@ def test_tables_of_texts_are_paragraphs(tmp_path: Path) -> None:
         with_columns(language_task(), tmp_path, None, None)
     with pytest.raises(UserError, match="one text here"):
         with_columns(language_task(), tmp_path, ["body", "other"], None)
+
+
+def test_models_go_on_with_the_same_words() -> None:
+    config = transformers.GPT2Config(
+        n_embd=16, n_layer=1, n_head=2, n_positions=30, vocab_size=len(vocabulary()),
+        initializer_range=0.3, bos_token_id=2, eos_token_id=3,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        one, other = transformers.GPT2LMHeadModel(config), transformers.GPT2LMHeadModel(config)
+    tokenizer = make_tiny_tokenizer("gpt2")
+    blocks = torch.tensor(block_rows(tokenizer, [TEXT], 28)["input_ids"])
+    written = continuations({"one": one, "other": other}, tokenizer, [{"input_ids": blocks}])
+    assert one.training
+    assert written["prompt"] == TEXT.replace("\n\n", " ")[: len(written["prompt"])]
+    assert len(written["prompt"].split()) == 24
+    assert written["one"] != written["other"]
+    assert 1 <= len(written["one"].split()) <= 6, "there are no more than 30 positions"
+    again = continuations({"one": one}, tokenizer, [{"input_ids": blocks}])
+    assert again["one"] == written["one"]
+    assert continuations({"one": make_tiny_model()}, tokenizer, [{"input_ids": blocks}]) == {}
