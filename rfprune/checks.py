@@ -1,4 +1,4 @@
-"""What `prune` is given, looked at before any work is done with it."""
+"""What `prune` is given, looked at before any work is done with it, and cut to size."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from transformers import PreTrainedModel
 
 from rfprune.errors import UserError
 from rfprune.model.replay import Batch
+
+MOST_LOGITS = 2**26
+"""Of a language model in one batch: 256 MiB in float32, a few times over when differentiated."""
 
 
 def on_device(batch: Any, device: torch.device) -> Batch:
@@ -39,3 +42,18 @@ def check_finite(model: PreTrainedModel) -> None:
             raise UserError(
                 f"parameter '{name}' holds NaN or infinity; save or download the checkpoint again"
             )
+
+
+def cut_to_size(model: PreTrainedModel, batch: Batch) -> list[Batch]:
+    """The batch, or smaller ones where a language model would make `MOST_LOGITS` and more of it.
+
+    Such a model has a logit for every word of its vocabulary at every token. More batches also mean
+    that some of few examples can be held out.
+    """
+    vocabulary = model.get_output_embeddings()
+    tokens = batch.get("input_ids")
+    if vocabulary is None or tokens is None or len({len(values) for values in batch.values()}) > 1:
+        return [batch]
+    rows = max(1, MOST_LOGITS // (vocabulary.weight.shape[0] * tokens[0].numel()))
+    parts = {name: values.split(rows) for name, values in batch.items()}
+    return [dict(zip(parts, part, strict=True)) for part in zip(*parts.values(), strict=True)]

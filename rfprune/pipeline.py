@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rfprune import processes
-from rfprune.checks import check_finite, on_device
+from rfprune.checks import check_finite, cut_to_size, on_device
 from rfprune.cost.constraint import Constraint, CostModel
 from rfprune.cost.grid import on_grid
 from rfprune.cost.latency import LatencyTable
@@ -109,7 +109,10 @@ def prune_family(
     settings = settings or Settings()
     layout = layout_of(model)
     check_finite(model)
-    labelled = [with_tokens(model, layout, on_device(batch, model.device)) for batch in batches]
+    given = (on_device(batch, model.device) for batch in batches)
+    labelled = [
+        with_tokens(model, layout, part) for batch in given for part in cut_to_size(model, batch)
+    ]
     if not any(token_mask(batch).any() for batch in labelled) or not layout.blocks:
         raise UserError(
             "there is nothing to calibrate on, or nothing to prune; give at least one example, and "

@@ -136,3 +136,15 @@ def test_no_weight_gradient_is_computed_when_frozen(tiny_model: Tiny, tiny_batch
     loss.backward()
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(mask.grad is not None and mask.grad.abs().max() > 0 for mask in masks)
+
+
+def test_a_frozen_decoder_keeps_no_cache(
+    tiny_model: Callable[..., Any], tiny_batch: Callable[..., Any]
+) -> None:
+    model, batch = tiny_model("llama", "causal-lm"), tiny_batch()
+    with frozen(model):
+        assert model(**batch).past_key_values is None
+    assert model(**batch).past_key_values is not None
+    with pytest.raises(KeyboardInterrupt), frozen(model):
+        raise KeyboardInterrupt
+    assert model.config.use_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -107,3 +108,35 @@ def test_a_block_that_is_never_active_is_free_to_go(tiny_model: Any, tiny_batch:
     curves = error_curves(model, layout, collect(model, [tiny_batch()]))
     assert float(curves[0].errors[0]) == pytest.approx(0.0, abs=1e-12)
     assert float(curves[1].errors[0]) > 1e-6
+
+
+def test_a_mean_costs_nothing_only_where_a_bias_makes_up_for_it() -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(200, 3) + torch.tensor([5.0, 0.0, 0.0])
+    curvature = Curvature(torch.zeros(3, 3), torch.zeros(3), torch.zeros(2, 2))
+    curvature.add_inputs(rows)
+    about_mean = curvature.input_covariance()
+    about_zero = curvature.input_covariance(about_mean=False)
+    assert float(about_mean[0, 0]) == pytest.approx(1.0, rel=0.3)
+    assert float(about_zero[0, 0]) == pytest.approx(26.0, rel=0.2)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_curves_know_whether_a_consumer_has_a_bias(
+    model_type: str, tiny_model: Any, tiny_batch: Any
+) -> None:
+    """A unit whose output is large and never changes can go early if there is a bias, else last."""
+    model = tiny_model(model_type)
+    layout = layout_of(model)
+    collected = collect(model, [tiny_batch(8, 9)])
+    moments = collected[1]
+    spread = torch.zeros_like(moments.input_moment)
+    spread[1:, 1:] = moments.input_moment[1:, 1:]
+    spread[0, 0] = 1e4 * moments.tokens  # the first neuron always gives a hundred
+    sums = moments.input_sum.clone()
+    sums[0] = 100 * moments.tokens
+    spread[0, 1:] = spread[1:, 0] = 100 * moments.input_sum[1:]
+    constant = replace(moments, input_moment=spread, input_sum=sums)
+    curves = error_curves(model, layout, [collected[0], constant, *collected[2:]])
+    place = curves[1].order.tolist().index(0)
+    assert place < 6 if model_type == "gpt2" else place == 11

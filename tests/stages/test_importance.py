@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from rfprune.errors import UserError
+from rfprune.model.compact import compact
 from rfprune.model.layout import Block, layout_of
+from rfprune.model.linear import LINEAR_MAPS
 from rfprune.model.masks import frozen, full_masks, masked
 from rfprune.stages.fisher import collect_gradients, diagonal_fisher
 from rfprune.stages.importance import (
@@ -26,6 +28,7 @@ from rfprune.stages.importance import (
     unit_weights,
 )
 from rfprune.stages.objective import LABELLED
+from tests.conftest import ALL_TYPES
 
 Tiny = Callable[..., Any]
 FROM_LOSS = ("fisher", "taylor", "gradient")
@@ -266,3 +269,24 @@ def test_a_gradient_that_is_not_finite_names_its_block(tiny_model: Tiny, tiny_ba
         pytest.raises(UserError, match=r"weight gradients of layer\.\d\.\w+ are not finite"),
     ):
         collect_gradient_norms(model, layout_of(model), [tiny_batch()])
+
+
+@pytest.mark.parametrize("model_type", ALL_TYPES)
+def test_the_weights_of_a_unit_are_those_that_go_with_it(model_type: str, tiny_model: Tiny) -> None:
+    """Fused, gated, shared by query heads, or the other way round."""
+    model = tiny_model(model_type)
+    layout = layout_of(model)
+    for i, block in enumerate(layout.blocks):
+        weights = unit_weights(model, block)
+        assert weights.shape == (block.num_units, num_weights(model, block))
+        for unit in (0, block.num_units - 1):
+            masks = full_masks(layout)
+            masks[i][unit] = 0
+            gone = energy(model) - energy(compact(model, layout, masks))
+            assert float(weights[unit].double().square().sum()) == pytest.approx(gone, rel=1e-6)
+
+
+def energy(model: Any) -> float:
+    """Sum of the squares of all weights of linear maps."""
+    maps = [part for part in model.modules() if isinstance(part, LINEAR_MAPS)]
+    return sum(float(part.weight.detach().double().square().sum()) for part in maps)

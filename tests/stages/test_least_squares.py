@@ -238,3 +238,44 @@ def test_held_out_tokens_choose_the_ridge() -> None:
     first = fit_by_evidence(seen, Moments.zeros(12, 5), (1e-8, 1.0), *old)
     torch.testing.assert_close(first, solve_weights(seen, 1e-8, prior=old[0]))
     assert not torch.allclose(first[0], new[0], atol=0.1)
+
+
+def test_without_an_intercept_the_fit_goes_through_zero() -> None:
+    features, targets = draw(60, 5) + 1.0, draw(60, 3, seed=1) + 2.0
+    moments = moments_of(features, targets)
+    weight, bias = solve_weights(moments, 0.0, intercept=False)
+    assert bias is None
+    expected = torch.linalg.lstsq(features, targets).solution.T
+    torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-6)
+    residual = (targets - features @ weight.T).square().sum()
+    assert moments.error(weight, None) == pytest.approx(float(residual), rel=1e-6)
+    free, intercept = solve_weights(moments, 0.0)
+    assert moments.error(free, intercept) < 0.9 * moments.error(weight, None)
+
+
+def test_evidence_knows_that_there_is_no_bias() -> None:
+    features = draw(400, 4) + 1.0
+    planted = draw(3, 4, seed=1)
+    targets = features @ planted.T
+    seen, held_out = (
+        moments_of(features[:300], targets[:300]),
+        moments_of(features[300:], targets[300:]),
+    )
+    weight, bias = fit_by_evidence(seen, held_out, (1e-6,), torch.zeros(3, 4), None)
+    assert bias is None
+    torch.testing.assert_close(weight, planted, rtol=1e-4, atol=1e-4)
+    kept, _ = fit_by_evidence(seen, held_out, (1e3,), planted, None)
+    assert torch.equal(kept, planted)
+    emptied = Moments.zeros(0, 3)
+    emptied.add(torch.zeros(10, 0), targets[:10].float())
+    nothing, bias = solve_weights(emptied, 1e-2, intercept=False)
+    assert nothing.shape == (3, 0)
+    assert bias is None
+
+
+def test_scales_without_a_bias_are_those_with_a_bias_of_zero() -> None:
+    features, weight = draw(50, 6), draw(4, 6, seed=1)
+    moments = moments_of(features, 1.3 * features @ weight.T)
+    with_zero = solve_scales(moments, weight, torch.zeros(4), 2, 1.0, 10.0)
+    assert torch.equal(solve_scales(moments, weight, None, 2, 1.0, 10.0), with_zero)
+    assert (with_zero - 1).abs().max() > 0.1
