@@ -133,8 +133,9 @@ def time_on_cpu(
             tolerance=0,
             clock=clock,
         )
-    size, length = inputs["input_ids"].shape
-    conditions = {"batch_size": size, "sequence_length": length, "rounds": timings[0].rounds}
+    shape = next(iter(inputs.values())).shape
+    conditions = {"batch_size": shape[0], "sequence_length": shape[-1]}
+    conditions["rounds"] = timings[0].rounds
     conditions["threads"] = torch.get_num_threads()
     found = zip(models, timings, strict=True)
     return {name: timing.median_ms for name, timing in found}, conditions
@@ -160,7 +161,7 @@ def _checked(
             f"the {name} export differs from the pruned model by up to {difference:.2g} on "
             f"calibration inputs, which is more than rounding: leave it out of --export"
         )
-    sizes = [list(batch["input_ids"].shape) for batch in inputs]
+    sizes = [list(next(iter(batch.values())).shape) for batch in inputs]
     return {"max_difference": difference, "checked_on": sizes}
 
 

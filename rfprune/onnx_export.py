@@ -28,8 +28,9 @@ LARGEST_FILE_BYTES = 1_800_000_000
 def export_onnx(model: Any, batch: Batch, path: Path) -> Any:
     """Write a model to `path` as ONNX in float32; gives the float32 model that was exported.
 
-    Inputs are those of `batch` that the model takes, (B, S) each, with both sizes free; outputs are
-    `logits`, or `start_logits` and `end_logits`.
+    Inputs are those of `batch` that the model takes, (B, S) each, with both sizes free, or images
+    in batches of any size; outputs are `logits`, or `start_logits` and `end_logits`. A decoder is
+    written without its cache of keys and values.
 
     Args:
         model: of transformers, dense or pruned, on any device; it is left as it is.
@@ -40,10 +41,16 @@ def export_onnx(model: Any, batch: Batch, path: Path) -> Any:
     import onnx
 
     plain = copy.deepcopy(model).to("cpu", torch.float32).eval().requires_grad_(False)
-    inputs = model_inputs(plain, batch)
-    repeats = 2 if len(inputs["input_ids"]) == 1 else 1  # a size of one would become a constant
-    example = {name: value.repeat(repeats, 1) for name, value in inputs.items()}
-    free = {name: {0: "batch", 1: "sequence"} for name in example}
+    if getattr(plain.config, "use_cache", False):
+        plain.config.use_cache = False
+    example = {  # a size of one would become a constant
+        name: torch.cat([value, value]) if len(value) == 1 else value
+        for name, value in model_inputs(plain, batch).items()
+    }
+    free = {
+        name: {0: "batch"} if name == "pixel_values" else {0: "batch", 1: "sequence"}
+        for name in example
+    }
     with torch.no_grad(), _quiet_exporter():
         outputs = [name for name in plain(**example) if name.endswith("logits")]
         try:
@@ -136,7 +143,7 @@ def model_inputs(model: Any, batch: Batch) -> dict[str, Tensor]:
     known = signature(model.forward).parameters
     return {
         name: batch[name].cpu()
-        for name in ("input_ids", "attention_mask", "token_type_ids")
+        for name in ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
         if name in batch and name in known
     }
 
@@ -144,8 +151,12 @@ def model_inputs(model: Any, batch: Batch) -> dict[str, Tensor]:
 def varied_inputs(batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
     """Real inputs of different batch sizes and lengths, with padding where the data has any.
 
-    The longest batch, half of a middling one, and the shortest example alone.
+    The longest batch, half of a middling one, and the shortest example alone. Images are of one
+    size: a batch of them, half of one, and one alone.
     """
+    if "input_ids" not in batches[0]:
+        first, sizes = batches[0], (None, max(1, len(next(iter(batches[0].values()))) // 2), 1)
+        return [{name: value[:size] for name, value in first.items()} for size in sizes]
     ordered = sorted(batches, key=lambda batch: batch["input_ids"].shape[1])
     longest, middle, shortest = ordered[-1], ordered[len(ordered) // 2], ordered[0]
     if len(longest["input_ids"]) == 1:

@@ -168,6 +168,9 @@ def pruned_model(model: Any) -> Any:
         *((model_type, "sequence-classification") for model_type in MODEL_TYPES),
         ("bert", "question-answering"),
         ("mpnet", "question-answering"),
+        ("modernbert", "sequence-classification"),
+        ("gpt2", "sequence-classification"),
+        ("llama", "sequence-classification"),
     ],
 )
 def test_every_family_runs_at_any_size(
@@ -200,6 +203,29 @@ def test_every_family_runs_at_any_size(
     assert [entry.shape for entry in runs.session.get_inputs()] == [["batch", "sequence"]] * len(
         example
     )
+
+
+@pytest.mark.parametrize(
+    ("model_type", "head"), [("vit", "image-classification"), ("opt", "causal-lm")]
+)
+def test_images_and_texts_to_be_continued(
+    model_type: str, head: str, tiny_model: Tiny, tiny_batch: Tiny, tmp_path: Path
+) -> None:
+    model, path = tiny_model(model_type, head), tmp_path / "model.onnx"
+    batches = [
+        tiny_batch(rows, 9, padding="none", seed=rows, model_type=model_type) for rows in (1, 4)
+    ]
+    plain = export_onnx(pruned_model(model), batches[0], path)
+    runs = OnnxModel(path)
+    difference, largest = max_difference(plain, runs, varied_inputs(batches[1:]))
+    assert difference < 1e-5 * max(1.0, largest)
+    assert max_difference(model, runs, batches)[0] > 1e-2, "the pruning is in it"
+    assert runs.output_names == ["logits"]
+
+
+def test_images_are_varied_by_number_alone(tiny_batch: Tiny) -> None:
+    shapes = [len(b["pixel_values"]) for b in varied_inputs([tiny_batch(5, model_type="vit")])]
+    assert shapes == [5, 2, 1]
 
 
 def test_the_file_is_sound_and_names_no_folder_of_this_machine(
