@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rfprune.cost.constraint import Constraint
+    from rfprune.cost.latency import LatencyTable
     from rfprune.errors import RfpruneWarning, UserError
     from rfprune.model.checkpoint import load_pruned, save_pruned
     from rfprune.pipeline import prune, prune_family
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Constraint",
+    "LatencyTable",
     "PruneResult",
     "RfpruneWarning",
     "Settings",
@@ -34,6 +36,7 @@ __all__ = [
 
 _MODULES = {
     "Constraint": "rfprune.cost.constraint",
+    "LatencyTable": "rfprune.cost.latency",
     "PruneResult": "rfprune.result",
     "RfpruneWarning": "rfprune.errors",
     "Settings": "rfprune.result",
