@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +35,7 @@ Variants = Mapping[str, Mapping[str, Any]]
 class Bench:
     """What all measurements share: the model, its data and its own score; `warnings` from both,
     what each variant asks of `rfprune.Settings`, and a folder where variants find what others of
-    them have collected."""
+    them have collected. `prompts`: what language models are asked to continue."""
 
     variants: Variants
     cache: Path | None
@@ -43,6 +44,7 @@ class Bench:
     evaluation_set: EvaluationSet
     original: Evaluation
     warnings: tuple[str, ...]
+    prompts: tuple[str, ...] = ()
 
 
 class NotMeasured(Exception):
@@ -72,7 +74,16 @@ def prepare(options: argparse.Namespace, variants: Variants, cache: Path | None 
         )
         original = evaluate_model(loaded.model, evaluation_set)
     say(f"original: {original.score:.2f} on {original.num_examples} examples")
-    return Bench(variants, cache, loaded, max_length, evaluation_set, original, tuple(heard))
+    return Bench(
+        variants,
+        cache,
+        loaded,
+        max_length,
+        evaluation_set,
+        original,
+        tuple(heard),
+        prompts=tuple(getattr(options, "prompt", ())),
+    )
 
 
 def calibrate(
@@ -113,7 +124,7 @@ def measure(
     from rfprune.pipeline import prune_family
     from rfprune.report.report_json import versions
     from rfprune.result import Settings
-    from rfprune.tasks.evaluation import divergence, evaluate_model
+    from rfprune.tasks.evaluation import evaluate_model
 
     settings = Settings(**bench.variants[family[0]["variant"]], seed=family[0]["seed"])
     constraints = [Constraint(one["metric"], one["constraint"]) for one in family]
@@ -137,7 +148,7 @@ def measure(
                 "original_score": original.score,
                 "score": pruned.score,
                 "scores": {"original": dict(original.scores), "pruned": dict(pruned.scores)},
-                "divergence": divergence(original, pruned),
+                **_beside_the_score(bench, result.model, pruned),
                 "evaluated_examples": original.num_examples,
                 "achieved": result.achieved,
                 "mean_tokens": result.mean_tokens,
@@ -147,6 +158,35 @@ def measure(
                 "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "versions": versions(),
             }
+
+
+def _beside_the_score(bench: Bench, pruned: Any, evaluation: Evaluation) -> dict[str, Any]:
+    """What tells two models apart better than a score: their divergence, or, of language models,
+    whose original would have to be run again for that, what they write."""
+    from rfprune.tasks.evaluation import divergence
+
+    if evaluation.kind != "language-modeling":
+        return {"divergence": divergence(bench.original, evaluation)}
+    return {
+        "divergence": None,
+        "written": [continued(pruned, bench.loaded.tokenizer, prompt) for prompt in bench.prompts],
+        "peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    }
+
+
+def continued(model: Any, tokenizer: Any, prompt: str, new_tokens: int = 30) -> str:
+    """What a language model finds likeliest after a prompt, token by token."""
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    written = model.generate(
+        **inputs,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    text: str = tokenizer.decode(
+        written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    return text
 
 
 def _collected_warnings() -> AbstractContextManager[list[str]]:

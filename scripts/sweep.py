@@ -236,7 +236,7 @@ def _grouped(all_conditions: Sequence[Conditions], name: str) -> list[tuple[Any,
 def _in_words(line: Mapping[str, Any]) -> str:
     return (
         f"seed {line['seed']} {line['variant']} {line['constraint']}: {line['score']:.2f} points, "
-        f"divergence {line['divergence']:.4f}, {line['metric']} "
+        f"divergence {line['divergence'] or float('nan'):.4f}, {line['metric']} "
         f"{line['achieved'][line['metric']]:.3f}, {line['seconds']['prune_total']:.0f} s"
     )
 
