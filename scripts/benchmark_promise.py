@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--length", type=int, default=128, help="tokens; default: 128")
     add("--constraint", type=float, nargs="+", default=CONSTRAINTS, help="fractions of the latency")
     add("--seconds", type=float, default=30.0, help="of the last measurement; default: 30")
+    add("--profile-seconds", type=float, default=120.0, help="of the table at most; default: 120")
     add("--output", type=Path, metavar="FILE", help="default: in results, named after the flags")
     return parser
 
@@ -122,7 +123,8 @@ def _measured(options: argparse.Namespace, missing: Sequence[float]) -> Iterator
     import torch
 
     from rfprune.cost.constraint import Constraint
-    from rfprune.cost.verify import table_for
+    from rfprune.cost.profile import profile
+    from rfprune.model.layout import layout_of
     from rfprune.pipeline import prune_family
     from rfprune.result import Settings
     from scripts.speedup_timing import machine
@@ -131,7 +133,13 @@ def _measured(options: argparse.Namespace, missing: Sequence[float]) -> Iterator
     model = load_dense(options.synthetic, options.model)
     model = model.to(options.device, getattr(torch, options.dtype))
     batch = _batch(model, options)
-    table = table_for(None, model, [batch], progress=sys.stderr.isatty())
+    table = profile(
+        model,
+        layout_of(model),
+        batch,
+        seconds=options.profile_seconds,
+        progress=sys.stderr.isatty(),
+    )
     settings = Settings(method="importance", importance="magnitude-l2", tune=False)
     for result in prune_family(model, [batch], constraints, settings, latency_table=table):
         yield {

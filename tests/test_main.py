@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -208,6 +209,17 @@ def test_a_latency_table_is_used_at_its_own_shape(
     other.save(Path("table.json"))
     assert main([*arguments, "--overwrite"]) == 2
     assert "dtype bfloat16, not float32" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("quickly")
+def test_what_no_pruning_makes_faster_is_said_plainly(
+    flags: Callable[..., list[str]], capsys: Any
+) -> None:
+    assert main(flags(metric="latency", constraint=0.001)) == 2
+    said = capsys.readouterr().err
+    assert "Constraint 0.001 on latency cannot be met" in said
+    assert re.search(r"with batches of \d+ x \d+ tokens on this cpu, where no pruning gains", said)
+    assert not Path("out").exists()
 
 
 def test_a_latency_table_without_latency_is_refused(

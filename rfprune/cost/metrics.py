@@ -78,8 +78,20 @@ def check_constraints(
         least = _least_cost(costs)
         if constraint.ratio * costs.original < least:
             ratio = costs.ratio_for(least)
+            where = _conditions(table) if constraint.metric == "latency" else ""
             raise UserError(
                 f"constraint {constraint.ratio:g} on {constraint.metric} cannot be met: what is "
-                f"never pruned and a single head or neuron already cost {ratio:g} of the original; "
-                f"choose {ratio:g} or more"
+                f"never pruned and a single head or neuron already cost {ratio:g} of the original"
+                f"{where}; choose {ratio:g} or more"
             )
+
+
+def _conditions(table: LatencyTable | None) -> str:
+    """Of a latency, what it was measured with, and what would help."""
+    if table is None:
+        return ""
+    measured = table.conditions
+    return (
+        f" with batches of {measured.batch_size} x {measured.sequence_length} tokens on this "
+        f"{measured.device}, where no pruning gains more (larger batches or longer texts would)"
+    )
