@@ -21,7 +21,7 @@ from rfprune.tasks.registry import (
 )
 
 _NOT_BY_EXAMPLE = ("language-modeling", "similarity", "token-classification")
-_EXPORTED = ("classification", "regression", "multi-label", "question-answering")
+_NOT_EXPORTED = ("multiple-choice", "similarity", "token-classification")
 LARGEST_SEED = 2**63 - 1  # what torch takes
 
 
@@ -101,9 +101,9 @@ def check_kind(task: Task, *, exports: Sequence[str], max_drop: float | None) ->
             f"--max-drop counts points of a score that examples add up to, but {task.metric_name} "
             f"of {task.kind} is none: give sizes with --constraint, and compare them."
         )
-    if exports and task.kind not in _EXPORTED:
+    if exports and task.kind in _NOT_EXPORTED:
         raise UserError(
-            f"--export knows texts with one prediction and questions with an answer, not "
+            f"--export knows classifiers, questions with an answer and language models, not "
             f"{task.kind}: leave it out; the output is an ordinary model of transformers."
         )
 

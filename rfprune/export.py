@@ -167,7 +167,8 @@ def _checked(
 
 def _scored(model: nn.Module, job: ExportJob) -> dict[str, Any]:
     """By the same evaluation as every other model."""
-    evaluation = evaluate_model(model, job.evaluation_set, progress=job.progress)
+    data = job.evaluation_set
+    evaluation = evaluate_model(model, data, reference=job.original, progress=job.progress)
     return {
         "score": evaluation.score,
         "scores": dict(evaluation.scores),

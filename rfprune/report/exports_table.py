@@ -57,7 +57,7 @@ def export_lines(report: Mapping[str, Any]) -> list[str]:
             continue
         text = f"{entry['path']}: {entry['bytes'] / 1e6:.2f} MB"
         if entry.get("max_difference") is not None:
-            shapes = ", ".join(f"{rows} x {tokens}" for rows, tokens in entry["checked_on"])
+            shapes = ", ".join(" x ".join(map(str, shape)) for shape in entry["checked_on"])
             text += (
                 f"; its logits differ from the pruned model's by at most "
                 f"{entry['max_difference']:.1e} (inputs of {shapes})"
