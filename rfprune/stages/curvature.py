@@ -36,7 +36,8 @@ DAMPING = 1e-2
 
 DEPTH = 1.0
 """An error in the first layer counts exp(DEPTH) times as much as one in the last: the Fisher
-information is local, and does not know that the blocks above have moved as well."""
+information is local, and does not know that the blocks above have moved as well. Not so where norms
+come first: there errors are handed on by the residual alone, and all layers count alike."""
 
 
 @dataclass
@@ -223,8 +224,7 @@ def error_curves(
     for i in tqdm(own, desc="error curves", unit="block", disable=not progress, leave=False):
         block, moments = layout.blocks[i], collected[i]
         consumer = linear(model, block.consumer)
-        height = 1 - block.layer / max(1, len(layout.layers) - 1)  # 1 at the bottom, 0 at the top
-        importance = math.exp(DEPTH * height) / (2 * moments.examples)
+        importance = _weight(block, layout) / (2 * moments.examples)
         gradients = importance * moments.gradient_moment.double()
         try:
             curves[i] = removal_curve(
@@ -239,3 +239,11 @@ def error_curves(
                 "other examples"
             ) from failure
     return tuple(processes.everyones(curves))
+
+
+def _weight(block: Block, layout: Layout) -> float:
+    """How much an error in this block counts; see `DEPTH`."""
+    if block.pre_norm:
+        return 1.0
+    height = 1 - block.layer / max(1, len(layout.layers) - 1)  # 1 at the bottom, 0 at the top
+    return math.exp(DEPTH * height)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import Tensor
 from rfprune.errors import UserError
 from rfprune.model.layout import layout_of
 from rfprune.model.masks import frozen
-from rfprune.stages.curvature import Curvature, collect_curvature, error_curves
+from rfprune.stages.curvature import DEPTH, Curvature, collect_curvature, error_curves
 from rfprune.stages.objective import LABELLED, fisher_factors
+from rfprune.stages.obs import removal_curve
 
 
 def collect(model: Any, batches: list[Any], **settings: Any) -> tuple[Curvature, ...]:
@@ -140,3 +142,24 @@ def test_curves_know_whether_a_consumer_has_a_bias(
     curves = error_curves(model, layout, [collected[0], constant, *collected[2:]])
     place = curves[1].order.tolist().index(0)
     assert place < 6 if model_type == "gpt2" else place == 11
+
+
+@pytest.mark.parametrize(("model_type", "depth"), [("bert", DEPTH), ("llama", 0.0)])
+def test_low_errors_weigh_more_where_norms_come_last(
+    model_type: str, depth: float, tiny_model: Any, tiny_batch: Any
+) -> None:
+    model = tiny_model(model_type)
+    layout = layout_of(model)
+    moments = collect(model, [tiny_batch(model_type=model_type)])
+    for block, curve, own in zip(
+        layout.blocks, error_curves(model, layout, moments), moments, strict=True
+    ):
+        consumer = model.get_submodule(block.consumer)
+        plain = removal_curve(
+            own.input_covariance(about_mean=consumer.bias is not None),
+            consumer.weight.detach(),
+            own.gradient_moment.double() / (2 * own.examples),
+            block.unit_width,
+        )
+        low = math.exp(depth) if block.layer == 0 else 1.0  # of two layers
+        torch.testing.assert_close(curve.errors, low * plain.errors, rtol=1e-6, atol=0)
