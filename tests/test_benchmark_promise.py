@@ -26,6 +26,7 @@ TINY = {
 def flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setitem(speedup_models.SYNTHETIC, "minilm", TINY)  # type: ignore[index]
     monkeypatch.setattr("rfprune.cost.verify.SECONDS", 0.0)
+    monkeypatch.setattr("rfprune.cost.verify.MIN_ROUNDS", 2)
     monkeypatch.setattr("rfprune.cost.verify.MAX_ROUNDS", 2)
     monkeypatch.setattr(benchmark_promise, "MAX_ROUNDS", 2)
     output = str(tmp_path / "promise_minilm.jsonl")

@@ -287,6 +287,7 @@ def test_the_tables_show_every_cell_and_know_when_they_are_stale(
 
 
 @pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 def test_the_gpu_runs_every_runtime(script: ModuleType, flags: str, tmp_path: Path) -> None:
     runtimes = "--runtime eager compile compile-graphs --dtype float32 bfloat16"
     assert script.main(f"{flags} --device cuda --constraint 0.5 {runtimes}".split()) == 0

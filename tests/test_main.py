@@ -171,6 +171,7 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times are not what these tests are about."""
     monkeypatch.setattr("rfprune.cost.profile.SECONDS", 0.0)
     monkeypatch.setattr("rfprune.cost.verify.SECONDS", 0.0)
+    monkeypatch.setattr("rfprune.cost.verify.MIN_ROUNDS", 2)
 
 
 @pytest.mark.usefixtures("quickly")

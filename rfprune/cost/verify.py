@@ -20,6 +20,7 @@ from rfprune.model.replay import Batch
 from rfprune.timing import time_ratio
 
 SECONDS = 20.0
+MIN_ROUNDS = 7
 MAX_ROUNDS = 200
 TOLERANCE = 0.007
 """A ratio is steady enough to tell a promise that is kept within 3% from one that is not."""
@@ -73,6 +74,7 @@ def measured_ratio(
             partial(run, pruned),
             original.device,
             seconds=SECONDS,
+            min_rounds=MIN_ROUNDS,
             max_rounds=MAX_ROUNDS,
             tolerance=TOLERANCE,
         )
