@@ -35,7 +35,7 @@ Variants = Mapping[str, Mapping[str, Any]]
 class Bench:
     """What all measurements share: the model, its data and its own score; `warnings` from both,
     what each variant asks of `rfprune.Settings`, and a folder where variants find what others of
-    them have collected. `prompts`: what language models are asked to continue."""
+    them have collected. `written`: how a language model goes on after each prompt."""
 
     variants: Variants
     cache: Path | None
@@ -44,7 +44,7 @@ class Bench:
     evaluation_set: EvaluationSet
     original: Evaluation
     warnings: tuple[str, ...]
-    prompts: tuple[str, ...] = ()
+    written: Mapping[str, str]
 
 
 class NotMeasured(Exception):
@@ -82,7 +82,10 @@ def prepare(options: argparse.Namespace, variants: Variants, cache: Path | None 
         evaluation_set,
         original,
         tuple(heard),
-        prompts=tuple(getattr(options, "prompt", ())),
+        written={
+            prompt: continued(loaded.model, loaded.tokenizer, prompt)
+            for prompt in getattr(options, "prompt", ())
+        },
     )
 
 
@@ -167,9 +170,11 @@ def _beside_the_score(bench: Bench, pruned: Any, evaluation: Evaluation) -> dict
 
     if evaluation.kind != "language-modeling":
         return {"divergence": divergence(bench.original, evaluation)}
+    tokenizer = bench.loaded.tokenizer
     return {
         "divergence": None,
-        "written": [continued(pruned, bench.loaded.tokenizer, prompt) for prompt in bench.prompts],
+        "written": {prompt: continued(pruned, tokenizer, prompt) for prompt in bench.written},
+        "written_by_original": bench.written,
         "peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }
 
