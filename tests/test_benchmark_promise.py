@@ -24,7 +24,7 @@ TINY = {
 
 @pytest.fixture
 def flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setitem(speedup_models.SYNTHETIC, "minilm", TINY)  # type: ignore[index]
+    monkeypatch.setitem(speedup_models.SYNTHETIC, "minilm", TINY)
     monkeypatch.setattr("rfprune.cost.verify.SECONDS", 0.0)
     monkeypatch.setattr("rfprune.cost.verify.MIN_ROUNDS", 2)
     monkeypatch.setattr("rfprune.cost.verify.MAX_ROUNDS", 2)
