@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from rfprune.errors import UserError
 from rfprune.model.replay import Batch
 
-MOST_LOGITS = 2**26
-"""Of a language model in one batch: 256 MiB in float32, a few times over when differentiated."""
+MOST_LOGITS = 2**25
+"""Of a language model in one batch: 128 MiB in float32, a few times over when differentiated."""
 
 
 def on_device(batch: Any, device: torch.device) -> Batch:
@@ -55,5 +55,6 @@ def cut_to_size(model: PreTrainedModel, batch: Batch) -> list[Batch]:
     if vocabulary is None or tokens is None or len({len(values) for values in batch.values()}) > 1:
         return [batch]
     rows = max(1, MOST_LOGITS // (vocabulary.weight.shape[0] * tokens[0].numel()))
-    parts = {name: values.split(rows) for name, values in batch.items()}
+    number = max(1, -(-len(tokens) // rows))
+    parts = {name: values.tensor_split(number) for name, values in batch.items()}
     return [dict(zip(parts, part, strict=True)) for part in zip(*parts.values(), strict=True)]

@@ -17,7 +17,7 @@ from rfprune.checks import cut_to_size
 Tiny = Callable[..., Any]
 
 
-@pytest.mark.parametrize(("most", "sizes"), [(1, [1] * 5), (2.5, [2, 2, 1]), (5, [5])])
+@pytest.mark.parametrize(("most", "sizes"), [(1, [1] * 5), (2.5, [2, 2, 1]), (4, [3, 2]), (5, [5])])
 def test_batches_of_language_models_are_cut(
     most: float, sizes: list[int], tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,6 +30,11 @@ RIDGES = (1e-2, 1e-3, 1e-1, 1.0)
 """Of `refit`, as fractions of the mean diagonal, drawing to the weights as they were; held-out
 tokens choose, and where there are none it is the first."""
 
+PRE_NORM_RIDGES = (1.0, 1e-2, 1e-1, 1e1)
+"""The same where norms come first: such models are deep, their FFNs wide and often gated, with
+neurons that have little to do with one another, and what a fit makes up from too few tokens is
+handed on by the residual to all that is fitted above."""
+
 
 def tune_scales(
     teacher: PreTrainedModel,
@@ -94,9 +99,10 @@ def refit(
     """
 
     def fit(
-        _: Block, seen: Moments, held_out: Moments, weight: Tensor, bias: Tensor | None
+        block: Block, seen: Moments, held_out: Moments, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        return fit_by_evidence(seen, held_out, RIDGES, weight, bias)
+        ridges = PRE_NORM_RIDGES if block.pre_norm else RIDGES
+        return fit_by_evidence(seen, held_out, ridges, weight, bias)
 
     return reconstruct(teacher, student, layout, batches, fit, align=True, progress=progress)
 
