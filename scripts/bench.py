@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rfprune.errors import UserError
-from rfprune.tasks.registry import get_task
 
 if TYPE_CHECKING:
     from rfprune.loading import Loaded
@@ -56,10 +55,16 @@ def prepare(options: argparse.Namespace, variants: Variants, cache: Path | None 
     import torch
 
     from rfprune.device import pick_device
-    from rfprune.loading import data_folder, length_limit, load
+    from rfprune.loading import choose_task, data_folder, length_limit, load
     from rfprune.tasks.evaluation import evaluate_model, prepare_evaluation
 
-    task = get_task(options.task)
+    task = choose_task(
+        options.task,
+        options.model,
+        data_dir=options.data_dir,
+        text_columns=None,
+        label_column=None,
+    )
     with _collected_warnings() as heard:
         device = pick_device(options.device)
         loaded = load(options.model, task, device=device, dtype=getattr(torch, options.dtype))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
+from rfprune.cache import default_folder
 from rfprune.tasks.registry import LANGUAGE_MODELING
 from scripts.bench import Variants
 from scripts.sweep import complete, default_output, measurements, parser_of
@@ -44,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.set_defaults(samples=64, batch_size=8)
     options = parser.parse_args(given)
     output = options.output or default_output(options, "decoder")
-    return complete(options, list(measurements(options)), VARIANTS, output, "measure_decoder")
+    wanted = list(measurements(options))  # whose variants share what is collected
+    return complete(options, wanted, VARIANTS, output, "measure_decoder", default_folder())
 
 
 if __name__ == "__main__":
