@@ -130,15 +130,6 @@ class LatencyTable:
             f"{PROFILE_AGAIN}"
         )
 
-    def corrected(self, factor: float) -> LatencyTable:
-        """The same total, of which the sublayers' share is `factor` times as large; all at most."""
-        share = (self.total_ms - self.rest_ms) * factor
-        if share > self.total_ms:
-            factor *= self.total_ms / share
-        rest = max(0.0, self.total_ms - (self.total_ms - self.rest_ms) * factor)
-        curves = tuple(scaled(curve, factor) for curve in self.curves)
-        return replace(self, rest_ms=rest, curves=curves, scale=self.scale * factor)
-
     def save(self, path: Path) -> None:
         """Write it as JSON; see `rfprune.cost.latency_file.save_table`."""
         from rfprune.cost.latency_file import save_table

@@ -150,17 +150,6 @@ def test_a_block_that_the_table_lacks_is_named(tiny_model: Tiny, shape: dict[str
         latency_costs(TABLE, layout_of(tiny_model(**shape)))
 
 
-@given(st.floats(0, 3))
-def test_a_correction_changes_the_share_of_the_sublayers_and_not_the_total(factor: float) -> None:
-    corrected = TABLE.corrected(factor)
-    share = min(16 * factor, 20)
-    assert corrected.total_ms == 20
-    assert corrected.rest_ms == pytest.approx(20 - share)
-    full = sum(2 * curve.ms[-1] for curve in corrected.curves)
-    assert corrected.rest_ms + full == pytest.approx(20)
-    assert corrected.curves[0].ms[1] == pytest.approx(2 * share / 16)
-
-
 # --- which model, which machine ---
 
 
