@@ -37,7 +37,7 @@ MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distil
 
 CAUSAL_TYPES = ("gpt2", "opt", "llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma")
 IMAGE_TYPES = ("vit", "deit", "beit", "dinov2")
-ALL_TYPES = (*MODEL_TYPES, "modernbert", *CAUSAL_TYPES, *IMAGE_TYPES)
+ALL_TYPES = (*MODEL_TYPES, "modernbert", "albert", "deberta-v2", *CAUSAL_TYPES, *IMAGE_TYPES)
 """Every architecture of the table; `tests/model` checks that none is missing."""
 
 GROUPED_TYPES = ("llama", "qwen2", "qwen3", "smollm3", "gemma")
@@ -245,7 +245,7 @@ def tiny_config(model_type: str = "bert", **changes: Any) -> Any:
     }
     if model_type in ("bert", "electra", "roberta", "xlm-roberta", "camembert"):
         settings["type_vocab_size"] = 2 if model_type in ("bert", "electra") else 1
-    if model_type == "electra":
+    if model_type in ("electra", "albert"):
         settings["embedding_size"] = 8
     settings |= changes
     settings = _in_the_words_of(model_type, settings) | {
@@ -268,6 +268,12 @@ def _in_the_words_of(model_type: str, settings: dict[str, Any]) -> dict[str, Any
     if model_type == "opt":
         # with ReLU some of twelve neurons would never fire
         settings = {**settings, "word_embed_proj_dim": hidden, "activation_function": "gelu"}
+    if model_type == "albert":  # layers of their own, which run twice each
+        layers = settings["num_hidden_layers"]
+        settings = {**settings, "num_hidden_groups": layers, "num_hidden_layers": 2 * layers}
+    if model_type == "deberta-v2":  # as version 3 has them, but fewer positions
+        settings = {**settings, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
+        settings |= {"position_buckets": 4, "max_relative_positions": 16, "type_vocab_size": 0}
     if model_type == "modernbert":
         settings = {**settings, "cls_token_id": 2, "sep_token_id": 3}
     if model_type in ("modernbert", "mistral"):  # windows that tiny sequences do not fit in

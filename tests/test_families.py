@@ -82,7 +82,9 @@ def test_every_family_is_pruned_and_reloads(
     result.model.save_pretrained(tmp_path)
     with torch.no_grad():
         expected = result.model(**batches[0])[0]
-        assert torch.equal(load_pruned(tmp_path)(**batches[0])[0], expected)
+        limit = 1e-5 if model_type == "deberta-v2" else 0  # see the contract's `assert_same`
+        found = load_pruned(tmp_path)(**batches[0])[0]
+        torch.testing.assert_close(found, expected, rtol=limit, atol=limit)
 
 
 @pytest.mark.parametrize(
@@ -91,13 +93,17 @@ def test_every_family_is_pruned_and_reloads(
         *((model_type, "causal-lm") for model_type in CAUSAL_TYPES),
         *((model_type, "image-classification") for model_type in IMAGE_TYPES),
         ("modernbert", "sequence-classification"),
+        ("albert", "sequence-classification"),
+        ("deberta-v2", "sequence-classification"),
     ],
 )
 def test_fitting_brings_the_predictions_back(
     model_type: str, head: str, tiny_model: Tiny, tiny_batch: Tiny
 ) -> None:
     model, batches = tiny_model(model_type, head), batches_of(tiny_batch, model_type)
-    ratio = 0.5 if model_type == "modernbert" else 0.6  # fits must have something to make up for
+    ratio = (
+        0.6 if model_type in CAUSAL_TYPES + IMAGE_TYPES else 0.5
+    )  # fits must have something to make up for
     others = [tiny_batch(8, 9, seed=seed, model_type=model_type) for seed in range(20, 24)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")

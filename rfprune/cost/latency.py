@@ -159,16 +159,19 @@ def latency_costs(table: LatencyTable, layout: Layout) -> CostModel:
         UserError: the table has no times for a block of the layout.
     """
     tables = tuple(
-        table.curve_of(block, layout.hidden_size).costs(block.num_units) for block in layout.blocks
+        layout.runs_of(block) * table.curve_of(block, layout.hidden_size).costs(block.num_units)
+        for block in layout.blocks
     )
     return CostModel("latency", tables, table.rest_ms)
 
 
 def shape_of(layout: Layout) -> ModelShape:
-    """What a model must agree in with the one that was measured."""
+    """What a model must agree in with the one that was measured; a block that runs several times
+    is there as often."""
     blocks = tuple(
         BlockShape(block.layer, block.kind, block.num_units, block.unit_width)
         for block in layout.blocks
+        for _ in range(layout.runs_of(block))
     )
     return ModelShape(layout.model_type, layout.hidden_size, blocks)
 

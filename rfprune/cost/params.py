@@ -22,6 +22,8 @@ def unit_params(model: nn.Module, block: Block) -> int:
 
 def shared_params(model: nn.Module, block: Block) -> int:
     """Parameters that go with the last unit of a block: norms of queries and keys, say."""
+    if block.bypass != "plain":  # what else is inside stays
+        return 0
     projections = (*(producer.path for producer in block.producers), block.consumer)
     inner = model.get_submodule(block.inner)
     return sum(

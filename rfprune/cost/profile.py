@@ -125,7 +125,7 @@ def _repeat(call: Callable[[], object], times: int) -> None:
 
 
 def _repeats(model: PreTrainedModel, layout: Layout) -> int:
-    return 1 if model.device.type == "cpu" else len(layout.layers)
+    return 1 if model.device.type == "cpu" else max(len(layout.layers), len(layout.order))
 
 
 def _largest(layout: Layout) -> list[Block]:
@@ -243,7 +243,8 @@ def _table(
 def _adding_up(table: LatencyTable, layout: Layout) -> LatencyTable:
     """Scale what sublayers take so that they and the rest make the total."""
     full = sum(
-        float(table.curve_of(block, layout.hidden_size).costs(block.num_units)[-1])
+        layout.runs_of(block)
+        * float(table.curve_of(block, layout.hidden_size).costs(block.num_units)[-1])
         for block in layout.blocks
     )
     share = table.total_ms - table.rest_ms

@@ -13,6 +13,10 @@ from typing import Any, Literal
 
 BlockKind = Literal["head", "neuron"]
 
+Bypass = Literal["plain", "normed"]
+"""What is left to do for the inner module of a sublayer without units: nothing, or ("normed") the
+residual sum and the norm after it, which it holds."""
+
 
 @dataclass(frozen=True)
 class Sublayer:
@@ -32,6 +36,9 @@ class Sublayer:
         head_bias: argument of `inner` with one slice a head, such as a position bias.
         scale: a vector (d,) that multiplies what leaves the consumer before the residual is added.
         label: of the block's name; "heads" or "neurons" where there is no other of that kind.
+        bypass: what `inner` does beside computing units; see `Bypass`.
+        positions: linear maps that read the embeddings of relative positions, and make rows of the
+            units of them, where they are; not in `producers`.
     """
 
     kind: BlockKind
@@ -44,6 +51,8 @@ class Sublayer:
     head_bias: str | None = None
     scale: str | None = None
     label: str = ""
+    bypass: Bypass = "plain"
+    positions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,11 +63,16 @@ class Stack:
         layers: path of the list of layers.
         pre_norm: whether a sublayer's residual is its layer's hidden state as it is, and norms
             come only before what reads it; else a norm comes after every residual sum.
+        shared: whether fewer layers than the configuration's `num_hidden_layers` are there, each
+            of which runs several times in a row.
+        returns: how many things a layer returns, the hidden states first.
     """
 
     layers: str
     sublayers: tuple[Sublayer, ...]
     pre_norm: bool = False
+    shared: bool = False
+    returns: int = 1
 
 
 @dataclass(frozen=True)
@@ -69,12 +83,12 @@ class Architecture:
         stacks: one for encoders and decoders. (Two stacks, an encoder and a decoder that reads it,
             are not replayed yet: see `rfprune.model.replay.layer_calls`.)
         causal: whether a token sees none that comes later, and heads read the last one.
-        refused: entries of the configuration, and their values for which the row is wrong.
+        needed: entries of the configuration, and the only values for which the row is right.
     """
 
     stacks: tuple[Stack, ...]
     causal: bool = False
-    refused: Mapping[str, Any] = field(default_factory=dict)
+    needed: Mapping[str, Any] = field(default_factory=dict)
 
 
 _BERT_FFN = Sublayer(
@@ -95,6 +109,30 @@ _BERT_ATTENTION = Sublayer(
 )
 
 _BERT = Architecture((Stack("encoder.layer", (_BERT_ATTENTION, _BERT_FFN)),))
+
+_ALBERT_ATTENTION = Sublayer(
+    kind="head",
+    producers=tuple(f"albert_layers.0.attention.{name}" for name in ("query", "key", "value")),
+    consumer="albert_layers.0.attention.dense",
+    inner="albert_layers.0.attention",
+    residual_sum="albert_layers.0.attention.LayerNorm",
+    inner_returns_tuple=True,
+    bypass="normed",
+)
+
+_ALBERT_FFN = Sublayer(
+    kind="neuron",
+    producers=("albert_layers.0.ffn",),
+    consumer="albert_layers.0.ffn_output",
+    inner="albert_layers.0.ffn",
+    residual_sum="albert_layers.0.full_layer_layer_norm",
+)
+
+_DEBERTA_ATTENTION = replace(
+    _BERT_ATTENTION,
+    producers=tuple(f"attention.self.{name}_proj" for name in ("query", "key", "value")),
+    positions=("attention.self.pos_key_proj", "attention.self.pos_query_proj"),
+)
 
 _DISTILBERT_ATTENTION = Sublayer(
     kind="head",
@@ -220,6 +258,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     "xlm-roberta": _BERT,
     "camembert": _BERT,
     "electra": _BERT,
+    "albert": Architecture(
+        (Stack("encoder.albert_layer_groups", (_ALBERT_ATTENTION, _ALBERT_FFN), shared=True),),
+        needed={"inner_group_num": 1},
+    ),
+    "deberta-v2": Architecture(
+        (Stack("encoder.layer", (_DEBERTA_ATTENTION, _BERT_FFN), returns=2),),
+        needed={"conv_kernel_size": 0},
+    ),
     "distilbert": Architecture(
         (Stack("transformer.layer", (_DISTILBERT_ATTENTION, _DISTILBERT_FFN)),)
     ),
@@ -231,7 +277,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "opt": Architecture(
         (Stack("decoder.layers", (_OPT_ATTENTION, _OPT_FFN), pre_norm=True),),
         causal=True,
-        refused={"do_layer_norm_before": False},
+        needed={"do_layer_norm_before": True},
     ),
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -244,6 +290,18 @@ ARCHITECTURES: dict[str, Architecture] = {
     "beit": Architecture((Stack("layers", _BEIT_SUBLAYERS, pre_norm=True),)),
     "dinov2": Architecture(
         (Stack("encoder.layer", _DINOV2_SUBLAYERS, pre_norm=True),),
-        refused={"use_swiglu_ffn": True},
+        needed={"use_swiglu_ffn": False},
     ),
 }
+
+REFUSED: dict[str, str] = {
+    "mobilebert": (
+        "it carries two hidden states, one of 512 features and one of 128 inside of a "
+        "bottleneck, and cannot be fitted one sublayer at a time as all methods here do"
+    ),
+    "deberta": (
+        "its attention keeps queries, keys and values of a head side by side in one projection, "
+        "and their biases apart from it"
+    ),
+}
+"""Families that were looked at and have no row, and why."""

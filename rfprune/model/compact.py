@@ -82,6 +82,7 @@ def _describe(block: Block, kept: Tensor) -> dict[str, Any]:
         "inner": block.inner,
         "inner_returns_tuple": block.inner_returns_tuple,
         "head_bias": block.head_bias,
+        "bypass": block.bypass,
     }
 
 

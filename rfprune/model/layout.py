@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rfprune.errors import UserError
-from rfprune.model.architectures import ARCHITECTURES, Architecture, BlockKind, Stack, Sublayer
+from rfprune.model.architectures import (
+    ARCHITECTURES,
+    REFUSED,
+    Architecture,
+    BlockKind,
+    Bypass,
+    Stack,
+    Sublayer,
+)
 from rfprune.model.linear import is_empty, linear, weight_of
 
 
@@ -73,6 +81,11 @@ class Block:
         unit_width: input features of the consumer per unit (1 for a neuron).
         units: of each head, its index in the model before any pruning; neurons are numbered as
             they are now.
+        bypass: what `inner` does beside computing units; see `rfprune.model.architectures.Bypass`.
+        readers: paths of the producers that read the hidden state and nothing else.
+        token_rows: how many rows of a unit in the producers the block's own tokens enter, and
+            position_rows: how many the embeddings of relative positions, of which there are
+            `positions`.
     """
 
     kind: BlockKind
@@ -89,6 +102,11 @@ class Block:
     num_units: int
     unit_width: int
     units: tuple[int, ...]
+    bypass: Bypass = "plain"
+    readers: tuple[str, ...] = ()
+    token_rows: int = 0
+    position_rows: int = 0
+    positions: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,6 +116,9 @@ class Layout:
     Attributes:
         layers: paths of all layers, of one stack after the other.
         causal: whether a token sees none that comes later.
+        order: numbers of the layers in the order in which they run, where some run several times
+            (their blocks are pruned once, and cost as often as they run); else empty.
+        returns: how many things a layer returns, the hidden states first.
     """
 
     model_type: str
@@ -105,6 +126,12 @@ class Layout:
     layers: tuple[str, ...]
     blocks: tuple[Block, ...]
     causal: bool = False
+    order: tuple[int, ...] = ()
+    returns: int = 1
+
+    def runs_of(self, block: Block) -> int:
+        """How many times a block runs in one forward pass."""
+        return self.order.count(block.layer) if self.order else 1
 
     def blocks_of_layer(self, layer: int) -> tuple[Block, ...]:
         return tuple(block for block in self.blocks if block.layer == layer)
@@ -125,9 +152,14 @@ def layout_of(model: PreTrainedModel) -> Layout:
     architecture = check_supported(model.config)
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     layers: list[str] = []
+    order: list[int] = []
     blocks: list[Block] = []
     for stack in architecture.stacks:
-        for number in range(_num_layers(model, prefix + stack.layers)):
+        num_layers = _num_layers(model, prefix + stack.layers)
+        if stack.shared:
+            runs = model.config.num_hidden_layers
+            order += [int(run / (runs / num_layers)) for run in range(runs)]
+        for number in range(num_layers):
             path = f"{prefix}{stack.layers}.{number}"
             found = (_block(model, stack, each, path, len(layers)) for each in stack.sublayers)
             blocks += [block for block in found if block is not None]
@@ -135,7 +167,13 @@ def layout_of(model: PreTrainedModel) -> Layout:
     _check_unshared(model, blocks)
     config = model.config
     return Layout(
-        config.model_type, config.hidden_size, tuple(layers), tuple(blocks), architecture.causal
+        config.model_type,
+        config.hidden_size,
+        tuple(layers),
+        tuple(blocks),
+        architecture.causal,
+        tuple(order),
+        architecture.stacks[0].returns,
     )
 
 
@@ -147,6 +185,11 @@ def check_supported(config: PretrainedConfig) -> Architecture:
             asks for something that pruning does not handle.
     """
     model_type = str(config.model_type)
+    if model_type in REFUSED:
+        raise UserError(
+            f"model type '{model_type}' is not supported: {REFUSED[model_type]}; choose another "
+            "model"
+        )
     if model_type not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise UserError(
@@ -162,11 +205,12 @@ def check_supported(config: PretrainedConfig) -> Architecture:
             f"this {model_type} model has cross-attention (add_cross_attention=true), which is not "
             "supported; use an encoder or a decoder without it"
         )
-    for entry, value in architecture.refused.items():
-        if getattr(config, entry, None) == value:
+    for entry, value in architecture.needed.items():
+        found = getattr(config, entry, value)
+        if found != value:
             raise UserError(
-                f"this {model_type} model has {entry}={value} in its config.json, which is not "
-                "supported; choose a model without it"
+                f"this {model_type} model has {entry}={found} in its config.json, which is not "
+                f"supported; choose a model with {entry}={value}"
             )
     if getattr(config, "chunk_size_feed_forward", 0):
         raise UserError(
@@ -213,19 +257,23 @@ def _block(
     consumer = f"{layer_path}.{sublayer.consumer}"
     if is_empty(model, consumer):
         return None
-    paths = [f"{layer_path}.{path}" for path in sublayer.producers]
+    inner = f"{layer_path}.{sublayer.inner}"
+    own = [f"{layer_path}.{path}" for path in sublayer.producers]
+    positional, positions = _positional(model, sublayer, layer_path, own)
+    paths = [*own, *(path for path in positional if path not in own)]
     width = head_width(model.config) if sublayer.kind == "head" else 1
     num_units, features, rows = _shapes(model, sublayer, consumer, paths, width)
+    producers = tuple(
+        Producer(path, sublayer.fused, size // (sublayer.fused * num_units))
+        for path, size in zip(paths, rows, strict=True)
+    )
     return Block(
         kind=sublayer.kind,
         layer=layer,
         name=f"layer.{layer}.{sublayer.label or sublayer.kind + 's'}",
-        producers=tuple(
-            Producer(path, sublayer.fused, size // (sublayer.fused * num_units))
-            for path, size in zip(paths, rows, strict=True)
-        ),
+        producers=producers,
         consumer=consumer,
-        inner=f"{layer_path}.{sublayer.inner}",
+        inner=inner,
         residual_sum=full(sublayer.residual_sum),
         pre_norm=stack.pre_norm,
         inner_returns_tuple=sublayer.inner_returns_tuple,
@@ -234,7 +282,27 @@ def _block(
         num_units=num_units,
         unit_width=features // num_units,
         units=_original_units(model.config, consumer, num_units),
+        bypass=sublayer.bypass,
+        readers=tuple(path for path in own if path not in positional),
+        token_rows=sum(each.unit_rows for each in producers if each.path in own),
+        position_rows=sum(each.unit_rows for each in producers if each.path in positional),
+        positions=positions,
     )
+
+
+def _positional(
+    model: nn.Module, sublayer: Sublayer, layer_path: str, producers: list[str]
+) -> tuple[list[str], int]:
+    """Paths of what the embeddings of relative positions enter, and how many these are.
+
+    Where there are no linear maps of their own for them, they enter those of queries and keys.
+    """
+    inner = model.get_submodule(f"{layer_path}.{sublayer.inner}")
+    positions = 2 * getattr(inner, "pos_ebd_size", 0) if sublayer.positions else 0
+    if not positions:
+        return [], 0
+    given = dict(model.named_modules()).keys() & {f"{layer_path}.{p}" for p in sublayer.positions}
+    return sorted(given) or producers[:2], positions
 
 
 def _shapes(

@@ -28,6 +28,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "inner": (str,),  # path of the module that holds the producers, or is the only one
     "inner_returns_tuple": (bool,),
     "head_bias": (str, type(None)),  # argument of `inner` with one slice a head
+    "bypass": (str,),  # what `inner` does beside computing units: "plain" or "normed", see `_empty`
 }
 
 _PRODUCER_FIELDS: dict[str, tuple[type, ...]] = {
@@ -94,6 +95,7 @@ def check_description(description: Any) -> list[dict[str, Any]]:
         raise ValueError("there is no list of blocks")
     if version == 1:
         blocks = [_upgraded(block) for block in blocks]
+    blocks = [{"bypass": "plain", **block} if type(block) is dict else block for block in blocks]
     for block in blocks:
         _check_block(block)
     return blocks
@@ -136,6 +138,7 @@ def _check_block(block: Any) -> None:
             for p in block["producers"]
         ),
         "head_bias": block["head_bias"] is None or units is not None,
+        "bypass": block["bypass"] in ("plain", "normed"),
     }
     for field, is_sound in sound.items():
         if not is_sound:
@@ -244,11 +247,14 @@ def _select_bias(
 def _empty(model: nn.Module, block: dict[str, Any], consumer: nn.Linear | Conv1D) -> None:
     path, output = block["inner"], ConstantOutput(consumer)
     name = block["consumer"].removeprefix(path + ".")
-    layer_index = getattr(model.get_submodule(path), "layer_idx", None)
+    before = model.get_submodule(path)
+    layer_index = getattr(before, "layer_idx", None)
     if "." in name and name != block["consumer"]:
         raise ValueError(f"'{block['consumer']}' is too deep inside of '{path}'")
     if name != block["consumer"]:  # the consumer is inside: it stays there, under its name
         inner = EmptySublayer(block["inner_returns_tuple"], layer_index, name, output)
+        if block["bypass"] == "normed":
+            inner.LayerNorm = before.get_submodule("LayerNorm")
         _replace(model, path, inner)
     else:
         _replace(model, path, EmptySublayer(block["inner_returns_tuple"], layer_index))
@@ -284,7 +290,10 @@ def _sides(inputs: int, outputs: int, transposed: bool) -> tuple[int, int]:
 
 
 class EmptySublayer(nn.Module):
-    """Stands where units were computed when none is left, and costs nothing."""
+    """Stands where units were computed when none is left, and costs nothing.
+
+    A residual sum and the norm after it that were inside stay.
+    """
 
     def __init__(
         self,
@@ -297,6 +306,7 @@ class EmptySublayer(nn.Module):
         self.returns_tuple = returns_tuple
         self.layer_idx = layer_index
         self.output_name = output_name
+        self.LayerNorm: nn.Module | None = None
         if output is not None:
             self.add_module(output_name, output)
 
@@ -306,6 +316,9 @@ class EmptySublayer(nn.Module):
             # a cache must know how many tokens it has seen: keys of one head, one number each
             nothing = hidden_states.new_zeros(*hidden_states.shape[:-1], 1).unsqueeze(1)
             cache.update(nothing, nothing, self.layer_idx)
+        residual = hidden_states
         if self.output_name:
             hidden_states = self.get_submodule(self.output_name)(hidden_states)
+        if self.LayerNorm is not None:
+            hidden_states = self.LayerNorm(residual + hidden_states)
         return (hidden_states, None) if self.returns_tuple else hidden_states

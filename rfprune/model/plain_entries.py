@@ -32,6 +32,8 @@ ENTRIES: dict[str, Entries] = {
     "xlm-roberta": Entries(),
     "camembert": Entries(),
     "electra": Entries(),
+    "albert": Entries(),
+    "deberta-v2": Entries(),
     "mpnet": Entries(),
     "distilbert": Entries(neurons="hidden_dim"),
     "modernbert": Entries(),

@@ -137,15 +137,15 @@ def layer_calls(model: nn.Module, layout: Layout, batch: Batch) -> tuple[Tensor,
     hidden: list[Tensor] = []
     calls: dict[str, LayerCall] = {}
 
-    def stand_in(path: str) -> Callable[..., Tensor]:
-        def forward(*args: Any, **kwargs: Any) -> Tensor:
+    def stand_in(path: str) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
             states: Tensor = args[0] if args else kwargs.pop("hidden_states")
             hidden.append(states)
             named = {name: _no_cache(value) for name, value in kwargs.items()}
             calls[path] = LayerCall(tuple(_no_cache(value) for value in args[1:]), named)
             if path == layout.layers[-1]:
                 raise _Stop
-            return states
+            return states if layout.returns == 1 else (states, *[None] * (layout.returns - 1))
 
         return forward
 
@@ -222,7 +222,7 @@ def entering(
     """What the producers of `block` read (B, S, d); nothing is run beyond; see `run_layer`."""
     with _skipped(model, done, hidden):
         return _what_enters(
-            model.get_submodule(block.producers[0].path),
+            model.get_submodule(block.readers[0]),
             lambda: _output_of(model, layer, hidden, calls),
         )
 
@@ -256,6 +256,8 @@ def _skipped(model: nn.Module, done: Sequence[Block], total: Tensor) -> Iterator
             output = total.new_zeros(1) if block.pre_norm else total
             # masks of the consumer may multiply what enters it
             features = output if inside else total.new_zeros(1, 1, 1)
+            if block.bypass == "normed":
+                features = model.get_submodule(block.residual_sum or "")(total)
             inner = (features, None) if block.inner_returns_tuple else features
             stack.enter_context(_returning(model, block.inner, inner))
             stack.enter_context(_returning(model, block.consumer, output))

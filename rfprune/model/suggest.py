@@ -192,6 +192,10 @@ def _sublayers(
         else:
             left_over[path] = (inputs, outputs)
     left_over |= {path: maps[path] for path in pending}
+    for number, each in enumerate(found):
+        others = (other.consumer for other in found if other is not each)
+        if any(path.startswith(f"{each.inner}.") for path in others):  # it holds another one too
+            found[number] = replace(each, inner=each.producers[0])
     return found, left_over
 
 

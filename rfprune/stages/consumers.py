@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -22,27 +23,30 @@ def output_gradients(
     generator: torch.Generator,
     *,
     objective: Objective,
-) -> Iterator[tuple[Tensor, ...]]:
+) -> Iterator[tuple[tuple[Tensor, ...], ...]]:
     """Run a batch and differentiate it; nothing runs before the first item is asked for.
 
     Args:
         model: frozen, and not under no_grad.
         takers: one a block, each given what enters its consumer, (B, S, p) or
-            (B * S, p), detached.
+            (B * S, p), detached, as often as the block runs.
         objective: what is differentiated, see `rfprune.stages.objective.factors_of`.
 
     Yields:
-        For every factor one (B, S, d) a block, or (B * S, d), padding included.
+        For every factor, of every block and each of its runs, (B, S, d), or (B * S, d), padding
+        included.
     """
-    leaving: list[Tensor] = []
+    leaving: list[list[Tensor]] = [[] for _ in layout.blocks]
     with ExitStack() as stack:
-        for block, take in zip(layout.blocks, takers, strict=True):
+        for block, take, left in zip(layout.blocks, takers, leaving, strict=True):
             consumer = model.get_submodule(block.consumer)
-            stack.callback(consumer.register_forward_hook(_watch(take, leaving)).remove)
+            stack.callback(consumer.register_forward_hook(_watch(take, left)).remove)
         outputs = model(**model_inputs(batch), return_dict=True)
     factors = factors_of(outputs, batch, model.config, generator, objective=objective)
+    flat = [output for left in leaving for output in left]
     for i, factor in enumerate(factors):
-        yield torch.autograd.grad(factor.sum(), leaving, retain_graph=i + 1 < len(factors))
+        found = iter(torch.autograd.grad(factor.sum(), flat, retain_graph=i + 1 < len(factors)))
+        yield tuple(tuple(islice(found, len(left))) for left in leaving)
 
 
 def _watch(

@@ -168,7 +168,7 @@ def _run(
     generator: torch.Generator,
 ) -> None:
     """Give the takers of every block what enters its consumer, (tokens, p), and by factor the
-    gradient at what leaves it, (tokens, d)."""
+    gradient at what leaves it, (tokens, d); both as often as the block runs."""
 
     def packed(take: Taker) -> Taker:
         return lambda values: take(pack(values, tokens).float())
@@ -178,8 +178,9 @@ def _run(
     for gradients in output_gradients(
         model, layout, batch, entering, generator, objective=objective
     ):
-        for take, gradient in zip(leaving, gradients, strict=True):
-            take(gradient)
+        for take, of_runs in zip(leaving, gradients, strict=True):
+            for gradient in of_runs:
+                take(gradient)
 
 
 def _exchange(
@@ -195,10 +196,11 @@ def _exchange(
     passed = [
         [processes.pass_on(torch.stack(rows, 1), lengths, _keeper(block)) for rows in pair]
         for block, pair in zip(layout.blocks, seen, strict=True)
-    ]  # each (tokens, factors, p or d)
+    ]  # each (tokens, runs or factors and runs, p or d)
     for curvature, (inputs, gradients) in zip(collected, passed, strict=True):
         for rows in inputs:
-            curvature.add_inputs(rows[:, 0].contiguous())
+            for run in rows.unbind(1):
+                curvature.add_inputs(run.contiguous())
         for rows in gradients:
             for factor in rows.unbind(1):
                 curvature.add_gradients(factor.contiguous())

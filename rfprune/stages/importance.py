@@ -201,13 +201,14 @@ def _add_norms(
     rows: Sequence[list[Tensor]],
 ) -> None:
     tokens = token_mask(batch)
-    entering: list[Tensor] = []
-    takers = [lambda values: entering.append(values.float())] * len(layout.blocks)
+    entering: list[list[Tensor]] = [[] for _ in layout.blocks]
+    takers = [runs.append for runs in entering]
     for gradients in output_gradients(model, layout, batch, takers, generator, objective=objective):
-        for block, block_rows, x, g in zip(layout.blocks, rows, entering, gradients, strict=True):
-            x = x.reshape(*tokens.shape, -1)
-            g = g.float().reshape(*tokens.shape, -1)
-            g = g * tokens[:, :, None]  # padding is no part of an example
+        for block, block_rows, xs, gs in zip(layout.blocks, rows, entering, gradients, strict=True):
+            # a weight's gradient is the sum over the runs, as it is over the tokens of each
+            x = torch.cat([x.float().reshape(*tokens.shape, -1) for x in xs], 1)
+            # padding is no part of an example
+            g = torch.cat([g.float().reshape(*tokens.shape, -1) * tokens[..., None] for g in gs], 1)
             squares = (x * ((g @ g.transpose(1, 2)) @ x)).sum(1)  # (B, p), one a column
             norms = squares.unflatten(1, (block.num_units, -1)).sum(-1).clamp_min(0).sqrt()
             size = block.unit_width * g.shape[-1]

@@ -6,6 +6,11 @@ teacher residual - student residual (Kwon et al. 2022, section 4.3; K-prune, ICL
 therefore also repairs what went wrong below it.
 Cost: one forward pass of the teacher and two of the small student; memory: one hidden state of
 each a token.
+
+A block that runs several times (ALBERT's) is fitted once, to the teacher's outputs of all its runs.
+What enters it in a run depends on the fit itself through the runs before, so both models are given
+the teacher's hidden states at every run: there is nothing to repair, and nothing to align. Cost:
+one forward pass of the teacher, and of the student, a block.
 """
 
 from __future__ import annotations
@@ -119,6 +124,11 @@ def reconstruct(
     bar = tqdm(tried, desc="reconstruction", unit="block", disable=not progress, leave=False)
     with torch.no_grad():
         batches = processes.share(batches)
+        if layout.order:
+            for block in bar:
+                moments = _collect_runs(teacher, student, layout, batches, block)
+                failures += _apply(fit, student, block, *moments)
+            return failures
         walks = _start(teacher, student, layout, batches)
         for block in bar:
             if align and walks[0].last is not None:
@@ -173,6 +183,38 @@ def _collect(
         else:
             _part(parts, i).add(pack(trace.features, chosen), target)
     teacher.last = block
+    return _everyones(parts[0]), _everyones(parts[1])
+
+
+def _collect_runs(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    layout: Layout,
+    batches: Sequence[Batch],
+    block: Block,
+) -> tuple[Moments, Moments]:
+    """As `_collect`, over all runs of a block, from the teacher's hidden states at each."""
+    consumer = student.get_submodule(block.consumer)
+    num_outputs, num_features = weight_of(consumer).shape
+    parts = _parts(num_features, num_outputs, consumer.weight.device)
+    blocks = layout.blocks_of_layer(block.layer)
+    before = blocks[: blocks.index(block)]
+    for i, batch in enumerate(batches):
+        tokens = token_mask(batch)
+        hidden, calls = layer_calls(teacher, layout, batch)
+        for layer in layout.order:
+            path, entering = layout.layers[layer], hidden
+            if layer == block.layer:
+                if before:
+                    entering = trace_block(teacher, path, hidden, calls, before[-1]).total
+                wanted = trace_block(teacher, path, entering, calls, block, done=before)
+                found = trace_block(student, path, entering, calls, block, done=before)
+                target = pack(wanted.output, tokens)
+                features = target.new_zeros(len(target), 0)
+                if found.features is not None:
+                    features = pack(found.features, tokens)
+                _part(parts, i).add(features, target)
+            hidden = run_layer(teacher, path, hidden, calls)
     return _everyones(parts[0]), _everyones(parts[1])
 
 

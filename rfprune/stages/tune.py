@@ -65,7 +65,9 @@ def tune_scales(
         return weight * found.repeat_interleave(block.unit_width).to(weight), bias
 
     first_heads = [
-        block.consumer for block in layout.blocks if block.layer == 0 and block.kind == "head"
+        block.consumer
+        for block in layout.blocks
+        if block.layer == 0 and block.kind == "head" and layout.runs_of(block) == 1
     ]
     failures = reconstruct(
         teacher,

@@ -24,8 +24,9 @@ LENGTH = 9
 
 def counted_macs(model: Any, layout: Layout) -> float:
     """MACs of all layers on one sequence, counted while the model runs with eager attention."""
-    if model.config.model_type != "mpnet":  # which knows no other
+    if model.config.model_type not in ("mpnet", "deberta-v2"):  # which know no other
         model.set_attn_implementation("eager")
+    model.requires_grad_(False)  # else the counter stumbles over views of parameters
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         if model.config.model_type in IMAGE_TYPES:

@@ -124,6 +124,13 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+def assert_same(actual: Tensor, expected: Tensor, model_type: str) -> None:
+    """To the bit; but DeBERTa multiplies an embedding as it lies in the file it was loaded from,
+    and where a matrix lies in memory decides on the order in which a product is summed."""
+    limit = 1e-6 if model_type == "deberta-v2" else 0
+    torch.testing.assert_close(actual, expected, rtol=limit, atol=limit)
+
+
 def folded(model: Any, layout: Layout, masks: Sequence[Tensor]) -> Any:
     """A copy of the model with the masks in the columns of its out-projections, nothing removed."""
     copied = copy.deepcopy(model)
@@ -192,10 +199,10 @@ def test_masked_folded_compact_and_reloaded_agree(
         return
     save_pruned(small, layout, masks, tmp_path)
     exact = outputs_of(small, batch)
-    assert torch.equal(outputs_of(load_pruned(tmp_path), batch), exact)
+    assert_same(outputs_of(load_pruned(tmp_path), batch), exact, case[0])
     with_code = HEADS[case[1]].from_pretrained(tmp_path, trust_remote_code=True)
     assert type(with_code).__module__.startswith("transformers_modules")
-    assert torch.equal(outputs_of(with_code, batch), exact)
+    assert_same(outputs_of(with_code, batch), exact, case[0])
 
 
 def test_a_batch_of_one_without_attention_mask(
@@ -316,8 +323,9 @@ def test_layers_replayed_are_the_full_forward_pass(
         with torch.no_grad():
             entering, leaving = states_of(net, layout, batch)
             hidden, calls = layer_calls(net, layout, batch)
-            for layer, path in enumerate(layout.layers):
-                assert_close(pack(hidden, tokens), pack(entering[layer], tokens))
+            for run, layer in enumerate(layout.order or range(len(layout.layers))):
+                path = layout.layers[layer]
+                assert_close(pack(hidden, tokens), pack(entering[run], tokens))
                 through = unpack(pack(hidden, tokens), tokens)  # what was at padding is lost
                 hidden = run_layer(net, path, through, calls)
             assert_close(pack(hidden, tokens), pack(leaving[-1], tokens))

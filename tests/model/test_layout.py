@@ -15,7 +15,7 @@ from torch import nn
 
 from rfprune.errors import UserError
 from rfprune.model.compact import compact
-from rfprune.model.layout import Producer, layout_of
+from rfprune.model.layout import Producer, check_supported, layout_of
 from rfprune.model.linear import linear
 from rfprune.model.masks import full_masks
 from tests.conftest import ALL_TYPES
@@ -38,12 +38,52 @@ def test_blocks_name_their_modules_from_the_root(tiny_model: TinyModel) -> None:
 def test_blocks_run_in_their_order(tiny_model: TinyModel, tiny_batch: Callable[..., Any]) -> None:
     for model_type in ALL_TYPES:
         model = tiny_model(model_type)
-        ran: list[str] = []
-        for block in layout_of(model).blocks:
+        layout, ran = layout_of(model), list[str]()
+        for block in layout.blocks:
             module = model.get_submodule(block.consumer)
             module.register_forward_hook(lambda *_, at=ran, name=block.name: at.append(name))
         model(**tiny_batch(model_type=model_type))
-        assert ran == [block.name for block in layout_of(model).blocks]
+        order = layout.order or range(len(layout.layers))
+        assert ran == [block.name for layer in order for block in layout.blocks_of_layer(layer)]
+
+
+def test_layers_that_run_several_times_are_blocks_once(tiny_model: TinyModel) -> None:
+    """As in every ALBERT there is: a single layer, which is the whole model."""
+    model = tiny_model("albert", num_hidden_groups=1)
+    layout = layout_of(model)
+    assert [block.name for block in layout.blocks] == ["layer.0.heads", "layer.0.neurons"]
+    assert layout.order == (0, 0, 0, 0)
+    assert [layout.runs_of(block) for block in layout.blocks] == [4, 4]
+    uneven = layout_of(tiny_model("albert", num_hidden_groups=4, num_hidden_layers=3))
+    assert uneven.order == (0, 0, 1, 2, 2, 3)
+    assert [uneven.runs_of(block) for block in uneven.blocks[::2]] == [2, 1, 2, 1]
+    plain = layout_of(tiny_model())
+    assert plain.order == ()
+    assert plain.runs_of(plain.blocks[2]) == 1
+    with pytest.raises(UserError, match="inner_group_num=2 .* inner_group_num=1"):
+        layout_of(tiny_model("albert", inner_group_num=2))
+
+
+@pytest.mark.parametrize("model_type", ["mobilebert", "deberta"])
+def test_families_that_do_not_fit_say_why(model_type: str) -> None:
+    config = transformers.AutoConfig.for_model(model_type)
+    with pytest.raises(UserError, match=f"'{model_type}' is not supported: it"):
+        check_supported(config)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_what_position_embeddings_enter_reads_more_than_the_hidden_state(
+    share: bool, tiny_model: TinyModel
+) -> None:
+    block = layout_of(tiny_model("deberta-v2", share_att_key=share)).blocks[0]
+    names = [producer.path.rpartition(".")[2] for producer in block.producers]
+    own = ["query_proj", "key_proj", "value_proj"]
+    assert names == (own if share else [*own, "pos_key_proj", "pos_query_proj"])
+    readers = [path.rpartition(".")[2] for path in block.readers]
+    assert readers == (["value_proj"] if share else own)
+    assert (block.token_rows, block.position_rows, block.positions) == (12, 8, 8)
+    without = layout_of(tiny_model("deberta-v2", relative_attention=False)).blocks[0]
+    assert (len(without.readers), without.positions) == (3, 0)
 
 
 def test_a_bare_model_has_no_prefix(tiny_model: TinyModel) -> None:

@@ -163,3 +163,25 @@ def test_low_errors_weigh_more_where_norms_come_last(
         )
         low = math.exp(depth) if block.layer == 0 else 1.0  # of two layers
         torch.testing.assert_close(curve.errors, low * plain.errors, rtol=1e-6, atol=0)
+
+
+def test_moments_of_shared_layers_are_summed_over_their_runs(
+    tiny_model: Any, tiny_batch: Any
+) -> None:
+    """As if every run had a copy of the weights of its own, whose moments are added up."""
+    model, batches = tiny_model("albert", num_hidden_groups=1), [tiny_batch()]
+    layout = layout_of(model)
+    with frozen(model):
+        summed = collect_curvature(model, layout, batches)
+    entering: list[Tensor] = []
+    tokens = batches[0]["attention_mask"].bool()
+    consumer = model.get_submodule(layout.blocks[1].consumer)
+    handle = consumer.register_forward_hook(lambda _, x, __: entering.append(x[0][tokens]))
+    with torch.no_grad():
+        model(**batches[0])
+    handle.remove()
+    assert len(entering) == 4
+    assert summed[1].tokens == 4 * int(tokens.sum())
+    expected = sum(rows.T @ rows for rows in entering)
+    torch.testing.assert_close(summed[1].input_moment, expected, rtol=1e-4, atol=1e-4)
+    assert (expected - entering[0].T @ entering[0]).abs().max() > 0.1
