@@ -12,6 +12,7 @@ from typing import Any
 
 from rfprune.report.exports_table import HEADINGS, export_caption, export_lines, export_rows
 from rfprune.report.plots import PLOTS_FOLDER
+from rfprune.report.promise_text import promise_lines
 from rfprune.report.search_text import search_lines
 from rfprune.report.table import (
     METRIC_NAMES,
@@ -97,7 +98,7 @@ def render_card(report: Report, repository: str | None = None) -> str:
         labels=labels,
         target=f"{100 * report['constraint']:.6g}% of the original's "
         f"{METRIC_NAMES.get(report['metric'], report['metric'])}",
-        search=search_lines(report),
+        search=[*promise_lines(report), *search_lines(report)],
         seconds=seconds_line(report["seconds"]),
         device=report["device"],
         dtype=report["dtype"],

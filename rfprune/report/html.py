@@ -18,6 +18,7 @@ from rfprune.report.exports_table import HEADINGS, export_caption, export_lines,
 from rfprune.report.figures import COLOURS
 from rfprune.report.frontier import kept
 from rfprune.report.plots import Plot, draw_frontier, draw_kept, draw_run, write_plots
+from rfprune.report.promise_text import promise_lines
 from rfprune.report.search_text import search_lines
 from rfprune.report.table import (
     METRIC_NAMES,
@@ -83,7 +84,7 @@ def render_run(report: Report, plots: Sequence[Plot]) -> str:
         tiles=_tiles(report),
         rows=[[_together(cell) for cell in row] for row in summary_rows(report)],
         scoring=scoring(report),
-        search=search_lines(report),
+        search=[*promise_lines(report), *search_lines(report)],
         seconds=seconds_line(report["seconds"]),
         exports=export_rows(report),
         exports_label=export_caption(report),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rfprune.report.exports_table import HEADINGS, export_caption, export_lines, export_rows
+from rfprune.report.promise_text import promise_lines
 from rfprune.report.search_text import search_lines
 from rfprune.tasks.registry import AUTO_CLASSES
 
@@ -36,7 +37,8 @@ def render(report: Mapping[str, Any]) -> Group:
         table.add_column(name, justify="right")
     for row in summary_rows(report):
         table.add_row(*(Text(cell) for cell in row))
-    lines = [scoring(report), *written_lines(report), *search_lines(report)]
+    lines = [scoring(report), *written_lines(report), *promise_lines(report)]
+    lines += search_lines(report)
     lines.append(seconds_line(report["seconds"], report.get("cached", ())))
     lines += [f"Warning: {warning}" for warning in report["warnings"]]
     texts = [Text(line) for line in lines]

@@ -151,3 +151,18 @@ def test_a_plain_architecture_is_loaded_without_code() -> None:
     assert "trust_remote_code" not in text
     assert "without any code of its own" in text
     assert "trust_remote_code=True" in shown(report(settings={"uniform": False}))
+
+
+def test_a_promise_of_latency_is_told(report: Any) -> None:
+    from rfprune.report.promise_text import promise_lines
+
+    assert promise_lines(report()) == []
+    attempt = {"predicted": 0.5, "measured": 0.51, "error": 0.003}
+    promise = {"promised_ms": 50.0, "predicted_ms": 49.9, "measured_ms": 50.4}
+    (told,) = promise_lines(report(promise=promise | {"attempts": [attempt, attempt]}))
+    assert told == (
+        "Latency: promised 50 ms, predicted by this device's table 49.9 ms, measured 50.4 ms; "
+        "2 choices of sizes were timed on the way."
+    )
+    (told,) = promise_lines(report(promise=promise | {"attempts": [attempt]}))
+    assert told.endswith("one choice of sizes was timed on the way.")
