@@ -242,7 +242,7 @@ def _align(teacher: _Walk, student: _Walk, batches: Sequence[Batch], block: Bloc
     """Let the student's producers read the teacher's hidden states, as far as they can tell."""
     if is_empty(student.model, block.consumer):
         return []
-    readers = [linear(student.model, producer.path) for producer in block.producers]
+    readers = [linear(student.model, path) for path in block.readers]
     size = weight_of(readers[0]).shape[1]
     parts = _parts(size, size, student.states[0].device)
     for i, batch in enumerate(batches):
