@@ -87,17 +87,26 @@ def token_likelihoods(
     models = (model,) if reference is None else (model, reference)
     with torch.no_grad(), evaluating(model), evaluating(models[-1]):
         for batch, numbers in zip(bar, rows, strict=True):
-            logits = [_next_token_logits(one, batch) for one in models]
-            targets = batch["input_ids"][:, 1:].to(logits[0].device)
-            found, apart = _compared(logits, targets)
-            likelihoods[numbers] = found.cpu().numpy()
-            divergence, count = divergence + apart, count + targets.numel()
+            size = _rows_at_a_time(model, batch)
+            for first in range(0, len(numbers), size):
+                part = {name: values[first : first + size] for name, values in batch.items()}
+                logits = [_next_token_logits(one, part) for one in models]
+                targets = part["input_ids"][:, 1:].to(logits[0].device)
+                found, apart = _compared(logits, targets)
+                likelihoods[numbers[first : first + size]] = found.cpu().numpy()
+                divergence, count = divergence + apart, count + targets.numel()
     if not np.isfinite(likelihoods).all():
         raise UserError(
             "The model's logits are not finite: its weights are damaged, or too large for its "
             "dtype."
         )
     return likelihoods, None if reference is None else divergence / count
+
+
+def _rows_at_a_time(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
+    """Rows of a batch whose logits fit into memory several times over."""
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 1
+    return max(1, 2 * _ENTRIES_AT_A_TIME // (vocabulary * batch["input_ids"].shape[1]))
 
 
 def _next_token_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

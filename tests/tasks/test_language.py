@@ -163,3 +163,20 @@ def test_models_go_on_with_the_same_words() -> None:
     again = continuations({"one": one}, tokenizer, [{"input_ids": blocks}])
     assert again["one"] == written["one"]
     assert continuations({"one": make_tiny_model()}, tokenizer, [{"input_ids": blocks}]) == {}
+
+
+def test_rows_are_scored_a_few_at_a_time(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, other = tiny_model("gpt2", "causal-lm"), tiny_model("gpt2", "causal-lm", seed=1)
+    ids = torch.randint(0, model.config.vocab_size, (5, 9), generator=torch.Generator())
+    batches, rows = [{"input_ids": ids}], [np.array([3, 0, 4, 1, 2])]
+    whole, apart = token_likelihoods(model, batches, rows, other)
+    sizes = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    monkeypatch.setattr(language, "_ENTRIES_AT_A_TIME", 9 * model.config.vocab_size)
+    parts, same = token_likelihoods(model, batches, rows, other)
+    assert sizes == [2, 2, 1]
+    np.testing.assert_allclose(parts, whole, atol=1e-5)
+    assert same == pytest.approx(apart, rel=1e-4)
+    assert apart > 0
