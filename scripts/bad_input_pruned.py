@@ -86,7 +86,7 @@ def _square(masks: dict[str, Any]) -> None:
 
 
 def _one_more(masks: dict[str, Any]) -> None:
-    kept = masks["layer.0.neurons"]
+    kept = next(mask for mask in masks.values() if not mask.all())
     kept[int((kept == 0).nonzero()[0])] = 1
 
 

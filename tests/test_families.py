@@ -100,17 +100,20 @@ def test_every_family_is_pruned_and_reloads(
 def test_fitting_brings_the_predictions_back(
     model_type: str, head: str, tiny_model: Tiny, tiny_batch: Tiny
 ) -> None:
-    model, batches = tiny_model(model_type, head), batches_of(tiny_batch, model_type)
-    ratio = (
-        0.6 if model_type in CAUSAL_TYPES + IMAGE_TYPES else 0.5
-    )  # fits must have something to make up for
+    batches = batches_of(tiny_batch, model_type)
+    # fits must have something to make up for
+    ratio = 0.6 if model_type in CAUSAL_TYPES + IMAGE_TYPES else 0.5
     others = [tiny_batch(8, 9, seed=seed, model_type=model_type) for seed in range(20, 24)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        plain, fitted = (
-            prune(model, batches, Constraint("mac", ratio), Settings(tune=tune)).model
-            for tune in (False, True)
-        )
-    before, after = divergence(model, plain, others), divergence(model, fitted, others)
+    before = after = 0.0
+    for seed in range(2):  # of one random model a fit may be no better on other examples
+        model = tiny_model(model_type, head, seed=seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            plain, fitted = (
+                prune(model, batches, Constraint("mac", ratio), Settings(tune=tune)).model
+                for tune in (False, True)
+            )
+        before += divergence(model, plain, others)
+        after += divergence(model, fitted, others)
     assert before > 1e-3
     assert after < before
