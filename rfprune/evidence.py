@@ -21,7 +21,7 @@ def original_layers(layout: Layout) -> list[dict[str, int]]:
     """Heads and neurons of every layer before the pruning."""
     layers = [{"heads": 0, "neurons": 0} for _ in layout.layers]
     for block in layout.blocks:
-        layers[block.layer][f"{block.kind}s"] = block.num_units
+        layers[block.layer][block.name.rpartition(".")[2]] = block.num_units
     return layers
 
 

@@ -30,13 +30,14 @@ from rfprune.checks import check_finite, cut_to_size, on_device
 from rfprune.cost.constraint import Constraint, CostModel
 from rfprune.cost.grid import on_grid
 from rfprune.cost.latency import LatencyTable
-from rfprune.cost.macs import mac_costs, total_macs
+from rfprune.cost.macs import mac_costs
 from rfprune.cost.memory import total_bytes
-from rfprune.cost.metrics import cost_model, mean_tokens
+from rfprune.cost.metrics import cost_model, mean_decoder_tokens, mean_tokens
 from rfprune.cost.params import total_params
 from rfprune.cost.verify import measured_ratio, table_for, timed_batch
 from rfprune.errors import UserError
 from rfprune.model.compact import compact
+from rfprune.model.decoders import with_decoder_tokens
 from rfprune.model.layout import Layout, layout_of
 from rfprune.model.masks import Masks, frozen, full_masks, masked, num_kept
 from rfprune.model.plain import to_plain
@@ -111,7 +112,7 @@ def prune_family(
     check_finite(model)
     given = (on_device(batch, model.device) for batch in batches)
     labelled = [
-        with_tokens(model, layout, part) for batch in given for part in cut_to_size(model, batch)
+        _noted(model, layout, part) for batch in given for part in cut_to_size(model, batch)
     ]
     if not any(token_mask(batch).any() for batch in labelled) or not layout.blocks:
         raise UserError(
@@ -137,6 +138,13 @@ def prune_family(
         if result is None:
             return
         yield result
+
+
+def _noted(model: PreTrainedModel, layout: Layout, batch: Batch) -> Batch:
+    """A batch and which of its tokens are real, also where a model makes them itself."""
+    if layout.decoder is not None:
+        return with_decoder_tokens(model, batch)
+    return with_tokens(model, layout, batch)
 
 
 def _checked_in_turn(
@@ -310,17 +318,18 @@ def _summarise(
     """Put a pruned model together with what it kept and what that took."""
     layout = job.layout
     tokens = mean_tokens(job.inputs)
+    macs = mac_costs(layout, tokens, mean_decoder_tokens(layout, job.inputs))
     kept = num_kept(step.masks)
     layers = [{"heads": 0, "neurons": 0} for _ in layout.layers]
     for block, count in zip(layout.blocks, kept, strict=True):
-        layers[block.layer][f"{block.kind}s"] = count
+        layers[block.layer][block.name.rpartition(".")[2]] = count
     return PruneResult(
         model=step.student,
         masks=step.masks,
         layout=layout,
         constraint=constraint,
         achieved={
-            "mac": mac_costs(layout, tokens).total(kept) / total_macs(layout, tokens),
+            "mac": macs.total(kept) / macs.original,
             "params": total_params(step.student) / total_params(job.model),
             "memory": total_bytes(step.student) / total_bytes(job.model),
             **({"latency": step.promise.measured} if step.promise else {}),

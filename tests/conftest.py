@@ -26,7 +26,12 @@ hypothesis.settings.register_profile("rfprune", deadline=None)
 hypothesis.settings.load_profile("rfprune")
 
 Head = Literal[
-    "sequence-classification", "question-answering", "causal-lm", "image-classification", "none"
+    "sequence-classification",
+    "question-answering",
+    "causal-lm",
+    "seq2seq-lm",
+    "image-classification",
+    "none",
 ]
 TinyModel = Callable[..., Any]
 TinyFolder = Callable[..., Path]
@@ -37,7 +42,10 @@ MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distil
 
 CAUSAL_TYPES = ("gpt2", "opt", "llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma")
 IMAGE_TYPES = ("vit", "deit", "beit", "dinov2")
-ALL_TYPES = (*MODEL_TYPES, "modernbert", "albert", "deberta-v2", *CAUSAL_TYPES, *IMAGE_TYPES)
+ALL_TYPES = (
+    *(*MODEL_TYPES, "modernbert", "albert", "deberta-v2", "bart"),
+    *(*CAUSAL_TYPES, *IMAGE_TYPES),
+)
 """Every architecture of the table; `tests/model` checks that none is missing."""
 
 GROUPED_TYPES = ("llama", "qwen2", "qwen3", "smollm3", "gemma")
@@ -192,6 +200,7 @@ def make_tiny_model(
         "sequence-classification": transformers.AutoModelForSequenceClassification,
         "question-answering": transformers.AutoModelForQuestionAnswering,
         "causal-lm": transformers.AutoModelForCausalLM,
+        "seq2seq-lm": transformers.AutoModelForSeq2SeqLM,
         "image-classification": transformers.AutoModelForImageClassification,
         "none": transformers.AutoModel,
     }[head]
@@ -224,6 +233,9 @@ def make_tiny_batch(
             attention_mask[row, length - missing :] = 0
         elif padding == "left":
             attention_mask[row, :missing] = 0
+    if model_type == "bart":  # whose classifiers read the end of the text
+        ends = attention_mask.cumsum(1).argmax(1)
+        ids[torch.arange(num_examples), ends] = 3
     return {"input_ids": ids * attention_mask, "attention_mask": attention_mask}
 
 
@@ -265,6 +277,8 @@ def _in_the_words_of(model_type: str, settings: dict[str, Any]) -> dict[str, Any
         "gpt2": {"intermediate_size": "n_inner"},
         "opt": {"intermediate_size": "ffn_dim"},
     }.get(model_type, {})
+    if model_type == "bart":
+        settings = _as_bart(settings)
     if model_type == "opt":
         # with ReLU some of twelve neurons would never fire
         settings = {**settings, "word_embed_proj_dim": hidden, "activation_function": "gelu"}
@@ -293,6 +307,17 @@ def _in_the_words_of(model_type: str, settings: dict[str, Any]) -> dict[str, Any
             "architectures": [f"{class_name}ForImageClassification"],
         }
     return {names.get(name, name): value for name, value in settings.items()}
+
+
+def _as_bart(settings: dict[str, Any]) -> dict[str, Any]:
+    """An encoder and a decoder of the same sizes."""
+    hidden, layers, heads, neurons = (settings[name] for name in _SIZES)
+    sizes = {"d_model": hidden, "init_std": settings["initializer_range"]}
+    for part in ("encoder", "decoder"):
+        sizes |= {f"{part}_layers": layers, f"{part}_attention_heads": heads}
+        sizes |= {f"{part}_ffn_dim": neurons}
+    others = {name: value for name, value in settings.items() if name not in _SIZES}
+    return {**others, **sizes, "decoder_start_token_id": 2, "forced_eos_token_id": None}
 
 
 def _spread_what_starts_constant(model: Any) -> None:

@@ -14,27 +14,48 @@ from rfprune.cost.constraint import CostModel, linear_costs
 from rfprune.model.layout import Block, Layout
 
 
-def unit_macs(block: Block, hidden_size: int, sequence_length: float) -> float:
-    """MACs of one unit of `block` on one sequence of `sequence_length` tokens (a mean: a float)."""
+def unit_macs(
+    block: Block, hidden_size: int, sequence_length: float, encoder_length: float = 0.0
+) -> float:
+    """MACs of one unit of `block` on one sequence of `sequence_length` tokens (a mean: a float),
+    where it reads an encoder on what that made of `encoder_length` others."""
     projections = sequence_length * hidden_size * (block.token_rows + block.unit_width)
     if block.kind == "neuron":
         return projections
+    projections += encoder_length * hidden_size * block.encoder_rows
     positions = block.positions * block.position_rows * (hidden_size + sequence_length)
-    return projections + positions + 2 * sequence_length**2 * block.unit_width
+    keys = encoder_length if block.encoder_rows else sequence_length
+    return projections + positions + 2 * sequence_length * keys * block.unit_width
 
 
-def mac_costs(layout: Layout, sequence_length: float) -> CostModel:
-    """MACs of a forward pass over one sequence, by how many units each block keeps."""
+def mac_costs(
+    layout: Layout, sequence_length: float, decoder_length: float | None = None
+) -> CostModel:
+    """MACs of a forward pass over one sequence, by how many units each block keeps.
+
+    Args:
+        decoder_length: of the sequence that a decoder makes of it, where there is one; as long, if
+            it is not given.
+    """
+    made = sequence_length if decoder_length is None else decoder_length
     return linear_costs(
         "mac",
         [
-            layout.runs_of(block) * unit_macs(block, layout.hidden_size, sequence_length)
+            layout.runs_of(block)
+            * unit_macs(
+                block,
+                layout.hidden_size,
+                made if layout.in_decoder(block) else sequence_length,
+                sequence_length,
+            )
             for block in layout.blocks
         ],
         [block.num_units for block in layout.blocks],
     )
 
 
-def total_macs(layout: Layout, sequence_length: float) -> float:
-    """MACs of the layers of a model as it stands, for one sequence of `sequence_length` tokens."""
-    return mac_costs(layout, sequence_length).original
+def total_macs(
+    layout: Layout, sequence_length: float, decoder_length: float | None = None
+) -> float:
+    """MACs of the layers of a model as it stands, for one sequence; see `mac_costs`."""
+    return mac_costs(layout, sequence_length, decoder_length).original

@@ -13,6 +13,7 @@ from rfprune.cost.macs import mac_costs
 from rfprune.cost.memory import memory_costs
 from rfprune.cost.params import param_costs
 from rfprune.errors import UserError
+from rfprune.model.decoders import decoder_tokens
 from rfprune.model.layout import Layout, layout_of
 from rfprune.model.replay import Batch, token_mask
 
@@ -40,12 +41,20 @@ def cost_model(
         return memory_costs(model, layout)
     if metric == "params":
         return param_costs(model, layout)
-    return mac_costs(layout, mean_tokens(batches))
+    return mac_costs(layout, mean_tokens(batches), mean_decoder_tokens(layout, batches))
 
 
 def mean_tokens(batches: Sequence[Batch]) -> float:
     """Mean number of real tokens an example."""
     masks = [token_mask(batch) for batch in batches]
+    return float(sum(int(mask.sum()) for mask in masks) / sum(len(mask) for mask in masks))
+
+
+def mean_decoder_tokens(layout: Layout, batches: Sequence[Batch]) -> float | None:
+    """The same of a decoder that reads an encoder; None without one."""
+    if layout.decoder is None:
+        return None
+    masks = [decoder_tokens(batch) for batch in batches]
     return float(sum(int(mask.sum()) for mask in masks) / sum(len(mask) for mask in masks))
 
 

@@ -73,6 +73,11 @@ def profile(
         raise UserError("this model has no heads or neurons left, so there is nothing to measure")
     if round_to is not None and round_to < 1:
         raise UserError(f"neurons cannot be kept in multiples of {round_to}; give 1 or more")
+    if layout.decoder is not None:
+        raise UserError(
+            "no latency table can be made of an encoder-decoder, which takes as long as it writes; "
+            "choose another metric (mac, params or memory)"
+        )
     inputs = {name: value.to(model.device) for name, value in model_inputs(batch).items()}
     # no inference mode: tensors that a model keeps for later would be of no use in training
     with torch.inference_mode(False), torch.no_grad(), frozen(model):

@@ -39,6 +39,7 @@ class Sublayer:
         bypass: what `inner` does beside computing units; see `Bypass`.
         positions: linear maps that read the embeddings of relative positions, and make rows of the
             units of them, where they are; not in `producers`.
+        from_encoder: those of `producers` that read what comes out of the encoder.
     """
 
     kind: BlockKind
@@ -53,6 +54,7 @@ class Sublayer:
     label: str = ""
     bypass: Bypass = "plain"
     positions: tuple[str, ...] = ()
+    from_encoder: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,7 @@ class Architecture:
     """A family.
 
     Attributes:
-        stacks: one for encoders and decoders. (Two stacks, an encoder and a decoder that reads it,
-            are not replayed yet: see `rfprune.model.replay.layer_calls`.)
+        stacks: one for encoders and for decoders; two where a decoder reads an encoder.
         causal: whether a token sees none that comes later, and heads read the last one.
         needed: entries of the configuration, and the only values for which the row is right.
     """
@@ -227,6 +228,24 @@ _OPT_FFN = Sublayer(
     kind="neuron", producers=("fc1",), consumer="fc2", inner="fc1", residual_sum=None
 )
 
+_BART_ATTENTION = replace(
+    _OPT_ATTENTION,
+    residual_sum="self_attn_layer_norm",
+)
+
+_BART_CROSS_ATTENTION = Sublayer(
+    kind="head",
+    producers=("encoder_attn.q_proj", "encoder_attn.k_proj", "encoder_attn.v_proj"),
+    consumer="encoder_attn.out_proj",
+    inner="encoder_attn",
+    residual_sum="encoder_attn_layer_norm",
+    inner_returns_tuple=True,
+    label="cross_heads",
+    from_encoder=("encoder_attn.k_proj", "encoder_attn.v_proj"),
+)
+
+_BART_FFN = replace(_OPT_FFN, residual_sum="final_layer_norm")
+
 _VIT_ATTENTION = Sublayer(
     kind="head",
     producers=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
@@ -279,6 +298,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         causal=True,
         needed={"do_layer_norm_before": True},
     ),
+    "bart": Architecture(
+        (
+            Stack("encoder.layers", (_BART_ATTENTION, _BART_FFN)),
+            Stack("decoder.layers", (_BART_ATTENTION, _BART_CROSS_ATTENTION, _BART_FFN)),
+        )
+    ),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
@@ -295,6 +320,10 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 REFUSED: dict[str, str] = {
+    "t5": (
+        "it has a first layer that makes the position bias of all layers, one slice a head, which "
+        "has to outlive the heads of that layer; of encoder-decoders, BART is supported"
+    ),
     "mobilebert": (
         "it carries two hidden states, one of 512 features and one of 128 inside of a "
         "bottleneck, and cannot be fitted one sublayer at a time as all methods here do"

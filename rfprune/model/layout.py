@@ -24,7 +24,8 @@ from rfprune.model.architectures import (
     Stack,
     Sublayer,
 )
-from rfprune.model.linear import is_empty, linear, weight_of
+from rfprune.model.linear import is_empty, linear
+from rfprune.model.shapes import head_width, original_units, positional_maps, shapes
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Block:
         readers: paths of the producers that read the hidden state and nothing else.
         token_rows: how many rows of a unit in the producers the block's own tokens enter, and
             position_rows: how many the embeddings of relative positions, of which there are
-            `positions`.
+            `positions`, and encoder_rows: how many what comes out of the encoder.
     """
 
     kind: BlockKind
@@ -107,6 +108,7 @@ class Block:
     token_rows: int = 0
     position_rows: int = 0
     positions: int = 0
+    encoder_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ class Layout:
         order: numbers of the layers in the order in which they run, where some run several times
             (their blocks are pruned once, and cost as often as they run); else empty.
         returns: how many things a layer returns, the hidden states first.
+        decoder: number of the first layer of a decoder that reads an encoder; None without one.
     """
 
     model_type: str
@@ -128,6 +131,16 @@ class Layout:
     causal: bool = False
     order: tuple[int, ...] = ()
     returns: int = 1
+    decoder: int | None = None
+
+    def in_decoder(self, block: Block) -> bool:
+        """Whether a block is in a decoder that reads an encoder."""
+        return self.decoder is not None and block.layer >= self.decoder
+
+    def stack(self, *, decoder: bool = False) -> range:
+        """Numbers of the layers of an encoder, or, of an encoder-decoder, of the decoder."""
+        split = len(self.layers) if self.decoder is None else self.decoder
+        return range(split, len(self.layers)) if decoder else range(split)
 
     def runs_of(self, block: Block) -> int:
         """How many times a block runs in one forward pass."""
@@ -153,9 +166,11 @@ def layout_of(model: PreTrainedModel) -> Layout:
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     layers: list[str] = []
     order: list[int] = []
+    starts: list[int] = []
     blocks: list[Block] = []
     for stack in architecture.stacks:
         num_layers = _num_layers(model, prefix + stack.layers)
+        starts.append(len(layers))
         if stack.shared:
             runs = model.config.num_hidden_layers
             order += [int(run / (runs / num_layers)) for run in range(runs)]
@@ -174,6 +189,7 @@ def layout_of(model: PreTrainedModel) -> Layout:
         architecture.causal,
         tuple(order),
         architecture.stacks[0].returns,
+        starts[1] if len(starts) > 1 else None,
     )
 
 
@@ -226,15 +242,6 @@ def check_supported(config: PretrainedConfig) -> Architecture:
     return architecture
 
 
-def head_width(config: PretrainedConfig) -> int:
-    """Features of one attention head."""
-    for entry in ("head_dim", "d_kv"):
-        width = getattr(config, entry, None)
-        if isinstance(width, int) and width > 0:
-            return width
-    return int(config.hidden_size // config.num_attention_heads)
-
-
 def _num_layers(model: nn.Module, path: str) -> int:
     try:
         module = model.get_submodule(path)
@@ -259,14 +266,21 @@ def _block(
         return None
     inner = f"{layer_path}.{sublayer.inner}"
     own = [f"{layer_path}.{path}" for path in sublayer.producers]
-    positional, positions = _positional(model, sublayer, layer_path, own)
+    positional, positions = positional_maps(model, sublayer, layer_path, own)
+    from_encoder = [f"{layer_path}.{path}" for path in sublayer.from_encoder]
     paths = [*own, *(path for path in positional if path not in own)]
-    width = head_width(model.config) if sublayer.kind == "head" else 1
-    num_units, features, rows = _shapes(model, sublayer, consumer, paths, width)
+    width = 1
+    if sublayer.kind == "head":  # those of a decoder may be of another width than the encoder's
+        width = getattr(model.get_submodule(inner), "head_dim", None) or head_width(model.config)
+    num_units, features, rows = shapes(model, sublayer, consumer, paths, width)
     producers = tuple(
         Producer(path, sublayer.fused, size // (sublayer.fused * num_units))
         for path, size in zip(paths, rows, strict=True)
     )
+
+    def rows_of(chosen: set[str]) -> int:
+        return sum(each.unit_rows for each in producers if each.path in chosen)
+
     return Block(
         kind=sublayer.kind,
         layer=layer,
@@ -281,57 +295,14 @@ def _block(
         scale=full(sublayer.scale),
         num_units=num_units,
         unit_width=features // num_units,
-        units=_original_units(model.config, consumer, num_units),
+        units=original_units(model.config, consumer, num_units),
         bypass=sublayer.bypass,
-        readers=tuple(path for path in own if path not in positional),
-        token_rows=sum(each.unit_rows for each in producers if each.path in own),
-        position_rows=sum(each.unit_rows for each in producers if each.path in positional),
+        readers=tuple(path for path in own if path not in (*positional, *from_encoder)),
+        token_rows=rows_of(set(own) - set(from_encoder)),
+        position_rows=rows_of(set(positional)),
+        encoder_rows=rows_of(set(from_encoder)),
         positions=positions,
     )
-
-
-def _positional(
-    model: nn.Module, sublayer: Sublayer, layer_path: str, producers: list[str]
-) -> tuple[list[str], int]:
-    """Paths of what the embeddings of relative positions enter, and how many these are.
-
-    Where there are no linear maps of their own for them, they enter those of queries and keys.
-    """
-    inner = model.get_submodule(f"{layer_path}.{sublayer.inner}")
-    positions = 2 * getattr(inner, "pos_ebd_size", 0) if sublayer.positions else 0
-    if not positions:
-        return [], 0
-    given = dict(model.named_modules()).keys() & {f"{layer_path}.{p}" for p in sublayer.positions}
-    return sorted(given) or producers[:2], positions
-
-
-def _shapes(
-    model: nn.Module, sublayer: Sublayer, consumer: str, producers: list[str], width: int
-) -> tuple[int, int, list[int]]:
-    """How many units there are, the features that the consumer reads, the rows of each producer.
-
-    Keys and values that several query heads share have fewer rows than the queries; there are as
-    many units as there are of them.
-    """
-    features = weight_of(linear(model, consumer)).shape[1]
-    rows = [weight_of(linear(model, path)).shape[0] for path in producers]
-    sizes = [size / sublayer.fused for size in (*rows, sublayer.fused * features)]
-    num_units = int(min(sizes) // width)
-    sound = num_units > 0 and all(size % (num_units * width) == 0 for size in sizes)
-    if not sound or (sublayer.kind == "neuron" and len(set(sizes)) > 1):
-        made = dict(zip(producers, rows, strict=True))
-        raise UserError(
-            f"'{consumer}' reads {features} features but its producers make {made}; "
-            "the checkpoint's shapes do not fit together"
-        )
-    return num_units, features, rows
-
-
-def _original_units(config: PretrainedConfig, consumer: str, num_units: int) -> tuple[int, ...]:
-    for entry in (getattr(config, "rfprune", None) or {}).get("blocks", []):
-        if entry["consumer"] == consumer and entry["units"] is not None:
-            return tuple(entry["units"])
-    return tuple(range(num_units))
 
 
 def _check_unshared(model: nn.Module, blocks: list[Block]) -> None:

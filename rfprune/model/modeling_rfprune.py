@@ -57,6 +57,8 @@ def _auto_class(name: str) -> str:
     _, found, head = name.removesuffix("WithTeacher").partition("For")
     if name.endswith("LMHeadModel"):
         return "AutoModelForCausalLM"
+    if head == "ConditionalGeneration":
+        return "AutoModelForSeq2SeqLM"
     return f"AutoModelFor{head}" if found else "AutoModel"
 
 
@@ -312,7 +314,9 @@ class EmptySublayer(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
-        if cache is not None and self.layer_idx is not None:
+        cache = getattr(cache, "self_attention_cache", cache)
+        crosses = kwargs.get("key_value_states") is not None
+        if cache is not None and self.layer_idx is not None and not crosses:
             # a cache must know how many tokens it has seen: keys of one head, one number each
             nothing = hidden_states.new_zeros(*hidden_states.shape[:-1], 1).unsqueeze(1)
             cache.update(nothing, nothing, self.layer_idx)

@@ -4,8 +4,7 @@ Hidden states are kept without padding, (tokens, d) a batch, so that a pass over
 memory for the real tokens alone. The keyword arguments of a layer (attention mask, position bias)
 are not kept: they come from the model itself, which is run up to its first layer again.
 
-Two stacks, where the layers of the second read what comes out of the first, are not replayed:
-`layer_calls` passes the first layer's input through all of them.
+Of an encoder-decoder the two stacks are run one after the other; see `rfprune.model.decoders`.
 """
 
 from __future__ import annotations
@@ -30,6 +29,10 @@ LABELS = ("labels", "start_positions", "end_positions")
 
 TOKENS = "rfprune_tokens"
 """Entry of a batch of images with its token mask (B, S); see `with_tokens`."""
+
+
+DECODER_TOKENS = "rfprune_decoder_tokens"
+"""Entry of a batch with the token mask (B, T) of a decoder that reads an encoder."""
 
 
 class _Stop(Exception):
@@ -79,7 +82,8 @@ def with_tokens(model: nn.Module, layout: Layout, batch: Batch) -> Batch:
 
 def model_inputs(batch: Batch) -> dict[str, Tensor]:
     """What a model is called with: a batch without labels and without what `with_tokens` noted."""
-    return {name: value for name, value in batch.items() if name not in (TOKENS, *LABELS)}
+    others = (TOKENS, DECODER_TOKENS, *LABELS)
+    return {name: value for name, value in batch.items() if name not in others}
 
 
 def token_mask(batch: Batch) -> Tensor:
@@ -128,14 +132,23 @@ def unpack(packed: Tensor, tokens: Tensor) -> Tensor:
     return hidden
 
 
-def layer_calls(model: nn.Module, layout: Layout, batch: Batch) -> tuple[Tensor, Calls]:
-    """The hidden states (B, S, d) that enter the first layer, and what each layer is called with.
+def layer_calls(
+    model: nn.Module,
+    layout: Layout,
+    batch: Batch,
+    *,
+    decoder_inputs: Mapping[str, Any] | None = None,
+) -> tuple[Tensor, Calls]:
+    """The hidden states (B, S, d) that enter the first layer, and what each layer is called with;
+    of an encoder-decoder those of the encoder, or, given its `decoder_inputs` (see
+    `rfprune.model.decoders.with_encoder_output`), those of the decoder.
 
     Layers may differ in their attention mask and in their positions. None of them is run: each
     passes on what it gets. Caches of keys and values are left out.
     """
     hidden: list[Tensor] = []
     calls: dict[str, LayerCall] = {}
+    paths = [layout.layers[i] for i in layout.stack(decoder=decoder_inputs is not None)]
 
     def stand_in(path: str) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -143,16 +156,16 @@ def layer_calls(model: nn.Module, layout: Layout, batch: Batch) -> tuple[Tensor,
             hidden.append(states)
             named = {name: _no_cache(value) for name, value in kwargs.items()}
             calls[path] = LayerCall(tuple(_no_cache(value) for value in args[1:]), named)
-            if path == layout.layers[-1]:
+            if path == paths[-1]:
                 raise _Stop
             return states if layout.returns == 1 else (states, *[None] * (layout.returns - 1))
 
         return forward
 
     with ExitStack() as stack, suppress(_Stop):
-        for path in layout.layers:
+        for path in paths:
             stack.enter_context(_forward_replaced(model, path, stand_in(path)))
-        model(**model_inputs(batch))
+        model(**(decoder_inputs or model_inputs(batch)))
     return hidden[0], calls
 
 

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from rfprune import processes
 from rfprune.errors import UserError
+from rfprune.model.decoders import tokens_of
 from rfprune.model.layout import Block, Layout
 from rfprune.model.linear import linear, weight_of
 from rfprune.model.replay import Batch, pack, token_mask
@@ -137,13 +138,14 @@ def _add_turn(
     A process alone takes in what it sees as it sees it. One that has no batch left runs its first
     one again, of which no token counts.
     """
-    masks = [None if number is None else token_mask(batches[number]) for number in turn]
-    own, number = masks[processes.rank()], turn[processes.rank()]
+    others = [None if number is None else batches[number] for number in turn]
+    own, number = others[processes.rank()], turn[processes.rank()]
     batch = batches[processes.rank() if number is None else number]
-    tokens = torch.zeros_like(token_mask(batch)) if own is None else own
+    masks = [tokens_of(layout, block, batch) for block in layout.blocks]
+    tokens = [torch.zeros_like(mask) if own is None else mask for mask in masks]
     generator = generator_of(seed, number or 0)
     for curvature in collected:
-        curvature.examples += sum(len(mask) for mask in masks if mask is not None)
+        curvature.examples += sum(len(token_mask(other)) for other in others if other is not None)
     if processes.count() == 1:
         takers = [(curvature.add_inputs, curvature.add_gradients) for curvature in collected]
         _run(model, layout, batch, tokens, takers, objective, generator)
@@ -151,7 +153,10 @@ def _add_turn(
     seen: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in layout.blocks]
     waiting = [(inputs.append, gradients.append) for inputs, gradients in seen]
     _run(model, layout, batch, tokens, waiting, objective, generator)
-    lengths = [0 if mask is None else int(mask.sum()) for mask in masks]
+    lengths = [
+        [0 if other is None else int(tokens_of(layout, block, other).sum()) for other in others]
+        for block in layout.blocks
+    ]
     _exchange(layout, collected, seen, lengths)
 
 
@@ -162,19 +167,21 @@ def _run(
     model: PreTrainedModel,
     layout: Layout,
     batch: Batch,
-    tokens: Tensor,
+    tokens: Sequence[Tensor],
     takers: Sequence[tuple[Taker, Taker]],
     objective: Objective,
     generator: torch.Generator,
 ) -> None:
-    """Give the takers of every block what enters its consumer, (tokens, p), and by factor the
-    gradient at what leaves it, (tokens, d); both as often as the block runs."""
+    """Give the takers of every block, at its tokens (B, S), what enters its consumer, (tokens, p),
+    and by factor the gradient at what leaves it, (tokens, d); both as often as the block runs.
+    """
 
-    def packed(take: Taker) -> Taker:
-        return lambda values: take(pack(values, tokens).float())
+    def packed(take: Taker, mask: Tensor) -> Taker:
+        return lambda values: take(pack(values, mask).float())
 
-    entering = [packed(take_inputs) for take_inputs, _ in takers]
-    leaving = [packed(take_gradients) for _, take_gradients in takers]
+    pairs = list(zip(takers, tokens, strict=True))
+    entering = [packed(take_inputs, mask) for (take_inputs, _), mask in pairs]
+    leaving = [packed(take_gradients, mask) for (_, take_gradients), mask in pairs]
     for gradients in output_gradients(
         model, layout, batch, entering, generator, objective=objective
     ):
@@ -187,15 +194,15 @@ def _exchange(
     layout: Layout,
     collected: Sequence[Curvature],
     seen: Sequence[tuple[list[Tensor], list[Tensor]]],
-    lengths: Sequence[int],
+    lengths: Sequence[Sequence[int]],
 ) -> None:
     """Bring what was seen of every block to its keeper, which takes it in batch by batch.
 
     First all is passed on and then all is taken in, so that the keepers work at the same time.
     """
     passed = [
-        [processes.pass_on(torch.stack(rows, 1), lengths, _keeper(block)) for rows in pair]
-        for block, pair in zip(layout.blocks, seen, strict=True)
+        [processes.pass_on(torch.stack(rows, 1), own, _keeper(block)) for rows in pair]
+        for block, pair, own in zip(layout.blocks, seen, lengths, strict=True)
     ]  # each (tokens, runs or factors and runs, p or d)
     for curvature, (inputs, gradients) in zip(collected, passed, strict=True):
         for rows in inputs:

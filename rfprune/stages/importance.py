@@ -23,9 +23,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rfprune.errors import UserError
+from rfprune.model.decoders import tokens_of
 from rfprune.model.layout import Block, Layout
 from rfprune.model.linear import linear, weight_of
-from rfprune.model.replay import Batch, token_mask
+from rfprune.model.replay import Batch
 from rfprune.stages.consumers import output_gradients
 from rfprune.stages.fisher import Gradients, collect_gradients
 from rfprune.stages.objective import PREDICTIONS, Objective
@@ -200,11 +201,11 @@ def _add_norms(
     generator: torch.Generator,
     rows: Sequence[list[Tensor]],
 ) -> None:
-    tokens = token_mask(batch)
     entering: list[list[Tensor]] = [[] for _ in layout.blocks]
     takers = [runs.append for runs in entering]
     for gradients in output_gradients(model, layout, batch, takers, generator, objective=objective):
         for block, block_rows, xs, gs in zip(layout.blocks, rows, entering, gradients, strict=True):
+            tokens = tokens_of(layout, block, batch)
             # a weight's gradient is the sum over the runs, as it is over the tokens of each
             x = torch.cat([x.float().reshape(*tokens.shape, -1) for x in xs], 1)
             # padding is no part of an example

@@ -25,6 +25,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rfprune import processes
+from rfprune.model.decoders import (
+    decoder_tokens,
+    encoder_output,
+    tokens_of,
+    with_encoder_output,
+)
 from rfprune.model.layout import Block, Layout
 from rfprune.model.linear import is_empty, linear, weight_of
 from rfprune.model.replay import (
@@ -62,12 +68,19 @@ class _Walk:
             residual (tokens, d); before the first one what enters the first layer. All are parts
             of one tensor, since tensors that come and go between others leave holes in memory.
         last: that block.
+        memory: of a decoder, for every batch what comes out of the encoder (tokens, d); else none.
     """
 
     model: PreTrainedModel
     layout: Layout
     states: Sequence[Tensor]
     last: Block | None = None
+    memory: Sequence[Tensor] = ()
+
+    def calls(self, i: int, batch: Batch) -> Calls:
+        """What the layers are called with on batch i."""
+        given = with_encoder_output(batch, self.memory[i]) if self.memory else None
+        return layer_calls(self.model, self.layout, batch, decoder_inputs=given)[1]
 
     def trace(self, i: int, tokens: Tensor, calls: Calls, block: Block) -> Trace:
         """Batch i at `block`, on its way from the last one."""
@@ -86,7 +99,7 @@ class _Walk:
     ) -> tuple[Tensor, list[Block]]:
         """Hidden states (B, S, d) of batch i in layer `until`, and its blocks that are done."""
         hidden = unpack(self.states[i], tokens)
-        layer, done = 0, list[Block]()
+        layer, done = self.layout.stack(decoder=bool(self.memory))[0], list[Block]()
         if self.last is not None:
             layer, blocks = self.last.layer, self.layout.blocks_of_layer(self.last.layer)
             done = [*blocks[: blocks.index(self.last)], self.last]
@@ -129,8 +142,10 @@ def reconstruct(
                 moments = _collect_runs(teacher, student, layout, batches, block)
                 failures += _apply(fit, student, block, *moments)
             return failures
-        walks = _start(teacher, student, layout, batches)
+        walks = _start(teacher, student, layout, batches, in_decoder=False)
         for block in bar:
+            if layout.in_decoder(block) and not walks[0].memory:
+                walks = _start(teacher, student, layout, batches, in_decoder=True)
             if align and walks[0].last is not None:
                 failures += _align(*walks, batches, block)
             moments = _collect(*walks, batches, block, block.consumer in first_token_only)
@@ -141,16 +156,32 @@ def reconstruct(
 
 
 def _start(
-    teacher: PreTrainedModel, student: PreTrainedModel, layout: Layout, batches: Sequence[Batch]
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    layout: Layout,
+    batches: Sequence[Batch],
+    *,
+    in_decoder: bool,
 ) -> tuple[_Walk, _Walk]:
-    sizes = [int(token_mask(batch).sum()) for batch in batches]
-    hidden, _ = layer_calls(student, layout, batches[0])
+    """At the first layer; of a decoder when the encoder is done."""
+    models = (teacher, student)
+    memories: list[list[Tensor]] = [[], []]
+    if in_decoder:
+        memories = [[encoder_output(model, batch) for batch in batches] for model in models]
+    tokens = [decoder_tokens(batch) if in_decoder else token_mask(batch) for batch in batches]
+    sizes = [int(mask.sum()) for mask in tokens]
+
+    def first(i: int) -> Tensor:
+        given = with_encoder_output(batches[i], memories[1][i]) if in_decoder else None
+        return layer_calls(student, layout, batches[i], decoder_inputs=given)[0]
+
+    hidden = first(0)
     together = hidden.new_empty(sum(sizes), hidden.shape[-1])
-    for state, batch in zip(together.split(sizes), batches, strict=True):
-        state.copy_(pack(layer_calls(student, layout, batch)[0], token_mask(batch)))
+    for i, state in enumerate(together.split(sizes)):
+        state.copy_(pack(first(i), tokens[i]))
     return (
-        _Walk(teacher, layout, together.clone().split(sizes)),
-        _Walk(student, layout, together.split(sizes)),
+        _Walk(teacher, layout, together.clone().split(sizes), memory=memories[0]),
+        _Walk(student, layout, together.split(sizes), memory=memories[1]),
     )
 
 
@@ -170,9 +201,10 @@ def _collect(
     num_outputs, num_features = weight_of(consumer).shape
     parts = _parts(num_features, num_outputs, consumer.weight.device)
     for i, batch in enumerate(batches):
-        tokens = token_mask(batch)
-        _, calls = layer_calls(student.model, student.layout, batch)
-        wanted = teacher.trace(i, tokens, calls, block).total
+        tokens = tokens_of(student.layout, block, batch)
+        calls = student.calls(i, batch)
+        theirs = teacher.calls(i, batch) if teacher.memory else calls
+        wanted = teacher.trace(i, tokens, theirs, block).total
         teacher.states[i].copy_(pack(wanted, tokens))
         trace = student.trace(i, tokens, calls, block)
         chosen = first_tokens(tokens) if first_token_only else tokens
@@ -246,10 +278,11 @@ def _align(teacher: _Walk, student: _Walk, batches: Sequence[Batch], block: Bloc
     size = weight_of(readers[0]).shape[1]
     parts = _parts(size, size, student.states[0].device)
     for i, batch in enumerate(batches):
-        tokens = token_mask(batch)
-        _, calls = layer_calls(student.model, student.layout, batch)
+        tokens = tokens_of(student.layout, block, batch)
+        calls = student.calls(i, batch)
+        theirs = teacher.calls(i, batch) if teacher.memory else calls
         seen = student.entering(i, tokens, calls, block)
-        wanted = teacher.entering(i, tokens, calls, block)
+        wanted = teacher.entering(i, tokens, theirs, block)
         _part(parts, i).add(pack(seen, tokens), pack(wanted, tokens))
     try:
         moments = _everyones(parts[0]), _everyones(parts[1])
@@ -267,9 +300,9 @@ def _has_bias(reader: Any) -> bool:
 
 def _pass(walk: _Walk, batches: Sequence[Batch], block: Block) -> None:
     for i, batch in enumerate(batches):
-        tokens = token_mask(batch)
-        _, calls = layer_calls(walk.model, walk.layout, batch)
-        walk.states[i].copy_(pack(walk.trace(i, tokens, calls, block).total, tokens))
+        tokens = tokens_of(walk.layout, block, batch)
+        total = walk.trace(i, tokens, walk.calls(i, batch), block).total
+        walk.states[i].copy_(pack(total, tokens))
     walk.last = block
 
 

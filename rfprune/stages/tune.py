@@ -122,6 +122,8 @@ def reads_first_token(model: PreTrainedModel, layout: Layout) -> bool:
 
     Those of decoders read the last one.
     """
+    if layout.decoder is not None:  # those of encoder-decoders read an end of sequence
+        return False
     if getattr(model.config, "classifier_pooling", "cls") != "cls":  # ModernBERT's may be the mean
         return False
     return type(model).__name__.endswith("ForSequenceClassification") and not layout.causal

@@ -32,7 +32,7 @@ def counted_macs(model: Any, layout: Layout) -> float:
         if model.config.model_type in IMAGE_TYPES:
             model(torch.randn(1, 3, 8, 8))
         else:
-            model(torch.full((1, LENGTH), 7))
+            model(torch.full((1, LENGTH), 3))
     counts = counter.get_flop_counts()
     flops = sum(
         sum(counts[name].values())
@@ -51,6 +51,8 @@ def test_macs_are_what_torch_counts(model_type: str, tiny_model: Tiny) -> None:
     assert total_macs(layout, length) == counted_macs(model, layout) > 0
     masks = full_masks(layout)
     masks[0][1:], masks[1][3:], masks[2][:] = 0, 0, 0
+    for mask in masks[4:]:
+        mask[1:] = 0
     small = compact(model, layout, masks)
     kept = mac_costs(layout, length).total(num_kept(masks))
     assert kept == total_macs(layout_of(small), length) == counted_macs(small, layout)
@@ -70,3 +72,18 @@ def test_the_formulas_are_those_of_the_paper(tiny_model: Tiny) -> None:
     attention = 3 * length * hidden * width + 2 * length**2 * width + length * width * hidden
     assert unit_macs(heads, hidden, length) == pytest.approx(attention)
     assert unit_macs(neurons, hidden, length) == pytest.approx(2 * length * hidden)
+
+
+def test_a_decoder_has_a_length_of_its_own(tiny_model: Tiny) -> None:
+    """Its queries are of what it writes, the keys of its cross-attention of what it reads."""
+    model = tiny_model("bart", "seq2seq-lm")
+    layout = layout_of(model)
+    model.set_attn_implementation("eager")
+    model.requires_grad_(False)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(torch.full((1, LENGTH), 3), decoder_input_ids=torch.full((1, 4), 3))
+    counts = counter.get_flop_counts()
+    paths = [f"{type(model).__name__}.{path}" for path in layout.layers]
+    assert total_macs(layout, LENGTH, 4) == sum(sum(counts[path].values()) for path in paths) / 2
+    assert total_macs(layout, LENGTH) > total_macs(layout, LENGTH, 4) > total_macs(layout, 4)

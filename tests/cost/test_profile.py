@@ -25,6 +25,7 @@ from rfprune.timing import Timing
 from tests.conftest import ALL_TYPES
 
 Tiny = Callable[..., Any]
+PROFILED = tuple(model_type for model_type in ALL_TYPES if model_type != "bart")
 
 
 def flops(call: Callable[[], object]) -> float:
@@ -50,7 +51,7 @@ def eager(model: Any) -> Any:
 
 
 @pytest.mark.usefixtures("counted")
-@pytest.mark.parametrize("model_type", ALL_TYPES)
+@pytest.mark.parametrize("model_type", PROFILED)
 def test_a_table_predicts_what_the_pruned_model_does(
     model_type: str, tiny_model: Tiny, tiny_batch: Tiny
 ) -> None:
@@ -90,7 +91,7 @@ def test_a_pruned_model_is_profiled_too(tiny_model: Tiny, tiny_batch: Tiny) -> N
     assert [len(costs_of_block) - 1 for costs_of_block in costs.tables] == [8, 1, 12, 4]
 
 
-@pytest.mark.parametrize("model_type", ALL_TYPES)
+@pytest.mark.parametrize("model_type", PROFILED)
 def test_every_size_is_measured_and_the_model_stays_as_it_was(
     model_type: str, tiny_model: Tiny, tiny_batch: Tiny
 ) -> None:
@@ -215,6 +216,12 @@ def test_nothing_to_measure_is_said(tiny_model: Tiny, tiny_batch: Tiny) -> None:
     )
     with pytest.raises(UserError, match="no heads or neurons left"):
         profile(empty, layout_of(empty), tiny_batch())
+
+
+def test_an_encoder_and_its_decoder_have_no_table(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    model = tiny_model("bart")
+    with pytest.raises(UserError, match="encoder-decoder"):
+        profile(model, layout_of(model), tiny_batch(model_type="bart"))
 
 
 @pytest.mark.cuda

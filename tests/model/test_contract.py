@@ -39,6 +39,7 @@ HEADS = {
     "sequence-classification": transformers.AutoModelForSequenceClassification,
     "question-answering": transformers.AutoModelForQuestionAnswering,
     "causal-lm": transformers.AutoModelForCausalLM,
+    "seq2seq-lm": transformers.AutoModelForSeq2SeqLM,
     "image-classification": transformers.AutoModelForImageClassification,
 }
 
@@ -52,7 +53,7 @@ def heads_of(model_type: str) -> tuple[str, ...]:
 
 
 CASES = [(model_type, head) for model_type in ALL_TYPES for head in heads_of(model_type)]
-CASES += [("gpt2", "question-answering"), ("llama", "question-answering")]
+CASES += [("bart", "seq2seq-lm"), ("gpt2", "question-answering"), ("llama", "question-answering")]
 
 Batch = dict[str, Tensor]
 
@@ -149,12 +150,10 @@ def test_the_layout_finds_all_heads_and_neurons(layout: Layout, case: tuple[str,
     shapes = [(b.kind, b.layer, b.num_units, b.unit_width) for b in layout.blocks]
     width = 8 if case[0] in GROUPED_TYPES else 4  # of two query heads that share a key
     neurons = 16 if case[0] == "dinov2" else 12
-    assert shapes == [
-        ("head", 0, 4, width),
-        ("neuron", 0, neurons, 1),
-        ("head", 1, 4, width),
-        ("neuron", 1, neurons, 1),
-    ]
+    encoder = [(("head", n, 4, width), ("neuron", n, neurons, 1)) for n in range(2)]
+    decoder = [(("head", n, 4, 4), ("head", n, 4, 4), ("neuron", n, 12, 1)) for n in (2, 3)]
+    layers = [*encoder, *decoder] if case[0] == "bart" else encoder
+    assert shapes == [shape for layer in layers for shape in layer]
     assert set(ALL_TYPES) == set(ARCHITECTURES)
 
 
@@ -323,12 +322,13 @@ def test_layers_replayed_are_the_full_forward_pass(
         with torch.no_grad():
             entering, leaving = states_of(net, layout, batch)
             hidden, calls = layer_calls(net, layout, batch)
-            for run, layer in enumerate(layout.order or range(len(layout.layers))):
+            order = layout.order or layout.stack()
+            for run, layer in enumerate(order):
                 path = layout.layers[layer]
                 assert_close(pack(hidden, tokens), pack(entering[run], tokens))
                 through = unpack(pack(hidden, tokens), tokens)  # what was at padding is lost
                 hidden = run_layer(net, path, through, calls)
-            assert_close(pack(hidden, tokens), pack(leaving[-1], tokens))
+            assert_close(pack(hidden, tokens), pack(leaving[len(order) - 1], tokens))
             assert (leaving[-1] - entering[0]).abs().max() > 0.1
 
 

@@ -43,7 +43,7 @@ def test_blocks_run_in_their_order(tiny_model: TinyModel, tiny_batch: Callable[.
             module = model.get_submodule(block.consumer)
             module.register_forward_hook(lambda *_, at=ran, name=block.name: at.append(name))
         model(**tiny_batch(model_type=model_type))
-        order = layout.order or range(len(layout.layers))
+        order = layout.order or range(len(layout.layers))  # an encoder before its decoder
         assert ran == [block.name for layer in order for block in layout.blocks_of_layer(layer)]
 
 
@@ -64,7 +64,7 @@ def test_layers_that_run_several_times_are_blocks_once(tiny_model: TinyModel) ->
         layout_of(tiny_model("albert", inner_group_num=2))
 
 
-@pytest.mark.parametrize("model_type", ["mobilebert", "deberta"])
+@pytest.mark.parametrize("model_type", ["mobilebert", "deberta", "t5"])
 def test_families_that_do_not_fit_say_why(model_type: str) -> None:
     config = transformers.AutoConfig.for_model(model_type)
     with pytest.raises(UserError, match=f"'{model_type}' is not supported: it"):
@@ -189,3 +189,19 @@ def test_linear_gives_the_module_itself(tiny_model: TinyModel) -> None:
     assert linear(model, "classifier") is model.classifier
     with pytest.raises(UserError, match="Dropout"):
         linear(model, "dropout")
+
+
+def test_a_decoder_that_reads_an_encoder_is_a_second_stack(tiny_model: TinyModel) -> None:
+    layout = layout_of(tiny_model("bart", "seq2seq-lm"))
+    assert layout.decoder == 2
+    assert (list(layout.stack()), list(layout.stack(decoder=True))) == ([0, 1], [2, 3])
+    own, cross, neurons = layout.blocks_of_layer(2)
+    assert cross.name == "layer.2.cross_heads"
+    assert [layout.in_decoder(block) for block in (layout.blocks[0], own, cross)] == [0, 1, 1]
+    assert [path.rpartition(".")[2] for path in cross.readers] == ["q_proj"]
+    assert (cross.token_rows, cross.encoder_rows) == (4, 8)
+    assert (own.token_rows, own.encoder_rows, neurons.encoder_rows) == (12, 0, 0)
+    wide = layout_of(tiny_model("bart", decoder_attention_heads=2)).blocks
+    assert [(block.num_units, block.unit_width) for block in wide[:1] + wide[4:6]] == [
+        *((4, 4), (2, 8), (2, 8)),
+    ]

@@ -35,7 +35,7 @@ def test_known_rows_are_suggested(model_type: str) -> None:
 
 def visible(sublayer: Sublayer) -> dict[str, object]:
     """What the modules of a layer tell."""
-    hidden = ("head_bias", "scale", "bypass", "positions")
+    hidden = ("head_bias", "scale", "bypass", "positions", "from_encoder")
     seen = {n: v for n, v in vars(sublayer).items() if n not in hidden}
     return seen | {"producers": {*sublayer.producers, *sublayer.positions}}
 

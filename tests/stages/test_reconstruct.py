@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from rfprune.model.compact import compact
+from rfprune.model.decoders import tokens_of, with_decoder_tokens
 from rfprune.model.layout import Block, Layout, layout_of
 from rfprune.model.masks import frozen, full_masks, masked
 from rfprune.model.replay import (
+    DECODER_TOKENS,
     Batch,
     model_inputs,
     output_scale,
@@ -30,7 +32,7 @@ from tests.conftest import IMAGE_TYPES
 Tiny = Callable[..., Any]
 Pair = tuple[Tensor, Tensor | None]
 FAMILIES = [
-    *("bert", "distilbert", "mpnet", "modernbert", "albert", "deberta-v2"),
+    *("bert", "distilbert", "mpnet", "modernbert", "albert", "deberta-v2", "bart"),
     *("gpt2", "opt", "llama", "qwen3", "vit", "beit", "dinov2"),
 ]
 
@@ -66,7 +68,8 @@ def hidden_of(model: Any, batch: Batch) -> Tensor:
     """Last hidden states of the real tokens, (tokens, d)."""
     with torch.no_grad():
         states = model.base_model(**model_inputs(batch)).last_hidden_state
-    return states[token_mask(batch)]  # type: ignore[no-any-return]
+    tokens = batch.get(DECODER_TOKENS, token_mask(batch))
+    return states[tokens]  # type: ignore[no-any-return]
 
 
 def batches_of(
@@ -77,7 +80,13 @@ def batches_of(
         tiny_batch(8, 7 + seed % 3, padding=padding, seed=seed, model_type=kind)
         for seed in range(count)
     ]
-    return made if model is None else [with_tokens(model, layout_of(model), one) for one in made]
+    return made if model is None else [noted(model, one) for one in made]
+
+
+def noted(model: Any, batch: Batch) -> Batch:
+    if model.config.is_encoder_decoder:
+        return with_decoder_tokens(model, batch)
+    return with_tokens(model, layout_of(model), batch)
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])
@@ -93,8 +102,8 @@ def test_an_equal_student_has_no_error(
     student = compact(teacher, layout, full_masks(layout))
     assert run(teacher, student, layout, batches, spy) == []
     assert list(spy.errors) == [block.name for block in layout.blocks]
-    tokens = sum(int(token_mask(batch).sum()) for batch in batches)
     for block in layout.blocks:
+        tokens = sum(int(tokens_of(layout, block, batch).sum()) for batch in batches)
         moments = spy.moments[block.name]
         assert moments.count == layout.runs_of(block) * tokens
         assert spy.errors[block.name] < 1e-5 * moments.target_energy / moments.count
