@@ -235,9 +235,14 @@ def _grouped(all_conditions: Sequence[Conditions], name: str) -> list[tuple[Any,
 
 
 def _in_words(line: Mapping[str, Any]) -> str:
+    apart = line["divergence"]
+    outcome = (
+        f"{line['metric_name']} {line['score']:.2f}"
+        if apart is None
+        else f"{line['score']:.2f} points, divergence {apart:.4f}"
+    )
     return (
-        f"seed {line['seed']} {line['variant']} {line['constraint']}: {line['score']:.2f} points, "
-        f"divergence {line['divergence'] or float('nan'):.4f}, {line['metric']} "
+        f"seed {line['seed']} {line['variant']} {line['constraint']}: {outcome}, {line['metric']} "
         f"{line['achieved'][line['metric']]:.3f}, {line['seconds']['prune_total']:.0f} s"
     )
 
