@@ -31,7 +31,11 @@ if TYPE_CHECKING:
 
 CONSTRAINTS = (0.85, 0.7, 0.55, 0.4, 0.25)
 DTYPES = ("float32", "bfloat16")
+MIN_ROUNDS = 11
 MAX_ROUNDS = 400
+TOLERANCE = 0.007
+"""Standard error of the last measurement, where there is time to reach it."""
+
 KEY = ("model", "device", "dtype", "batch_size", "length", "constraint")
 
 
@@ -65,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=32, help="default: 32")
     add("--length", type=int, default=128, help="tokens; default: 128")
     add("--constraint", type=float, nargs="+", default=CONSTRAINTS, help="fractions of the latency")
-    add("--seconds", type=float, default=30.0, help="of the last measurement; default: 30")
+    add("--seconds", type=float, default=90.0, help="of the last measurement at most; default: 90")
     add("--profile-seconds", type=float, default=120.0, help="of the table at most; default: 120")
     add("--output", type=Path, metavar="FILE", help="default: in results, named after the flags")
     return parser
@@ -177,8 +181,9 @@ def _afresh(
             partial(result.model.eval(), **batch),
             model.device,
             seconds=seconds,
+            min_rounds=min(MIN_ROUNDS, MAX_ROUNDS),
             max_rounds=MAX_ROUNDS,
-            tolerance=0,
+            tolerance=TOLERANCE,
         )
     return {
         "measured": found.ratio,

@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import o
 
 from rfprune.command_line import DTYPES, METRICS
 from rfprune.errors import UserError
-from rfprune.tasks.registry import LANGUAGE_MODELING, TASKS, get_task
+from rfprune.flag_values import check_task
+from rfprune.tasks.registry import TASK_NAMES
 from scripts.bench import Bench, Conditions, NotMeasured, Variants, calibrate, measure, prepare, say
 
 VARIANTS: Variants = {
@@ -74,8 +75,7 @@ def complete(
             are those of the first.
     """
     try:
-        if options.task != LANGUAGE_MODELING:  # which a text makes
-            get_task(options.task)
+        check_task(options.task, TASK_NAMES)
         measured = {key_of(line) for line in read_lines(output)}
         missing = [conditions for conditions in wanted if key_of(conditions) not in measured]
         say(f"{output}: {len(missing)} of {len(wanted)} measurements to make")
@@ -106,7 +106,7 @@ def parser_of(description: str | None, variants: Variants) -> argparse.ArgumentP
     )
     add = parser.add_argument
     add("--model", required=True, help="a folder, hub id, alias, or demo")
-    add("--task", required=True, help=", ".join(TASKS))
+    add("--task", required=True, help=", ".join(TASK_NAMES))
     add("--data-dir", type=Path, help="local data, DIR/TASK/...; else the hub")
     add("--constraint", required=True, nargs="+", type=_ratio, help="fractions of cost to keep")
     add("--metric", choices=METRICS, default="mac", help="the cost that counts (default: mac)")
