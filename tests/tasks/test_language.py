@@ -179,4 +179,5 @@ def test_rows_are_scored_a_few_at_a_time(tiny_model: Any, monkeypatch: pytest.Mo
     assert sizes == [2, 2, 1]
     np.testing.assert_allclose(parts, whole, atol=1e-5)
     assert same == pytest.approx(apart, rel=1e-4)
+    assert apart is not None
     assert apart > 0
