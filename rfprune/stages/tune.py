@@ -31,9 +31,9 @@ RIDGES = (1e-2, 1e-3, 1e-1, 1.0)
 tokens choose, and where there are none it is the first."""
 
 PRE_NORM_RIDGES = (1.0, 1e-2, 1e-1, 1e1)
-"""The same where norms come first: such models are deep, and what a fit makes up from too few tokens
-is handed on by the residual to all that is fitted above. Measured on a language model, where ridges
-up to 1 were chosen as high as they went."""
+"""The same where norms come first: such models are deep, and what a fit makes up from too few
+tokens is handed on by the residual to all that is fitted above. Measured on a language model, where
+ridges up to 1 were chosen as high as they went."""
 
 
 def tune_scales(
