@@ -170,7 +170,8 @@ def _fill(
 
 
 def _most(slope: float, units: int, budget: float) -> int:
-    return units if slope * units <= budget else int(max(0.0, budget) * (1 + 1e-12) / slope)
+    budget = max(0.0, budget)
+    return units if slope * units <= budget else int(budget * (1 + 1e-12) / slope)
 
 
 def _mean(tables: Sequence[Table]) -> Table:

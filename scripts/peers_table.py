@@ -38,8 +38,15 @@ def _wanted(results: Path, readme: Path) -> dict[Path, str]:
 
 
 def ours(lines: Sequence[Mapping[str, object]]) -> Iterator[Row]:
-    """A row for each of our checkpoints and methods, MACs alone, means over the seeds."""
-    chosen = [line for line in lines if line["metric"] == "mac" and line["variant"] in OURS]
+    """A row for each of our checkpoints and methods, MACs alone, means over the seeds.
+
+    Of tasks that the peers have published numbers of.
+    """
+    chosen = [
+        line
+        for line in lines
+        if line["metric"] == "mac" and line["variant"] in OURS and line["task"] in TASKS
+    ]
     rows: dict[tuple[object, ...], list[Cell]] = {}
     for cell in cells_of(chosen):
         rows.setdefault(cell.row, []).append(cell)

@@ -210,7 +210,12 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "source": long,
         "command": f"rfprune --model {'x' * 300}",
         "warnings": ["w" * 200, "a warning"],
-        "promise": {"promised_ms": 100.0, "predicted_ms": 101.0, "measured_ms": 99.0},
+        "promise": {
+            "promised_ms": 100.0,
+            "predicted_ms": 101.0,
+            "measured_ms": 99.0,
+            "attempts": [{"predicted": 0.505, "measured": 0.495, "error": 0.004}],
+        },
         "layers": [{"heads": index % 13, "neurons": 128 * index} for index in range(24)],
         "original_layers": [{"heads": 12, "neurons": 3072}] * 24,
     }

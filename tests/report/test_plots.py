@@ -43,7 +43,12 @@ SEARCH = {
     "least_possible": 0.01,
     "seconds": 61.2,
 }
-PROMISE = {"promised_ms": 100.0, "predicted_ms": 101.0, "measured_ms": 99.0}
+PROMISE = {
+    "promised_ms": 100.0,
+    "predicted_ms": 101.0,
+    "measured_ms": 99.0,
+    "attempts": [{"predicted": 0.505, "measured": 0.495, "error": 0.004}],
+}
 
 
 @pytest.fixture(scope="module")
