@@ -10,23 +10,20 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
+
 from rfprune.errors import UserError
+from scripts.speedup_models import SYNTHETIC
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from rfprune.cost.latency import Curve, LatencyTable
     from rfprune.model.layout import Layout
-
-SYNTHETIC: Mapping[str, Mapping[str, int]] = {
-    "bert-base": {},
-    "minilm": {"num_hidden_layers": 6, "hidden_size": 384, "intermediate_size": 1536},
-}
-"""What `transformers.BertConfig` is asked for; weights do not matter for time, shapes do."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 SHOWN = (1.0, 0.75, 0.5, 0.25, 0.0)

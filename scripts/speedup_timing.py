@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from rfprune.cost.conditions import device_name
 from rfprune.cost.macs import mac_costs
 from rfprune.errors import UserError
 from rfprune.model.layout import Layout, layout_of
@@ -167,18 +167,9 @@ def machine(device: str) -> dict[str, Any]:
     with suppress(PackageNotFoundError):
         found["onnxruntime"] = version("onnxruntime")
     return {
-        "device_name": _device_name(device),
+        "device_name": device_name(torch.device(device)),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "tf32": device == "cuda" and torch.backends.cuda.matmul.allow_tf32,
         "versions": found,
     }
-
-
-def _device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

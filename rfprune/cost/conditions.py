@@ -52,7 +52,7 @@ def conditions_of(
     mask = batch.get("attention_mask")
     return Conditions(
         device=model.device.type,
-        device_name=_device_name(model.device),
+        device_name=device_name(model.device),
         platform=f"{platform.system()} {platform.machine()}",
         torch=torch.__version__,
         transformers=transformers.__version__,
@@ -65,7 +65,8 @@ def conditions_of(
     )
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """As its maker calls it; of a CPU the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
