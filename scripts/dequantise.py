@@ -30,15 +30,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             " yet.\n"
         )
         return 2
-    dequantise(options.file, options.output)
+    try:
+        dequantise(options.file, options.output)
+    except (ImportError, OSError, ValueError) as error:
+        sys.stderr.write(f"dequantise: error: {options.file} cannot be read: {error}\n")
+        return 2
     return 0
 
 
 def dequantise(file: Path, output: Path) -> None:
-    """Write model and tokenizer to a folder."""
+    """Write model and tokenizer to a folder, once both have been read.
+
+    Raises:
+        ImportError, OSError, ValueError: the file is none that transformers reads, or gguf is
+            missing.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     folder, name = str(file.parent), file.name
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     model = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=name, quantization_config=GgufConfig(dequantize=True)
     )
@@ -46,7 +56,7 @@ def dequantise(file: Path, output: Path) -> None:
         if hasattr(model.config, entry):
             delattr(model.config, entry)
     model.float().save_pretrained(output)
-    AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(output)
+    tokenizer.save_pretrained(output)
 
 
 if __name__ == "__main__":
