@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from rfprune import load_pruned
 from rfprune.embeddings import POOLING_ENTRY
@@ -199,6 +200,7 @@ def test_every_kind_of_task(
     assert f"transformers.{auto_class}.from_pretrained" in shown
     assert ("%" if kind == "language-modeling" else "points") in shown.split(metric)[1][:80]
     assert ("the original goes on" in shown) == (kind == "language-modeling")
+    assert ("in nats a token: " in shown) == (kind == "language-modeling")
     assert auto_class in (tmp_path / "out" / "README.md").read_text()
     again = load_pruned(tmp_path / "out")
     assert type(again).__name__.endswith(type(make_model(kind)).__name__)
@@ -222,3 +224,59 @@ def make_model(kind: str) -> Any:
         return tiny_gpt2()
     chosen = classes.get(kind, transformers.BertForSequenceClassification)
     return chosen(make_tiny_model().config)
+
+
+def grouped_queries(folder: Path) -> tuple[Path, Path]:
+    """A Qwen2 with two query heads to a key and a value, and a byte-level tokenizer as its own."""
+    _, data = language(folder)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train([str(data / "train.txt")], trainer)
+    own = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    )
+    config = transformers.Qwen2Config(
+        hidden_size=24, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=3,
+        intermediate_size=20, max_position_embeddings=64, vocab_size=len(own),
+        initializer_range=0.3, tie_word_embeddings=True, bos_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.Qwen2ForCausalLM(config).save_pretrained(folder / "qwen2")
+    own.save_pretrained(folder / "qwen2")
+    return folder / "qwen2", data
+
+
+def test_a_decoder_of_grouped_queries_writes_when_it_is_loaded_again(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By its own code, with a cache: what it would write without one, and what was reported."""
+    model, data = grouped_queries(tmp_path)
+    flags = ["--model", str(model), "--task", "language-modeling", "--data-dir", str(data)]
+    assert main([*flags, *small, "--max-length", "16"]) == 0, capsys.readouterr().err
+    report = read_report(tmp_path / "out")
+    kept = [layer["heads"] for layer in report["layers"]]
+    assert 0 < sum(kept) < 9, "groups, not query heads, are counted, and some are gone"
+    assert report["divergence"] > 0
+
+    again = transformers.AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True).eval()
+    assert type(again).__module__.startswith("transformers_modules")
+    tokenizer = transformers.AutoTokenizer.from_pretrained("out")
+    text = (data / "validation.txt").read_text()
+    ids = torch.tensor([tokenizer(text)["input_ids"][:8]])  # half of the first block
+    written = again.generate(ids, max_new_tokens=32, do_sample=False, pad_token_id=0)
+    expected = ids
+    with torch.no_grad():
+        while expected.shape[1] < 40:
+            chosen = again(expected, use_cache=False).logits[:, -1:].argmax(-1)
+            expected = torch.cat([expected, chosen], 1)
+    assert torch.equal(written, expected)
+    words = " ".join(tokenizer.decode(written[0, 8:]).split())
+    assert words == report["continuations"]["pruned"] != report["continuations"]["original"]
