@@ -132,7 +132,7 @@ def measure(
     from rfprune.pipeline import prune_family
     from rfprune.report.report_json import versions
     from rfprune.result import Settings
-    from rfprune.tasks.evaluation import evaluate_model
+    from rfprune.tasks.evaluation import divergence, evaluate_model
 
     settings = Settings(**bench.variants[family[0]["variant"]], seed=family[0]["seed"])
     constraints = [Constraint(one["metric"], one["constraint"]) for one in family]
@@ -144,7 +144,9 @@ def measure(
         for conditions in family:
             try:
                 result = next(results)
-                pruned = evaluate_model(result.model, bench.evaluation_set)
+                pruned = evaluate_model(
+                    result.model, bench.evaluation_set, reference=bench.loaded.model
+                )
             except UserError as error:
                 raise NotMeasured(str(error)) from error
             yield {
@@ -156,7 +158,8 @@ def measure(
                 "original_score": original.score,
                 "score": pruned.score,
                 "scores": {"original": dict(original.scores), "pruned": dict(pruned.scores)},
-                **_beside_the_score(bench, result.model, pruned),
+                "divergence": divergence(original, pruned),
+                **_written(bench, result.model),
                 "evaluated_examples": original.num_examples,
                 "achieved": result.achieved,
                 "mean_tokens": result.mean_tokens,
@@ -168,16 +171,12 @@ def measure(
             }
 
 
-def _beside_the_score(bench: Bench, pruned: Any, evaluation: Evaluation) -> dict[str, Any]:
-    """What tells two models apart better than a score: their divergence, or, of language models,
-    whose original would have to be run again for that, what they write."""
-    from rfprune.tasks.evaluation import divergence
-
-    if evaluation.kind != "language-modeling":
-        return {"divergence": divergence(bench.original, evaluation)}
+def _written(bench: Bench, pruned: Any) -> dict[str, Any]:
+    """What language models write, before and after, and the memory that it took to get there."""
+    if bench.original.kind != "language-modeling":
+        return {}
     tokenizer = bench.loaded.tokenizer
     return {
-        "divergence": None,
         "written": {prompt: continued(pruned, tokenizer, prompt) for prompt in bench.written},
         "written_by_original": bench.written,
         "peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,

@@ -21,9 +21,10 @@ BEGIN, END = "<!-- decoders:begin -->", "<!-- decoders:end -->"
 INTRODUCTION = """\
 # Language models
 
-Perplexity on held-out text, times that of the original; seconds by stage (several constraints share
-one collection) and the most memory that the process had used by then, model and data included; and
-what the models write, greedily.
+Perplexity on held-out text, times that of the original; KL, the mean of KL(original || pruned) in
+nats a token (the oldest lines have none); seconds by stage (several constraints share one
+collection) and the most memory that the process had used by then, model and data included; and what
+the models write, greedily.
 """
 STAGES = ("collect", "search", "rearrange", "compact", "tune")
 
@@ -50,11 +51,13 @@ def short(lines: Sequence[Line]) -> str:
     rows = [f"| model [original], samples | method |{heads}", "|---|---|" + "---|" * len(ratios)]
     for where, variant in dict.fromkeys((_where(line), line["variant"]) for line in lines):
         own = {
-            line["constraint"]: line["score"]
+            line["constraint"]: line
             for line in lines
             if (_where(line), line["variant"]) == (where, variant)
         }
-        entries = "".join(f" {own[ratio]:.1f} |" if ratio in own else " |" for ratio in ratios)
+        entries = "".join(
+            f" {_outcome(own[ratio])} |" if ratio in own else " |" for ratio in ratios
+        )
         rows.append(f"| {where} | {variant} |{entries}")
     return "\n".join(rows) + "\n"
 
@@ -62,16 +65,16 @@ def short(lines: Sequence[Line]) -> str:
 def full(lines: Sequence[Line]) -> str:
     """A row for every measurement, and then what was written."""
     rows = [
-        "| model [original], samples | method | MACs | parameters | perplexity | times | "
+        "| model [original], samples | method | MACs | parameters | perplexity | times | KL | "
         f"{' | '.join(STAGES)} | memory |",
-        "|" + "---|" * (7 + len(STAGES)),
+        "|" + "---|" * (8 + len(STAGES)),
     ]
     for line in lines:
         seconds = " | ".join(_seconds(line["seconds"].get(stage)) for stage in STAGES)
         rows.append(
             f"| {_where(line)} | {line['variant']} | {line['achieved']['mac']:.3f} | "
             f"{line['achieved']['params']:.3f} | {line['score']:.2f} | "
-            f"{line['score'] / line['original_score']:.2f} | {seconds} | "
+            f"{line['score'] / line['original_score']:.2f} | {_divergence(line)} | {seconds} | "
             f"{line['peak_memory_bytes'] / 2**30:.1f} GiB |"
         )
     samples = [
@@ -93,6 +96,15 @@ def _where(line: Line) -> str:
         f"{line['model']} [{line['original_score']:.1f}], {line['samples']} x "
         f"{line['mean_tokens']:g} tokens"
     )
+
+
+def _outcome(line: Line) -> str:
+    apart = _divergence(line)
+    return f"{line['score']:.1f}" + f" ({apart})" * bool(apart)
+
+
+def _divergence(line: Line) -> str:
+    return "" if line["divergence"] is None else f"{line['divergence']:.3f}"
 
 
 def _seconds(seconds: float | None) -> str:

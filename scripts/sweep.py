@@ -235,14 +235,9 @@ def _grouped(all_conditions: Sequence[Conditions], name: str) -> list[tuple[Any,
 
 
 def _in_words(line: Mapping[str, Any]) -> str:
-    apart = line["divergence"]
-    outcome = (
-        f"{line['metric_name']} {line['score']:.2f}"
-        if apart is None
-        else f"{line['score']:.2f} points, divergence {apart:.4f}"
-    )
     return (
-        f"seed {line['seed']} {line['variant']} {line['constraint']}: {outcome}, {line['metric']} "
+        f"seed {line['seed']} {line['variant']} {line['constraint']}: {line['metric_name']} "
+        f"{line['score']:.2f}, divergence {line['divergence']:.4f}, {line['metric']} "
         f"{line['achieved'][line['metric']]:.3f}, {line['seconds']['prune_total']:.0f} s"
     )
 

@@ -48,6 +48,7 @@ def test_lines_hold_perplexity_and_what_is_written(
         assert line["score"] != line["original_score"]
         assert line["evaluated_examples"] == 4
         assert line["written"].keys() == line["written_by_original"].keys() == {"film"}
+        assert line["divergence"] > 0
         assert line["peak_memory_bytes"] > 1e7
     content = output.read_text()
     assert measure_decoder.main(flags) == 0  # nothing is measured twice
@@ -58,7 +59,13 @@ def test_lines_hold_perplexity_and_what_is_written(
     assert decoder_table.main([*places, "--check"]) == 1
     assert decoder_table.main(places) == 0
     assert decoder_table.main([*places, "--check"]) == 0
-    assert f"| curvature | {lines[0]['score']:.1f} |" in readme.read_text()
+    apart = f"{lines[0]['divergence']:.3f}"
+    assert f"| curvature | {lines[0]['score']:.1f} ({apart}) |" in readme.read_text()
     full = (folder / "decoders.md").read_text()
     assert "original" in full
     assert "*film*" in full
+    assert f" | {apart} | " in full
+    without = [{**line, "divergence": None} for line in lines]  # as it was once measured
+    output.write_text("".join(json.dumps(line) + "\n" for line in without))
+    assert decoder_table.main(places) == 0
+    assert f"| curvature | {lines[0]['score']:.1f} |" in readme.read_text()

@@ -208,6 +208,8 @@ def scoring(report: Mapping[str, Any]) -> str:
     name = "KL divergence from the original's predictions"
     if report["task"] == "stsb" or report.get("kind") == "regression":
         name = "half the mean squared difference from the original's outputs"
+    if report.get("kind") == "language-modeling":
+        name += ", in nats a token"
     if report.get("kind") == "similarity":
         name = "half the mean squared distance from the original's embeddings"
     return f"Scored on {examples}; {name}: {report['divergence']:.4f}."
