@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-POOLINGS = ("mean", "cls")
-"""Of the last hidden states of an example: the mean over its tokens, or its first token's."""
+POOLINGS = ("mean", "cls", "lasttoken")
+"""Of the last hidden states of an example: the mean over its tokens, its first, or its last one."""
 
 POOLING_ENTRY = "sentence_pooling"
 """The entry of a configuration that names one of them; without it, it is the mean."""
@@ -30,5 +30,7 @@ def embed(hidden: Tensor, tokens: Tensor, pooling: str) -> Tensor:
     weights = tokens.to(hidden)
     if pooling == "cls":
         weights = weights * (weights.cumsum(1) == 1)
+    elif pooling == "lasttoken":
+        weights = weights * (weights.flip(1).cumsum(1).flip(1) == 1)
     pooled = (hidden * weights[:, :, None]).sum(1) / weights.sum(1).clamp_min(1)[:, None]
     return functional.normalize(pooled, dim=-1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from rfprune.inspection import (
     reason,
 )
 from rfprune.model.architectures import ARCHITECTURES
-from rfprune.sentences import pooling_in, transformer_folder
+from rfprune.sentences import Embedder, read_embedder, transformer_folder
 from rfprune.tasks.custom import (
     custom_task,
     language_task,
@@ -59,12 +59,13 @@ class Loaded:
     """A checkpoint ready for a task: in eval mode, on its device, all weights finite.
 
     `source` is the folder or hub id that it came from; the `tokenizer` of a model of images is its
-    image processor.
+    image processor. `embedder`: what stands beside the model of an embedder.
     """
 
     model: Any
     tokenizer: Any
     source: str
+    embedder: Embedder = field(default_factory=Embedder)
 
 
 def choose_task(
@@ -107,13 +108,16 @@ def load(name: str, task: Task, *, device: torch.device, dtype: torch.dtype) -> 
     with quiet_transformers(), _hub_errors(name, source):
         config = read_config(source)
         check_config(config, source, task)
+        embedder = read_embedder(source) if task.kind == "similarity" else Embedder()
         model = _load_pruned(source, dtype) if "rfprune" in config else _load(source, task, dtype)
         images = task.kind == "image-classification"
         tokenizer = _load_processor(source) if images else _load_tokenizer(source, model)
-    if task.kind == "similarity" and (pooling := pooling_in(source)) is not None:
-        setattr(model.config, POOLING_ENTRY, pooling)
+    if embedder.pooling is not None:
+        setattr(model.config, POOLING_ENTRY, embedder.pooling)
+    if embedder.max_tokens is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, embedder.max_tokens)
     check_finite(model)
-    return Loaded(model.to(device).eval(), tokenizer, source)
+    return Loaded(model.to(device).eval(), tokenizer, source, embedder)
 
 
 def locate(name: str, task: Task) -> str:

@@ -39,6 +39,7 @@ from rfprune.report.report_json import SCHEMA, read_report, write_report
 from rfprune.report.table import LOG_WIDTH, print_report, write_log
 from rfprune.result import PruneResult, Settings
 from rfprune.selection import check_possible
+from rfprune.sentences import write_files
 from rfprune.tasks.custom import warn_of_cuts
 from rfprune.tasks.evaluation import Evaluation, prepare_evaluation
 from rfprune.tasks.registry import CUSTOM, Task
@@ -184,6 +185,7 @@ def _save(
         tokenizer = prepared.loaded.tokenizer
         save_pruned(result.model, result.layout, result.masks, temporary, tokenizer, dtype=stored)
         report["pruned"]["bytes"] = weight_bytes(temporary)
+        report["embedder"] = write_files(prepared.loaded.embedder.files, temporary)
         if options.export:
             report["exports"] = write_exports(
                 options.export,

@@ -70,7 +70,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "export": {"cost", "model", "onnx_export", "report", "result", "tasks", "timing"},
     "run": {
         *("cache", "calibration", "command_line", "cost", "data_flags", "device", "export"),
-        *("loading", "measure", "probing", "selection", "trouble"),
+        *("loading", "measure", "probing", "selection", "sentences", "trouble"),
         *("model", "output", "pipeline", "precision", "processes", "report", "result", "tasks"),
     },
     "main": {"command_line", "run"},

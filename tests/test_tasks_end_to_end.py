@@ -24,6 +24,7 @@ from rfprune.report.report_json import read_report
 from tests.conftest import WORDS, make_tiny_model, make_tiny_tokenizer, vocabulary
 
 SPLITS = {"train": 24, "validation": 12}
+LIBRARY = "sentence_transformers.models"
 
 
 def save_model(folder: Path, model_class: Any, **changes: Any) -> Path:
@@ -120,7 +121,21 @@ def embedder(folder: Path) -> tuple[Path, Path]:
     model = save_model(folder / "model", transformers.BertModel)
     pooling = model / "1_Pooling"
     pooling.mkdir()
-    (pooling / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
+    (pooling / "config.json").write_text(
+        json.dumps({"word_embedding_dimension": 16, "pooling_mode_cls_token": True})
+    )
+    modules = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+    entries = [
+        {
+            "idx": place,
+            "name": str(place),
+            "path": path,
+            "type": f"sentence_transformers.models.{t}",
+        }
+        for place, (t, path) in enumerate(modules.items())
+    ]
+    (model / "modules.json").write_text(json.dumps(entries))
+    (model / "sentence_bert_config.json").write_text('{"max_seq_length": 10}')
 
     def row(generator: random.Random) -> dict[str, Any]:
         pair = {"sentence1": sentence(generator), "sentence2": sentence(generator)}
@@ -197,18 +212,23 @@ def test_every_kind_of_task(
     assert report["divergence"] > 0
     assert [stage["divergence"] > 0 for stage in report["stages"]] == [False, True, True]
     shown = capsys.readouterr().out
-    assert f"transformers.{auto_class}.from_pretrained" in shown
+    loader = f"transformers.{auto_class}.from_pretrained("
+    embeds = "sentence_transformers.SentenceTransformer("
+    assert (embeds if kind == "similarity" else loader) in shown
     assert ("%" if kind == "language-modeling" else "points") in shown.split(metric)[1][:80]
     assert ("the original goes on" in shown) == (kind == "language-modeling")
     assert ("in nats a token: " in shown) == (kind == "language-modeling")
     assert auto_class in (tmp_path / "out" / "README.md").read_text()
     again = load_pruned(tmp_path / "out")
+    for name in ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json"):
+        assert (tmp_path / "out" / name).is_file() == (kind == "similarity")
     assert type(again).__name__.endswith(type(make_model(kind)).__name__)
     assert kind != "similarity" or getattr(again.config, POOLING_ENTRY) == "cls"
     pruned_on = [*arguments, "--output-dir", "further", "--skip-tune"]
     pruned_on[1] = "out"
     assert main(pruned_on) == 0, capsys.readouterr().err
     further = read_report(tmp_path / "further")
+    assert further["embedder"] == report["embedder"] == (kind == "similarity")
     assert further["original"]["score"] == pytest.approx(report["pruned"]["score"], rel=1e-4)
 
 

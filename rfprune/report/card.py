@@ -17,6 +17,7 @@ from rfprune.report.search_text import search_lines
 from rfprune.report.table import (
     METRIC_NAMES,
     auto_class,
+    is_embedder,
     is_plain,
     scoring,
     seconds_line,
@@ -90,6 +91,7 @@ def render_card(report: Report, repository: str | None = None) -> str:
         auto_class=auto_class(report),
         processor=processor,
         is_plain=is_plain(report),
+        is_embedder=is_embedder(report),
         command=report["command"].replace("```", "'''"),
         method=_method(settings, report["method"]),
         seed=report["seed"],
@@ -120,8 +122,11 @@ def _metadata(report: Report, task: Task | None) -> Any:
 
     results = [] if task is None else _results(report, task)
     code = [] if is_plain(report) else ["custom_code"]
+    library = "sentence-transformers" if is_embedder(report) else "transformers"
+    if is_embedder(report):
+        code = ["sentence-transformers", "feature-extraction", *code]
     return ModelCardData(
-        library_name="transformers",
+        library_name=library,
         base_model=_hub_id(report["source"]),
         pipeline_tag=_PIPELINES[_kind(report, task)],
         datasets=None if task is None else [task.hub_path],

@@ -75,6 +75,8 @@ def reload_line(report: Mapping[str, Any]) -> str:
     """The one line that loads the pruned model."""
     folder = json.dumps(report["output_dir"], ensure_ascii=False)
     code = "" if is_plain(report) else ", trust_remote_code=True"
+    if is_embedder(report):
+        return f"sentence_transformers.SentenceTransformer({folder}{code})"
     return f"transformers.{auto_class(report)}.from_pretrained({folder}{code})"
 
 
@@ -85,6 +87,11 @@ def auto_class(report: Mapping[str, Any]) -> str:
         kind = "question-answering" if "squad" in report["task"] else "classification"
     found: str = AUTO_CLASSES[kind]
     return found
+
+
+def is_embedder(report: Mapping[str, Any]) -> bool:
+    """Whether the files of sentence-transformers lie beside the pruned model."""
+    return bool(report.get("embedder"))
 
 
 def is_plain(report: Mapping[str, Any]) -> bool:

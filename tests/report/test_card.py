@@ -187,3 +187,22 @@ def test_a_plain_architecture_is_loaded_without_code(report: MakeReport) -> None
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     ast.parse(code)
     assert "uniform True" in text
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_an_embedder_is_loaded_as_one(report: MakeReport, uniform: bool) -> None:
+    """What the hub shows a reader to copy is by this library name."""
+    settings = {"method": "curvature", "uniform": uniform}
+    kind = {"task": "similarity", "kind": "similarity", "settings": settings}
+    alone, embedder = report(**kind), report(**kind, embedder=True)
+    assert metadata(alone)["library_name"] == "transformers"
+    assert "SentenceTransformer" not in render_card(alone)
+    data, text = metadata(embedder), render_card(embedder, "someone/small")
+    assert data["library_name"] == "sentence-transformers"
+    assert data["pipeline_tag"] == "sentence-similarity"
+    assert {"sentence-transformers", "feature-extraction"} <= set(data["tags"])
+    assert ("custom_code" in data["tags"]) == (not uniform)
+    code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
+    ast.parse(code)
+    assert 'name = "someone/small"' in code
+    assert ("trust_remote_code=True" in code) == (not uniform)

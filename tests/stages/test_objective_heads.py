@@ -132,7 +132,7 @@ def test_logits_of_a_language_model_are_never_float64(dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
 def test_embeddings_have_the_fisher_of_gaussian_noise(padding: str, pooling: str) -> None:
     """The exact one is JᵀJ, J the Jacobian of the embedding of one example."""
     generator = torch.Generator().manual_seed(5)
@@ -144,7 +144,8 @@ def test_embeddings_have_the_fisher_of_gaussian_noise(padding: str, pooling: str
 
     def embedding(one: Tensor) -> Tensor:
         states = hidden(one[None])[0]
-        pooled = states[mask == 1].mean(0) if pooling == "mean" else states[mask.argmax()]
+        tokens = states[mask == 1]
+        pooled = {"mean": tokens.mean(0), "cls": tokens[0], "lasttoken": tokens[-1]}[pooling]
         normal: Tensor = pooled / pooled.norm()
         return normal
 

@@ -15,7 +15,6 @@ import transformers
 
 from rfprune.errors import UserError
 from rfprune.loading import locate
-from rfprune.sentences import pooling_in
 from rfprune.tasks.batching import make_batches
 from rfprune.tasks.checks import checked_columns
 from rfprune.tasks.choices import choice_columns
@@ -152,21 +151,9 @@ def test_pairs_are_two_rows_and_one_cosine(tmp_path: Path) -> None:
         with_columns(similarity_task(), tmp_path, ["sentence1"], None)
 
 
-def test_pooling_is_that_of_the_folder(tmp_path: Path) -> None:
-    def saved(**settings: Any) -> str:
-        (tmp_path / "1_Pooling").mkdir(exist_ok=True)
-        (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(settings))
-        return str(tmp_path)
-
-    assert pooling_in(str(tmp_path)) is None
-    assert pooling_in(saved(pooling_mode_mean_tokens=True, pooling_mode_cls_token=False)) == "mean"
-    assert pooling_in(saved(pooling_mode_cls_token=True)) == "cls"
-    with pytest.raises(UserError, match="pooling_mode_max_tokens"):
-        pooling_in(saved(pooling_mode_max_tokens=True, pooling_mode_cls_token=True))
-
-
 def test_the_model_may_be_in_a_folder_of_its_own(tmp_path: Path) -> None:
-    (tmp_path / "modules.json").write_text(json.dumps([{"path": "0_Transformer"}, {"path": "1_P"}]))
+    modules = [{"type": "x", "path": "0_Transformer"}, {"type": "y", "path": "1_P"}]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
     assert locate(str(tmp_path), similarity_task()) == str(tmp_path / "0_Transformer")
     (tmp_path / "config.json").write_text("{}")
     assert locate(str(tmp_path), similarity_task()) == str(tmp_path)
