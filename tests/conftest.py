@@ -42,9 +42,12 @@ MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distil
 
 CAUSAL_TYPES = ("gpt2", "opt", "llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma")
 IMAGE_TYPES = ("vit", "deit", "beit", "dinov2")
+DECODING_TYPES = ("bart", "t5", "mt5")
+"""Encoder-decoders."""
+
 ALL_TYPES = (
-    *(*MODEL_TYPES, "modernbert", "albert", "deberta-v2", "bart"),
-    *(*CAUSAL_TYPES, *IMAGE_TYPES),
+    *(*MODEL_TYPES, "modernbert", "albert", "deberta-v2"),
+    *(*DECODING_TYPES, *CAUSAL_TYPES, *IMAGE_TYPES),
 )
 """Every architecture of the table; `tests/model` checks that none is missing."""
 
@@ -233,7 +236,7 @@ def make_tiny_batch(
             attention_mask[row, length - missing :] = 0
         elif padding == "left":
             attention_mask[row, :missing] = 0
-    if model_type == "bart":  # whose classifiers read the end of the text
+    if model_type in DECODING_TYPES:  # whose classifiers read the end of the text
         ends = attention_mask.cumsum(1).argmax(1)
         ids[torch.arange(num_examples), ends] = 3
     return {"input_ids": ids * attention_mask, "attention_mask": attention_mask}
@@ -279,6 +282,8 @@ def _in_the_words_of(model_type: str, settings: dict[str, Any]) -> dict[str, Any
     }.get(model_type, {})
     if model_type == "bart":
         settings = _as_bart(settings)
+    if model_type in ("t5", "mt5"):
+        settings = _as_t5(settings, gated=model_type == "mt5")
     if model_type == "opt":
         # with ReLU some of twelve neurons would never fire
         settings = {**settings, "word_embed_proj_dim": hidden, "activation_function": "gelu"}
@@ -318,6 +323,24 @@ def _as_bart(settings: dict[str, Any]) -> dict[str, Any]:
         sizes |= {f"{part}_ffn_dim": neurons}
     others = {name: value for name, value in settings.items() if name not in _SIZES}
     return {**others, **sizes, "decoder_start_token_id": 2, "forced_eos_token_id": None}
+
+
+def _as_t5(settings: dict[str, Any], *, gated: bool) -> dict[str, Any]:
+    """An encoder and a decoder of the same sizes, with FFNs of the first or the second version."""
+    hidden, layers, heads, neurons = (settings[name] for name in _SIZES)
+    others = {name: value for name, value in settings.items() if name not in _SIZES}
+    return {
+        **others,
+        "d_model": hidden,
+        "d_kv": hidden // heads,
+        "d_ff": neurons,
+        "num_heads": heads,
+        "num_layers": layers,
+        "num_decoder_layers": layers,
+        "decoder_start_token_id": 0,
+        "feed_forward_proj": "gated-gelu" if gated else "gelu",
+        "relative_attention_num_buckets": 8,
+    }
 
 
 def _spread_what_starts_constant(model: Any) -> None:

@@ -21,7 +21,7 @@ from rfprune.model.checkpoint import load_pruned
 from rfprune.model.replay import token_mask
 from rfprune.pipeline import prune
 from rfprune.result import Settings
-from tests.conftest import ALL_TYPES, CAUSAL_TYPES, IMAGE_TYPES, MODEL_TYPES
+from tests.conftest import ALL_TYPES, CAUSAL_TYPES, DECODING_TYPES, IMAGE_TYPES, MODEL_TYPES
 
 Tiny = Callable[..., Any]
 Batch = dict[str, Tensor]
@@ -30,7 +30,7 @@ CASES = [
     *((model_type, "sequence-classification") for model_type in ALL_TYPES[len(MODEL_TYPES) :]),
     *((model_type, "causal-lm") for model_type in CAUSAL_TYPES),
     ("modernbert", "question-answering"),
-    ("bart", "seq2seq-lm"),
+    *((model_type, "seq2seq-lm") for model_type in DECODING_TYPES),
 ]
 SETTINGS = {
     "curvature": Settings(),
@@ -46,6 +46,7 @@ SOME = (
     ("llama", "causal-lm"),
     ("beit", "sequence-classification"),
     ("bart", "seq2seq-lm"),
+    ("t5", "seq2seq-lm"),
 )
 
 
@@ -106,7 +107,7 @@ def test_every_family_is_pruned_and_reloads(
         ("modernbert", "sequence-classification"),
         ("albert", "sequence-classification"),
         ("deberta-v2", "sequence-classification"),
-        ("bart", "seq2seq-lm"),
+        *((model_type, "seq2seq-lm") for model_type in DECODING_TYPES),
     ],
 )
 def test_fitting_brings_the_predictions_back(

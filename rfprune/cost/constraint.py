@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 
 import numpy as np
@@ -55,11 +55,13 @@ class CostModel:
         tables: one float64 array per block of a layout; `tables[b][n]` is the cost of keeping n
             units of block b, infinite where that is not allowed. No unit and all units always are.
         constant: the cost of what is never pruned and still counted.
+        added: the part of `constant` that the original lacks, and any pruned model has.
     """
 
     metric: str
     tables: tuple[NDArray[np.float64], ...]
     constant: float = 0.0
+    added: float = 0.0
 
     def total(self, kept: Sequence[int]) -> float:
         """The cost of keeping `kept[b]` units of each block b."""
@@ -70,7 +72,7 @@ class CostModel:
     @property
     def original(self) -> float:
         """The cost with nothing pruned."""
-        return self.constant + sum(float(table[-1]) for table in self.tables)
+        return self.constant - self.added + sum(float(table[-1]) for table in self.tables)
 
     @property
     def least(self) -> float:
@@ -85,14 +87,14 @@ class CostModel:
         """The same original cost, where whatever is pruned saves `factor` times as much."""
         tables = tuple(factor * table for table in self.tables)
         full = sum(float(table[-1]) for table in self.tables)
-        return CostModel(self.metric, tables, self.constant + (1 - factor) * full)
+        return replace(self, tables=tables, constant=self.constant + (1 - factor) * full)
 
     def of_blocks(self, blocks: Sequence[int], num_units: Sequence[int]) -> CostModel:
         """Of some of the blocks alone, of which fewer units are left; the others cost nothing."""
         tables = tuple(
             self.tables[b][: units + 1] for b, units in zip(blocks, num_units, strict=True)
         )
-        return CostModel(self.metric, tables, self.constant)
+        return replace(self, tables=tables)
 
     def budget(self, constraint: Constraint) -> float:
         """The cost that a constraint allows for the blocks, the constant left out.

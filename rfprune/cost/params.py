@@ -17,7 +17,25 @@ def unit_params(model: nn.Module, block: Block) -> int:
     for producer in block.producers:
         module = linear(model, producer.path)
         params += producer.unit_rows * (weight_of(module).shape[1] + (module.bias is not None))
-    return int(params)
+    return int(params) + _distances(model, block)
+
+
+def _distances(model: nn.Module, block: Block) -> int:
+    """Numbers that a head has in the block's table of position biases."""
+    if block.bias_table is None:
+        return 0
+    return int(model.get_parameter(f"{block.bias_table}.weight").shape[0])
+
+
+def _added_params(model: nn.Module, block: Block) -> int:
+    """Parameters that pruning adds to a block which shares its table of position biases.
+
+    Each gets a table of its own; a unit's share of that is in `unit_params`, and goes with it.
+    """
+    table = block.bias_table
+    if table is None or table.startswith(f"{block.inner}."):
+        return 0
+    return block.num_units * _distances(model, block)
 
 
 def shared_params(model: nn.Module, block: Block) -> int:
@@ -59,4 +77,6 @@ def sized_costs(
     costs = linear_costs(metric, unit_costs, num_units)
     for table, extra in zip(costs.tables, shared, strict=True):
         table[1:] += extra
-    return replace(costs, constant=float(total - costs.original))
+    added = sum(size * _added_params(model, block) for block, size in blocks)
+    constant = float(total + added - costs.original)
+    return replace(costs, constant=constant, added=float(added))

@@ -7,90 +7,9 @@ relative to the base model (`model.base_model`), paths of a sublayer are relativ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
 
-BlockKind = Literal["head", "neuron"]
-
-Bypass = Literal["plain", "normed"]
-"""What is left to do for the inner module of a sublayer without units: nothing, or ("normed") the
-residual sum and the norm after it, which it holds."""
-
-
-@dataclass(frozen=True)
-class Sublayer:
-    """One attention or one FFN of every layer of a family.
-
-    Attributes:
-        kind: what its units are, heads or neurons. Where several query heads share a key and a
-            value head, they are one unit together.
-        producers: linear maps whose output rows make the units.
-        consumer: the linear map whose input columns are the units (the out-projection).
-        inner: the module that computes the units; it is bypassed when no unit is left.
-        residual_sum: the module whose input is the consumer's output plus the residual; None where
-            that is the layer's output.
-        fused: how many times each producer holds all units, one after the other: 3 for queries,
-            keys and values in one map, 2 for the two halves of a gated FFN.
-        inner_returns_tuple: whether `inner` returns a tuple (attention does).
-        head_bias: argument of `inner` with one slice a head, such as a position bias.
-        scale: a vector (d,) that multiplies what leaves the consumer before the residual is added.
-        label: of the block's name; "heads" or "neurons" where there is no other of that kind.
-        bypass: what `inner` does beside computing units; see `Bypass`.
-        positions: linear maps that read the embeddings of relative positions, and make rows of the
-            units of them, where they are; not in `producers`.
-        from_encoder: those of `producers` that read what comes out of the encoder.
-    """
-
-    kind: BlockKind
-    producers: tuple[str, ...]
-    consumer: str
-    inner: str
-    residual_sum: str | None
-    fused: int = 1
-    inner_returns_tuple: bool = False
-    head_bias: str | None = None
-    scale: str | None = None
-    label: str = ""
-    bypass: Bypass = "plain"
-    positions: tuple[str, ...] = ()
-    from_encoder: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Stack:
-    """Layers that run one after the other, and their sublayers in the order in which they run.
-
-    Attributes:
-        layers: path of the list of layers.
-        pre_norm: whether a sublayer's residual is its layer's hidden state as it is, and norms
-            come only before what reads it; else a norm comes after every residual sum.
-        shared: whether fewer layers than the configuration's `num_hidden_layers` are there, each
-            of which runs several times in a row.
-        returns: how many things a layer returns, the hidden states first.
-    """
-
-    layers: str
-    sublayers: tuple[Sublayer, ...]
-    pre_norm: bool = False
-    shared: bool = False
-    returns: int = 1
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A family.
-
-    Attributes:
-        stacks: one for encoders and for decoders; two where a decoder reads an encoder.
-        causal: whether a token sees none that comes later, and heads read the last one.
-        needed: entries of the configuration, and the only values for which the row is right.
-    """
-
-    stacks: tuple[Stack, ...]
-    causal: bool = False
-    needed: Mapping[str, Any] = field(default_factory=dict)
-
+from rfprune.model.sublayers import Architecture, Stack, Sublayer
 
 _BERT_FFN = Sublayer(
     kind="neuron",
@@ -246,6 +165,55 @@ _BART_CROSS_ATTENTION = Sublayer(
 
 _BART_FFN = replace(_OPT_FFN, residual_sum="final_layer_norm")
 
+_T5_ATTENTION = Sublayer(
+    kind="head",
+    producers=tuple(f"layer.0.SelfAttention.{name}" for name in "qkv"),
+    consumer="layer.0.SelfAttention.o",
+    inner="layer.0.SelfAttention",
+    residual_sum="layer.1.layer_norm",
+    inner_returns_tuple=True,
+    bypass="biased",
+    bias_table="layer.0.SelfAttention.relative_attention_bias",
+)
+
+_T5_CROSS_ATTENTION = Sublayer(
+    kind="head",
+    producers=tuple(f"layer.1.EncDecAttention.{name}" for name in "qkv"),
+    consumer="layer.1.EncDecAttention.o",
+    inner="layer.1.EncDecAttention",
+    residual_sum="layer.2.layer_norm",
+    inner_returns_tuple=True,
+    label="cross_heads",
+    bypass="biased",
+    from_encoder=("layer.1.EncDecAttention.k", "layer.1.EncDecAttention.v"),
+)
+
+
+def _t5_ffn(place: int) -> Sublayer:
+    """The FFN, which comes last in a layer."""
+    inner = f"layer.{place}.DenseReluDense"
+    return Sublayer(
+        kind="neuron",
+        producers=(f"{inner}.wi",),
+        gated=(f"{inner}.wi_0", f"{inner}.wi_1"),
+        consumer=f"{inner}.wo",
+        inner=inner,
+        residual_sum=None,
+    )
+
+
+_T5 = Architecture(
+    (
+        Stack("encoder.block", (_T5_ATTENTION, _t5_ffn(1)), pre_norm=True, returns=3),
+        Stack(
+            "decoder.block",
+            (_T5_ATTENTION, _T5_CROSS_ATTENTION, _t5_ffn(2)),
+            pre_norm=True,
+            returns=3,
+        ),
+    )
+)
+
 _VIT_ATTENTION = Sublayer(
     kind="head",
     producers=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
@@ -304,6 +272,8 @@ ARCHITECTURES: dict[str, Architecture] = {
             Stack("decoder.layers", (_BART_ATTENTION, _BART_CROSS_ATTENTION, _BART_FFN)),
         )
     ),
+    "t5": _T5,
+    "mt5": _T5,
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
@@ -320,10 +290,6 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 REFUSED: dict[str, str] = {
-    "t5": (
-        "it has a first layer that makes the position bias of all layers, one slice a head, which "
-        "has to outlive the heads of that layer; of encoder-decoders, BART is supported"
-    ),
     "mobilebert": (
         "it carries two hidden states, one of 512 features and one of 128 inside of a "
         "bottleneck, and cannot be fitted one sublayer at a time as all methods here do"

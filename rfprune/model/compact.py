@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from rfprune.model.layout import Block, Layout, unit_features
 from rfprune.model.linear import is_transposed, linear, weight_of
-from rfprune.model.modeling_rfprune import FORMAT_VERSION, pruned_class, shrink
+from rfprune.model.modeling_rfprune import BIAS_TABLE, FORMAT_VERSION, pruned_class, shrink
 
 
 def compact(model: PreTrainedModel, layout: Layout, masks: Sequence[Tensor]) -> PreTrainedModel:
@@ -42,8 +42,10 @@ def compact(model: PreTrainedModel, layout: Layout, masks: Sequence[Tensor]) -> 
     small.__class__ = pruned_class(type(model))
     shrink(small, entries)
     small.load_state_dict(state, strict=False, assign=True)
+    read = [block for block in layout.blocks if block.bias_table is not None]
+    tables = {_own_table(block): f"{block.bias_table}.weight" for block in read}
     for name, parameter in small.named_parameters():
-        parameter.requires_grad_(model.get_parameter(name).requires_grad)
+        parameter.requires_grad_(model.get_parameter(tables.get(name, name)).requires_grad)
     return small
 
 
@@ -83,6 +85,7 @@ def _describe(block: Block, kept: Tensor) -> dict[str, Any]:
         "inner_returns_tuple": block.inner_returns_tuple,
         "head_bias": block.head_bias,
         "bypass": block.bypass,
+        "has_bias_table": block.bias_table is not None,
     }
 
 
@@ -103,7 +106,15 @@ def _sliced(model: PreTrainedModel, block: Block, mask: Tensor, kept: Tensor) ->
         state[f"{producer.path}.weight"] = _as_kept(module, chosen)
         if module.bias is not None:
             state[f"{producer.path}.bias"] = module.bias.detach().index_select(0, rows)
+    if block.bias_table is not None and len(kept):
+        table = model.get_submodule(block.bias_table).weight.detach()
+        state[_own_table(block)] = table.index_select(1, kept.to(table.device))
     return state
+
+
+def _own_table(block: Block) -> str:
+    """Name of the position bias that the pruned block has to itself."""
+    return f"{block.inner}.{BIAS_TABLE}.weight"
 
 
 def _as_kept(module: Any, weight: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rfprune.model.checkpoint import stored_state
-from rfprune.model.layout import Layout, Producer, unit_features
+from rfprune.model.layout import Layout, Producer, layout_of, unit_features
 from rfprune.model.linear import is_transposed, linear
+from rfprune.model.modeling_rfprune import BIAS_TABLE
 
 
 def to_dense(
@@ -38,6 +39,7 @@ def to_dense(
     state = dict(model.state_dict())
     for block in model.config.rfprune["blocks"]:
         state |= _spread(block, neurons.get(block["consumer"]), state, dense)
+    state = _with_joined_tables(state, model.config.rfprune["blocks"], dense)
     dense.load_state_dict(state, assign=True)
     dense.tie_weights()
     share_buffers(model, dense)
@@ -115,6 +117,22 @@ def _spread(
         if name.startswith(f"{block['inner']}.") and name not in state and name not in small:
             state[name] = small[consumer].new_ones(shape)
     return state
+
+
+def _with_joined_tables(
+    state: Mapping[str, Tensor], blocks: Sequence[Mapping[str, Any]], dense: PreTrainedModel
+) -> dict[str, Tensor]:
+    """A state in which the position biases of all layers are in the one table that they had."""
+    others, joined = dict(state), dict[str, Tensor]()
+    owners = {block.inner: f"{block.bias_table}.weight" for block in layout_of(dense).blocks}
+    for block in blocks:
+        own = others.pop(f"{block['inner']}.{BIAS_TABLE}.weight", None)
+        if block["has_bias_table"] and block["num_units"] and own is not None:
+            owner = owners[block["inner"]]
+            shape = dense.get_parameter(owner).shape
+            table = joined.setdefault(owner, own.new_zeros(shape))
+            table[:, block["units"]] = own
+    return others | joined
 
 
 def _scattered(values: Tensor, shape: torch.Size, places: Tensor, dimension: int) -> Tensor:

@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rfprune.errors import UserError
-from rfprune.model.architectures import (
-    ARCHITECTURES,
-    REFUSED,
-    Architecture,
-    BlockKind,
-    Bypass,
-    Stack,
-    Sublayer,
-)
+from rfprune.model.architectures import ARCHITECTURES, REFUSED
 from rfprune.model.linear import is_empty, linear
-from rfprune.model.shapes import head_width, original_units, positional_maps, shapes
+from rfprune.model.shapes import (
+    bias_table,
+    head_width,
+    original_units,
+    positional_maps,
+    producers_of,
+    shapes,
+)
+from rfprune.model.sublayers import Architecture, BlockKind, Bypass, Stack, Sublayer
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,13 @@ class Block:
         unit_width: input features of the consumer per unit (1 for a neuron).
         units: of each head, its index in the model before any pruning; neurons are numbered as
             they are now.
-        bypass: what `inner` does beside computing units; see `rfprune.model.architectures.Bypass`.
+        bypass: what `inner` does beside computing units; see `rfprune.model.sublayers.Bypass`.
         readers: paths of the producers that read the hidden state and nothing else.
         token_rows: how many rows of a unit in the producers the block's own tokens enter, and
             position_rows: how many the embeddings of relative positions, of which there are
             `positions`, and encoder_rows: how many what comes out of the encoder.
+        bias_table: path of an embedding with a number for each head, which may be that of another
+            layer in a model that was never pruned.
     """
 
     kind: BlockKind
@@ -109,6 +111,12 @@ class Block:
     position_rows: int = 0
     positions: int = 0
     encoder_rows: int = 0
+    bias_table: str | None = None
+
+    @property
+    def num_others(self) -> int:
+        """How many things `inner` returns beside the hidden states."""
+        return self.inner_returns_tuple + (self.bypass == "biased")
 
 
 @dataclass(frozen=True)
@@ -168,7 +176,7 @@ def layout_of(model: PreTrainedModel) -> Layout:
     order: list[int] = []
     starts: list[int] = []
     blocks: list[Block] = []
-    for stack in architecture.stacks:
+    for stack in _stacks(model, architecture):
         num_layers = _num_layers(model, prefix + stack.layers)
         starts.append(len(layers))
         if stack.shared:
@@ -242,6 +250,12 @@ def check_supported(config: PretrainedConfig) -> Architecture:
     return architecture
 
 
+def _stacks(model: PreTrainedModel, architecture: Architecture) -> tuple[Stack, ...]:
+    """Those that a model has: of an encoder-decoder it may be the encoder alone."""
+    decoder = getattr(model.base_model, "decoder", None)
+    return architecture.stacks[: 1 if decoder is None else None]
+
+
 def _num_layers(model: nn.Module, path: str) -> int:
     try:
         module = model.get_submodule(path)
@@ -265,7 +279,7 @@ def _block(
     if is_empty(model, consumer):
         return None
     inner = f"{layer_path}.{sublayer.inner}"
-    own = [f"{layer_path}.{path}" for path in sublayer.producers]
+    own = [f"{layer_path}.{path}" for path in producers_of(sublayer, model.config)]
     positional, positions = positional_maps(model, sublayer, layer_path, own)
     from_encoder = [f"{layer_path}.{path}" for path in sublayer.from_encoder]
     paths = [*own, *(path for path in positional if path not in own)]
@@ -302,6 +316,7 @@ def _block(
         position_rows=rows_of(set(positional)),
         encoder_rows=rows_of(set(from_encoder)),
         positions=positions,
+        bias_table=bias_table(model, sublayer, layer_path),
     )
 
 

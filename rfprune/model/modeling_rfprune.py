@@ -16,6 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 FORMAT_VERSION = 2
+BIAS_TABLE = "relative_attention_bias"  # in an attention, a number for each distance and each head
 
 _FIELDS: dict[str, tuple[type, ...]] = {
     "name": (str,),  # such as "layer.0.heads"
@@ -28,8 +29,11 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "inner": (str,),  # path of the module that holds the producers, or is the only one
     "inner_returns_tuple": (bool,),
     "head_bias": (str, type(None)),  # argument of `inner` with one slice a head
-    "bypass": (str,),  # what `inner` does beside computing units: "plain" or "normed", see `_empty`
+    "bypass": (str,),  # what `inner` does beside computing units: plain, normed or biased
+    "has_bias_table": (bool,),  # whether `inner` looks up a position bias in a table of its own
 }
+
+_DEFAULTS: dict[str, Any] = {"bypass": "plain", "has_bias_table": False}  # of fields added later
 
 _PRODUCER_FIELDS: dict[str, tuple[type, ...]] = {
     "path": (str,),
@@ -97,7 +101,7 @@ def check_description(description: Any) -> list[dict[str, Any]]:
         raise ValueError("there is no list of blocks")
     if version == 1:
         blocks = [_upgraded(block) for block in blocks]
-    blocks = [{"bypass": "plain", **block} if type(block) is dict else block for block in blocks]
+    blocks = [_DEFAULTS | block if type(block) is dict else block for block in blocks]
     for block in blocks:
         _check_block(block)
     return blocks
@@ -140,7 +144,7 @@ def _check_block(block: Any) -> None:
             for p in block["producers"]
         ),
         "head_bias": block["head_bias"] is None or units is not None,
-        "bypass": block["bypass"] in ("plain", "normed"),
+        "bypass": block["bypass"] in ("plain", "normed", "biased"),
     }
     for field, is_sound in sound.items():
         if not is_sound:
@@ -219,18 +223,36 @@ def _set_heads(attention: Any, block: dict[str, Any], width: int) -> None:
     head_width = min(producer["width"] for producer in block["producers"])
     sizes = {
         **dict.fromkeys(("num_attention_heads", "n_heads", "num_heads"), width // head_width),
-        **dict.fromkeys(("all_head_size", "split_size"), width),
+        **dict.fromkeys(("all_head_size", "split_size", "inner_dim"), width),
         "num_key_value_heads": block["num_units"],
     }
     for name, size in sizes.items():
         if hasattr(attention, name):
             setattr(attention, name, size)
+    if block["bypass"] == "biased":
+        _make_own_bias(attention, block)
     if block["head_bias"] is not None:
         if not hasattr(attention, "kept_heads"):
             position = list(signature(attention.forward).parameters).index(block["head_bias"])
             hook = partial(_select_bias, name=block["head_bias"], position=position)
             attention.register_forward_pre_hook(hook, with_kwargs=True)
         attention.kept_heads = list(block["units"])
+
+
+def _make_own_bias(attention: Any, block: dict[str, Any]) -> None:
+    """Let an attention look up the position bias of its heads; the layer below hands on others."""
+    if block["has_bias_table"]:
+        shape = attention.relative_attention_num_buckets, block["num_units"]
+        table = nn.Embedding.from_pretrained(attention.o.weight.new_zeros(shape), freeze=False)
+        setattr(attention, BIAS_TABLE, table)
+        attention.has_relative_attention_bias = True
+    if not hasattr(attention, "makes_own_bias"):
+        attention.register_forward_pre_hook(_without_bias, with_kwargs=True)
+        attention.makes_own_bias = True
+
+
+def _without_bias(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    return args, kwargs | {"position_bias": None}
 
 
 def _select_bias(
@@ -248,18 +270,19 @@ def _select_bias(
 
 def _empty(model: nn.Module, block: dict[str, Any], consumer: nn.Linear | Conv1D) -> None:
     path, output = block["inner"], ConstantOutput(consumer)
+    num_others = block["inner_returns_tuple"] + (block["bypass"] == "biased")
     name = block["consumer"].removeprefix(path + ".")
     before = model.get_submodule(path)
     layer_index = getattr(before, "layer_idx", None)
     if "." in name and name != block["consumer"]:
         raise ValueError(f"'{block['consumer']}' is too deep inside of '{path}'")
     if name != block["consumer"]:  # the consumer is inside: it stays there, under its name
-        inner = EmptySublayer(block["inner_returns_tuple"], layer_index, name, output)
+        inner = EmptySublayer(num_others, layer_index, name, output)
         if block["bypass"] == "normed":
             inner.LayerNorm = before.get_submodule("LayerNorm")
         _replace(model, path, inner)
     else:
-        _replace(model, path, EmptySublayer(block["inner_returns_tuple"], layer_index))
+        _replace(model, path, EmptySublayer(num_others, layer_index))
         _replace(model, block["consumer"], output)
 
 
@@ -276,7 +299,8 @@ class ConstantOutput(nn.Module):
         super().__init__()
         outputs, weight = _sizes(like)[1], like.weight
         self.transposed = isinstance(like, Conv1D)
-        self.register_buffer("weight", weight.new_empty(*_sides(0, outputs, self.transposed)))
+        shape = (0, outputs) if self.transposed else (outputs, 0)
+        self.register_buffer("weight", weight.new_empty(shape))
         self.bias = None if like.bias is None else nn.Parameter(weight.new_zeros(outputs))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -287,10 +311,6 @@ class ConstantOutput(nn.Module):
         return self.bias.expand(*hidden_states.shape[:-1], -1).clone()
 
 
-def _sides(inputs: int, outputs: int, transposed: bool) -> tuple[int, int]:
-    return (inputs, outputs) if transposed else (outputs, inputs)
-
-
 class EmptySublayer(nn.Module):
     """Stands where units were computed when none is left, and costs nothing.
 
@@ -299,13 +319,13 @@ class EmptySublayer(nn.Module):
 
     def __init__(
         self,
-        returns_tuple: bool,
+        num_others: int,
         layer_index: int | None = None,
         output_name: str = "",
         output: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.returns_tuple = returns_tuple
+        self.num_others = num_others  # of what an attention returns beside the hidden states
         self.layer_idx = layer_index
         self.output_name = output_name
         self.LayerNorm: nn.Module | None = None
@@ -325,4 +345,4 @@ class EmptySublayer(nn.Module):
             hidden_states = self.get_submodule(self.output_name)(hidden_states)
         if self.LayerNorm is not None:
             hidden_states = self.LayerNorm(residual + hidden_states)
-        return (hidden_states, None) if self.returns_tuple else hidden_states
+        return (hidden_states, *[None] * self.num_others) if self.num_others else hidden_states

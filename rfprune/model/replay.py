@@ -158,7 +158,10 @@ def layer_calls(
             calls[path] = LayerCall(tuple(_no_cache(value) for value in args[1:]), named)
             if path == paths[-1]:
                 raise _Stop
-            return states if layout.returns == 1 else (states, *[None] * (layout.returns - 1))
+            if layout.returns == 1:
+                return states
+            bias = _first_bias(model.get_submodule(path), states.shape[1])
+            return (states, bias, *[None] * (layout.returns - 2))
 
         return forward
 
@@ -167,6 +170,15 @@ def layer_calls(
             stack.enter_context(_forward_replaced(model, path, stand_in(path)))
         model(**(decoder_inputs or model_inputs(batch)))
     return hidden[0], calls
+
+
+def _first_bias(layer: nn.Module, num_tokens: int) -> Tensor | None:
+    """The position bias (1, H, S, S) of a layer that makes that of all layers; else None."""
+    for module in layer.modules():
+        if getattr(module, "has_relative_attention_bias", False):
+            bias: Tensor = module.compute_bias(num_tokens, num_tokens)  # type: ignore[operator]
+            return bias
+    return None
 
 
 def _no_cache(value: Any) -> Any:
@@ -271,7 +283,7 @@ def _skipped(model: nn.Module, done: Sequence[Block], total: Tensor) -> Iterator
             features = output if inside else total.new_zeros(1, 1, 1)
             if block.bypass == "normed":
                 features = model.get_submodule(block.residual_sum or "")(total)
-            inner = (features, None) if block.inner_returns_tuple else features
+            inner = (features, *[None] * block.num_others) if block.num_others else features
             stack.enter_context(_returning(model, block.inner, inner))
             stack.enter_context(_returning(model, block.consumer, output))
         if done and not done[-1].pre_norm:

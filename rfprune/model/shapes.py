@@ -6,8 +6,8 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from rfprune.errors import UserError
-from rfprune.model.architectures import Sublayer
 from rfprune.model.linear import linear, weight_of
+from rfprune.model.sublayers import Sublayer
 
 
 def head_width(config: PretrainedConfig) -> int:
@@ -17,6 +17,23 @@ def head_width(config: PretrainedConfig) -> int:
         if isinstance(width, int) and width > 0:
             return width
     return int(config.hidden_size // config.num_attention_heads)
+
+
+def producers_of(sublayer: Sublayer, config: PretrainedConfig) -> tuple[str, ...]:
+    """Those that the configuration has of a sublayer's producers."""
+    gated = sublayer.gated and getattr(config, "is_gated_act", False)
+    return sublayer.gated if gated else sublayer.producers
+
+
+def bias_table(model: nn.Module, sublayer: Sublayer, layer_path: str) -> str | None:
+    """Path of the embedding where a layer looks up its position bias: its own or the first's."""
+    if sublayer.bias_table is None:
+        return None
+    own = f"{layer_path}.{sublayer.bias_table}"
+    if own in dict(model.named_modules()):
+        return own
+    first = layer_path.rpartition(".")[0] + ".0"
+    return f"{first}.{sublayer.bias_table}"
 
 
 def positional_maps(

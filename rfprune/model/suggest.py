@@ -20,8 +20,8 @@ from torch import nn
 from transformers import AutoModel, PretrainedConfig
 
 from rfprune.errors import UserError
-from rfprune.model.architectures import Stack, Sublayer
 from rfprune.model.linear import LINEAR_MAPS, weight_of
+from rfprune.model.sublayers import Stack, Sublayer
 
 _OUTPUT = re.compile(
     r"(^|\.)(o|wo|dense|proj|projection|c_proj|o_proj|(\w+_)?out(put)?(_\w+)?)$", re.IGNORECASE

@@ -202,8 +202,7 @@ def _collect(
     parts = _parts(num_features, num_outputs, consumer.weight.device)
     for i, batch in enumerate(batches):
         tokens = tokens_of(student.layout, block, batch)
-        calls = student.calls(i, batch)
-        theirs = teacher.calls(i, batch) if teacher.memory else calls
+        theirs, calls = _calls(teacher, student, i, batch)
         wanted = teacher.trace(i, tokens, theirs, block).total
         teacher.states[i].copy_(pack(wanted, tokens))
         trace = student.trace(i, tokens, calls, block)
@@ -216,6 +215,16 @@ def _collect(
             _part(parts, i).add(pack(trace.features, chosen), target)
     teacher.last = block
     return _everyones(parts[0]), _everyones(parts[1])
+
+
+def _calls(teacher: _Walk, student: _Walk, i: int, batch: Batch) -> tuple[Calls, Calls]:
+    """What the layers of both are called with on batch i: the same, unless they read encoders.
+
+    A student can be called as its teacher is, but not the other way round: a position bias may have
+    a slice for each of the caller's heads.
+    """
+    theirs = teacher.calls(i, batch)
+    return theirs, student.calls(i, batch) if student.memory else theirs
 
 
 def _collect_runs(
@@ -279,8 +288,7 @@ def _align(teacher: _Walk, student: _Walk, batches: Sequence[Batch], block: Bloc
     parts = _parts(size, size, student.states[0].device)
     for i, batch in enumerate(batches):
         tokens = tokens_of(student.layout, block, batch)
-        calls = student.calls(i, batch)
-        theirs = teacher.calls(i, batch) if teacher.memory else calls
+        theirs, calls = _calls(teacher, student, i, batch)
         seen = student.entering(i, tokens, calls, block)
         wanted = teacher.entering(i, tokens, theirs, block)
         _part(parts, i).add(pack(seen, tokens), pack(wanted, tokens))

@@ -16,7 +16,7 @@ from rfprune.cost.macs import mac_costs, total_macs, unit_macs
 from rfprune.model.compact import compact
 from rfprune.model.layout import Layout, layout_of
 from rfprune.model.masks import full_masks, num_kept
-from tests.conftest import ALL_TYPES, IMAGE_TYPES
+from tests.conftest import ALL_TYPES, DECODING_TYPES, IMAGE_TYPES
 
 Tiny = Callable[..., Any]
 LENGTH = 9
@@ -74,9 +74,10 @@ def test_the_formulas_are_those_of_the_paper(tiny_model: Tiny) -> None:
     assert unit_macs(neurons, hidden, length) == pytest.approx(2 * length * hidden)
 
 
-def test_a_decoder_has_a_length_of_its_own(tiny_model: Tiny) -> None:
+@pytest.mark.parametrize("model_type", DECODING_TYPES)
+def test_a_decoder_has_a_length_of_its_own(model_type: str, tiny_model: Tiny) -> None:
     """Its queries are of what it writes, the keys of its cross-attention of what it reads."""
-    model = tiny_model("bart", "seq2seq-lm")
+    model = tiny_model(model_type, "seq2seq-lm")
     layout = layout_of(model)
     model.set_attn_implementation("eager")
     model.requires_grad_(False)

@@ -27,6 +27,7 @@ def test_costs_are_the_sizes_of_compact_models(model_type: str, tiny_model: Tiny
     layout = layout_of(model)
     costs = param_costs(model, layout)
     assert costs.original == total_params(model)
+    assert bool(costs.added) == (model_type in ("t5", "mt5"))  # tables of position biases
     generator = torch.Generator().manual_seed(0)
     sizes = set()
     for chance in (0.0, 0.3, 0.6, 1.0):

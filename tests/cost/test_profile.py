@@ -22,10 +22,10 @@ from rfprune.errors import UserError
 from rfprune.model.compact import compact
 from rfprune.model.layout import layout_of
 from rfprune.timing import Timing
-from tests.conftest import ALL_TYPES
+from tests.conftest import ALL_TYPES, DECODING_TYPES
 
 Tiny = Callable[..., Any]
-PROFILED = tuple(model_type for model_type in ALL_TYPES if model_type != "bart")
+PROFILED = tuple(model_type for model_type in ALL_TYPES if model_type not in DECODING_TYPES)
 
 
 def flops(call: Callable[[], object]) -> float:

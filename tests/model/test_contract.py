@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,13 @@ from rfprune.model.replay import (
     unpack,
     with_tokens,
 )
-from tests.conftest import ALL_TYPES, CAUSAL_TYPES, GROUPED_TYPES, IMAGE_TYPES
+from tests.conftest import (
+    ALL_TYPES,
+    CAUSAL_TYPES,
+    DECODING_TYPES,
+    GROUPED_TYPES,
+    IMAGE_TYPES,
+)
 
 HEADS = {
     "sequence-classification": transformers.AutoModelForSequenceClassification,
@@ -53,7 +58,8 @@ def heads_of(model_type: str) -> tuple[str, ...]:
 
 
 CASES = [(model_type, head) for model_type in ALL_TYPES for head in heads_of(model_type)]
-CASES += [("bart", "seq2seq-lm"), ("gpt2", "question-answering"), ("llama", "question-answering")]
+CASES += [(model_type, "seq2seq-lm") for model_type in DECODING_TYPES]
+CASES += [("gpt2", "question-answering"), ("llama", "question-answering")]
 
 Batch = dict[str, Tensor]
 
@@ -76,8 +82,14 @@ def layout(model: Any) -> Layout:
 
 @pytest.fixture
 def batches(case: tuple[str, str], tiny_batch: Callable[..., Batch]) -> Callable[..., Batch]:
-    """`tiny_batch` for the family."""
-    return partial(tiny_batch, model_type=case[0])
+    """`tiny_batch` for the family; a language model's decoder reads the same tokens."""
+
+    def make(*args: Any, **settings: Any) -> Batch:
+        batch: Batch = tiny_batch(*args, model_type=case[0], **settings)
+        return batch | {"decoder_input_ids": batch["input_ids"]} if read_twice else batch
+
+    read_twice = case[1] == "seq2seq-lm"
+    return make
 
 
 @pytest.fixture
@@ -152,7 +164,7 @@ def test_the_layout_finds_all_heads_and_neurons(layout: Layout, case: tuple[str,
     neurons = 16 if case[0] == "dinov2" else 12
     encoder = [(("head", n, 4, width), ("neuron", n, neurons, 1)) for n in range(2)]
     decoder = [(("head", n, 4, 4), ("head", n, 4, 4), ("neuron", n, 12, 1)) for n in (2, 3)]
-    layers = [*encoder, *decoder] if case[0] == "bart" else encoder
+    layers = [*encoder, *decoder] if case[0] in DECODING_TYPES else encoder
     assert shapes == [shape for layer in layers for shape in layer]
     assert set(ALL_TYPES) == set(ARCHITECTURES)
 
@@ -207,12 +219,13 @@ def test_masked_folded_compact_and_reloaded_agree(
 def test_a_batch_of_one_without_attention_mask(
     model: Any, layout: Layout, batches: Callable[..., Batch]
 ) -> None:
-    ids = next(iter(batches(1, padding="none").values()))
+    batch = batches(1, padding="none")
+    batch.pop("attention_mask", None)
     masks = mixed_masks(layout)
     with torch.no_grad():
-        small = compact(model, layout, masks)(ids)[0]
+        small = compact(model, layout, masks)(**batch)[0]
         with masked(model, layout, masks):
-            expected = model(ids)[0]
+            expected = model(**batch)[0]
     assert_close(small, expected)
 
 
@@ -363,7 +376,7 @@ def test_mask_gradients_are_finite_differences(
     gradients = torch.autograd.grad(score, masks)
     assert all(gradient.abs().max() > 1e-2 for gradient in gradients)
     # some families compute their norms or positions in float32 whatever the model is in
-    single = case[0] in CAUSAL_TYPES[2:] or case[0] == "modernbert"
+    single = case[0] in (*CAUSAL_TYPES[2:], "modernbert", "t5", "mt5")
     step = 3e-3 if single else 1e-5
     for i, block in enumerate(layout.blocks):
         for unit in (0, block.num_units - 1):

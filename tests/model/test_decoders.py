@@ -24,13 +24,14 @@ from rfprune.model.decoders import (
 from rfprune.model.layout import layout_of
 from rfprune.model.masks import full_masks
 from rfprune.model.replay import layer_calls, model_inputs, pack, run_layer, token_mask, unpack
+from tests.conftest import DECODING_TYPES
 
 Tiny = Callable[..., Any]
 
 
-@pytest.fixture
-def model(tiny_model: Tiny) -> Any:
-    return tiny_model("bart", "seq2seq-lm")
+@pytest.fixture(params=["bart", "t5"])
+def model(request: pytest.FixtureRequest, tiny_model: Tiny) -> Any:
+    return tiny_model(request.param, "seq2seq-lm")
 
 
 def test_labels_are_read_one_token_later_as_in_the_models_own_loss(
@@ -39,7 +40,8 @@ def test_labels_are_read_one_token_later_as_in_the_models_own_loss(
     labels = torch.tensor([[7, 8, 3], [9, 3, -100]])
     batch = {**tiny_batch(2, 5, model_type="bart"), "labels": labels}
     noted = with_decoder_tokens(model, batch)
-    assert noted["decoder_input_ids"].tolist() == [[2, 7, 8], [2, 9, 3]]
+    start = model.config.decoder_start_token_id
+    assert noted["decoder_input_ids"].tolist() == [[start, 7, 8], [start, 9, 3]]
     assert decoder_tokens(noted).tolist() == [[True] * 3] * 2
     with torch.no_grad():
         assert torch.equal(model(**model_inputs(noted)).logits, model(**batch).logits)
@@ -49,8 +51,11 @@ def test_labels_are_read_one_token_later_as_in_the_models_own_loss(
     assert torch.equal(tokens_of(layout, layout.blocks[-1], noted), decoder_tokens(noted))
 
 
-def test_a_classifier_reads_its_inputs_again(tiny_model: Tiny, tiny_batch: Tiny) -> None:
-    classifier, batch = tiny_model("bart"), tiny_batch(model_type="bart")
+@pytest.mark.parametrize("model_type", DECODING_TYPES)
+def test_a_classifier_reads_its_inputs_again(
+    model_type: str, tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    classifier, batch = tiny_model(model_type), tiny_batch(model_type=model_type)
     noted = with_decoder_tokens(classifier, {**batch, "labels": torch.zeros(4, dtype=torch.long)})
     with torch.no_grad():
         found = classifier(**model_inputs(noted)).logits
@@ -76,6 +81,12 @@ def test_a_language_model_without_anything_to_write_is_refused(
         with_decoder_tokens(model, tiny_batch(model_type="bart"))
 
 
+def first(output: Any) -> Tensor:
+    """The hidden states of what a layer returns."""
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states
+
+
 @pytest.mark.parametrize("empty", [None, "layer.1.heads", "layer.2.cross_heads", "layer.3.heads"])
 @pytest.mark.parametrize("padding", ["right", "left"])
 def test_the_decoder_replayed_is_the_full_forward_pass(
@@ -93,7 +104,7 @@ def test_the_decoder_replayed_is_the_full_forward_pass(
     assert not tokens.all()
     leaving: list[Tensor] = []
     handles = [
-        net.get_submodule(path).register_forward_hook(lambda *args: leaving.append(args[2]))
+        net.get_submodule(path).register_forward_hook(lambda *args: leaving.append(first(args[2])))
         for path in layout.layers
     ]
     with torch.no_grad():

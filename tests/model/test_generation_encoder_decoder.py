@@ -30,9 +30,9 @@ EMPTY = (
 )
 
 
-@pytest.fixture
-def model(tiny_model: Tiny) -> Any:
-    made = tiny_model("bart", "seq2seq-lm")
+@pytest.fixture(params=["bart", "t5"])
+def model(request: pytest.FixtureRequest, tiny_model: Tiny) -> Any:
+    made = tiny_model(request.param, "seq2seq-lm")
     made.generation_config.eos_token_id = None  # as many tokens as are asked for
     return made
 

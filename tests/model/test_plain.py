@@ -24,7 +24,7 @@ from rfprune.model.layout import Layout, layout_of
 from rfprune.model.masks import masked
 from rfprune.model.plain import plain_sizes, to_plain
 from rfprune.model.plain_entries import ENTRIES
-from tests.conftest import ALL_TYPES
+from tests.conftest import ALL_TYPES, DECODING_TYPES
 
 Tiny = Callable[..., Any]
 
@@ -177,7 +177,7 @@ def test_a_family_without_a_row_is_refused_by_name(
 
 
 def test_every_supported_family_has_a_row_or_a_reason() -> None:
-    assert set(ARCHITECTURES) - set(ENTRIES) <= {"dinov2", "bart"}, (
+    assert set(ARCHITECTURES) - set(ENTRIES) <= {"dinov2", *DECODING_TYPES}, (
         "neurons are a ratio of the width, or two numbers"
     )
 

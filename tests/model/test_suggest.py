@@ -6,13 +6,16 @@ Deleting this lets the suggestion send somebody who adds a family after the wron
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
 
 from rfprune.errors import UserError
-from rfprune.model.architectures import ARCHITECTURES, Architecture, Stack, Sublayer
+from rfprune.model.architectures import ARCHITECTURES
 from rfprune.model.layout import check_supported
+from rfprune.model.shapes import producers_of
+from rfprune.model.sublayers import Architecture, Stack, Sublayer
 from rfprune.model.suggest import as_text, suggest
 from scripts import inspect_architecture
 from tests.conftest import ALL_TYPES, tiny_config
@@ -20,7 +23,8 @@ from tests.conftest import ALL_TYPES, tiny_config
 
 @pytest.mark.parametrize("model_type", ALL_TYPES)
 def test_known_rows_are_suggested(model_type: str) -> None:
-    found = suggest(tiny_config(model_type, intermediate_size=32))
+    config = tiny_config(model_type, intermediate_size=32)
+    found = suggest(config)
     expected = ARCHITECTURES[model_type].stacks
     assert [each.stack.layers for each in found] == [stack.layers for stack in expected]
     for each, stack in zip(found, expected, strict=True):
@@ -28,16 +32,17 @@ def test_known_rows_are_suggested(model_type: str) -> None:
         assert each.stack.pre_norm == stack.pre_norm
         assert len(each.stack.sublayers) == len(stack.sublayers)
         for ours, theirs in zip(each.stack.sublayers, stack.sublayers, strict=True):
-            assert visible(ours) == visible(theirs)
-    scaled = any(sublayer.scale for sublayer in expected[0].sublayers)
+            assert visible(ours, config) == visible(theirs, config)
+    scaled = any(sublayer.scale or sublayer.bias_table for sublayer in expected[0].sublayers)
     assert bool(found[0].others) == scaled, "what modules alone do not tell is named"
 
 
-def visible(sublayer: Sublayer) -> dict[str, object]:
+def visible(sublayer: Sublayer, config: Any) -> dict[str, object]:
     """What the modules of a layer tell."""
-    hidden = ("head_bias", "scale", "bypass", "positions", "from_encoder")
+    producers = producers_of(sublayer, config)
+    hidden = ("head_bias", "scale", "bypass", "positions", "from_encoder", "gated", "bias_table")
     seen = {n: v for n, v in vars(sublayer).items() if n not in hidden}
-    return seen | {"producers": {*sublayer.producers, *sublayer.positions}}
+    return seen | {"producers": {*producers, *sublayer.positions}}
 
 
 def test_the_text_is_the_row() -> None:
