@@ -10,7 +10,7 @@ from torch import Tensor
 from rfprune.model.compact import compact
 from rfprune.model.layout import Layout
 from rfprune.model.masks import masked, num_kept
-from rfprune.result import PruneResult
+from rfprune.result import PruneResult, kind_of_units, units_of_layers
 from rfprune.tasks.evaluation import Evaluation, EvaluationSet, divergence, evaluate_model
 
 MOST_POINTS = 64
@@ -19,10 +19,7 @@ MOST_POINTS = 64
 
 def original_layers(layout: Layout) -> list[dict[str, int]]:
     """Heads and neurons of every layer before the pruning."""
-    layers = [{"heads": 0, "neurons": 0} for _ in layout.layers]
-    for block in layout.blocks:
-        layers[block.layer][block.name.rpartition(".")[2]] = block.num_units
-    return layers
+    return units_of_layers(layout, [block.num_units for block in layout.blocks])
 
 
 def curve_points(result: PruneResult) -> list[dict[str, Any]]:
@@ -41,7 +38,7 @@ def curve_points(result: PruneResult) -> list[dict[str, Any]]:
         units = _thinned(len(errors) - 1, kept)
         curves.append(
             {
-                "kind": f"{block.kind}s",
+                "kind": kind_of_units(block),
                 "layer": block.layer,
                 "units": units,
                 "errors": [float(f"{float(errors[n]):.6g}") for n in units],

@@ -43,7 +43,7 @@ from rfprune.model.masks import Masks, frozen, full_masks, masked, num_kept
 from rfprune.model.plain import to_plain
 from rfprune.model.replay import LABELS, Batch, token_mask, with_tokens
 from rfprune.promise import Promise, broken, keep_promise
-from rfprune.result import Clock, PruneResult, Settings
+from rfprune.result import Clock, PruneResult, Settings, units_of_layers
 from rfprune.selection import Selection, check_possible, learn
 from rfprune.stages.objective import Loss
 from rfprune.stages.search import search
@@ -111,9 +111,7 @@ def prune_family(
     layout = layout_of(model)
     check_finite(model)
     given = (on_device(batch, model.device) for batch in batches)
-    labelled = [
-        _noted(model, layout, part) for batch in given for part in cut_to_size(model, batch)
-    ]
+    labelled = [noted(model, layout, part) for batch in given for part in cut_to_size(model, batch)]
     if not any(token_mask(batch).any() for batch in labelled) or not layout.blocks:
         raise UserError(
             "there is nothing to calibrate on, or nothing to prune; give at least one example, and "
@@ -140,7 +138,7 @@ def prune_family(
         yield result
 
 
-def _noted(model: PreTrainedModel, layout: Layout, batch: Batch) -> Batch:
+def noted(model: PreTrainedModel, layout: Layout, batch: Batch) -> Batch:
     """A batch and which of its tokens are real, also where a model makes them itself."""
     if layout.decoder is not None:
         return with_decoder_tokens(model, batch)
@@ -320,9 +318,6 @@ def _summarise(
     tokens = mean_tokens(job.inputs)
     macs = mac_costs(layout, tokens, mean_decoder_tokens(layout, job.inputs))
     kept = num_kept(step.masks)
-    layers = [{"heads": 0, "neurons": 0} for _ in layout.layers]
-    for block, count in zip(layout.blocks, kept, strict=True):
-        layers[block.layer][block.name.rpartition(".")[2]] = count
     return PruneResult(
         model=step.student,
         masks=step.masks,
@@ -336,7 +331,7 @@ def _summarise(
         },
         seconds=clock.report(),
         warnings=tuple(step.warnings),
-        layers=tuple(layers),
+        layers=tuple(units_of_layers(layout, kept)),
         mean_tokens=tokens,
         importance=selection.importance,
         curves=selection.curves,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from rfprune.cost.constraint import Constraint
 from rfprune.cost.grid import MULTIPLES
 from rfprune.errors import UserError
-from rfprune.model.layout import Layout
+from rfprune.model.layout import Block, Layout
 from rfprune.model.masks import Masks
 from rfprune.promise import Promise
 from rfprune.stages.importance import CRITERIA
@@ -108,7 +108,7 @@ class PruneResult:
         seconds: by stage (collect, search, rearrange, compact, verify, tune), and in all
             (prune_total).
         warnings: a sentence for whatever did not go as planned.
-        layers: heads and neurons kept in every layer.
+        layers: units of every kind kept in every layer; see `units_of_layers`.
         mean_tokens: mean length of the calibration examples, at which MACs are counted.
         importance: per block the importance (U,) of its units, where the method has one.
         curves: per block of `layout` its error curve, where the method has one.
@@ -129,6 +129,26 @@ class PruneResult:
     curves: tuple[Curve, ...] | None = None
     cached: tuple[str, ...] = ()
     promise: Promise | None = None
+
+
+def kind_of_units(block: Block) -> str:
+    """What a block has many of: "heads", "cross_heads" (which read an encoder) or "neurons"."""
+    return block.name.rpartition(".")[2]
+
+
+def units_of_layers(layout: Layout, counts: Sequence[int]) -> list[dict[str, int]]:
+    """Units of every kind in every layer; `counts`: one per block of `layout`.
+
+    What was emptied by an earlier pruning has none.
+    """
+    decoder = range(0) if layout.decoder is None else layout.stack(decoder=True)
+    layers = [
+        {"heads": 0, **({"cross_heads": 0} if place in decoder else {}), "neurons": 0}
+        for place in range(len(layout.layers))
+    ]
+    for block, count in zip(layout.blocks, counts, strict=True):
+        layers[block.layer][kind_of_units(block)] = count
+    return layers
 
 
 @dataclass

@@ -28,9 +28,8 @@ from rfprune.loading import choose_task, data_folder, length_limit, load, quiet_
 from rfprune.measure import Outcome, Prepared, evaluate_original, inputs_digest, measure
 from rfprune.model.checkpoint import save_pruned
 from rfprune.model.layout import layout_of
-from rfprune.model.replay import TOKENS, with_tokens
 from rfprune.output import check_output, holds, staged, weight_bytes
-from rfprune.pipeline import prune_family
+from rfprune.pipeline import noted, prune_family
 from rfprune.precision import rounded_to, stored_dtype
 from rfprune.probing import asked_for, smallest
 from rfprune.report.folder import write_family, write_for_people
@@ -300,13 +299,14 @@ def _settings(options: Options) -> Settings:
     )
 
 
-def _with_tokens(model: Any, batches: Sequence[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """Batches of images with the number of tokens that they become, which only the model knows."""
+def _noted(model: Any, batches: Sequence[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Batches with the tokens that only the model knows: of images, and of a decoder."""
     layout = layout_of(model)
     for batch in batches:
         on_device = {name: values.to(model.device) for name, values in batch.items()}
-        counted = with_tokens(model, layout, on_device)
-        yield {**batch, TOKENS: counted[TOKENS].cpu()}
+        known = noted(model, layout, on_device)
+        added = {name: known[name].cpu() for name in known.keys() - batch.keys()}
+        yield {**batch, **added}
 
 
 def _prepare(options: Options, task: Task, device: torch.device, told: Console) -> Prepared:
@@ -329,9 +329,7 @@ def _prepare(options: Options, task: Task, device: torch.device, told: Console) 
         seed=options.seed,
         with_labels=options.use_labels,
     )
-    images = task.kind == "image-classification"
-    if images:
-        batches = list(_with_tokens(loaded.model, batches))
+    batches = list(_noted(loaded.model, batches))
     if options.metric != "latency":  # which needs a table first
         wanted = _constraints(options, options.ratios)
         check_possible(loaded.model, batches, wanted, _settings(options))
@@ -343,7 +341,7 @@ def _prepare(options: Options, task: Task, device: torch.device, told: Console) 
         max_length=max_length,
         limit=options.eval_limit,
     )
-    if task.name == CUSTOM and options.max_length is None and not images:
+    if task.name == CUSTOM and options.max_length is None and "pixel_values" not in batches[0]:
         warn_of_cuts(evaluation_set.batches, max_length)
     seconds = time.perf_counter() - start
     inputs = inputs_digest(loaded.model, batches, evaluation_set)

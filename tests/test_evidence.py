@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from rfprune import Constraint, Settings, prune
 from rfprune.evidence import MOST_POINTS, _thinned, curve_points, original_layers, stage_scores
 from rfprune.model.compact import compact
+from rfprune.model.layout import layout_of
 from rfprune.tasks.evaluation import divergence, evaluate_model, prepare_evaluation
 from rfprune.tasks.registry import get_task
 
@@ -69,6 +70,31 @@ def test_original_sizes_are_those_before_the_pruning(
     result = prune(tiny_model(), batches, Constraint("mac", 0.5), Settings(method="kwon"))
     assert original_layers(result.layout) == [{"heads": 4, "neurons": 12}] * 2
     assert list(result.layers) != original_layers(result.layout)
+
+
+def test_cross_attention_has_sizes_and_curves_of_its_own(
+    tiny_model: Callable[..., Any], tiny_batch: Callable[..., Any]
+) -> None:
+    """Pruned once more, too, when blocks of the first run may be gone."""
+    model = tiny_model("bart")
+    batches = [tiny_batch(seed=seed, model_type="bart") for seed in range(3)]
+    result = prune(model, batches, Constraint("mac", 0.3), Settings(tune=False))
+    names = [{"heads", "neurons"}] * 2 + [{"heads", "cross_heads", "neurons"}] * 2
+    assert [set(layer) for layer in result.layers] == names
+    assert original_layers(result.layout) == [
+        dict.fromkeys(own, 4) | {"neurons": 12} for own in names
+    ]
+    for curve in curve_points(result):
+        assert curve["kept"] == result.layers[curve["layer"]][curve["kind"]]
+    kinds = [(curve["layer"], curve["kind"]) for curve in curve_points(result)]
+    assert len(kinds) == len(set(kinds)) == 2 * 2 + 2 * 3
+    no_cross = tuple(
+        torch.zeros_like(mask) if block.name == "layer.2.cross_heads" else torch.ones_like(mask)
+        for block, mask in zip(result.layout.blocks, result.masks, strict=True)
+    )
+    emptied = layout_of(compact(model, result.layout, no_cross))
+    assert len(emptied.blocks) == len(result.layout.blocks) - 1
+    assert original_layers(emptied)[2] == {"heads": 4, "cross_heads": 0, "neurons": 12}
 
 
 @pytest.mark.parametrize("method", ["kwon", "curvature"])

@@ -232,6 +232,31 @@ def test_every_kind_of_task(
     assert further["original"]["score"] == pytest.approx(report["pruned"]["score"], rel=1e-4)
 
 
+def test_an_encoder_decoder_classifies(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its decoder reads what the encoder reads, which only the model knows."""
+    make_tiny_model("bart").save_pretrained(tmp_path / "model")
+    make_tiny_tokenizer("bart").save_pretrained(tmp_path / "model")
+
+    def row(generator: random.Random) -> dict[str, Any]:
+        return {"text": sentence(generator), "label": generator.randrange(3)}
+
+    data = write_rows(tmp_path / "data", row)
+    arguments = ["--model", str(tmp_path / "model"), "--task", "custom", "--data-dir", str(data)]
+    assert main([*arguments, *small]) == 0, capsys.readouterr().err
+    report = read_report(tmp_path / "out")
+    assert report["divergence"] > 0
+    assert report["achieved"]["mac"] < 0.55
+    assert [set(layer) for layer in report["layers"]][1:3] == [
+        *({"heads", "neurons"}, {"heads", "cross_heads", "neurons"})
+    ]
+    assert type(load_pruned(tmp_path / "out")).__name__ == "BartForSequenceClassification"
+    latency = [*arguments, *small, "--output-dir", "other", "--metric", "latency"]
+    assert main(latency) == 2
+    assert "No latency table can be made of an encoder-decoder" in capsys.readouterr().err
+
+
 def make_model(kind: str) -> Any:
     classes = {
         "token-classification": transformers.BertForTokenClassification,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rfprune.report.exports_table import HEADINGS, export_caption, export_lines, export_rows
+from rfprune.report.layers import kind_name, kinds_of, parts_of
 from rfprune.report.plots import PLOTS_FOLDER
 from rfprune.report.promise_text import promise_lines
 from rfprune.report.search_text import search_lines
@@ -231,14 +232,17 @@ def _noise_limit(report: Report, task: Task | None) -> str:
 
 
 def _per_layer(report: Report) -> str:
-    """A line a kind: 8, 7, ... of 12."""
+    """A line a kind, and a stack of layers where there are two: 8, 7, ... of 12."""
     before = report.get("original_layers")
     lines = []
-    for kind in ("heads", "neurons"):
-        counts = ", ".join(str(layer[kind]) for layer in report["layers"])
-        had = {layer[kind] for layer in before} if before else set()
-        whole = f" (of {had.pop()} each)" if len(had) == 1 else ""
-        lines.append(f"- {kind} kept, first layer to last{whole}: {counts}")
+    for kind in kinds_of(report):
+        for part in parts_of(report):
+            counts = ", ".join(map(str, part.having(report["layers"], kind)))
+            had = set(part.having(before, kind)) if before else set()
+            whole = f" (of {had.pop()} each)" if len(had) == 1 else ""
+            place = f"first {part.name} layer to last".replace("  ", " ")
+            if counts or not part.name:
+                lines.append(f"- {kind_name(report, kind)} kept, {place}{whole}: {counts}")
     return "\n".join(lines)
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rfprune.report.layers import Part, kind_name, kinds_of, number_layers, part_of, parts_of
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -21,6 +23,7 @@ COLOURS = {
     "grid": "#d0d7de",
     "paper": "#ffffff",
     "heads": "#2f6fd0",
+    "cross_heads": "#12805c",
     "neurons": "#c2571a",
     "removed": "#e1e5ea",
 }
@@ -29,7 +32,8 @@ COLOURS = {
 _EDGE_COLOURS = ("#3b7dd8", "#d2622a")
 """First and last layer; they and what is between them show on white and on black alike."""
 
-_KINDS = ("heads", "neurons")
+_MARKERS = {"heads": "o", "cross_heads": "D", "neurons": "s"}
+_PANEL_COLOURS = ("heads", "neurons")
 _STAGES = ("load", "collect", "search", "rearrange", "compact", "verify", "tune", "evaluate")
 WIDTH_INCHES = 4.0
 
@@ -49,79 +53,98 @@ class Sketch:
 
 
 def kept_per_layer(report: Report) -> Sketch | None:
-    """Heads and neurons that every layer keeps, over what it had."""
+    """The units of every kind that every layer keeps, over what it had."""
     layers, before = report["layers"], report.get("original_layers")
     if not layers:
         return None
-    spoken = []
-    for kind in _KINDS:
-        counts = listed(layer[kind] for layer in layers)
-        whole = "" if not before else f", of {_of(before, kind)}"
-        spoken.append(f"{kind} kept from layer 0 to layer {len(layers) - 1}: {counts}{whole}")
+    kinds = kinds_of(report)
 
     def paint(figure: Figure) -> None:
-        places = range(len(layers))
-        for axis, kind in zip(figure.subplots(2, 1, sharex=True), _KINDS, strict=True):
-            if before:
-                had = [layer[kind] for layer in before]
-                axis.bar(places, had, color=COLOURS["removed"], width=0.8)
-            axis.bar(places, [layer[kind] for layer in layers], color=COLOURS[kind], width=0.8)
-            axis.set_title(f"{kind} kept")
+        axes = figure.subplots(len(kinds), 1, sharex=True)
+        for axis, kind in zip(axes, kinds, strict=True):
+            for counts, colour in ((before or [], "removed"), (layers, kind)):
+                own = {place: layer[kind] for place, layer in enumerate(counts) if kind in layer}
+                axis.bar(list(own), list(own.values()), color=COLOURS[colour], width=0.8)
+            axis.set_title(f"{kind_name(report, kind)} kept")
             axis.grid(axis="x", visible=False)
-        _number_layers(axis, len(layers))
+            number_layers(axis, report, COLOURS["muted"])
+            axis.label_outer()
 
     note = "Layer 0 is next to the embeddings."
     if before:
         note += " The pale part of a bar was removed."
+    spoken = [_spoken_counts(report, kind, part) for kind in kinds for part in parts_of(report)]
     return Sketch(
         "kept",
         "Heads and neurons kept",
-        f"Bar charts, {'; '.join(spoken)}.",
+        f"Bar charts, {'; '.join(filter(None, spoken))}.",
         note,
-        (WIDTH_INCHES, 3.8),
+        (WIDTH_INCHES, 0.4 + 1.7 * len(kinds)),
         paint,
     )
 
 
+def _spoken_counts(report: Report, kind: str, part: Part) -> str:
+    """What the layers of a part keep, for a description; nothing where they have no such units."""
+    counts = part.having(report["layers"], kind)
+    if not counts:
+        return ""
+    before = report.get("original_layers")
+    whole = f", of {_of(part.having(before, kind))}" if before else ""
+    places = f"{part.name} layer 0 to layer {len(part.layers) - 1}".lstrip()
+    return f"{kind_name(report, kind)} kept from {places}: {listed(counts)}{whole}"
+
+
 def importance_by_depth(report: Report) -> Sketch | None:
     """What removing a whole sublayer would cost, from the first layer to the last."""
-    curves = report.get("curves") or ()
-    costs = {
-        kind: [(curve["layer"], curve["errors"][0]) for curve in curves if curve["kind"] == kind]
-        for kind in _KINDS
-    }
+    kinds = kinds_of(report)
+    costs = {kind: _costs(report, kind) for kind in kinds}
     if not any(costs.values()):
         return None
     spoken = [
-        f"{kind}: {listed(f'{cost:.3g}' for _, cost in own)}" for kind, own in costs.items() if own
+        f"{kind_name(report, kind)}: {listed(f'{cost:.3g}' for _, cost in own)}"
+        for kind, own in costs.items()
+        if own
     ]
 
     def paint(figure: Figure) -> None:
         axis = figure.subplots()
-        for kind, marker in zip(_KINDS, "os", strict=True):
-            if costs[kind]:
-                layers, own = zip(*costs[kind], strict=True)
-                axis.plot(layers, own, color=COLOURS[kind], marker=marker, ms=4.5, label=kind)
-        _number_layers(axis, len(report["layers"]))
+        for kind in kinds:
+            label: str | None = kind_name(report, kind)
+            for part in parts_of(report):  # no line leads from the encoder's end to the decoder
+                points = [point for point in costs[kind] if point[0] in part.layers]
+                if points:
+                    colour, marker = COLOURS[kind], _MARKERS[kind]
+                    places, own = zip(*points, strict=True)
+                    axis.plot(places, own, color=colour, marker=marker, ms=4.5, label=label)
+                    label = None
+        number_layers(axis, report, COLOURS["muted"])
         scale_axis(axis, [cost for own in costs.values() for _, cost in own])
         axis.set_ylabel(_error_name(report))
         legend_above(figure, axis)
 
+    names = [kind_name(report, kind) for kind in kinds]
     return Sketch(
         "importance",
         "Importance against depth",
         f"Line chart of what removing all units of a sublayer would cost, first to last layer; "
         f"{'; '.join(spoken)}.",
-        "What it would cost to remove all heads, or all neurons, of a layer.",
+        f"What it would cost to remove all {', or all '.join(names)}, of a layer.",
         (WIDTH_INCHES, 2.9),
         paint,
     )
 
 
+def _costs(report: Report, kind: str) -> list[tuple[int, float]]:
+    """Layers that have such units, and the error of keeping none of these."""
+    curves = report.get("curves") or ()
+    return [(curve["layer"], curve["errors"][0]) for curve in curves if curve["kind"] == kind]
+
+
 def error_curves(report: Report) -> Sketch | None:
     """Every block's error against what it keeps, with the point that was chosen."""
     curves = report.get("curves") or ()
-    kinds = [kind for kind in _KINDS if any(curve["kind"] == kind for curve in curves)]
+    kinds = [kind for kind in kinds_of(report) if any(curve["kind"] == kind for curve in curves)]
     if not kinds:
         return None
     spoken = []
@@ -129,37 +152,41 @@ def error_curves(report: Report) -> Sketch | None:
         shares = [
             f"{curve['kept'] / curve['units'][-1]:.0%}" for curve in curves if curve["kind"] == kind
         ]
-        spoken.append(f"share of {kind} chosen to stay, first to last layer: {listed(shares)}")
-    last = max(curve["layer"] for curve in curves)
+        name = kind_name(report, kind)
+        spoken.append(f"share of {name} chosen to stay, first to last layer: {listed(shares)}")
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
         for axis, kind in zip(axes, kinds, strict=True):
             own = [curve for curve in curves if curve["kind"] == kind]
             for curve in own:
-                _paint_curve(axis, curve, last)
-            axis.set_title(kind)
+                _paint_curve(axis, curve, part_of(report, curve["layer"]))
+            axis.set_title(kind_name(report, kind))
             axis.set_ylabel(_error_name(report))
             scale_axis(axis, [error for curve in own for error in curve["errors"]])
         axes[-1].set_xlabel("kept (%)")
         legend_above(figure, axes[0])
 
+    dashed = " A decoder's are dashed." if len(parts_of(report)) > 1 else ""
     return Sketch(
         "curves",
         "Error curves and the chosen points",
         f"Line charts, a curve per layer, of the error against the share of units kept; dots are "
         f"the chosen points; {'; '.join(spoken)}.",
-        "Each curve says what a sublayer loses by keeping less; the dots are what was chosen.",
+        f"Each curve says what a sublayer loses by keeping less; the dots are what was chosen."
+        f"{dashed}",
         (WIDTH_INCHES, 2.0 + 1.7 * len(kinds)),
         paint,
     )
 
 
-def _paint_curve(axis: Axes, curve: Mapping[str, Any], last: int) -> None:
+def _paint_curve(axis: Axes, curve: Mapping[str, Any], part: Part) -> None:
     """Zero errors have no place on a logarithmic axis."""
-    depth = curve["layer"] / max(last, 1)
+    place, ends = curve["layer"], (part.layers[0], part.layers[-1])
+    depth = (place - ends[0]) / max(ends[1] - ends[0], 1)
     colour = _between(*_EDGE_COLOURS, depth)
-    label = f"layer {curve['layer']}" if curve["layer"] in (0, last) else None
+    name = part.called(place)
+    label = (name if part.name else f"layer {name}") if place in ends else None
     total = curve["units"][-1]
     errors_of = dict(zip(curve["units"], curve["errors"], strict=True))
     points = [(100 * units / total, error) for units, error in errors_of.items()]
@@ -167,7 +194,8 @@ def _paint_curve(axis: Axes, curve: Mapping[str, Any], last: int) -> None:
     if not shown:
         return
     shares, errors = zip(*shown, strict=True)
-    axis.plot(shares, errors, color=colour, linewidth=1.2, label=label)
+    style = "--" if part.name == "decoder" else "-"
+    axis.plot(shares, errors, color=colour, linewidth=1.2, linestyle=style, label=label)
     chosen = errors_of.get(curve["kept"], 0.0)
     if chosen > 0:
         axis.plot(100 * curve["kept"] / total, chosen, "o", color=colour, markersize=4.5)
@@ -191,7 +219,7 @@ def stage_by_stage(report: Report) -> Sketch | None:
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-        for axis, (title, values, form), kind in zip(axes, panels, _KINDS, strict=False):
+        for axis, (title, values, form), kind in zip(axes, panels, _PANEL_COLOURS, strict=False):
             bars = axis.bar(names, values, color=COLOURS[kind], width=0.55)
             axis.bar_label(bars, [f"{value:{form}}" for value in values], padding=2)
             axis.margins(y=0.2)
@@ -302,17 +330,8 @@ def legend_above(figure: Figure, axis: Axes) -> None:
     figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=2)
 
 
-def _of(before: Sequence[Mapping[str, int]], kind: str) -> str:
-    counts = [layer[kind] for layer in before]
+def _of(counts: Sequence[int]) -> str:
     return str(counts[0]) if len(set(counts)) == 1 else listed(counts)
-
-
-def _number_layers(axis: Axes, count: int) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set_xlabel("layer")
-    axis.set_xlim(-0.6, count - 0.4)
-    axis.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
 
 
 def _error_name(report: Report) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 from rfprune.report.exports_table import HEADINGS, export_caption, export_lines, export_rows
 from rfprune.report.figures import COLOURS
 from rfprune.report.frontier import kept
+from rfprune.report.layers import kind_name, kinds_of, part_of
 from rfprune.report.plots import Plot, draw_frontier, draw_kept, draw_run, write_plots
 from rfprune.report.promise_text import promise_lines
 from rfprune.report.search_text import search_lines
@@ -39,6 +40,7 @@ _DARK = {
     "grid": "#343c46",
     "paper": "#11151a",
     "heads": "#6aa5f5",
+    "cross_heads": "#3fb98f",
     "neurons": "#ee9150",
     "removed": "#2a313a",
 }
@@ -94,6 +96,7 @@ def render_run(report: Report, plots: Sequence[Plot]) -> str:
         with_code=reload_line(report),
         without_code=f"rfprune.load_pruned({json.dumps(report['output_dir'], ensure_ascii=False)})",
         layers=_layers(report),
+        kinds=[kind_name(report, kind) for kind in kinds_of(report)],
         settings=_settings(report),
     )
 
@@ -160,12 +163,19 @@ def _tiles(report: Report) -> list[tuple[str, str]]:
 
 
 def _layers(report: Report) -> list[tuple[str, ...]]:
-    before = report.get("original_layers") or [None] * len(report["layers"])
+    """A row a layer: its name, and the units of every kind that it keeps."""
+    before = report.get("original_layers") or [{}] * len(report["layers"])
     rows = []
-    for index, (after, had) in enumerate(zip(report["layers"], before, strict=True)):
-        counts = (f"{after[k]}" + (f" of {had[k]}" if had else "") for k in ("heads", "neurons"))
-        rows.append((str(index), *counts))
+    for place, (after, had) in enumerate(zip(report["layers"], before, strict=True)):
+        cells = [_of(after, had, kind) for kind in kinds_of(report)]
+        rows.append((part_of(report, place).called(place), *cells))
     return rows
+
+
+def _of(after: Mapping[str, int], had: Mapping[str, int], kind: str) -> str:
+    if kind not in after:
+        return "\N{EN DASH}"
+    return f"{after[kind]} of {had[kind]}" if kind in had else f"{after[kind]}"
 
 
 def _settings(report: Report) -> list[tuple[str, str]]:

@@ -18,7 +18,7 @@ NUM_LAYERS, NUM_HEADS, NUM_NEURONS = 3, 4, 12
 
 
 def _curves(layers: list[dict[str, int]]) -> list[dict[str, Any]]:
-    sizes = {"heads": NUM_HEADS, "neurons": NUM_NEURONS}
+    sizes = {"heads": NUM_HEADS, "cross_heads": NUM_HEADS, "neurons": NUM_NEURONS}
     return [
         {
             "kind": kind,
@@ -29,6 +29,7 @@ def _curves(layers: list[dict[str, int]]) -> list[dict[str, Any]]:
         }
         for index, layer in enumerate(layers)
         for kind, size in sizes.items()
+        if kind in layer
     ]
 
 
@@ -87,6 +88,18 @@ def make_report(**changes: Any) -> Report:
         "output_dir": "outputs/it",
     }
     return copy.deepcopy(report) | changes
+
+
+def make_encoder_decoder_report(**changes: Any) -> Report:
+    """The same of an encoder of two layers and a decoder of three."""
+    layers = [
+        *({"heads": 4, "neurons": 12}, {"heads": 2, "neurons": 9}),
+        *({"heads": 0, "cross_heads": kept, "neurons": 5 + kept} for kept in (1, 0, 3)),
+    ]
+    whole = {"heads": NUM_HEADS, "cross_heads": NUM_HEADS, "neurons": NUM_NEURONS}
+    before = [{kind: whole[kind] for kind in layer} for layer in layers]
+    sizes = {"layers": layers, "original_layers": before, "curves": _curves(layers)}
+    return make_report(**{**sizes, **changes})
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from rfprune.report.card import (
     standard_error,
     write_card,
 )
+from tests.report.conftest import make_encoder_decoder_report
 
 Report = dict[str, Any]
 MakeReport = Callable[..., Report]
@@ -187,6 +188,19 @@ def test_a_plain_architecture_is_loaded_without_code(report: MakeReport) -> None
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     ast.parse(code)
     assert "uniform True" in text
+
+
+def test_the_layers_of_an_encoder_decoder_are_told_apart() -> None:
+    text = render_card(make_encoder_decoder_report())
+    for line in (
+        "- self-attention heads kept, first encoder layer to last (of 4 each): 4, 2",
+        "- self-attention heads kept, first decoder layer to last (of 4 each): 0, 0, 0",
+        "- cross-attention heads kept, first decoder layer to last (of 4 each): 1, 0, 3",
+        "- neurons kept, first encoder layer to last (of 12 each): 12, 9",
+        "- neurons kept, first decoder layer to last (of 12 each): 6, 5, 8",
+    ):
+        assert f"{line}\n" in text
+    assert "cross-attention heads kept, first encoder" not in text
 
 
 @pytest.mark.parametrize("uniform", [False, True])

@@ -19,7 +19,7 @@ from rfprune.report.html import render_run, render_runs, write_run_page, write_r
 from rfprune.report.plots import draw_frontier, draw_kept, draw_run
 from rfprune.report.report_json import read_report, write_report
 from tests.report.chromium import PROGRAM, Browser, browser
-from tests.report.conftest import make_report
+from tests.report.conftest import make_encoder_decoder_report, make_report
 
 Report = dict[str, Any]
 MakeReport = Callable[..., Report]
@@ -45,6 +45,16 @@ def test_the_page_has_every_number_of_the_table(report: MakeReport) -> None:
         *("modeling_rfprune.py", "someone/bert-mrpc", "2.13.0", "trust_remote_code=True"),
     ):
         assert part in page, part
+
+
+@pytest.mark.usefixtures("one_figure")
+def test_the_layers_of_an_encoder_decoder_are_told_apart() -> None:
+    page = " ".join(render_run(make_encoder_decoder_report(), []).split())
+    for kind in ("self-attention heads", "cross-attention heads", "neurons"):
+        assert f'<th scope="col">{kind}</th>' in page
+    row = '<tr><th scope="row">{}</th><td>{}</td><td>{}</td><td>{}</td></tr>'
+    assert row.format("encoder 1", "2 of 4", "\N{EN DASH}", "9 of 12") in page
+    assert row.format("decoder 2", "0 of 4", "3 of 4", "8 of 12") in page
 
 
 def test_a_plain_architecture_is_loaded_without_code(report: MakeReport) -> None:

@@ -21,9 +21,10 @@ from rfprune.report.figures import (
     time_by_stage,
 )
 from rfprune.report.html import _DARK
+from rfprune.report.layers import number_layers, parts_of
 from rfprune.report.plots import Plot, draw_frontier, draw_kept, draw_run, write_plots
 from rfprune.report.search_text import search_lines
-from tests.report.conftest import make_report
+from tests.report.conftest import make_encoder_decoder_report, make_report
 
 Report = dict[str, Any]
 MakeReport = Callable[..., Report]
@@ -205,10 +206,9 @@ def test_the_colours_can_be_told_from_the_paper(theme: dict[str, str]) -> None:
     assert set(theme) == set(COLOURS)
     assert contrast(theme["ink"], theme["paper"]) > 7
     assert contrast(theme["muted"], theme["paper"]) > 4.5
-    assert contrast(theme["heads"], theme["paper"]) > 3
-    assert contrast(theme["neurons"], theme["paper"]) > 3
-    assert contrast(theme["heads"], theme["removed"]) > 3
-    assert contrast(theme["neurons"], theme["removed"]) > 3
+    for kind in ("heads", "cross_heads", "neurons"):
+        assert contrast(theme[kind], theme["paper"]) > 3
+        assert contrast(theme[kind], theme["removed"]) > 3
 
 
 def test_a_search_shows_what_it_tried_and_what_it_chose(
@@ -238,3 +238,62 @@ def test_a_search_is_told_in_words(report: MakeReport) -> None:
     assert "It gains 0.25 points" in told[1]
     assert told[1].endswith("at most 1 point is lost.")
     assert told[2] == "Nothing smaller is possible by this metric."
+
+
+def test_cross_attention_is_a_series_of_its_own_and_stacks_are_told_apart() -> None:
+    """Else its heads are drawn as if a layer had two numbers of heads."""
+    drawn = by_name(draw_run(make_encoder_decoder_report()))
+    said = drawn["kept"].description
+    assert said == (
+        "Bar charts, self-attention heads kept from encoder layer 0 to layer 1: 4, 2, of 4; "
+        "self-attention heads kept from decoder layer 0 to layer 2: 0, 0, 0, of 4; "
+        "cross-attention heads kept from decoder layer 0 to layer 2: 1, 0, 3, of 4; "
+        "neurons kept from encoder layer 0 to layer 1: 12, 9, of 12; "
+        "neurons kept from decoder layer 0 to layer 2: 6, 5, 8, of 12."
+    )
+    assert "self-attention heads: 1, 2, 3, 4, 5; cross-attention heads: 3, 4, 5; neurons: 1" in (
+        drawn["importance"].description
+    )
+    assert "share of cross-attention heads chosen to stay, first to last layer: 25%, 0%, 75%" in (
+        drawn["curves"].description
+    )
+    assert "A decoder's are dashed." in drawn["curves"].note
+    assert {"encoder 0", "encoder 1", "decoder 0", "decoder 2"} <= set(texts(drawn["curves"]))
+    assert "layer 0" not in texts(drawn["curves"])
+    for name in ("kept", "importance"):
+        shown = texts(drawn[name])
+        assert {"encoder layer", "decoder layer"} <= set(shown)
+        assert f"var(--cross_heads, {COLOURS['cross_heads']})" in drawn[name].svg
+    kept = texts(drawn["kept"])
+    assert [text for text in kept if text.endswith("kept")] == [
+        *("self-attention heads kept", "cross-attention heads kept", "neurons kept")
+    ]
+
+
+@pytest.mark.parametrize("make", [make_report, make_encoder_decoder_report])
+def test_layers_are_numbered_from_none_in_every_stack(make: MakeReport) -> None:
+    from matplotlib.figure import Figure
+
+    full = make()
+    axis = Figure().subplots()
+    number_layers(axis, full, "red")
+    numbers = [label.get_text() for label in axis.get_xticklabels()]
+    assert "".join(numbers) == ("012" if len(full["layers"]) == 3 else "01012")
+    many = make(layers=[layer for layer in full["layers"] for _ in range(8)])
+    axis = Figure().subplots()
+    number_layers(axis, many, "red")
+    numbers = [label.get_text() for label in axis.get_xticklabels()]
+    assert numbers.count("0") == len(parts_of(many))
+    assert len(numbers) <= 13, "they would run into one another"
+
+
+def test_a_line_of_importance_does_not_lead_from_one_stack_to_the_other() -> None:
+    from matplotlib.figure import Figure
+
+    sketch = importance_by_depth(make_encoder_decoder_report())
+    assert sketch is not None
+    figure = Figure()
+    sketch.paint(figure)
+    lines: list[Any] = figure.axes[0].get_lines()
+    series = sorted([float(place) for place in line.get_xdata()] for line in lines)
+    assert series == [[0, 1], [0, 1], [1.5, 1.5], [2, 3, 4], [2, 3, 4], [2, 3, 4]]
