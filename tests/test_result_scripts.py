@@ -149,3 +149,23 @@ def test_variations_stand_beside_the_plain_method(
     assert "| `weights` | 0.0600, +20%, 88.0 (2 seeds) |" in text
     file.write_text("{}\n")
     assert explored.main(["--results", str(tmp_path)]) == 2
+
+
+def test_sizes_stand_beside_one_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scale = script("scale_table")
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{scale.BEGIN}\nold\n{scale.END}\nafter\n")
+    flags = ["--results", str(tmp_path), "--readme", str(readme)]
+    assert scale.main(flags) == 2
+    assert "run scripts/benchmark_scale.py first" in capsys.readouterr().err
+    committed = SCRIPTS.parent / "results" / "scale_llama_cpu_float32.jsonl"
+    line = json.loads(committed.read_text().splitlines()[0])
+    line["peak_bytes"] = dict.fromkeys(line["peak_bytes"], 10**9) | {"tune": 2 * 10**9}
+    line |= {"weight_bytes": 5 * 10**8, "params": 125_000_000}
+    (tmp_path / "scale_llama_cpu_float32.jsonl").write_text(json.dumps(line) + "\n")
+    assert scale.main([*flags, "--check"]) == 1
+    assert scale.main(flags) == 0
+    assert scale.main([*flags, "--check"]) == 0
+    row = readme.read_text().splitlines()[-4]
+    assert "| 125 M | 0.50 GB |" in row
+    assert row.endswith("| 2.0 GB, 4.0 x weights |")
