@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import o
 from rfprune.method_flags import ALLOCATIONS, CRITERIA
 from scripts.ablation_table import SELECT, full_table
 from scripts.bench import Conditions, Variants
+from scripts.entry import GOES_ON, script
 from scripts.summarise import cells_of
 from scripts.sweep import complete, default_output, measurements, parser_of, read_lines
 
@@ -51,6 +52,7 @@ def variants() -> Variants:
     return both
 
 
+@script(GOES_ON)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process): 0 done, 1 something was not to be
     measured, 2 user error, 130 stopped."""
@@ -61,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = options.output or default_output(options, "ablation")
     with TemporaryDirectory() as folder:
         cache = Path(folder)
-        code = complete(options, wanted(options), variants(), output, "ablate", cache)
-    if code in (0, 1) and (lines := read_lines(output)):
+        code = complete(options, wanted(options), variants(), output, cache)
+    if lines := read_lines(output):
         sys.stdout.write(full_table(cells_of(lines)))
     return code
 

@@ -21,9 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
+
 from rfprune.errors import UserError
 from rfprune.method_flags import DEFAULT_METHOD, METHODS
 from rfprune.tasks.registry import TASKS, Task, get_task
+from scripts.entry import NOTHING, script
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,22 +56,16 @@ class Bench:
     settings: Settings
 
 
+@script(NOTHING)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process): 0 done, 1 a compact model differs from
     the masked one, 2 user error, 130 stopped."""
     options = _parser().parse_args(argv)
-    try:
-        task = get_task(options.task)
-        _check_output(options.output)
-        result = _measure(options, task)
-        text = json.dumps(result, indent=1, allow_nan=False)
-        options.output.write_text(text + "\n", encoding="utf-8")
-    except UserError as error:
-        sys.stderr.write(f"benchmark_compact: error: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("benchmark_compact: interrupted; nothing was written.\n")
-        return 130
+    task = get_task(options.task)
+    _check_output(options.output)
+    result = _measure(options, task)
+    text = json.dumps(result, indent=1, allow_nan=False)
+    options.output.write_text(text + "\n", encoding="utf-8")
     _print_table(result)
     return 0 if all(row["max_difference"] <= TOLERANCE for row in result["constraints"]) else 1
 

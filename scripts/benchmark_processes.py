@@ -21,31 +21,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
+
 from rfprune.errors import UserError
 from rfprune.method_flags import METHODS
 from rfprune.tasks.registry import TASKS, get_task
+from scripts.entry import NOTHING, script
 
 BATCH_SIZE = 32
 
 
+@script(NOTHING)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process); 0 done, 2 user error, 130 stopped."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = _parser().parse_args(arguments)
-    try:
-        if options.process:
-            print(json.dumps(_process(options)))
-            return 0
-        _check(options)
-        result = _measure(options, arguments)
-        text = json.dumps(result, indent=1, allow_nan=False)
-        options.output.write_text(text + "\n", encoding="utf-8")
-    except UserError as error:
-        sys.stderr.write(f"benchmark_processes: error: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("benchmark_processes: interrupted; nothing was written.\n")
-        return 130
+    if options.process:
+        print(json.dumps(_process(options)))
+        return 0
+    _check(options)
+    result = _measure(options, arguments)
+    text = json.dumps(result, indent=1, allow_nan=False)
+    options.output.write_text(text + "\n", encoding="utf-8")
     _print_table(result)
     return 0
 

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import o
 
 from rfprune.errors import UserError
 from scripts.bench import say
+from scripts.entry import GOES_ON, script
 from scripts.speedup_models import SYNTHETIC, load_dense
 from scripts.sweep import append_line, model_name, read_lines
 
@@ -39,18 +40,12 @@ TOLERANCE = 0.007
 KEY = ("model", "device", "dtype", "batch_size", "length", "constraint")
 
 
+@script(GOES_ON)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process): 0 done, 2 user error, 130 stopped."""
     options = _parser().parse_args(argv)
-    try:
-        output = options.output or _default_output(options)
-        _complete(options, output)
-    except UserError as error:
-        sys.stderr.write(f"benchmark_promise: error: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("benchmark_promise: interrupted; the same command goes on from here.\n")
-        return 130
+    output = options.output or _default_output(options)
+    _complete(options, output)
     return 0
 
 

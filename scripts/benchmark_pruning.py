@@ -23,9 +23,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
+
 from rfprune.errors import UserError
 from rfprune.method_flags import METHODS
 from rfprune.tasks.registry import TASKS, get_task
+from scripts.entry import NOTHING, script
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,24 +46,18 @@ TOKENS = 64
 """Of a random example."""
 
 
+@script(NOTHING)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process); 0 done, 2 user error, 130 stopped."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = _parser().parse_args(arguments)
-    try:
-        _check(options)
-        if options.process:
-            print(json.dumps(_process(options.process, options)))
-            return 0
-        result = _synthetic(options, arguments) if options.synthetic else _real(options, arguments)
-        text = json.dumps(result, indent=1, allow_nan=False)
-        options.output.write_text(text + "\n", encoding="utf-8")
-    except UserError as error:
-        sys.stderr.write(f"benchmark_pruning: error: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("benchmark_pruning: interrupted; nothing was written.\n")
-        return 130
+    _check(options)
+    if options.process:
+        print(json.dumps(_process(options.process, options)))
+        return 0
+    result = _synthetic(options, arguments) if options.synthetic else _real(options, arguments)
+    text = json.dumps(result, indent=1, allow_nan=False)
+    options.output.write_text(text + "\n", encoding="utf-8")
     _print_table(result)
     return 0
 

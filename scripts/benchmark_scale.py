@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import o
 from rfprune.errors import UserError
 from rfprune.method_flags import METHODS
 from scripts.bench import say
+from scripts.entry import GOES_ON, script
 from scripts.sweep import append_line, read_lines
 
 SIZES: Mapping[str, Mapping[str, int]] = {
@@ -42,20 +43,14 @@ SECONDS_BETWEEN = 0.02
 """How often memory is looked at."""
 
 
+@script(GOES_ON)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process): 0 done, 2 user error, 130 stopped."""
     options = _parser().parse_args(argv)
-    try:
-        if options.alone:
-            print(json.dumps(_prune(options.size[0], options)))
-            return 0
-        _complete(options, options.output or _default_output(options))
-    except UserError as error:
-        sys.stderr.write(f"benchmark_scale: error: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("benchmark_scale: interrupted; the same command goes on from here.\n")
-        return 130
+    if options.alone:
+        print(json.dumps(_prune(options.size[0], options)))
+        return 0
+    _complete(options, options.output or _default_output(options))
     return 0
 
 

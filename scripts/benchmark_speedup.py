@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import o
 from rfprune.errors import UserError
 from rfprune.flag_values import check_exports
 from scripts.bench import say
+from scripts.entry import GOES_ON, script
 from scripts.speedup_models import RUNTIMES, SYNTHETIC
 from scripts.sweep import append_line, model_name, read_lines
 
@@ -47,24 +48,18 @@ MAX_ROUNDS = 50
 Cell = dict[str, Any]
 
 
+@script(GOES_ON)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process): 0 done, 2 user error, 130 stopped."""
     options = parser().parse_args(argv)
-    try:
-        cells = cells_of(options)
-        output = options.output or default_output(options)
-        if options.profile:
-            from scripts.speedup_profile import write_profile
+    cells = cells_of(options)
+    output = options.output or default_output(options)
+    if options.profile:
+        from scripts.speedup_profile import write_profile
 
-            write_profile(options, cells, output)
-        else:
-            _complete(options, cells, output)
-    except UserError as error:
-        sys.stderr.write(f"benchmark_speedup: error: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("benchmark_speedup: interrupted; the same command goes on from here.\n")
-        return 130
+        write_profile(options, cells, output)
+    else:
+        _complete(options, cells, output)
     return 0
 
 

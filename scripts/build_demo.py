@@ -21,12 +21,15 @@ from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
+
 from rfprune.calibration import sample
 from rfprune.demo import DEMO_TASK, demo_data_dir, demo_path
 from rfprune.errors import UserError
 from rfprune.tasks.data import load_split
 from rfprune.tasks.evaluation import Evaluation, evaluate_model, prepare_evaluation
 from rfprune.tasks.registry import get_task
+from scripts.entry import script
 
 TRAIN_ROWS = 3000
 SEED = 0
@@ -42,6 +45,7 @@ Written by `scripts/build_demo.py`; do not edit.
 all-MiniLM-L6-v2 (sentence-transformers, Apache-2.0; from Microsoft's MiniLM, MIT), fine-tuned on
 44,800 sentences of SST-2. Weights in half precision, to be used in float32. The vocabulary is cut
 from {source_tokens} to {kept_tokens} pieces: those that the sentences beside it use, and all
+from scripts.entry import script
 single characters. These sentences are tokenised exactly as by the full model; other text too,
 if into more pieces. The weights are under the Apache License 2.0, as the rest of this repository.
 
@@ -60,6 +64,7 @@ Sentiment Treebank", EMNLP 2013; sentences from movie reviews at rottentomatoes.
 """
 
 
+@script("nothing was finished.")
 def main() -> int:
     """Build, measure, and describe the demo; exit code 2 where the inputs do not serve."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -67,11 +72,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder that holds sst2/")
     parser.add_argument("--output-dir", type=Path, default=demo_path())
     arguments = parser.parse_args()
-    try:
-        build(arguments.source, arguments.data, arguments.output_dir)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    build(arguments.source, arguments.data, arguments.output_dir)
     return 0
 
 

@@ -11,32 +11,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
+
 from rfprune.errors import UserError
 from rfprune.output import REPORT_FILE
 from rfprune.report.html import write_runs_page
 from rfprune.report.report_json import read_report
+from scripts.entry import script
 
 DEFAULT = Path("compare.html")
 
 
+@script("no page was written.")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process); 0 done, 2 user error, 130 stopped."""
     options = _parser().parse_args(argv)
+    folders = list(dict.fromkeys(options.folders))
+    reports = [_read(folder) for folder in folders]
+    _check_output(options.output, overwrite=options.overwrite)
+    runs = list(zip(_names(folders), reports, strict=True))
     try:
-        folders = list(dict.fromkeys(options.folders))
-        reports = [_read(folder) for folder in folders]
-        _check_output(options.output, overwrite=options.overwrite)
-        runs = list(zip(_names(folders), reports, strict=True))
-        try:
-            write_runs_page(runs, options.output, f"{len(runs)} runs compared", folders=folders)
-        except OSError as error:
-            raise UserError(f"{options.output} cannot be written: {error.strerror}.") from error
-    except UserError as error:
-        sys.stderr.write(f"compare: error: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("compare: interrupted; no page was written.\n")
-        return 130
+        write_runs_page(runs, options.output, f"{len(runs)} runs compared", folders=folders)
+    except OSError as error:
+        raise UserError(f"{options.output} cannot be written: {error.strerror}.") from error
     print(f"Wrote {options.output}")
     return 0
 

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import o
 
 from rfprune.errors import UserError
 from rfprune.tasks.registry import TASKS, get_task
+from scripts.entry import NOTHING, script
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,20 +41,20 @@ RATIOS = (0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25)
 _NEVER_LOWER = 100  # times that a budget is lowered
 
 
+@script(NOTHING)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process); 0 done, 2 user error."""
     options = _parser().parse_args(argv)
+    if options.output.exists():
+        raise UserError(f"--output {options.output} exists already: give a new file")
+    result = compare(options)
+    text = json.dumps(result, indent=1, allow_nan=False)
+    # What a search keeps is on one line.
+    text = re.sub(r"\[[\d,\s]+\]", lambda found: " ".join(found[0].split()), text)
     try:
-        if options.output.exists():
-            raise UserError(f"--output {options.output} exists already: give a new file")
-        result = compare(options)
-        text = json.dumps(result, indent=1, allow_nan=False)
-        # What a search keeps is on one line.
-        text = re.sub(r"\[[\d,\s]+\]", lambda found: " ".join(found[0].split()), text)
         options.output.write_text(text + "\n", encoding="utf-8")
-    except (UserError, OSError) as error:
-        sys.stderr.write(f"compare_searches: error: {error}\n")
-        return 2
+    except OSError as error:
+        raise UserError(f"{options.output} cannot be written: {error.strerror}") from error
     show(result)
     return 0
 

@@ -12,10 +12,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
+
 from rfprune.data_flags import add_columns, check_data
 from rfprune.errors import UserError
 from rfprune.flag_values import check_task
 from rfprune.tasks.registry import TASK_NAMES, default_batch_size
+from scripts.entry import NOTHING, script
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,21 +26,15 @@ if TYPE_CHECKING:
     from rfprune.tasks.evaluation import Evaluation
 
 
+@script(NOTHING)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process); 0 done, 2 user error, 130 stopped."""
     options = _parser().parse_args(argv)
-    try:
-        check_task(options.task, TASK_NAMES)
-        check_data(options.task, options.data_dir, options.text_columns, options.label_column)
-        if options.output is not None:
-            _check_output(options.output)
-        _print_table(_evaluate(options), options.output)
-    except UserError as error:
-        sys.stderr.write(f"evaluate: error: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("evaluate: interrupted; nothing was written.\n")
-        return 130
+    check_task(options.task, TASK_NAMES)
+    check_data(options.task, options.data_dir, options.text_columns, options.label_column)
+    if options.output is not None:
+        _check_output(options.output)
+    _print_table(_evaluate(options), options.output)
     return 0
 
 

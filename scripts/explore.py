@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import o
 
 from rfprune.errors import UserError
 from rfprune.tasks.registry import TASKS, get_task
+from scripts.entry import GOES_ON, script
 from scripts.sweep import append_line, default_output, model_name, read_lines
 
 if TYPE_CHECKING:
@@ -35,23 +36,17 @@ CONDITIONS = (
 """Two lines that agree in all of these are the same measurement."""
 
 
+@script(GOES_ON)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process): 0 done, 2 user error, 130 stopped."""
     options = _parser().parse_args(argv)
     output: Path = options.output or _output(options)
-    try:
-        wanted = list(measurements(options))
-        measured = {key_of(line) for line in read_lines(output)}
-        missing = [conditions for conditions in wanted if key_of(conditions) not in measured]
-        _say(f"{output}: {len(missing)} of {len(wanted)} measurements to make")
-        if missing:
-            _explore(options, missing, output)
-    except UserError as error:
-        sys.stderr.write(f"explore: error: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("explore: interrupted; the same command goes on from here.\n")
-        return 130
+    wanted = list(measurements(options))
+    measured = {key_of(line) for line in read_lines(output)}
+    missing = [conditions for conditions in wanted if key_of(conditions) not in measured]
+    _say(f"{output}: {len(missing)} of {len(wanted)} measurements to make")
+    if missing:
+        _explore(options, missing, output)
     return 0
 
 

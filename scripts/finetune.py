@@ -10,11 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
+
 from rfprune.data_flags import add_columns, check_data
 from rfprune.errors import UserError
 from rfprune.tasks.registry import CUSTOM, get_task
+from scripts.entry import script
 
 
+@script("nothing was finished.")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train, save, score; exit code 2 where something has to be mended first."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -32,11 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--max-train-samples", type=int, help="train on a random part of so many rows")
     add("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    try:
-        finetune(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    finetune(options)
     return 0
 
 

@@ -17,22 +17,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
+
 from rfprune.errors import UserError
 from rfprune.model.architectures import ARCHITECTURES
 from rfprune.model.suggest import as_text, suggest
+from scripts.entry import script
 
 
+@script("nothing was finished.")
 def main(arguments: list[str] | None = None) -> int:
     """Print the row; 2 where there is none, with a sentence."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", help="a model type of transformers, a folder, or a hub id")
     model = parser.parse_args(arguments).model
-    try:
-        config = config_of(model)
-        text = as_text(config.model_type, suggest(config))
-    except UserError as error:
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
-        return 2
+    config = config_of(model)
+    text = as_text(config.model_type, suggest(config))
     known = config.model_type in ARCHITECTURES
     print(f"# {'already in' if known else 'to go into'} rfprune/model/architectures.py")
     print(text)

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import o
 from rfprune.cache import default_folder
 from rfprune.tasks.registry import LANGUAGE_MODELING
 from scripts.bench import Variants
+from scripts.entry import GOES_ON, script
 from scripts.sweep import complete, default_output, measurements, parser_of
 
 VARIANTS: Variants = {
@@ -35,6 +36,7 @@ PROMPTS = (
 )
 
 
+@script(GOES_ON)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process): 0 done, 1 something was not to be
     measured, 2 user error, 130 stopped."""
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(given)
     output = options.output or default_output(options, "decoder")
     wanted = list(measurements(options))  # whose variants share what is collected
-    return complete(options, wanted, VARIANTS, output, "measure_decoder", default_folder())
+    return complete(options, wanted, VARIANTS, output, default_folder())
 
 
 if __name__ == "__main__":

@@ -22,38 +22,32 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import o
 
 from rfprune import flag_values
 from rfprune.command_line import METRICS
-from rfprune.errors import UserError
 from scripts.bench import say
+from scripts.entry import GOES_ON, script
 from scripts.sweep import append_line, default_output, model_name, read_lines
 
 CONDITIONS = ("model", "task", "metric", "points", "seed", "requested_samples", "eval_limit")
 """Two lines that agree in all of these are the same measurement."""
 
 
+@script(GOES_ON)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process): 0 done, 1 a run was refused, as for
     a limit that no size keeps, 2 user error, 130 stopped."""
-    try:
-        options = _parser().parse_args(argv)
-        output = options.output or default_output(options, "max_drop")
-        known = {_key(line) for line in read_lines(output)}
-        wanted = [_conditions(options, points) for points in dict.fromkeys(options.points)]
-        missing = [conditions for conditions in wanted if _key(conditions) not in known]
-        say(f"{output}: {len(missing)} of {len(wanted)} measurements to make")
-        append_line(output, None)
-        failed = False
-        for conditions in missing:
-            report = search(options, conditions["points"])
-            failed = failed or report is None
-            if report is not None:
-                append_line(output, conditions | line_of(report))
-        sys.stdout.write(table(read_lines(output)))
-    except UserError as error:
-        sys.stderr.write(f"measure_max_drop: error: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("measure_max_drop: interrupted; the same command goes on from here.\n")
-        return 130
+    options = _parser().parse_args(argv)
+    output = options.output or default_output(options, "max_drop")
+    known = {_key(line) for line in read_lines(output)}
+    wanted = [_conditions(options, points) for points in dict.fromkeys(options.points)]
+    missing = [conditions for conditions in wanted if _key(conditions) not in known]
+    say(f"{output}: {len(missing)} of {len(wanted)} measurements to make")
+    append_line(output, None)
+    failed = False
+    for conditions in missing:
+        report = search(options, conditions["points"])
+        failed = failed or report is None
+        if report is not None:
+            append_line(output, conditions | line_of(report))
+    sys.stdout.write(table(read_lines(output)))
     return 1 if failed else 0
 
 

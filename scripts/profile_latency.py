@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
 from rfprune.errors import UserError
+from scripts.entry import NOTHING, script
 from scripts.speedup_models import SYNTHETIC
 
 if TYPE_CHECKING:
@@ -30,19 +31,13 @@ SHOWN = (1.0, 0.75, 0.5, 0.25, 0.0)
 """Fractions of all units that are shown."""
 
 
+@script(NOTHING)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process): 0 done, 2 user error, 130 stopped."""
     options = _parser().parse_args(argv)
-    try:
-        _check(options)
-        table, layout = _measure(options)
-        table.save(options.output)
-    except UserError as error:
-        sys.stderr.write(f"profile_latency: error: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("profile_latency: interrupted; nothing was written.\n")
-        return 130
+    _check(options)
+    table, layout = _measure(options)
+    table.save(options.output)
     _print(table, layout, options.output)
     return 0
 

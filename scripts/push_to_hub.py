@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rfprune.errors import UserError
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
+
 from rfprune.report.hub import (
     check_access,
     check_folder,
@@ -20,30 +21,25 @@ from rfprune.report.hub import (
     plan_of,
     push,
 )
+from scripts.entry import script
 
 
+@script("the same command goes on where it stopped.")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process); 0 done, 2 user error, 130 stopped."""
     options = _parser().parse_args(argv)
-    try:
-        check_repository(options.repository)
-        check_folder(options.folder)
-        if options.dry_run:
-            print(plan_of(options.folder, options.repository, private=options.private))
-            return 0
-        check_access()
-        address = push(
-            options.folder,
-            options.repository,
-            private=options.private,
-            progress=sys.stderr.isatty(),
-        )
-    except UserError as error:
-        sys.stderr.write(f"push_to_hub: error: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("push_to_hub: interrupted; the same command goes on where it stopped.\n")
-        return 130
+    check_repository(options.repository)
+    check_folder(options.folder)
+    if options.dry_run:
+        print(plan_of(options.folder, options.repository, private=options.private))
+        return 0
+    check_access()
+    address = push(
+        options.folder,
+        options.repository,
+        private=options.private,
+        progress=sys.stderr.isatty(),
+    )
     print(f"Pushed '{options.folder}' to {address}")
     return 0
 

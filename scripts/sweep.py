@@ -26,6 +26,7 @@ from rfprune.errors import UserError
 from rfprune.flag_values import check_task
 from rfprune.tasks.registry import TASK_NAMES
 from scripts.bench import Bench, Conditions, NotMeasured, Variants, calibrate, measure, prepare, say
+from scripts.entry import GOES_ON, script
 
 VARIANTS: Variants = {
     "kwon-search": {"method": "kwon", "rearrange": False, "tune": False},
@@ -52,12 +53,13 @@ CONDITIONS = (
 """Two lines that agree in all of these are the same measurement."""
 
 
+@script(GOES_ON)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process): 0 done, 1 something was not to be
     measured, 2 user error, 130 stopped."""
     options = _parser().parse_args(argv)
     output = options.output or default_output(options)
-    return complete(options, list(measurements(options)), VARIANTS, output, "sweep")
+    return complete(options, list(measurements(options)), VARIANTS, output)
 
 
 def complete(
@@ -65,29 +67,21 @@ def complete(
     wanted: Sequence[Conditions],
     variants: Variants,
     output: Path,
-    program: str,
     cache: Path | None = None,
 ) -> int:
-    """Measure what `output` does not hold yet, in the name of a program; gives its exit code.
+    """Measure what `output` does not hold yet: 0 done, 1 something was not to be measured.
 
     Args:
         cache: a folder for what is collected, which variants then share; the seconds of collecting
             are those of the first.
     """
-    try:
-        check_task(options.task, TASK_NAMES)
-        measured = {key_of(line) for line in read_lines(output)}
-        missing = [conditions for conditions in wanted if key_of(conditions) not in measured]
-        say(f"{output}: {len(missing)} of {len(wanted)} measurements to make")
-        if not missing:
-            return 0
-        return _sweep(options, missing, prepare(options, variants, cache), output)
-    except UserError as error:
-        sys.stderr.write(f"{program}: error: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{program}: interrupted; the same command goes on from here.\n")
-        return 130
+    check_task(options.task, TASK_NAMES)
+    measured = {key_of(line) for line in read_lines(output)}
+    missing = [conditions for conditions in wanted if key_of(conditions) not in measured]
+    say(f"{output}: {len(missing)} of {len(wanted)} measurements to make")
+    if not missing:
+        return 0
+    return _sweep(options, missing, prepare(options, variants, cache), output)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -162,7 +162,11 @@ def test_what_the_user_can_mend_is_one_sentence_and_nothing_is_written(
 ) -> None:
     given = arguments | {name: value for name, value in changes.items() if name != "task"}
     assert finetune.main(flags(changes.get("task", "sst2"), given)) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    lines = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if line.startswith("finetune: error: ")
+    ]
     assert len(lines) == 1
     assert message in lines[0]
     assert not arguments["output-dir"].exists()

@@ -39,6 +39,7 @@ from tests.conftest import (
     GROUPED_TYPES,
     IMAGE_TYPES,
 )
+from tests.model.emptied import emptied
 
 HEADS = {
     "sequence-classification": transformers.AutoModelForSequenceClassification,
@@ -123,14 +124,6 @@ def mixed_masks(layout: Layout) -> tuple[Tensor, ...]:
         values.repeat(block.num_units)[start : start + block.num_units]
         for start, block in enumerate(layout.blocks)
     )
-
-
-def emptied(layout: Layout, *empty: str) -> tuple[Tensor, ...]:
-    """Masks that remove all units of the blocks named and one of every other."""
-    masks = full_masks(layout)
-    for block, mask in zip(layout.blocks, masks, strict=True):
-        mask[: block.num_units if block.name in empty else 1] = 0
-    return masks
 
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:

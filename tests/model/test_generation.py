@@ -17,9 +17,10 @@ from torch import Tensor
 from rfprune.model.checkpoint import load_pruned
 from rfprune.model.compact import compact
 from rfprune.model.dense import to_dense
-from rfprune.model.layout import Layout, layout_of
-from rfprune.model.masks import Masks, full_masks, masked
+from rfprune.model.layout import layout_of
+from rfprune.model.masks import masked
 from tests.conftest import CAUSAL_TYPES
+from tests.model.emptied import emptied
 
 Tiny = Callable[..., Any]
 
@@ -39,14 +40,6 @@ def model(request: pytest.FixtureRequest, tiny_model: Tiny) -> Any:
     return made
 
 
-def emptied(layout: Layout, empty: tuple[str, ...]) -> Masks:
-    """Masks that remove all units of the blocks named and one of every other."""
-    masks = full_masks(layout)
-    for block, mask in zip(layout.blocks, masks, strict=True):
-        mask[: block.num_units if block.name in empty else 1] = 0
-    return masks
-
-
 @pytest.mark.parametrize("empty", EMPTY, ids=lambda empty: "+".join(empty) or "none")
 def test_token_by_token_is_the_full_pass(
     model: Any, empty: tuple[str, ...], tiny_batch: Tiny
@@ -54,7 +47,7 @@ def test_token_by_token_is_the_full_pass(
     """Further than a window of four tokens reaches, where there is one."""
     ids = tiny_batch(2, 12, padding="none")["input_ids"]
     layout = layout_of(model)
-    small = compact(model, layout, emptied(layout, empty))
+    small = compact(model, layout, emptied(layout, *empty))
     with torch.no_grad():
         full = small(ids).logits
         steps: list[Tensor] = []
@@ -78,7 +71,7 @@ def test_generated_text_is_that_of_the_masked_model(
     """With prompts of different lengths, padded on the left."""
     batch = tiny_batch(3, 6, padding="left")
     layout = layout_of(model)
-    masks = emptied(layout, empty)
+    masks = emptied(layout, *empty)
     small = compact(model, layout, masks)
     settings = {"max_new_tokens": 7, "do_sample": False, "disable_compile": True, **how}
     with masked(model, layout, masks):
@@ -91,7 +84,7 @@ def test_generated_text_is_that_of_the_masked_model(
 def test_greedy_text_is_the_likeliest_token_at_each_step(model: Any, tiny_batch: Tiny) -> None:
     ids = tiny_batch(1, 4, padding="none")["input_ids"]
     layout = layout_of(model)
-    small = compact(model, layout, emptied(layout, ("layer.0.heads",)))
+    small = compact(model, layout, emptied(layout, "layer.0.heads"))
     assert small.can_generate()
     found = small.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6)
     for _ in range(6):
@@ -105,7 +98,7 @@ def test_a_reloaded_model_and_a_dense_one_write_the_same(
 ) -> None:
     batch = tiny_batch(2, 6, padding="left")
     layout = layout_of(model)
-    masks = emptied(layout, ("layer.0.heads",))
+    masks = emptied(layout, "layer.0.heads")
     small = compact(model, layout, masks)
     small.save_pretrained(tmp_path)
     load = transformers.AutoModelForCausalLM.from_pretrained

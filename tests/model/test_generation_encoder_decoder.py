@@ -16,8 +16,9 @@ import transformers
 from rfprune.model.checkpoint import load_pruned
 from rfprune.model.compact import compact
 from rfprune.model.dense import to_dense
-from rfprune.model.layout import Layout, layout_of
-from rfprune.model.masks import Masks, full_masks, masked
+from rfprune.model.layout import layout_of
+from rfprune.model.masks import masked
+from tests.model.emptied import emptied
 
 Tiny = Callable[..., Any]
 
@@ -37,21 +38,13 @@ def model(request: pytest.FixtureRequest, tiny_model: Tiny) -> Any:
     return made
 
 
-def emptied(layout: Layout, empty: tuple[str, ...]) -> Masks:
-    """Masks that remove all units of the blocks named and one of every other."""
-    masks = full_masks(layout)
-    for block, mask in zip(layout.blocks, masks, strict=True):
-        mask[: block.num_units if block.name in empty else 1] = 0
-    return masks
-
-
 @pytest.mark.parametrize("empty", EMPTY, ids=lambda empty: "+".join(empty) or "none")
 def test_token_by_token_is_the_full_pass(
     model: Any, empty: tuple[str, ...], tiny_batch: Tiny
 ) -> None:
     batch, layout = tiny_batch(2, 6, model_type="bart"), layout_of(model)
     ids = tiny_batch(2, 8, padding="none", seed=1)["input_ids"]
-    small = compact(model, layout, emptied(layout, empty))
+    small = compact(model, layout, emptied(layout, *empty))
     cache: Any = None
     with torch.no_grad():
         full = small(**batch, decoder_input_ids=ids).logits
@@ -72,7 +65,7 @@ def test_generated_text_is_that_of_the_masked_model(
     model: Any, empty: tuple[str, ...], how: dict[str, Any], tiny_batch: Tiny
 ) -> None:
     batch, layout = tiny_batch(3, 6, model_type="bart"), layout_of(model)
-    masks = emptied(layout, empty)
+    masks = emptied(layout, *empty)
     small = compact(model, layout, masks)
     settings = {"max_new_tokens": 7, "do_sample": False, "disable_compile": True, **how}
     with masked(model, layout, masks):
@@ -86,7 +79,7 @@ def test_a_reloaded_model_and_a_dense_one_write_the_same(
     model: Any, tiny_batch: Tiny, tmp_path: Path
 ) -> None:
     batch, layout = tiny_batch(2, 6, model_type="bart"), layout_of(model)
-    masks = emptied(layout, ("layer.2.heads", "layer.3.cross_heads"))
+    masks = emptied(layout, "layer.2.heads", "layer.3.cross_heads")
     small = compact(model, layout, masks)
     small.save_pretrained(tmp_path)
     expected = small.generate(**batch, max_new_tokens=5)

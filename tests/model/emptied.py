@@ -1,0 +1,14 @@
+"""Masks under which whole sublayers go, for the tests of several modules."""
+
+from __future__ import annotations
+
+from rfprune.model.layout import Layout
+from rfprune.model.masks import Masks, full_masks
+
+
+def emptied(layout: Layout, *empty: str) -> Masks:
+    """Masks that remove all units of the blocks named and one of every other."""
+    masks = full_masks(layout)
+    for block, mask in zip(layout.blocks, masks, strict=True):
+        mask[: block.num_units if block.name in empty else 1] = 0
+    return masks
