@@ -54,7 +54,7 @@ def _errors(result: PruneResult, index: int) -> Tensor | None:
         return result.curves[index].errors
     if result.importance is None:
         return None
-    lost = result.importance[index].double().cpu().sort().values.cumsum(0)
+    lost = result.importance[index].cpu().double().sort().values.cumsum(0)
     return torch.cat([lost.new_zeros(1), lost]).flip(0)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rfprune.model.linear import weight_of
+from rfprune.stages.float64 import in_float64
 from rfprune.stages.least_squares import Moments, NumericalFailure, fit_by_evidence
 
 RIDGES = (1e-1, 1e-2, 1.0)
@@ -50,7 +51,7 @@ def read_through(reader: Any, matrix: Tensor, shift: Tensor | None) -> None:
     Raises:
         NumericalFailure: what comes out is not finite; the map stays as it was.
     """
-    weight = weight_of(reader).detach().to(matrix.device).double()
+    weight = in_float64(weight_of(reader), matrix.device)
     new_weight = (weight @ matrix).to(reader.weight)
     new_shift = new_weight.new_zeros(1) if shift is None else (weight @ shift).to(reader.weight)
     if not (torch.isfinite(new_weight).all() and torch.isfinite(new_shift).all()):

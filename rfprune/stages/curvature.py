@@ -28,6 +28,7 @@ from rfprune.model.layout import Block, Layout
 from rfprune.model.linear import linear, weight_of
 from rfprune.model.replay import Batch, pack, token_mask
 from rfprune.stages.consumers import output_gradients
+from rfprune.stages.float64 import in_float64
 from rfprune.stages.least_squares import NumericalFailure
 from rfprune.stages.objective import PREDICTIONS, Objective, generator_of
 from rfprune.stages.obs import Curve, removal_curve
@@ -68,9 +69,9 @@ class Curvature:
 
     def input_covariance(self, *, about_mean: bool = True) -> Tensor:
         """A (p, p) float64, damped; about the mean, or about zero where nothing makes up for it."""
-        covariance = self.input_moment.double() / self.tokens
+        covariance = in_float64(self.input_moment) / self.tokens
         if about_mean:
-            mean = self.input_sum.double() / self.tokens
+            mean = in_float64(self.input_sum) / self.tokens
             covariance -= torch.outer(mean, mean)
         damping = DAMPING * float(covariance.diagonal().mean())
         covariance.diagonal().add_(max(damping, torch.finfo(torch.float32).tiny))
@@ -234,7 +235,7 @@ def error_curves(
         block, moments = layout.blocks[i], collected[i]
         consumer = linear(model, block.consumer)
         importance = _weight(block, layout) / (2 * moments.examples)
-        gradients = importance * moments.gradient_moment.double()
+        gradients = importance * in_float64(moments.gradient_moment)
         try:
             curves[i] = removal_curve(
                 moments.input_covariance(about_mean=consumer.bias is not None),

@@ -19,6 +19,7 @@ from rfprune.errors import UserError
 from rfprune.model.layout import Layout
 from rfprune.model.masks import masked
 from rfprune.model.replay import Batch, model_inputs, token_mask
+from rfprune.stages.float64 import in_float64
 from rfprune.stages.objective import (
     PREDICTIONS,
     Objective,
@@ -114,10 +115,10 @@ def _batch_means(
 
 def diagonal_fisher(gradients: Gradients) -> tuple[Tensor, ...]:
     """Importance of every unit: the sum of its squared gradients, (U,) float64 per block."""
-    return tuple(gradient.double().square().sum(0) for gradient in gradients)
+    return tuple(in_float64(gradient).square().sum(0) for gradient in gradients)
 
 
 def block_fisher(gradient: Tensor) -> Tensor:
     """Fisher information of one block, (n, U) -> (U, U) float64: a Gram matrix."""
-    gradient = gradient.double()
+    gradient = in_float64(gradient)
     return gradient.T @ gradient

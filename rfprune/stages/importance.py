@@ -29,6 +29,7 @@ from rfprune.model.linear import linear, weight_of
 from rfprune.model.replay import Batch
 from rfprune.stages.consumers import output_gradients
 from rfprune.stages.fisher import Gradients, collect_gradients
+from rfprune.stages.float64 import in_float64
 from rfprune.stages.objective import PREDICTIONS, Objective
 
 CRITERIA = ("fisher", "taylor", "gradient", "magnitude-l2", "magnitude-l1", "random")
@@ -107,7 +108,7 @@ def magnitude_l1(weights: Tensor) -> Tensor:
 
     Li et al. 2017, "Pruning Filters for Efficient ConvNets" (arXiv 1608.08710).
     """
-    return weights.double().abs().mean(1)
+    return in_float64(weights).abs().mean(1)
 
 
 def magnitude_l2(weights: Tensor) -> Tensor:
@@ -115,13 +116,13 @@ def magnitude_l2(weights: Tensor) -> Tensor:
 
     Han et al. 2015, "Learning both Weights and Connections" (arXiv 1506.02626), for whole units.
     """
-    return weights.double().square().mean(1).sqrt()
+    return in_float64(weights).square().mean(1).sqrt()
 
 
 def gradient(norms: Gradients) -> Importance:
     """Mean over examples and factors, (n, U) -> (U,) a block, of what `collect_gradient_norms`
     gives: how steeply the loss depends on a unit's weights, whatever they are."""
-    return tuple(norm.double().mean(0) for norm in norms)
+    return tuple(in_float64(norm).mean(0) for norm in norms)
 
 
 def taylor(gradients: Gradients) -> Importance:
@@ -132,7 +133,7 @@ def taylor(gradients: Gradients) -> Importance:
     2019 (arXiv 1906.10771); for heads Michel et al. 2019 (arXiv 1905.10650). The absolute value is
     taken example by example.
     """
-    return tuple(gradient.double().abs().mean(0) for gradient in gradients)
+    return tuple(in_float64(gradient).abs().mean(0) for gradient in gradients)
 
 
 def fisher(gradients: Gradients) -> Importance:
@@ -141,7 +142,7 @@ def fisher(gradients: Gradients) -> Importance:
     The second-order change of the loss in the manner of Optimal Brain Damage (LeCun et al. 1989);
     the first stage of Kwon et al. 2022 (arXiv 2204.09656, section 4.1).
     """
-    return tuple(gradient.double().square().mean(0) for gradient in gradients)
+    return tuple(in_float64(gradient).square().mean(0) for gradient in gradients)
 
 
 def random(layout: Layout, seed: int) -> Importance:

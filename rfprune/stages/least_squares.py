@@ -13,6 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from rfprune.stages.float64 import in_float64
+
 _PRECISION = torch.finfo(torch.float32).eps  # that in which products of features are computed
 _TINY = torch.finfo(torch.float64).tiny
 
@@ -78,8 +80,12 @@ class Moments:
 
     def error(self, weight: Tensor, bias: Tensor | None) -> float:
         """Sum over tokens of |y - W·x - b|² for a weight (d, p) and a bias (d,), or none."""
-        weight = _like(self.gram, weight)
-        bias = self.target_sum.new_zeros(len(weight)) if bias is None else _like(self.gram, bias)
+        weight = in_float64(weight, self.gram.device)
+        bias = (
+            self.target_sum.new_zeros(len(weight))
+            if bias is None
+            else in_float64(bias, self.gram.device)
+        )
         fitted = (weight @ self.gram * weight).sum() + 2 * bias @ (weight @ self.feature_sum)
         fitted = fitted + self.count * bias @ bias
         crossed = (weight.T * self.cross).sum() + bias @ self.target_sum
@@ -107,9 +113,9 @@ def solve_scales(
     Raises:
         NumericalFailure: the solve failed or a scale is out of bounds.
     """
-    weight, cross = _like(moments.gram, weight), moments.cross
+    weight, cross = in_float64(weight, moments.gram.device), moments.cross
     if bias is not None:
-        cross = cross - torch.outer(moments.feature_sum, _like(moments.gram, bias))
+        cross = cross - torch.outer(moments.feature_sum, in_float64(bias, moments.gram.device))
     products = (weight.T @ weight) * moments.gram  # (p, p)
     correlations = (weight.T * cross).sum(1)  # (p,)
     units = len(products) // unit_width
@@ -146,7 +152,7 @@ def solve_weights(
     strength = ridge * float(gram.diagonal().mean()) + noise + _TINY
     gram.diagonal().add_(strength)
     if prior is not None:
-        cross = cross + strength * _like(gram, prior).T
+        cross = cross + strength * in_float64(prior, gram.device).T
     weight = _solve(gram, cross).T
     if not intercept:
         return weight, None
@@ -194,8 +200,3 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
 
 def _at_least_float32(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def _like(moment: Tensor, values: Tensor) -> Tensor:
-    """`values` in float64 where `moment` is; the device first, for it may have no float64."""
-    return values.detach().to(moment.device).double()

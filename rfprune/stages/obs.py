@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rfprune.stages.float64 import in_float64
 from rfprune.stages.least_squares import NumericalFailure
 
 CHUNK = 1 / 32
@@ -58,8 +59,8 @@ def removal_curve(inputs: Tensor, weight: Tensor, gradients: Tensor, unit_width:
     Raises:
         NumericalFailure: A is not positive definite.
     """
-    inverse = _inverse(inputs.double())
-    rooted = _root(gradients.double()) @ weight.double()  # (r, p): its squares weigh W by G
+    inverse = _inverse(in_float64(inputs))
+    rooted = _root(in_float64(gradients)) @ in_float64(weight)  # (r, p): its squares weigh W by G
     remove = _remove_neurons if unit_width == 1 else _remove_heads
     order, costs = remove(inverse, rooted, unit_width)
     removed = torch.cat([costs.new_zeros(1), costs.clamp_min(0)]).cumsum(0)

@@ -48,6 +48,7 @@ from rfprune.model.replay import (
     unpack,
 )
 from rfprune.stages.align import estimate, read_through
+from rfprune.stages.float64 import place_of_float64
 from rfprune.stages.least_squares import Moments, NumericalFailure
 
 Fit = Callable[[Block, Moments, Moments, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
@@ -261,7 +262,7 @@ def _collect_runs(
 
 def _parts(num_features: int, num_outputs: int, device: torch.device) -> tuple[Moments, Moments]:
     """Empty moments to fit on, and others to judge by."""
-    where = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
+    where = place_of_float64(device)
     seen, held_out = (Moments.zeros(num_features, num_outputs, where) for _ in range(2))
     return seen, held_out
 

@@ -47,7 +47,7 @@ def additive_errors(importance: Sequence[Tensor]) -> list[NDArray[np.float64]]:
     """Per block (U + 1,): the importance of all units but the n most important ones."""
     errors = []
     for values in importance:
-        ascending = np.sort(values.double().cpu().numpy())
+        ascending = np.sort(values.cpu().double().numpy())
         errors.append(np.concatenate([[0.0], np.cumsum(ascending)])[::-1].copy())
     return errors
 
@@ -106,7 +106,7 @@ class _Ranking:
         indices = [b for b, block in enumerate(layout.blocks) if block.kind == kind]
         self.unit_cost = float(costs.tables[indices[0]][1]) if indices else 0.0
         values = np.concatenate(
-            [importance[b].double().cpu().numpy() for b in indices] or [np.zeros(0)]
+            [importance[b].cpu().double().numpy() for b in indices] or [np.zeros(0)]
         )
         owners = [(b, unit) for b in indices for unit in range(layout.blocks[b].num_units)]
         descending = np.argsort(-values, kind="stable")

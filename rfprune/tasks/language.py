@@ -137,7 +137,7 @@ def _compared(logits: Sequence[Tensor], targets: Tensor) -> tuple[Tensor, float]
         found.append(log_q.gather(1, labels[:, None].to(log_q.device))[:, 0])
         for log_p in others:
             log_p = log_p.to(log_q.device)
-            total += float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
+            total += float((log_p.exp() * (log_p - log_q)).sum(-1).cpu().double().sum())
     return torch.cat(found).view(targets.shape), total
 
 

@@ -1,0 +1,40 @@
+"""Sums in float64, on devices that have it.
+
+Deleting this lets a stage ask an Apple GPU for float64, which it refuses with a traceback.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from rfprune.stages.float64 import in_float64, place_of_float64
+
+STAGES = Path(__file__).resolve().parents[2] / "rfprune" / "stages"
+
+
+@pytest.mark.parametrize(
+    ("device", "place"), [("mps", "cpu"), ("cuda:1", "cuda:1"), ("cpu", "cpu")]
+)
+def test_devices_without_float64_leave_it_to_the_cpu(device: str, place: str) -> None:
+    assert place_of_float64(torch.device(device)) == torch.device(place)
+
+
+def test_values_come_without_their_gradient() -> None:
+    values = torch.tensor([0.1, 0.2], requires_grad=True)
+    found = in_float64(values)
+    assert (found.dtype, found.requires_grad) == (torch.float64, False)
+    assert torch.equal(found.float(), values)
+    assert in_float64(torch.tensor([True]), torch.device("mps")).item() == 1.0
+
+
+def test_no_stage_makes_them_where_they_are() -> None:
+    made = {
+        (path.stem, call)
+        for path in STAGES.glob("*.py")
+        for call in re.findall(r"\S*\.double\(\)", path.read_text(encoding="utf-8"))
+    }
+    assert {stem for stem, call in made if not call.endswith(".cpu().double()")} == {"float64"}
