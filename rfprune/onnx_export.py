@@ -36,13 +36,20 @@ def export_onnx(model: Any, batch: Batch, path: Path) -> Any:
         model: of transformers, dense or pruned, on any device; it is left as it is.
 
     Raises:
-        UserError: the exporter cannot express the model.
+        UserError: the exporter cannot express the model, or one file would not do for it.
     """
     import onnx
 
+    if getattr(model.config, "is_encoder_decoder", False) and model.can_generate():
+        raise UserError(
+            f"a {type(model).__name__} runs its encoder once and its decoder at every token, which "
+            "one ONNX file cannot: leave --export onnx out, or give a dense export (to_dense) to a "
+            "tool that writes both parts"
+        )
     plain = copy.deepcopy(model).to("cpu", torch.float32).eval().requires_grad_(False)
-    if getattr(plain.config, "use_cache", False):
-        plain.config.use_cache = False
+    for module in plain.modules():  # the decoder of an encoder-decoder has a copy of its own
+        if getattr(getattr(module, "config", None), "use_cache", False):
+            module.config.use_cache = False
     example = {  # a size of one would become a constant
         name: torch.cat([value, value]) if len(value) == 1 else value
         for name, value in model_inputs(plain, batch).items()
@@ -222,5 +229,7 @@ def _quiet_exporter() -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
+    while error.__cause__ is not None:  # what wraps it says what to do about PyTorch
+        error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:200].rstrip(".") if lines else type(error).__name__

@@ -171,6 +171,8 @@ def pruned_model(model: Any) -> Any:
         ("modernbert", "sequence-classification"),
         ("gpt2", "sequence-classification"),
         ("llama", "sequence-classification"),
+        ("bart", "question-answering"),
+        ("t5", "question-answering"),
     ],
 )
 def test_every_family_runs_at_any_size(
@@ -221,6 +223,16 @@ def test_images_and_texts_to_be_continued(
     assert difference < 1e-5 * max(1.0, largest)
     assert max_difference(model, runs, batches)[0] > 1e-2, "the pruning is in it"
     assert runs.output_names == ["logits"]
+
+
+@pytest.mark.parametrize("model_type", ["bart", "t5"])
+def test_what_reads_once_and_writes_often_is_refused(
+    model_type: str, tiny_model: Tiny, tiny_batch: Tiny, tmp_path: Path
+) -> None:
+    model = tiny_model(model_type, "seq2seq-lm")
+    with pytest.raises(UserError, match="its encoder once and its decoder at every token"):
+        export_onnx(pruned_model(model), tiny_batch(), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 def test_images_are_varied_by_number_alone(tiny_batch: Tiny) -> None:

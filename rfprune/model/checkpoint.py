@@ -8,6 +8,7 @@ kept). A plain model (see `rfprune.model.plain`) has no code of its own; its mas
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,9 +90,9 @@ def load_pruned(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     folder = Path(folder)
     config = _read_config(folder)
     plain = _is_plain(config, folder)
-    if not plain:
-        _described_blocks(config, folder)
+    blocks = [] if plain else _described_blocks(config, folder)
     base = _base_class(config, folder)
+    _check_family(blocks, config["model_type"], folder)
     _check_readable(folder)
     try:
         with _no_report():
@@ -103,7 +104,7 @@ def load_pruned(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
                 ignore_mismatched_sizes=True,  # they are looked for below
                 **kwargs,
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"the pruned model in '{folder}' cannot be loaded ({reason}); save or download it again"
@@ -210,6 +211,29 @@ def _described_blocks(config: dict[str, Any], folder: Path) -> list[dict[str, An
             f"'{folder / 'config.json'}' is not that of a pruned model that this rfprune can load: "
             f"{error}"
         ) from error
+
+
+def _check_family(blocks: list[dict[str, Any]], model_type: str, folder: Path) -> None:
+    """Compare how blocks are said to behave with how those of the family do."""
+    stacks = ARCHITECTURES[model_type].stacks
+    for stack, sublayer in ((one, each) for one in stacks for each in one.sublayers):
+        place = re.compile(
+            rf"(.*\.)?{re.escape(stack.layers)}\.\d+\.{re.escape(sublayer.consumer)}"
+        )
+        known = {
+            "kind": sublayer.kind,
+            "inner_returns_tuple": sublayer.inner_returns_tuple,
+            "head_bias": sublayer.head_bias,
+            "bypass": sublayer.bypass,
+            "has_bias_table": sublayer.bias_table is not None,
+        }
+        for block in (block for block in blocks if place.fullmatch(block["consumer"])):
+            for field in (field for field in known if block[field] != known[field]):
+                raise UserError(
+                    f"'{folder / 'config.json'}' says {field}={block[field]!r} of "
+                    f"'{block['name']}', where that of a {model_type} model is {known[field]!r}; "
+                    "save or download the model again"
+                )
 
 
 @contextmanager

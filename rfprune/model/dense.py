@@ -41,7 +41,7 @@ def to_dense(
         state |= _spread(block, neurons.get(block["consumer"]), state, dense)
     state = _with_joined_tables(state, model.config.rfprune["blocks"], dense)
     dense.load_state_dict(state, assign=True)
-    dense.tie_weights()
+    tie_as(model, dense)
     share_buffers(model, dense)
     if hasattr(model, "generation_config"):
         dense.generation_config = copy.deepcopy(model.generation_config)
@@ -127,10 +127,11 @@ def _with_joined_tables(
     owners = {block.inner: f"{block.bias_table}.weight" for block in layout_of(dense).blocks}
     for block in blocks:
         own = others.pop(f"{block['inner']}.{BIAS_TABLE}.weight", None)
-        if block["has_bias_table"] and block["num_units"] and own is not None:
-            owner = owners[block["inner"]]
-            shape = dense.get_parameter(owner).shape
-            table = joined.setdefault(owner, own.new_zeros(shape))
+        if not block["has_bias_table"]:
+            continue
+        owner, like = owners[block["inner"]], others[f"{block['consumer']}.weight"]
+        table = joined.setdefault(owner, like.new_zeros(dense.get_parameter(owner).shape))
+        if block["num_units"] and own is not None:
             table[:, block["units"]] = own
     return others | joined
 
@@ -141,6 +142,17 @@ def _scattered(values: Tensor, shape: torch.Size, places: Tensor, dimension: int
     if len(places):
         full.index_copy_(dimension, places.to(values.device), values)
     return full
+
+
+def tie_as(model: nn.Module, other: nn.Module) -> None:
+    """Parameters that are one in `model` are one in `other`, and no more than these: a T5's head
+    may have weights of its own where its configuration says that it has not."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        original = first.setdefault(id(parameter), name)
+        if original != name:
+            parent, _, own = name.rpartition(".")
+            setattr(other.get_submodule(parent), own, other.get_parameter(original))
 
 
 def share_buffers(model: nn.Module, dense: nn.Module) -> None:

@@ -14,7 +14,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rfprune.errors import UserError
-from rfprune.model.dense import share_buffers
+from rfprune.model.dense import share_buffers, tie_as
 from rfprune.model.layout import Layout, layout_of
 from rfprune.model.plain_entries import ENTRIES, Entries
 
@@ -64,7 +64,7 @@ def to_plain(model: PreTrainedModel) -> PreTrainedModel:
     with torch.device("meta"):
         plain: PreTrainedModel = base(config)
     plain.load_state_dict(model.state_dict(), assign=True)
-    plain.tie_weights()
+    tie_as(model, plain)
     share_buffers(model, plain)
     if hasattr(model, "generation_config"):
         plain.generation_config = copy.deepcopy(model.generation_config)

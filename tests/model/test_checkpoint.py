@@ -439,3 +439,23 @@ def test_a_pickle_is_not_opened(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="cannot be loaded"):
         load_pruned(folder)
+
+
+@pytest.mark.parametrize(
+    ("number", "change", "message"),
+    [
+        (0, {"has_bias_table": True}, "has_bias_table=True of 'layer.0.heads'"),
+        (0, {"bypass": "biased", "has_bias_table": True}, "that of a bert model is 'plain'"),
+        (2, {"bypass": "normed"}, "bypass='normed' of 'layer.1.heads'"),
+        (2, {"inner_returns_tuple": False}, "that of a bert model is True"),
+        (1, {"kind": "head"}, "that of a bert model is 'neuron'"),
+        (2, {"inner": "bert.no.such", "producers": []}, "cannot be loaded"),
+    ],
+)
+def test_a_block_behaves_as_those_of_its_family_do(
+    number: int, change: dict[str, Any], message: str, folder: Path
+) -> None:
+    """Else it would load, and fail when it is run."""
+    edit_config(folder, lambda config: config["rfprune"]["blocks"][number].update(change))
+    with pytest.raises(UserError, match=message):
+        load_pruned(folder)

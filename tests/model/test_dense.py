@@ -112,6 +112,50 @@ def test_a_model_that_was_pruned_twice(model_type: str, tiny_model: Tiny, tiny_b
     torch.testing.assert_close(outputs_of(dense, batch), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("model_type", ["t5", "gpt2"])
+def test_a_head_with_weights_of_its_own_keeps_them(
+    model_type: str, tiny_model: Tiny, tiny_batch: Tiny, tmp_path: Path
+) -> None:
+    """As FLAN-T5 has them, whose configuration says that they are those of the embedding."""
+    head = "seq2seq-lm" if model_type == "t5" else "causal-lm"
+    model, batch = tiny_model(model_type, head), tiny_batch(model_type="bert")
+    model.lm_head.weight = torch.nn.Parameter(0.3 * torch.randn_like(model.lm_head.weight))
+    batch |= {"decoder_input_ids": batch["input_ids"]} if model_type == "t5" else {}
+    assert model.config.tie_word_embeddings
+    layout = layout_of(model)
+    masks = some_masks(layout)
+    small = compact(model, layout, masks)
+    dense = to_dense(small, layout, masks)
+    expected = outputs_of(small, batch)
+    torch.testing.assert_close(outputs_of(dense, batch), expected, rtol=1e-5, atol=1e-5)
+    dense.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(outputs_of(loaded, batch), outputs_of(dense, batch))
+
+
+def test_what_is_one_weight_stays_one(tiny_model: Tiny) -> None:
+    model = tiny_model("t5", "seq2seq-lm")
+    layout = layout_of(model)
+    dense = to_dense(compact(model, layout, some_masks(layout)), layout, some_masks(layout))
+    names = ("lm_head", "encoder.embed_tokens", "decoder.embed_tokens")
+    assert all(dense.get_submodule(name).weight is dense.shared.weight for name in names)
+
+
+def test_a_stack_that_lost_all_its_heads(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    """No layer has a table of position biases left; the unpruned class has one all the same."""
+    model, batch = tiny_model("t5", "seq2seq-lm"), tiny_batch(model_type="t5")
+    batch["decoder_input_ids"] = batch["input_ids"]
+    layout = layout_of(model)
+    masks = some_masks(layout)
+    for block, mask in zip(layout.blocks, masks, strict=True):
+        if block.name in ("layer.0.heads", "layer.1.heads"):
+            mask.zero_()
+    small = compact(model, layout, masks)
+    dense = to_dense(small, layout, masks)
+    expected = outputs_of(small, batch)
+    torch.testing.assert_close(outputs_of(dense, batch), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_the_pruned_model_is_left_alone(tiny_model: Tiny, tiny_batch: Tiny) -> None:
     model = tiny_model()
     layout = layout_of(model)
