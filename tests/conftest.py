@@ -42,8 +42,9 @@ MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distil
 
 CAUSAL_TYPES = ("gpt2", "opt", "llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma")
 IMAGE_TYPES = ("vit", "deit", "beit", "dinov2")
-DECODING_TYPES = ("bart", "t5", "mt5")
-"""Encoder-decoders."""
+WRITING_TYPES = ("marian", "pegasus", "m2m_100")
+DECODING_TYPES = ("bart", "mbart", "t5", "mt5", *WRITING_TYPES)
+"""Encoder-decoders; some have no head but that of a language model."""
 
 ALL_TYPES = (
     *(*MODEL_TYPES, "modernbert", "albert", "deberta-v2"),
@@ -113,7 +114,8 @@ def tiny_model() -> TinyModel:
     `config` overrides any entry, by BERT's names (`hidden_size`, `num_hidden_layers`,
     `num_attention_heads`, `intermediate_size`, `num_labels`, ...), for every model type. Where
     query heads share keys and values, `num_attention_heads` counts the latter. A model of images
-    has the head for images where one for sequences is asked for.
+    has the head for images where one for sequences is asked for, and one that only writes has that
+    of a language model.
     """
     return make_tiny_model
 
@@ -199,6 +201,8 @@ def make_tiny_model(
 
     if model_type in IMAGE_TYPES and head == "sequence-classification":
         head = "image-classification"
+    if model_type in WRITING_TYPES and head == "sequence-classification":
+        head = "seq2seq-lm"
     model_class = {
         "sequence-classification": transformers.AutoModelForSequenceClassification,
         "question-answering": transformers.AutoModelForQuestionAnswering,
@@ -239,7 +243,10 @@ def make_tiny_batch(
     if model_type in DECODING_TYPES:  # whose classifiers read the end of the text
         ends = attention_mask.cumsum(1).argmax(1)
         ids[torch.arange(num_examples), ends] = 3
-    return {"input_ids": ids * attention_mask, "attention_mask": attention_mask}
+    batch = {"input_ids": ids * attention_mask, "attention_mask": attention_mask}
+    return (
+        batch | {"decoder_input_ids": batch["input_ids"]} if model_type in WRITING_TYPES else batch
+    )
 
 
 def tiny_config(model_type: str = "bert", **changes: Any) -> Any:
@@ -280,7 +287,7 @@ def _in_the_words_of(model_type: str, settings: dict[str, Any]) -> dict[str, Any
         "gpt2": {"intermediate_size": "n_inner"},
         "opt": {"intermediate_size": "ffn_dim"},
     }.get(model_type, {})
-    if model_type == "bart":
+    if model_type in ("bart", "mbart", *WRITING_TYPES):
         settings = _as_bart(settings)
     if model_type in ("t5", "mt5"):
         settings = _as_t5(settings, gated=model_type == "mt5")
@@ -322,6 +329,7 @@ def _as_bart(settings: dict[str, Any]) -> dict[str, Any]:
         sizes |= {f"{part}_layers": layers, f"{part}_attention_heads": heads}
         sizes |= {f"{part}_ffn_dim": neurons}
     others = {name: value for name, value in settings.items() if name not in _SIZES}
+    sizes["activation_function"] = "gelu"  # with ReLU some of twelve neurons would never fire
     return {**others, **sizes, "decoder_start_token_id": 2, "forced_eos_token_id": None}
 
 

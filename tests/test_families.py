@@ -21,13 +21,24 @@ from rfprune.model.checkpoint import load_pruned
 from rfprune.model.replay import token_mask
 from rfprune.pipeline import prune
 from rfprune.result import Settings
-from tests.conftest import ALL_TYPES, CAUSAL_TYPES, DECODING_TYPES, IMAGE_TYPES, MODEL_TYPES
+from tests.conftest import (
+    ALL_TYPES,
+    CAUSAL_TYPES,
+    DECODING_TYPES,
+    IMAGE_TYPES,
+    MODEL_TYPES,
+    WRITING_TYPES,
+)
 
 Tiny = Callable[..., Any]
 Batch = dict[str, Tensor]
 
 CASES = [
-    *((model_type, "sequence-classification") for model_type in ALL_TYPES[len(MODEL_TYPES) :]),
+    *(
+        (model_type, "sequence-classification")
+        for model_type in ALL_TYPES[len(MODEL_TYPES) :]
+        if model_type not in WRITING_TYPES
+    ),
     *((model_type, "causal-lm") for model_type in CAUSAL_TYPES),
     ("modernbert", "question-answering"),
     *((model_type, "seq2seq-lm") for model_type in DECODING_TYPES),

@@ -165,6 +165,26 @@ _BART_CROSS_ATTENTION = Sublayer(
 
 _BART_FFN = replace(_OPT_FFN, residual_sum="final_layer_norm")
 
+_BART = Architecture(
+    (
+        Stack("encoder.layers", (_BART_ATTENTION, _BART_FFN)),
+        Stack("decoder.layers", (_BART_ATTENTION, _BART_CROSS_ATTENTION, _BART_FFN)),
+    )
+)
+
+_PEGASUS_DECODER = (
+    replace(_BART_ATTENTION, residual_sum="encoder_attn_layer_norm"),
+    replace(_BART_CROSS_ATTENTION, residual_sum="final_layer_norm"),
+    _OPT_FFN,
+)
+
+_PEGASUS = Architecture(
+    (
+        Stack("encoder.layers", (_OPT_ATTENTION, _OPT_FFN), pre_norm=True),
+        Stack("decoder.layers", _PEGASUS_DECODER, pre_norm=True),
+    )
+)
+
 _T5_ATTENTION = Sublayer(
     kind="head",
     producers=tuple(f"layer.0.SelfAttention.{name}" for name in "qkv"),
@@ -266,12 +286,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         causal=True,
         needed={"do_layer_norm_before": True},
     ),
-    "bart": Architecture(
-        (
-            Stack("encoder.layers", (_BART_ATTENTION, _BART_FFN)),
-            Stack("decoder.layers", (_BART_ATTENTION, _BART_CROSS_ATTENTION, _BART_FFN)),
-        )
-    ),
+    "bart": _BART,
+    "marian": _BART,
+    "pegasus": _PEGASUS,
+    "mbart": _PEGASUS,
+    "m2m_100": _PEGASUS,
     "t5": _T5,
     "mt5": _T5,
     "llama": _LLAMA,

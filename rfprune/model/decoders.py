@@ -7,17 +7,17 @@ they are made as the model's own loss makes them: shifted to the right by one.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from rfprune.errors import UserError
 from rfprune.model.layout import Block, Layout
 from rfprune.model.replay import DECODER_TOKENS, Batch, model_inputs, pack, token_mask, unpack
-
-_LANGUAGE = "ForConditionalGeneration"
 
 
 def with_decoder_tokens(model: PreTrainedModel, batch: Batch) -> Batch:
@@ -39,17 +39,40 @@ def with_decoder_tokens(model: PreTrainedModel, batch: Batch) -> Batch:
 
 
 def _shifted(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """A language model reads its labels, a classifier its inputs, one token later."""
-    ids = batch.get("labels" if type(model).__name__.endswith(_LANGUAGE) else "input_ids")
+    """A language model reads its labels, a classifier its inputs, one token later.
+
+    What comes first differs by family, so the model itself is run, as far as its decoder.
+    """
+    inputs: dict[str, Any] = model_inputs(batch)
+    writes = model.can_generate()  # without labels a BART would read its inputs again
+    if writes:
+        inputs["labels"] = batch.get("labels")
+    nothing = torch.zeros(*token_mask(batch).shape, model.config.hidden_size, device=model.device)
+    inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=nothing)
+    seen: list[Tensor | None] = []
+
+    def note(_: nn.Module, __: Any, given: dict[str, Any]) -> None:
+        seen.append(given.get("input_ids"))
+        raise _Stop
+
+    handle = model.base_model.decoder.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        if not writes or "labels" in batch:
+            with suppress(_Stop, ValueError), torch.no_grad():  # it may not know what comes first
+                model(**inputs)
+    finally:
+        handle.remove()
+    ids = seen[0] if seen else None
     if ids is None:
         raise UserError(
             f"a batch holds {', '.join(batch)}, but this {type(model).__name__} has a decoder, "
             "which needs decoder_input_ids (B, T), or labels (B, T) to make them from"
         )
-    config = model.config
-    shifted = torch.full_like(ids, config.decoder_start_token_id)
-    shifted[:, 1:] = ids[:, :-1].masked_fill(ids[:, :-1] == -100, config.pad_token_id)
-    return shifted
+    return ids
+
+
+class _Stop(Exception):
+    """Ends a forward pass once the decoder's inputs have been seen."""
 
 
 def tokens_of(layout: Layout, block: Block, batch: Batch) -> Tensor:

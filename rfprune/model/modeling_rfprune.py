@@ -61,7 +61,7 @@ def _auto_class(name: str) -> str:
     _, found, head = name.removesuffix("WithTeacher").partition("For")
     if name.endswith("LMHeadModel"):
         return "AutoModelForCausalLM"
-    if head == "ConditionalGeneration":
+    if head == "ConditionalGeneration" or name.endswith("MTModel"):
         return "AutoModelForSeq2SeqLM"
     return f"AutoModelFor{head}" if found else "AutoModel"
 

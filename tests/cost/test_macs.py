@@ -16,7 +16,7 @@ from rfprune.cost.macs import mac_costs, total_macs, unit_macs
 from rfprune.model.compact import compact
 from rfprune.model.layout import Layout, layout_of
 from rfprune.model.masks import full_masks, num_kept
-from tests.conftest import ALL_TYPES, DECODING_TYPES, IMAGE_TYPES
+from tests.conftest import ALL_TYPES, DECODING_TYPES, IMAGE_TYPES, WRITING_TYPES
 
 Tiny = Callable[..., Any]
 LENGTH = 9
@@ -32,7 +32,9 @@ def counted_macs(model: Any, layout: Layout) -> float:
         if model.config.model_type in IMAGE_TYPES:
             model(torch.randn(1, 3, 8, 8))
         else:
-            model(torch.full((1, LENGTH), 3))
+            ids = torch.full((1, LENGTH), 3)
+            written = model.config.model_type in WRITING_TYPES
+            model(input_ids=ids, **({"decoder_input_ids": ids} if written else {}))
     counts = counter.get_flop_counts()
     flops = sum(
         sum(counts[name].values())

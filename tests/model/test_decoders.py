@@ -52,6 +52,30 @@ def test_labels_are_read_one_token_later_as_in_the_models_own_loss(
 
 
 @pytest.mark.parametrize("model_type", DECODING_TYPES)
+def test_what_comes_first_is_what_the_family_begins_with(
+    model_type: str, tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    """mBART begins with the last token, which names the language."""
+    model = tiny_model(model_type, "seq2seq-lm")
+    labels = torch.tensor([[7, 8, 4], [9, 4, -100]])
+    inputs = {n: v for n, v in tiny_batch(2, 5).items() if n != "decoder_input_ids"}
+    noted = with_decoder_tokens(model, inputs | {"labels": labels})
+    begins = 4 if model_type == "mbart" else model.config.decoder_start_token_id
+    assert noted["decoder_input_ids"].tolist() == [[begins, 7, 8], [begins, 9, 4]]
+    with torch.no_grad():
+        own = model(**inputs, labels=labels)
+        assert torch.equal(model(**model_inputs(noted)).logits, own.logits)
+
+
+def test_where_decoding_starts_may_be_unknown(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    model = tiny_model("t5", "seq2seq-lm")
+    model.config.decoder_start_token_id = None
+    batch = {**tiny_batch(2, 5, model_type="t5"), "labels": torch.tensor([[7, 3], [8, 3]])}
+    with pytest.raises(UserError, match="needs decoder_input_ids"):
+        with_decoder_tokens(model, batch)
+
+
+@pytest.mark.parametrize("model_type", DECODING_TYPES)
 def test_a_classifier_reads_its_inputs_again(
     model_type: str, tiny_model: Tiny, tiny_batch: Tiny
 ) -> None:

@@ -31,7 +31,7 @@ EMPTY = (
 )
 
 
-@pytest.fixture(params=["bart", "t5"])
+@pytest.fixture(params=["bart", "t5", "m2m_100", "marian"])
 def model(request: pytest.FixtureRequest, tiny_model: Tiny) -> Any:
     made = tiny_model(request.param, "seq2seq-lm")
     made.generation_config.eos_token_id = None  # as many tokens as are asked for
