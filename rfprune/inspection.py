@@ -98,6 +98,11 @@ def check_config(config: Mapping[str, Any], source: str, task: Task) -> None:
             f"Model type {model_type!r} of '{source}' is not supported: the supported types are "
             f"{', '.join(sorted(ARCHITECTURES))}."
         )
+    if task.kind == "similarity" and len(ARCHITECTURES[model_type].stacks) > 1:
+        raise UserError(
+            f"'{source}' is an encoder-decoder ({model_type}), or an encoder taken out of one, of "
+            f"which no embeddings are made here: choose an encoder or a decoder."
+        )
     names = class_names(config)
     head = AUTO_CLASSES[task.kind].removeprefix("AutoModel")
     known = (head, "LMHeadModel") if task.kind == "language-modeling" else (head,)

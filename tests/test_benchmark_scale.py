@@ -5,7 +5,9 @@ Deleting this lets a stage's memory be put down to another, or a stopped measure
 
 from __future__ import annotations
 
+import gc
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +34,25 @@ def test_a_line_says_what_each_stage_took(method: str, tmp_path: Path, capsys: A
     assert len(output.read_text().splitlines()) == 1
 
 
+def wait_for_steady_memory() -> None:
+    """Threads that imports have started may still be giving memory back."""
+    gc.collect()
+    seen: list[int] = []
+    for _ in range(250):
+        seen.append(benchmark_scale._bytes_now("cpu"))
+        if seen[-10:] == seen[-1:] * 10:
+            return
+        time.sleep(benchmark_scale.SECONDS_BETWEEN)
+
+
 def test_memory_is_watched_for_as_long_as_it_is_asked_for() -> None:
-    own = Clock.__call__
+    """What the imports have left, and is given back meanwhile, is far less than the block."""
+    own, size = Clock.__call__, 256 * 2**20
+    wait_for_steady_memory()
     with benchmark_scale.watched_memory("cpu") as peaks, Clock()("collect"):
-        block = bytearray(64 * 2**20)
+        block = bytearray(size)
         block[:: 2**12] = b"x" * len(block[:: 2**12])
-    assert peaks["collect"] > peaks["start"] + 32 * 2**20
+    assert peaks["collect"] > peaks["start"] + size // 2, peaks
     assert Clock.__call__ is own
 
 

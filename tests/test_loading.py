@@ -16,8 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rfprune.embeddings import pooling_of
 from rfprune.errors import UserError
 from rfprune.loading import choose_task, data_folder, length_limit, load, locate
+from rfprune.tasks.custom import similarity_task
 from rfprune.tasks.registry import get_task
 
 MRPC, SQUAD = get_task("mrpc"), get_task("squad")
@@ -240,6 +242,34 @@ def test_a_base_checkpoint_by_its_weights(folder: Path) -> None:
 
 def test_the_head_of_another_kind_of_task(folder: Path) -> None:
     assert "not a ...ForQuestionAnswering" in refused(folder, "squad")
+
+
+@pytest.mark.parametrize("model_type", ["t5", "bart"])
+def test_an_encoder_decoder_is_no_embedder(model_type: str, folder: Path) -> None:
+    """An encoder taken out of one has the same type, and lacks the other half of the weights."""
+    change_config(folder, model_type=model_type, architectures=["T5EncoderModel"])
+    with pytest.raises(UserError, match=f"encoder-decoder \\({model_type}\\), or an encoder taken"):
+        load(str(folder), similarity_task(), device=CPU, dtype=torch.float32)
+
+
+def test_no_more_is_read_than_sentence_transformers_reads(folder: Path) -> None:
+    modules = [
+        {"type": f"sentence_transformers.models.{kind}", "path": path}
+        for kind, path in (("Transformer", ""), ("Pooling", "1_Pooling"))
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode": "cls"}')
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 11}')
+    change_config(folder, architectures=None)
+    task = similarity_task()
+    loaded = load(str(folder), task, device=CPU, dtype=torch.float32)
+    assert pooling_of(loaded.model.config) == "cls"
+    assert length_limit(loaded, task, None) == 11
+    assert loaded.embedder.files is not None
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": null}')
+    loaded = load(str(folder), task, device=CPU, dtype=torch.float32)
+    assert length_limit(loaded, task, None) > 11
 
 
 def test_the_number_of_labels_must_fit(tiny_folder: Callable[..., Path]) -> None:

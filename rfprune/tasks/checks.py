@@ -9,7 +9,7 @@ from typing import Any
 from rfprune.errors import UserError
 from rfprune.tasks.choices import LISTED
 from rfprune.tasks.files import Table
-from rfprune.tasks.labels import class_ids
+from rfprune.tasks.labels import class_ids, class_ids_of_lists
 from rfprune.tasks.registry import OWN_DATA, Kind, Task
 
 _Check = Callable[[Task, Sequence[Any], str], Any]
@@ -47,7 +47,9 @@ def _of_words(task: Task) -> bool:
 
 def _check_lists(rows: Sequence[Any], column: str, source: str) -> None:
     for row, words in enumerate(rows, start=1):
-        if not (isinstance(words, list) and words and all(isinstance(word, str) for word in words)):
+        if words == []:
+            raise UserError(f"{source}, row {row}: {column} is an empty list; drop the row.")
+        if not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
             raise UserError(
                 f"{source}, row {row}: {column} is {_shown(words)}, not a list of texts; lists "
                 f"come in a jsonl or parquet file."
@@ -76,8 +78,7 @@ def _checked_lists(task: Task, labels: Sequence[Any], source: str) -> list[list[
                 f"{source}, row {row}: {task.label_column} is {_shown(own)}, not a list; lists "
                 f"come in a jsonl or parquet file."
             )
-    ids = iter(class_ids(task, [label for own in labels for label in own], source))
-    return [[next(ids) for _ in own] for own in labels]
+    return class_ids_of_lists(task, labels, source)
 
 
 def _checked_sets(task: Task, labels: Sequence[Any], source: str) -> list[list[float]]:

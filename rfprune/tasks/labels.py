@@ -21,17 +21,26 @@ def class_ids(task: Task, labels: Sequence[Any], source: str) -> list[int]:
     are numbers themselves, and others than the ids: they are names then, in every row.
     UserError for labels that are missing and for those that the model does not know.
     """
+    return [ids[0] for ids in class_ids_of_lists(task, [[label] for label in labels], source)]
+
+
+def class_ids_of_lists(task: Task, lists: Sequence[Sequence[Any]], source: str) -> list[list[int]]:
+    """The label ids of rows of any number of labels each; as `class_ids`."""
     read = _reader(task.label_names)
-    ids = [read(label) for label in labels]
-    for row, label in enumerate(labels, start=1):
-        if _is_missing(label):
+    found: list[list[int]] = []
+    unknown: list[tuple[int, Any]] = []
+    for row, labels in enumerate(lists, start=1):
+        ids = [read(label) for label in labels]
+        if any(map(_is_missing, labels)):
+            what = "is" if len(labels) == 1 else "has one that is"
             raise UserError(
-                f"{source}, row {row}: {task.label_column} is missing; fill or drop the row."
+                f"{source}, row {row}: {task.label_column} {what} missing; fill or drop the row."
             )
-    unknown = [row for row, label_id in enumerate(ids) if label_id is None]
+        unknown += [(row, label) for label, one in zip(labels, ids, strict=True) if one is None]
+        found.append([label_id for label_id in ids if label_id is not None])
     if unknown:
-        raise _unknown(task, labels, unknown, source)
-    return [label_id for label_id in ids if label_id is not None]
+        raise _unknown(task, unknown, len(lists), source)
+    return found
 
 
 def label_names(labels: Sequence[Any]) -> tuple[str, ...] | None:
@@ -98,13 +107,16 @@ def _is_missing(label: Any) -> bool:
     return label is None or is_nan or (isinstance(label, str) and not label.strip())
 
 
-def _unknown(task: Task, labels: Sequence[Any], rows: Sequence[int], source: str) -> UserError:
-    """`rows`: the numbers, from 0, of the rows whose label the model does not know."""
-    different = list(dict.fromkeys(repr(labels[row])[:_LONGEST_LABEL] for row in rows))
+def _unknown(
+    task: Task, unknown: Sequence[tuple[int, Any]], num_rows: int, source: str
+) -> UserError:
+    """`unknown`: labels that the model does not know, and the numbers of their rows, from 1."""
+    different = list(dict.fromkeys(repr(label)[:_LONGEST_LABEL] for _, label in unknown))
+    rows = list(dict.fromkeys(row for row, _ in unknown))
     known = [f"{label_id} {name}" for label_id, name in enumerate(task.label_names)]
     return UserError(
-        f"{source}, row {rows[0] + 1}: the model does not know the {task.label_column} "
-        f"{_listed(different)} (in {len(rows)} of {len(labels)} rows): its labels are "
+        f"{source}, row {rows[0]}: the model does not know the {task.label_column} "
+        f"{_listed(different)} (in {len(rows)} of {num_rows} rows): its labels are "
         f"{_listed(known)}; write these ids or names, or mend id2label in its config.json."
     )
 

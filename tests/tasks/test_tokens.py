@@ -129,10 +129,24 @@ def test_logits_are_those_of_the_words_on_whichever_side_the_padding_is(side: st
         (["a", "film"], [0], "row 1: 2 tokens but 1 tags"),
         (["a", "film"], "O O", "row 1: tags is 'O O', not a list"),
         (["a", "film"], ["O", "B-ORG"], "does not know the tags 'B-ORG'"),
-        ([], [], "not a list of texts"),
+        ([], [], "row 1: tokens is an empty list; drop the row"),
     ],
 )
 def test_rows_that_are_no_words_with_labels_are_named(tokens: Any, tags: Any, what: str) -> None:
     table = Table("'here'", ("tokens", "tags"), {"tokens": [tokens], "tags": [tags]})
     with pytest.raises(UserError, match=what):
         checked_columns(task_of(*NAMES), table, True)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "what"),
+    [
+        ("B-ORG", r"row 2: the model does not know the tags 'B-ORG' \(in 2 of 3 rows\)"),
+        (None, "row 2: tags has one that is missing; fill or drop the row"),
+    ],
+)
+def test_a_row_is_a_sentence_and_not_a_word(wrong: Any, what: str) -> None:
+    tags = [["O", "O", "O"], ["O", wrong, wrong], ["O", "O", wrong]]
+    columns = {"tokens": [["a", "film", "plot"]] * 3, "tags": tags}
+    with pytest.raises(UserError, match=what):
+        checked_columns(task_of(*NAMES), Table("'here'", ("tokens", "tags"), columns), True)
