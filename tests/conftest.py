@@ -40,19 +40,22 @@ TinyBatch = Callable[..., dict[str, Any]]
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "mpnet")
 """Encoders of texts with norms after the residual sums, which the tests of the command run on."""
 
-CAUSAL_TYPES = ("gpt2", "opt", "llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma")
-IMAGE_TYPES = ("vit", "deit", "beit", "dinov2")
+CAUSAL_TYPES = (
+    *("gpt2", "opt", "llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma"),
+    *("starcoder2", "stablelm"),
+)
+IMAGE_TYPES = ("vit", "deit", "beit", "dinov2", "dinov2_with_registers")
 WRITING_TYPES = ("marian", "pegasus", "m2m_100")
 DECODING_TYPES = ("bart", "mbart", "t5", "mt5", *WRITING_TYPES)
 """Encoder-decoders; some have no head but that of a language model."""
 
 ALL_TYPES = (
-    *(*MODEL_TYPES, "modernbert", "albert", "deberta-v2"),
+    *(*MODEL_TYPES, "ernie", "modernbert", "albert", "deberta-v2"),
     *(*DECODING_TYPES, *CAUSAL_TYPES, *IMAGE_TYPES),
 )
 """Every architecture of the table; `tests/model` checks that none is missing."""
 
-GROUPED_TYPES = ("llama", "qwen2", "qwen3", "smollm3", "gemma")
+GROUPED_TYPES = ("llama", "qwen2", "qwen3", "smollm3", "gemma", "starcoder2")
 """Those whose tiny models have two query heads to a key and a value."""
 
 WORDS = (
@@ -305,11 +308,20 @@ def _in_the_words_of(model_type: str, settings: dict[str, Any]) -> dict[str, Any
     if model_type in ("modernbert", "mistral"):  # windows that tiny sequences do not fit in
         window = {"modernbert": "local_attention", "mistral": "sliding_window"}[model_type]
         settings = {**settings, window: 4, "num_key_value_heads": heads}
+    elif model_type == "stablelm":  # an even number of features is turned, two of four
+        rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+        settings = {**settings, "num_key_value_heads": heads, "rope_parameters": rope}
     elif model_type in GROUPED_TYPES:
         settings = {**settings, "num_key_value_heads": heads, "num_attention_heads": 2 * heads}
         settings |= {"head_dim": hidden // heads, "no_rope_layer_interval": 2}
     elif model_type in IMAGE_TYPES:
-        class_name = {"vit": "ViT", "deit": "DeiT", "beit": "Beit", "dinov2": "Dinov2"}[model_type]
+        class_name = {
+            "vit": "ViT",
+            "deit": "DeiT",
+            "beit": "Beit",
+            "dinov2": "Dinov2",
+            "dinov2_with_registers": "Dinov2WithRegisters",
+        }[model_type]
         settings = {
             **{name: value for name, value in settings.items() if name != "vocab_size"},
             "image_size": 8,

@@ -259,11 +259,16 @@ _DINOV2_SUBLAYERS = (
     replace(_VIT_FFN, scale="layer_scale2.lambda1"),
 )
 
+_DINOV2 = Architecture(
+    (Stack("encoder.layer", _DINOV2_SUBLAYERS, pre_norm=True),), needed={"use_swiglu_ffn": False}
+)
+
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": _BERT,
     "roberta": _BERT,
     "xlm-roberta": _BERT,
     "camembert": _BERT,
+    "ernie": _BERT,
     "electra": _BERT,
     "albert": Architecture(
         (Stack("encoder.albert_layer_groups", (_ALBERT_ATTENTION, _ALBERT_FFN), shared=True),),
@@ -299,13 +304,15 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": _LLAMA,
     "smollm3": _LLAMA,
     "gemma": _LLAMA,
+    "starcoder2": Architecture(
+        (Stack("layers", (_LLAMA_ATTENTION, _GPT2_FFN), pre_norm=True),), causal=True
+    ),
+    "stablelm": replace(_LLAMA, needed={"use_parallel_residual": False, "qk_layernorm": False}),
     "vit": _VIT,
     "deit": _VIT,
     "beit": Architecture((Stack("layers", _BEIT_SUBLAYERS, pre_norm=True),)),
-    "dinov2": Architecture(
-        (Stack("encoder.layer", _DINOV2_SUBLAYERS, pre_norm=True),),
-        needed={"use_swiglu_ffn": False},
-    ),
+    "dinov2": _DINOV2,
+    "dinov2_with_registers": _DINOV2,
 }
 
 REFUSED: dict[str, str] = {

@@ -48,8 +48,12 @@ def counted_macs(model: Any, layout: Layout) -> float:
 def test_macs_are_what_torch_counts(model_type: str, tiny_model: Tiny) -> None:
     model = tiny_model(model_type)
     layout = layout_of(model)
-    # four patches, a class token, and DeiT's token of distillation
-    length = {"deit": 6}.get(model_type, 5) if model_type in IMAGE_TYPES else LENGTH
+    # four patches, a class token, and DeiT's token of distillation, or four registers
+    length = (
+        {"deit": 6, "dinov2_with_registers": 9}.get(model_type, 5)
+        if model_type in IMAGE_TYPES
+        else LENGTH
+    )
     assert total_macs(layout, length) == counted_macs(model, layout) > 0
     masks = full_masks(layout)
     masks[0][1:], masks[1][3:], masks[2][:] = 0, 0, 0

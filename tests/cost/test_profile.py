@@ -112,7 +112,9 @@ def test_every_size_is_measured_and_the_model_stays_as_it_was(
     assert table.rounds == 1
     tokens = 5 if "input_ids" in batch else 1 + 2 * 2  # patches and the class token
     assert table.conditions.batch_size == 2
-    assert table.conditions.sequence_length == tokens + (model_type == "deit")
+    assert table.conditions.sequence_length == tokens + {"deit": 1, "dinov2_with_registers": 4}.get(
+        model_type, 0
+    )
     assert latency_costs(table, layout).original == pytest.approx(table.total_ms)
     check_table(table, model, layout, table.conditions)
 

@@ -459,3 +459,18 @@ def test_a_block_behaves_as_those_of_its_family_do(
     edit_config(folder, lambda config: config["rfprune"]["blocks"][number].update(change))
     with pytest.raises(UserError, match=message):
         load_pruned(folder)
+
+
+@pytest.mark.parametrize("model_type", ["marian", "t5", "mbart"])
+def test_what_translates_loads_as_a_model_that_writes(
+    model_type: str, tiny_model: Tiny, tiny_batch: Tiny, tmp_path: Path
+) -> None:
+    model, batch = tiny_model(model_type, "seq2seq-lm"), tiny_batch(model_type="marian")
+    save_pruned(*pruned(model), tmp_path)
+    load = transformers.AutoModelForSeq2SeqLM.from_pretrained
+    with torch.no_grad():
+        found, expected = (
+            each(**batch).logits
+            for each in (load(tmp_path, trust_remote_code=True), load_pruned(tmp_path))
+        )
+    assert torch.equal(found, expected)

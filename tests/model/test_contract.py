@@ -157,7 +157,7 @@ def masked_outputs(model: Any, layout: Layout, masks: Sequence[Tensor], batch: B
 def test_the_layout_finds_all_heads_and_neurons(layout: Layout, case: tuple[str, str]) -> None:
     shapes = [(b.kind, b.layer, b.num_units, b.unit_width) for b in layout.blocks]
     width = 8 if case[0] in GROUPED_TYPES else 4  # of two query heads that share a key
-    neurons = 16 if case[0] == "dinov2" else 12
+    neurons = 16 if case[0].startswith("dinov2") else 12
     encoder = [(("head", n, 4, width), ("neuron", n, neurons, 1)) for n in range(2)]
     decoder = [(("head", n, 4, 4), ("head", n, 4, 4), ("neuron", n, 12, 1)) for n in (2, 3)]
     layers = [*encoder, *decoder] if case[0] in DECODING_TYPES else encoder

@@ -64,6 +64,12 @@ def test_layers_that_run_several_times_are_blocks_once(tiny_model: TinyModel) ->
         layout_of(tiny_model("albert", inner_group_num=2))
 
 
+@pytest.mark.parametrize("entry", ["use_parallel_residual", "qk_layernorm"])
+def test_what_a_row_is_not_right_for_is_refused(entry: str, tiny_model: TinyModel) -> None:
+    with pytest.raises(UserError, match=f"has {entry}=True .* with {entry}=False"):
+        layout_of(tiny_model("stablelm", **{entry: True}))
+
+
 @pytest.mark.parametrize("model_type", ["mobilebert", "deberta"])
 def test_families_that_do_not_fit_say_why(model_type: str) -> None:
     config = transformers.AutoConfig.for_model(model_type)

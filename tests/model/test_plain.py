@@ -177,9 +177,11 @@ def test_a_family_without_a_row_is_refused_by_name(
 
 
 def test_every_supported_family_has_a_row_or_a_reason() -> None:
-    assert set(ARCHITECTURES) - set(ENTRIES) <= {"dinov2", *DECODING_TYPES}, (
-        "neurons are a ratio of the width, or two numbers"
-    )
+    assert set(ARCHITECTURES) - set(ENTRIES) <= {
+        "dinov2",
+        "dinov2_with_registers",
+        *DECODING_TYPES,
+    }, "neurons are a ratio of the width, or two numbers"
 
 
 def test_masks_of_another_model_are_noticed(tiny_model: Tiny, tmp_path: Path) -> None:

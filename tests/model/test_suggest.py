@@ -76,10 +76,10 @@ def test_a_model_without_layers_is_refused() -> None:
 def test_an_unknown_type_is_told_where_to_look(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(UserError, match=r"inspect_architecture\.py ernie'") as caught:
-        check_supported(transformers.ErnieConfig())
+    with pytest.raises(UserError, match=r"inspect_architecture\.py data2vec-text'") as caught:
+        check_supported(transformers.Data2VecTextConfig())
     assert "the list of layers" in str(caught.value)
-    assert inspect_architecture.main(["ernie"]) == 0
+    assert inspect_architecture.main(["data2vec-text"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("# to go into rfprune/model/architectures.py")
     assert "attention.self.query" in out
