@@ -17,5 +17,4 @@ def total_bytes(model: nn.Module) -> int:
 
 def memory_costs(model: nn.Module, layout: Layout) -> CostModel:
     """Bytes of the whole model, by how many units each block keeps."""
-    sizes = [model.get_parameter(f"{b.consumer}.weight").itemsize for b in layout.blocks]
-    return sized_costs("memory", model, layout, sizes, total_bytes(model))
+    return sized_costs("memory", model, layout, lambda weight: weight.itemsize, total_bytes(model))

@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from rfprune.cost.constraint import CostModel, linear_costs
 from rfprune.model.layout import Block, Layout
 from rfprune.model.linear import linear, weight_of
 
+Size = Callable[[Tensor], int]
+"""What one number of a parameter costs."""
 
-def unit_params(model: nn.Module, block: Block) -> int:
+
+def _one(_: Tensor) -> int:
+    return 1
+
+
+def unit_params(model: nn.Module, block: Block, size: Size = _one) -> int:
     """Parameters that go with one unit: rows of its producers, columns of its consumer."""
-    params = block.unit_width * weight_of(linear(model, block.consumer)).shape[0]
+    consumer = weight_of(linear(model, block.consumer))
+    cost = block.unit_width * consumer.shape[0] * size(consumer)
     for producer in block.producers:
         module = linear(model, producer.path)
-        params += producer.unit_rows * (weight_of(module).shape[1] + (module.bias is not None))
-    return int(params) + _distances(model, block)
+        row = weight_of(module).shape[1] * size(module.weight)
+        bias = 0 if module.bias is None else size(module.bias)
+        cost += producer.unit_rows * (row + bias)
+    return int(cost) + _distances(model, block, size)
 
 
-def _distances(model: nn.Module, block: Block) -> int:
+def _distances(model: nn.Module, block: Block, size: Size) -> int:
     """Numbers that a head has in the block's table of position biases."""
     if block.bias_table is None:
         return 0
-    return int(model.get_parameter(f"{block.bias_table}.weight").shape[0])
+    table = model.get_parameter(f"{block.bias_table}.weight")
+    return int(table.shape[0]) * size(table)
 
 
-def _added_params(model: nn.Module, block: Block) -> int:
+def _added_params(model: nn.Module, block: Block, size: Size) -> int:
     """Parameters that pruning adds to a block which shares its table of position biases.
 
     Each gets a table of its own; a unit's share of that is in `unit_params`, and goes with it.
@@ -35,17 +47,17 @@ def _added_params(model: nn.Module, block: Block) -> int:
     table = block.bias_table
     if table is None or table.startswith(f"{block.inner}."):
         return 0
-    return block.num_units * _distances(model, block)
+    return block.num_units * _distances(model, block, size)
 
 
-def shared_params(model: nn.Module, block: Block) -> int:
+def shared_params(model: nn.Module, block: Block, size: Size = _one) -> int:
     """Parameters that go with the last unit of a block: norms of queries and keys, say."""
     if block.bypass != "plain":  # what else is inside stays
         return 0
     projections = (*(producer.path for producer in block.producers), block.consumer)
     inner = model.get_submodule(block.inner)
     return sum(
-        parameter.numel()
+        parameter.numel() * size(parameter)
         for name, parameter in inner.named_parameters(block.inner)
         if name.rpartition(".")[0] not in projections
     )
@@ -58,25 +70,22 @@ def total_params(model: nn.Module) -> int:
 
 def param_costs(model: nn.Module, layout: Layout) -> CostModel:
     """Parameters of the whole model, by how many units each block keeps."""
-    return sized_costs("params", model, layout, [1] * len(layout.blocks), total_params(model))
+    return sized_costs("params", model, layout, _one, total_params(model))
 
 
-def sized_costs(
-    metric: str, model: nn.Module, layout: Layout, sizes: list[int], total: int
-) -> CostModel:
+def sized_costs(metric: str, model: nn.Module, layout: Layout, size: Size, total: int) -> CostModel:
     """What all parameters of a model cost together, by how many units each block keeps.
 
     Args:
-        sizes: what a parameter of each block costs.
+        size: what a number of a parameter costs; they may be of several precisions.
         total: what all parameters cost.
     """
-    blocks = list(zip(layout.blocks, sizes, strict=True))
-    unit_costs = [size * unit_params(model, block) for block, size in blocks]
-    shared = [size * shared_params(model, block) for block, size in blocks]
+    unit_costs = [unit_params(model, block, size) for block in layout.blocks]
+    shared = [shared_params(model, block, size) for block in layout.blocks]
     num_units = [block.num_units for block in layout.blocks]
     costs = linear_costs(metric, unit_costs, num_units)
     for table, extra in zip(costs.tables, shared, strict=True):
         table[1:] += extra
-    added = sum(size * _added_params(model, block) for block, size in blocks)
+    added = sum(_added_params(model, block, size) for block in layout.blocks)
     constant = float(total + added - costs.original)
     return replace(costs, constant=constant, added=float(added))

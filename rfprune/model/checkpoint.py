@@ -70,11 +70,15 @@ def save_pruned(
 
 
 def stored_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights of a model in the dtype that they are stored in."""
-    return {
-        name: value.to(dtype) if value.is_floating_point() else value
-        for name, value in model.state_dict().items()
-    }
+    """The weights of a model in the dtype that they are stored in; what is one weight stays one."""
+    made: dict[object, Tensor] = {}
+    stored = {}
+    for name, value in model.state_dict().items():
+        one = (value.data_ptr(), value.shape, value.stride()) if value.numel() else name
+        if one not in made:
+            made[one] = value.to(dtype) if value.is_floating_point() else value
+        stored[name] = made[one]
+    return stored
 
 
 def load_pruned(folder: str | Path, **kwargs: Any) -> PreTrainedModel:

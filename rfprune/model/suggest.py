@@ -52,6 +52,11 @@ def suggest(config: PretrainedConfig) -> list[Suggestion]:
     Raises:
         UserError: transformers cannot make such a model, or it has no list of layers.
     """
+    if not isinstance(getattr(config, "hidden_size", None), int):
+        raise UserError(
+            f"a configuration of type '{config.model_type}' has no hidden_size, as where a model "
+            "is several in one; name the type of the one that is to be pruned"
+        )
     model = _shapes_of(config)
     found = []
     for path, layers in _outermost_lists(model):

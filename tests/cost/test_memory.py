@@ -35,6 +35,21 @@ def test_bytes_are_those_of_a_compact_model(
     assert costs.total(num_kept(masks)) == total_bytes(small) < total_bytes(model)
 
 
+@pytest.mark.parametrize("model_type", ["t5", "mt5"])
+def test_weights_may_be_of_several_precisions(model_type: str, tiny_model: Tiny) -> None:
+    """T5 keeps the FFNs' out-projections in float32 where all else is in float16."""
+    model = tiny_model(model_type, "seq2seq-lm").half()
+    for name, module in model.named_modules():
+        if name.endswith(".wo"):
+            module.float()
+    layout = layout_of(model)
+    masks = full_masks(layout)
+    masks[0][1:], masks[1][3:], masks[2][:1] = 0, 0, 0
+    costs, small = memory_costs(model, layout), compact(model, layout, masks)
+    assert 2 * total_params(model) < total_bytes(model) < 4 * total_params(model)
+    assert costs.total(num_kept(masks)) == total_bytes(small) < total_bytes(model)
+
+
 def test_shared_weights_count_once(tiny_model: Tiny) -> None:
     model = tiny_model()
     before = total_bytes(model)

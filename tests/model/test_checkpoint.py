@@ -474,3 +474,17 @@ def test_what_translates_loads_as_a_model_that_writes(
             for each in (load(tmp_path, trust_remote_code=True), load_pruned(tmp_path))
         )
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(("model_type", "head"), [("gpt2", "causal-lm"), ("t5", "seq2seq-lm")])
+def test_what_is_one_weight_is_written_once_in_any_precision(
+    model_type: str, head: str, tiny_model: Tiny, tmp_path: Path
+) -> None:
+    parts = pruned(tiny_model(model_type, head))
+    save_pruned(*parts, tmp_path / "whole")
+    save_pruned(*parts, tmp_path / "half", dtype=torch.float16)
+    whole, half = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "half"))
+    assert half.keys() == whole.keys()
+    assert {value.dtype for value in half.values() if value.numel()} == {torch.float16}
+    loaded = load_pruned(tmp_path / "half")
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight

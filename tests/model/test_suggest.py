@@ -73,6 +73,11 @@ def test_a_model_without_layers_is_refused() -> None:
         suggest(transformers.ResNetConfig(hidden_size=7, embedding_size=8, depths=[1, 1, 1, 1]))
 
 
+def test_several_models_in_one_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect_architecture.main(["clip"]) == 2
+    assert "name the type of the one" in capsys.readouterr().err
+
+
 def test_an_unknown_type_is_told_where_to_look(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
