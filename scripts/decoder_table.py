@@ -78,24 +78,26 @@ def full(lines: Sequence[Line]) -> str:
             f"{line['peak_memory_bytes'] / 2**30:.1f} GiB |"
         )
     samples = [
-        f"- {line['variant']} at {line['constraint']:g}: *{prompt}* {_inline(text)}"
+        f"- {line['model']}, {line['variant']} at {line['constraint']:g}, {_tokens(line)}: "
+        f"*{prompt}* {_inline(text)}"
         for line in lines
         for prompt, text in line["written"].items()
     ]
-    first = {_where(line): line["written_by_original"] for line in lines}
+    first = {line["model"]: line["written_by_original"] for line in lines}
     originals = [
-        f"- original ({where}): *{prompt}* {_inline(text)}"
-        for where, written in first.items()
+        f"- {model}, original: *{prompt}* {_inline(text)}"
+        for model, written in first.items()
         for prompt, text in written.items()
     ]
     return "\n".join([*rows, "", *originals, *samples]) + "\n"
 
 
 def _where(line: Line) -> str:
-    return (
-        f"{line['model']} [{line['original_score']:.1f}], {line['samples']} x "
-        f"{line['mean_tokens']:g} tokens"
-    )
+    return f"{line['model']} [{line['original_score']:.1f}], {_tokens(line)}"
+
+
+def _tokens(line: Line) -> str:
+    return f"{line['samples']} x {line['mean_tokens']:g} tokens"
 
 
 def _outcome(line: Line) -> str:
