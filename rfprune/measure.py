@@ -17,6 +17,7 @@ from rfprune.cache import Key, circumstances, data_digest, model_digest, remembe
 from rfprune.command_line import Options
 from rfprune.cost.latency import LatencyTable
 from rfprune.cost.macs import total_macs
+from rfprune.cost.metrics import mean_decoder_tokens
 from rfprune.cost.params import total_params
 from rfprune.cost.verify import timed_batch
 from rfprune.evidence import curve_points, original_layers, stage_scores
@@ -91,8 +92,10 @@ def measure(
     latency = measure_latency(
         model, result.model, timed_batch(prepared.batches, prepared.latency_table)
     )
-    before = _costs(model, original, latency.original_ms, result.mean_tokens, prepared.stored)
-    after = _costs(result.model, pruned, latency.pruned_ms, result.mean_tokens, stored)
+    written = mean_decoder_tokens(result.layout, prepared.batches)
+    tokens = (result.mean_tokens, written)
+    before = _costs(model, original, latency.original_ms, tokens, prepared.stored)
+    after = _costs(result.model, pruned, latency.pruned_ms, tokens, stored)
     return {
         "model": options.model,
         "source": prepared.loaded.source,
@@ -197,13 +200,20 @@ def _parts(evaluation_set: EvaluationSet) -> Iterator[dict[str, Tensor]]:
 
 
 def _costs(
-    model: Any, evaluation: Evaluation, latency_ms: float, tokens: float, stored: torch.dtype
+    model: Any,
+    evaluation: Evaluation,
+    latency_ms: float,
+    tokens: tuple[float, float | None],
+    stored: torch.dtype,
 ) -> dict[str, float]:
-    """One model's column of the report; counted on the model as it stands."""
+    """One model's column of the report; counted on the model as it stands.
+
+    `tokens`: that are read, and that a decoder of these makes, where there is one.
+    """
     tensors = _distinct(model.state_dict())
     return {
         "score": evaluation.score,
-        "macs": total_macs(layout_of(model), tokens),
+        "macs": total_macs(layout_of(model), *tokens),
         "params": total_params(model),
         "bytes": sum(
             tensor.numel() * (stored if tensor.is_floating_point() else tensor.dtype).itemsize

@@ -247,7 +247,10 @@ def test_an_encoder_decoder_classifies(
     assert main([*arguments, *small]) == 0, capsys.readouterr().err
     report = read_report(tmp_path / "out")
     assert report["divergence"] > 0
-    assert report["achieved"]["mac"] < 0.55
+    # what the decoder makes may be of another length than what it reads
+    counted = report["pruned"]["macs"] / report["original"]["macs"]
+    assert counted == pytest.approx(report["achieved"]["mac"])
+    assert counted <= 0.5
     assert [set(layer) for layer in report["layers"]][1:3] == [
         *({"heads", "neurons"}, {"heads", "cross_heads", "neurons"})
     ]

@@ -39,7 +39,7 @@ def to_dense(
     state = dict(model.state_dict())
     for block in model.config.rfprune["blocks"]:
         state |= _spread(block, neurons.get(block["consumer"]), state, dense)
-    state = _with_joined_tables(state, model.config.rfprune["blocks"], dense)
+    state = with_joined_tables(state, model.config.rfprune["blocks"], dense)
     dense.load_state_dict(state, assign=True)
     tie_as(model, dense)
     share_buffers(model, dense)
@@ -119,7 +119,7 @@ def _spread(
     return state
 
 
-def _with_joined_tables(
+def with_joined_tables(
     state: Mapping[str, Tensor], blocks: Sequence[Mapping[str, Any]], dense: PreTrainedModel
 ) -> dict[str, Tensor]:
     """A state in which the position biases of all layers are in the one table that they had."""

@@ -14,7 +14,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rfprune.errors import UserError
-from rfprune.model.dense import share_buffers, tie_as
+from rfprune.model.dense import share_buffers, tie_as, with_joined_tables
 from rfprune.model.layout import Layout, layout_of
 from rfprune.model.plain_entries import ENTRIES, Entries
 
@@ -63,7 +63,8 @@ def to_plain(model: PreTrainedModel) -> PreTrainedModel:
     base: Any = getattr(type(model), "pruned_from", type(model))
     with torch.device("meta"):
         plain: PreTrainedModel = base(config)
-    plain.load_state_dict(model.state_dict(), assign=True)
+    blocks = (getattr(model.config, "rfprune", None) or {}).get("blocks", [])
+    plain.load_state_dict(with_joined_tables(model.state_dict(), blocks, plain), assign=True)
     tie_as(model, plain)
     share_buffers(model, plain)
     if hasattr(model, "generation_config"):
@@ -76,8 +77,8 @@ def to_plain(model: PreTrainedModel) -> PreTrainedModel:
 def _entries(config: PretrainedConfig) -> Entries:
     if config.model_type not in ENTRIES:
         raise UserError(
-            f"the configuration of a {config.model_type} model has no entry for the number of its "
-            "neurons, so --uniform (uniform=True) cannot make a plain one; leave it out"
+            f"the configuration of a {config.model_type} model has no single entry for the number "
+            "of its neurons, so --uniform (uniform=True) cannot make a plain one; leave it out"
         )
     return ENTRIES[config.model_type]
 
@@ -88,13 +89,13 @@ def _counts(layout: Layout, kind: str) -> set[int]:
     Raises:
         UserError: a layer has none.
     """
-    found = {block.layer: block.num_units for block in layout.blocks if block.kind == kind}
-    if len(found) < len(layout.layers):
+    found = [block for block in layout.blocks if block.kind == kind]
+    if len({block.layer for block in found}) < len(layout.layers):
         raise UserError(
             f"this model has layers without {kind}s, which a plain architecture has not; leave out "
             "--uniform (uniform=True)"
         )
-    return set(found.values())
+    return {block.num_units for block in found}
 
 
 def _with_sizes(config: PretrainedConfig, heads: int, neurons: int) -> PretrainedConfig:

@@ -40,6 +40,8 @@ ENTRIES: dict[str, Entries] = {
     "modernbert": Entries(),
     "gpt2": Entries(neurons="n_inner"),
     "opt": Entries(neurons="ffn_dim"),
+    "t5": Entries(neurons="d_ff"),
+    "mt5": Entries(neurons="d_ff"),
     "llama": _GROUPED,
     "mistral": _GROUPED,
     "qwen2": _GROUPED,
@@ -52,12 +54,13 @@ ENTRIES: dict[str, Entries] = {
     "deit": Entries(),
     "beit": Entries(),
 }
-"""By model type. Not here: families whose configuration cannot say any number of neurons."""
+"""By model type. Not here: families whose configuration cannot say any number of neurons, or has
+one entry for the encoder and one for the decoder."""
 
 
 def said_by(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config.json of a plain model says of its sizes: "heads" and "neurons" of a layer."""
+    """What a config.json of a plain model says of its sizes, by the last part of a block's name."""
     entries = ENTRIES[config["model_type"]]
-    names = (*entries.heads, "num_attention_heads", "n_heads", "n_head")
+    names = (*entries.heads, "num_attention_heads", "n_heads", "n_head", "num_heads")
     heads = next((config[name] for name in names if config.get(name) is not None), None)
-    return {"heads": heads, "neurons": config.get(entries.neurons)}
+    return {"heads": heads, "cross_heads": heads, "neurons": config.get(entries.neurons)}
