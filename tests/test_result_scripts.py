@@ -169,3 +169,24 @@ def test_sizes_stand_beside_one_another(tmp_path: Path, capsys: pytest.CaptureFi
     row = readme.read_text().splitlines()[-4]
     assert "| 125 M | 0.50 GB |" in row
     assert row.endswith("| 2.0 GB, 4.0 x weights |")
+
+
+def test_what_may_be_lost_stands_in_order(tmp_path: Path) -> None:
+    drops = script("max_drop_table")
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{drops.BEGIN}\n{drops.END}\nafter\n")
+    committed = next((SCRIPTS.parent / "results").glob("max_drop_*_sst2_*.jsonl"))
+    line = json.loads(committed.read_text().splitlines()[0])
+    line |= {"model": "m", "drop": 0.25, "standard_error": 0.5, "seconds": 30, "single_seconds": 12}
+    lines = [line | {"points": points} for points in (2.0, 0.5)]
+    text = "".join(json.dumps(one) + "\n" for one in lines)
+    (tmp_path / "max_drop_m_sst2_mac_64samples.jsonl").write_text(text)
+    flags = ["--results", str(tmp_path), "--readme", str(readme)]
+    assert drops.main([*flags, "--check"]) == 1
+    assert drops.main(flags) == 0
+    assert drops.main([*flags, "--check"]) == 0
+    first, second = readme.read_text().splitlines()[-5:-3]
+    assert "| 0.5 |" in first
+    assert "| 2 |" in second
+    assert "| 0.25 (0.50) |" in first
+    assert first.endswith("| 2.5 |")
