@@ -118,6 +118,8 @@ PRUNED = (
     _block("a path out of the model", "cannot be loaded", consumer="__class__"),
     _block("a path to another projection", "config.json promises", consumer="classifier"),
     _block("a path that is a number", "bad 'consumer'", consumer=7),
+    _block("a block that hands on a position bias", "where that of a bert model", bypass="biased"),
+    _block("a block with a table of biases", "where that of a bert model", has_bias_table=True),
     _pruned("config.json cut short", "not readable JSON", _cut("config.json")),
     _pruned("weights cut short", "damaged", _cut("model.safetensors")),
     _pruned("weights that are text", "damaged",
