@@ -166,7 +166,7 @@ def make_model(size: str) -> Any:
 
 @contextmanager
 def watched_memory(device: str) -> Iterator[dict[str, int]]:
-    """The most bytes in use by stage of the pruning, and before it ("start").
+    """The most bytes in use by stage of the pruning, and outside of all stages ("start").
 
     Of the process on a CPU, of the tensors on a GPU.
     """
@@ -178,7 +178,9 @@ def watched_memory(device: str) -> Iterator[dict[str, int]]:
 
     def look() -> None:
         while not done.wait(SECONDS_BETWEEN):
-            peaks[stages[-1]] = max(peaks.get(stages[-1], 0), _bytes_now(device))
+            stage, now = stages[-1], _bytes_now(device)
+            if stage == stages[-1]:  # else the stage has ended while its memory was looked at
+                peaks[stage] = max(peaks.get(stage, 0), now)
 
     own = Clock.__call__
 

@@ -5,7 +5,6 @@ Deleting this lets a stage's memory be put down to another, or a stopped measure
 
 from __future__ import annotations
 
-import gc
 import json
 import time
 from pathlib import Path
@@ -34,25 +33,19 @@ def test_a_line_says_what_each_stage_took(method: str, tmp_path: Path, capsys: A
     assert len(output.read_text().splitlines()) == 1
 
 
-def wait_for_steady_memory() -> None:
-    """Threads that imports have started may still be giving memory back."""
-    gc.collect()
-    seen: list[int] = []
-    for _ in range(250):
-        seen.append(benchmark_scale._bytes_now("cpu"))
-        if seen[-10:] == seen[-1:] * 10:
-            return
-        time.sleep(benchmark_scale.SECONDS_BETWEEN)
-
-
-def test_memory_is_watched_for_as_long_as_it_is_asked_for() -> None:
-    """What the imports have left, and is given back meanwhile, is far less than the block."""
+def test_memory_is_put_down_to_the_stage_that_uses_it() -> None:
     own, size = Clock.__call__, 256 * 2**20
-    wait_for_steady_memory()
-    with benchmark_scale.watched_memory("cpu") as peaks, Clock()("collect"):
-        block = bytearray(size)
-        block[:: 2**12] = b"x" * len(block[:: 2**12])
-    assert peaks["collect"] > peaks["start"] + size // 2, peaks
+    deadline = time.monotonic() + 60
+    with benchmark_scale.watched_memory("cpu") as peaks:
+        enough = peaks["start"] + size // 2  # imports may be giving some back meanwhile
+        with Clock()("collect"):
+            block = bytearray(size)
+            block[:: 2**12] = b"x" * len(block[:: 2**12])
+            while peaks.get("collect", 0) < enough and time.monotonic() < deadline:
+                time.sleep(benchmark_scale.SECONDS_BETWEEN)
+            del block  # else what comes after the stage has it too
+    assert peaks["collect"] >= enough
+    assert peaks["start"] < peaks["collect"], peaks
     assert Clock.__call__ is own
 
 
