@@ -144,10 +144,11 @@ def layer_calls(
     `rfprune.model.decoders.with_encoder_output`), those of the decoder.
 
     Layers may differ in their attention mask and in their positions. None of them is run: each
-    passes on what it gets. Caches of keys and values are left out.
+    passes on what it gets, and the position bias where the first one makes that of all. Caches of keys and values are left out.
     """
     hidden: list[Tensor] = []
     calls: dict[str, LayerCall] = {}
+    handed_on: list[Tensor | None] = []
     paths = [layout.layers[i] for i in layout.stack(decoder=decoder_inputs is not None)]
 
     def stand_in(path: str) -> Callable[..., Any]:
@@ -160,8 +161,9 @@ def layer_calls(
                 raise _Stop
             if layout.returns == 1:
                 return states
-            bias = _first_bias(model.get_submodule(path), states.shape[1])
-            return (states, bias, *[None] * (layout.returns - 2))
+            if path == paths[0]:
+                handed_on.append(_first_bias(model.get_submodule(path), states.shape[1]))
+            return (states, *handed_on, *[None] * (layout.returns - 2))
 
         return forward
 

@@ -265,3 +265,25 @@ def test_a_traced_pass_goes_no_further_than_its_block(tiny_model: Tiny, tiny_bat
     assert ran == []
     trace_block(model, layout.layers[0], hidden, calls, neurons)
     assert ran == ["ffn"]
+
+
+@pytest.mark.parametrize("model_type", ["bert", "modernbert", "deberta-v2", "bart", "t5", "mt5"])
+def test_layers_beyond_the_second_are_called_as_in_a_full_pass(
+    model_type: str, tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    """What the first layer hands on must reach all others, not only the next one."""
+    model, batch = tiny_model(model_type, num_hidden_layers=4), tiny_batch(model_type=model_type)
+    layout = layout_of(model)
+    last = layout.layers[layout.stack()[-1]]
+    leaving: list[Any] = []
+    handle = model.get_submodule(last).register_forward_hook(lambda *args: leaving.append(args[2]))
+    with torch.no_grad():
+        model(**batch)
+        handle.remove()
+        hidden, calls = layer_calls(model, layout, batch)
+        for number in layout.stack():
+            hidden = run_layer(model, layout.layers[number], hidden, calls)
+    assert len(layout.stack()) == 4
+    expected = leaving[0][0] if isinstance(leaving[0], tuple) else leaving[0]
+    tokens = token_mask(batch)
+    torch.testing.assert_close(pack(hidden, tokens), pack(expected, tokens), rtol=1e-4, atol=1e-5)
