@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from rfprune import processes
 from rfprune.cache import default_folder
@@ -299,16 +298,6 @@ def _settings(options: Options) -> Settings:
     )
 
 
-def _noted(model: Any, batches: Sequence[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """Batches with the tokens that only the model knows: of images, and of a decoder."""
-    layout = layout_of(model)
-    for batch in batches:
-        on_device = {name: values.to(model.device) for name, values in batch.items()}
-        known = noted(model, layout, on_device)
-        added = {name: known[name].cpu() for name in known.keys() - batch.keys()}
-        yield {**batch, **added}
-
-
 def _prepare(options: Options, task: Task, device: torch.device, told: Console) -> Prepared:
     """Load the checkpoint and all data: everything that can be wrong with the input shows here."""
     check_kind(task, exports=options.export, max_drop=options.max_drop)
@@ -329,7 +318,8 @@ def _prepare(options: Options, task: Task, device: torch.device, told: Console) 
         seed=options.seed,
         with_labels=options.use_labels,
     )
-    batches = list(_noted(loaded.model, batches))
+    layout = layout_of(loaded.model)
+    batches = [dict(noted(loaded.model, layout, batch)) for batch in batches]
     if options.metric != "latency":  # which needs a table first
         wanted = _constraints(options, options.ratios)
         check_possible(loaded.model, batches, wanted, _settings(options))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rfprune.cost.constraint import Constraint, CostModel
@@ -46,15 +47,18 @@ def cost_model(
 
 def mean_tokens(batches: Sequence[Batch]) -> float:
     """Mean number of real tokens an example."""
-    masks = [token_mask(batch) for batch in batches]
-    return float(sum(int(mask.sum()) for mask in masks) / sum(len(mask) for mask in masks))
+    return _mean_length([token_mask(batch) for batch in batches])
 
 
 def mean_decoder_tokens(layout: Layout, batches: Sequence[Batch]) -> float | None:
     """The same of a decoder that reads an encoder; None without one."""
     if layout.decoder is None:
         return None
-    masks = [decoder_tokens(batch) for batch in batches]
+    return _mean_length([decoder_tokens(batch) for batch in batches])
+
+
+def _mean_length(masks: Sequence[Tensor]) -> float:
+    """Mean number of tokens of the rows of masks (B, S)."""
     return float(sum(int(mask.sum()) for mask in masks) / sum(len(mask) for mask in masks))
 
 

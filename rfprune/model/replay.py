@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 
 from rfprune.errors import UserError
 from rfprune.model.layout import Block, Layout
@@ -68,7 +68,7 @@ class Trace:
     total: Tensor
 
 
-def with_tokens(model: nn.Module, layout: Layout, batch: Batch) -> Batch:
+def with_tokens(model: PreTrainedModel, layout: Layout, batch: Batch) -> Batch:
     """The batch, and for images which of their tokens are real: all.
 
     How many tokens an image becomes, only the model knows; it is run up to its first layer.
@@ -76,8 +76,10 @@ def with_tokens(model: nn.Module, layout: Layout, batch: Batch) -> Batch:
     if TOKENS in batch or "pixel_values" not in batch or "input_ids" in batch:
         return batch
     with torch.no_grad():
-        hidden, _ = layer_calls(model, layout, batch)
-    return {**batch, TOKENS: torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)}
+        there = {name: values.to(model.device) for name, values in batch.items()}
+        hidden, _ = layer_calls(model, layout, there)
+    where = batch["pixel_values"].device
+    return {**batch, TOKENS: torch.ones(hidden.shape[:2], dtype=torch.bool, device=where)}
 
 
 def model_inputs(batch: Batch) -> dict[str, Tensor]:
@@ -144,7 +146,8 @@ def layer_calls(
     `rfprune.model.decoders.with_encoder_output`), those of the decoder.
 
     Layers may differ in their attention mask and in their positions. None of them is run: each
-    passes on what it gets, and the position bias where the first one makes that of all. Caches of keys and values are left out.
+    passes on what it gets, and the position bias where the first one makes that of all. Caches of
+    keys and values are left out.
     """
     hidden: list[Tensor] = []
     calls: dict[str, LayerCall] = {}

@@ -80,12 +80,9 @@ class Moments:
 
     def error(self, weight: Tensor, bias: Tensor | None) -> float:
         """Sum over tokens of |y - W·x - b|² for a weight (d, p) and a bias (d,), or none."""
-        weight = in_float64(weight, self.gram.device)
-        bias = (
-            self.target_sum.new_zeros(len(weight))
-            if bias is None
-            else in_float64(bias, self.gram.device)
-        )
+        where = self.gram.device
+        weight = in_float64(weight, where)
+        bias = weight.new_zeros(len(weight)) if bias is None else in_float64(bias, where)
         fitted = (weight @ self.gram * weight).sum() + 2 * bias @ (weight @ self.feature_sum)
         fitted = fitted + self.count * bias @ bias
         crossed = (weight.T * self.cross).sum() + bias @ self.target_sum
