@@ -41,7 +41,7 @@ from rfprune.model.decoders import with_decoder_tokens
 from rfprune.model.layout import Layout, layout_of
 from rfprune.model.masks import Masks, frozen, full_masks, masked, num_kept
 from rfprune.model.plain import to_plain
-from rfprune.model.replay import LABELS, Batch, token_mask, with_tokens
+from rfprune.model.replay import LABELS, Batch, check_layer_outputs, token_mask, with_tokens
 from rfprune.promise import Promise, broken, keep_promise
 from rfprune.result import Clock, PruneResult, Settings, units_of_layers
 from rfprune.selection import Selection, check_possible, learn
@@ -117,6 +117,8 @@ def prune_family(
             "there is nothing to calibrate on, or nothing to prune; give at least one example, and "
             "a model with heads or neurons"
         )
+    with frozen(model):
+        check_layer_outputs(model, layout, labelled[0])
     inputs = [
         {name: value for name, value in batch.items() if name not in LABELS} for batch in labelled
     ]

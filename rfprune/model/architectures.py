@@ -281,7 +281,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "distilbert": Architecture(
         (Stack("transformer.layer", (_DISTILBERT_ATTENTION, _DISTILBERT_FFN)),)
     ),
-    "mpnet": Architecture((Stack("encoder.layer", (_MPNET_ATTENTION, _BERT_FFN)),)),
+    "mpnet": Architecture((Stack("encoder.layer", (_MPNET_ATTENTION, _BERT_FFN), returns=1),)),
     "modernbert": Architecture(
         (Stack("layers", (_MODERNBERT_ATTENTION, _MODERNBERT_FFN), pre_norm=True),)
     ),

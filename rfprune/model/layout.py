@@ -128,7 +128,7 @@ class Layout:
         causal: whether a token sees none that comes later.
         order: numbers of the layers in the order in which they run, where some run several times
             (their blocks are pruned once, and cost as often as they run); else empty.
-        returns: how many things a layer returns, the hidden states first.
+        returns: length of the tuple that a layer returns, hidden states first; None: a tensor.
         decoder: number of the first layer of a decoder that reads an encoder; None without one.
     """
 
@@ -138,7 +138,7 @@ class Layout:
     blocks: tuple[Block, ...]
     causal: bool = False
     order: tuple[int, ...] = ()
-    returns: int = 1
+    returns: int | None = None
     decoder: int | None = None
 
     def in_decoder(self, block: Block) -> bool:

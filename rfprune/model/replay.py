@@ -162,11 +162,11 @@ def layer_calls(
             calls[path] = LayerCall(tuple(_no_cache(value) for value in args[1:]), named)
             if path == paths[-1]:
                 raise _Stop
-            if layout.returns == 1:
+            if layout.returns is None:
                 return states
             if path == paths[0]:
                 handed_on.append(_first_bias(model.get_submodule(path), states.shape[1]))
-            return (states, *handed_on, *[None] * (layout.returns - 2))
+            return (states, *handed_on, *[None] * (layout.returns - 2))[: layout.returns]
 
         return forward
 
@@ -175,6 +175,38 @@ def layer_calls(
             stack.enter_context(_forward_replaced(model, path, stand_in(path)))
         model(**(decoder_inputs or model_inputs(batch)))
     return hidden[0], calls
+
+
+def check_layer_outputs(model: PreTrainedModel, layout: Layout, batch: Batch) -> None:
+    """Check that the layers of a model return what its family's row says.
+
+    `layer_calls` replaces layers by stand-ins, which must return the same kind of value. A row that
+    is wrong about it would fail far into a run, and only for models of four layers or more.
+
+    Args:
+        batch: the model runs on its first example.
+
+    Raises:
+        UserError: a layer returns a tensor where the row has a tuple, or the other way round.
+    """
+
+    def check(_: nn.Module, __: Any, output: Any) -> None:
+        length = len(output) if isinstance(output, tuple) else None
+        if (length is None) != (layout.returns is None) or (length or 0) < (layout.returns or 0):
+            found, wanted = (
+                "a tensor" if number is None else f"a tuple of {number}"
+                for number in (length, layout.returns)
+            )
+            raise UserError(
+                f"the layers of this {layout.model_type} model return {found}, but the row of its "
+                f"family has {wanted}; correct `returns` in rfprune/model/architectures.py, or "
+                "install a release of transformers that this version was tested with"
+            )
+
+    with ExitStack() as stack, torch.no_grad():
+        for path in layout.layers:
+            stack.callback(model.get_submodule(path).register_forward_hook(check).remove)
+        model(**{name: value[:1] for name, value in model_inputs(batch).items()})
 
 
 def _first_bias(layer: nn.Module, num_tokens: int) -> Tensor | None:

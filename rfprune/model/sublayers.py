@@ -68,14 +68,15 @@ class Stack:
             come only before what reads it; else a norm comes after every residual sum.
         shared: whether fewer layers than the configuration's `num_hidden_layers` are there, each
             of which runs several times in a row.
-        returns: how many things a layer returns, the hidden states first.
+        returns: length of the tuple that a layer returns, hidden states first; None where it
+            returns the hidden states alone, as a tensor.
     """
 
     layers: str
     sublayers: tuple[Sublayer, ...]
     pre_norm: bool = False
     shared: bool = False
-    returns: int = 1
+    returns: int | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Deleting this lets reconstruction fit wrong targets (padding, residuals, order) 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from rfprune.model.compact import compact
 from rfprune.model.layout import Block, layout_of
 from rfprune.model.masks import full_masks, masked
 from rfprune.model.replay import (
+    check_layer_outputs,
     first_tokens,
     layer_calls,
     model_inputs,
@@ -267,23 +269,36 @@ def test_a_traced_pass_goes_no_further_than_its_block(tiny_model: Tiny, tiny_bat
     assert ran == ["ffn"]
 
 
-@pytest.mark.parametrize("model_type", ["bert", "modernbert", "deberta-v2", "bart", "t5", "mt5"])
+@pytest.mark.parametrize("model_type", ALL_TYPES)
 def test_layers_beyond_the_second_are_called_as_in_a_full_pass(
     model_type: str, tiny_model: Tiny, tiny_batch: Tiny
 ) -> None:
-    """What the first layer hands on must reach all others, not only the next one."""
-    model, batch = tiny_model(model_type, num_hidden_layers=4), tiny_batch(model_type=model_type)
+    """Two layers hide a stand-in that returns the wrong kind of value."""
+    model, batch = tiny_model(model_type, num_hidden_layers=6), tiny_batch(model_type=model_type)
     layout = layout_of(model)
+    order = [number for number in layout.order or layout.stack() if number in layout.stack()]
     last = layout.layers[layout.stack()[-1]]
     leaving: list[Any] = []
     handle = model.get_submodule(last).register_forward_hook(lambda *args: leaving.append(args[2]))
     with torch.no_grad():
         model(**batch)
         handle.remove()
+        batch = with_tokens(model, layout, batch)
         hidden, calls = layer_calls(model, layout, batch)
-        for number in layout.stack():
+        for number in order:
             hidden = run_layer(model, layout.layers[number], hidden, calls)
-    assert len(layout.stack()) == 4
-    expected = leaving[0][0] if isinstance(leaving[0], tuple) else leaving[0]
+    assert len(layout.stack()) == 6
+    expected = leaving[-1][0] if isinstance(leaving[-1], tuple) else leaving[-1]
     tokens = token_mask(batch)
     torch.testing.assert_close(pack(hidden, tokens), pack(expected, tokens), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [None, 3])
+def test_a_row_that_is_wrong_about_what_layers_return_is_refused(
+    wrong: int | None, tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    model, batch = tiny_model("mpnet", num_hidden_layers=6), tiny_batch(model_type="mpnet")
+    layout = layout_of(model)
+    check_layer_outputs(model, layout, batch)
+    with pytest.raises(UserError, match=r"return a tuple of 1, .* has a t.*; correct `returns`"):
+        check_layer_outputs(model, replace(layout, returns=wrong), batch)
