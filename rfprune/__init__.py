@@ -8,17 +8,16 @@ Names are imported when first used, so `import rfprune` and `rfprune --help` ans
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rfprune.cost.constraint import Constraint
-    from rfprune.cost.latency import LatencyTable
     from rfprune.errors import RfpruneWarning, UserError
+    from rfprune.latency.table import LatencyTable
     from rfprune.model.checkpoint import load_pruned, save_pruned
-    from rfprune.pipeline import prune, prune_family
+    from rfprune.pruning import prune, prune_family
     from rfprune.result import PruneResult, Settings
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Constraint",
@@ -36,19 +35,21 @@ __all__ = [
 
 _MODULES = {
     "Constraint": "rfprune.cost.constraint",
-    "LatencyTable": "rfprune.cost.latency",
+    "LatencyTable": "rfprune.latency.table",
     "PruneResult": "rfprune.result",
     "RfpruneWarning": "rfprune.errors",
     "Settings": "rfprune.result",
     "UserError": "rfprune.errors",
     "load_pruned": "rfprune.model.checkpoint",
-    "prune": "rfprune.pipeline",
-    "prune_family": "rfprune.pipeline",
+    "prune": "rfprune.pruning",
+    "prune_family": "rfprune.pruning",
     "save_pruned": "rfprune.model.checkpoint",
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("rfprune")
     if name not in _MODULES:
         raise AttributeError(f"module 'rfprune' has no attribute {name!r}")
     value = getattr(import_module(_MODULES[name]), name)

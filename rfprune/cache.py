@@ -28,7 +28,7 @@ import transformers
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from rfprune import processes
+from rfprune import distributed
 from rfprune.errors import RfpruneWarning
 from rfprune.result import Clock, Settings
 
@@ -78,12 +78,12 @@ def remembering(
             return compute()
         with clock(stage):
             look_up = partial(_look_up, folder, key)
-            known, found = processes.from_main(look_up) if shared else look_up()
+            known, found = distributed.from_main(look_up) if shared else look_up()
         if found is not None:
             clock.cached.add(stage)
             return found
         computed = compute()
-        if processes.is_main():
+        if distributed.is_main():
             with clock(stage):
                 write(folder, known, computed)
         return computed
@@ -245,8 +245,9 @@ def code_digest() -> str:
     """SHA-256 of the code that statistics come from: none outlives a change of it."""
     package = Path(__file__).parent
     digest = hashlib.sha256()
-    sources = (*package.glob("model/*.py"), *package.glob("stages/*.py"))
-    outside = ("selection.py", "embeddings.py", "tasks/forward.py", "tasks/language.py")
+    folders = ("families", "methods", "model", "stages")
+    sources = (path for folder in folders for path in package.glob(f"{folder}/*.py"))
+    outside = ("embeddings.py", "tasks/forward.py", "tasks/language.py")
     others = (package / name for name in outside)
     for path in sorted((*sources, *others)):
         digest.update(f"{path.name}\n".encode() + path.read_bytes())

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rfprune.errors import EndedElsewhere, UserError
 
 if TYPE_CHECKING:
-    from rfprune.command_line import Options
+    from rfprune.settings import Options
 
 INTERRUPTED = 130
 COURTESY_SECONDS = 10
@@ -68,7 +68,7 @@ def _sentence(error: UserError) -> str:
 def _parse(arguments: Sequence[str]) -> Options:
     """Import late even what is quick: from the first moment on Ctrl-C shows no traceback."""
     with _exit_when_interrupted():
-        from rfprune.command_line import parse
+        from rfprune.cli.parser import parse
     return parse(arguments)
 
 
@@ -79,7 +79,7 @@ def _import_run() -> Callable[[Options, Sequence[str]], None]:
     with _exit_when_interrupted():
         import datasets  # noqa: F401  (first used in the middle of a run; see above)
 
-        from rfprune.run import run
+        from rfprune.cli.run import run
     return run
 
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rfprune.cost.constraint import Constraint
-from rfprune.cost.grid import MULTIPLES
+from rfprune.cost.rounding import MULTIPLES
 from rfprune.errors import UserError
+from rfprune.latency.promise import Promise
 from rfprune.model.layout import Block, Layout
 from rfprune.model.masks import Masks
-from rfprune.promise import Promise
 from rfprune.stages.importance import CRITERIA
 from rfprune.stages.obs import Curve
 

@@ -67,10 +67,10 @@ def _max_drop(text: str, says: str) -> Case:
 
 
 def _kept_by_none(place: Place) -> Request:
-    from rfprune import probing
+    from rfprune.max_drop import search
     from rfprune.tasks.bootstrap import Drop
 
-    place.set(probing, "paired_drop", lambda *_: Drop(9.0, 1.0, 0.0))
+    place.set(search, "paired_drop", lambda *_: Drop(9.0, 1.0, 0.0))
     return place.flags(constraint=None, max_drop=1, no_cache=True)
 
 

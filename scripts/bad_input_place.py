@@ -116,7 +116,7 @@ class Place:
         from huggingface_hub import constants
         from huggingface_hub.utils import close_session
 
-        from rfprune.report import hub
+        from rfprune.hub import upload
 
         endpoint = self.undo.enter_context(_hub_answering(answer))
         self.environment(HF_ENDPOINT=endpoint, HF_TOKEN="hf_of-nobody", no_proxy="127.0.0.1")
@@ -128,7 +128,7 @@ class Place:
         self.set(datasets.config, "HF_ENDPOINT", endpoint)
         for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
             self.set(constants, name, HUB_SECONDS)
-        self.set(hub, "ANSWER_SECONDS", HUB_SECONDS)
+        self.set(upload, "ANSWER_SECONDS", HUB_SECONDS)
         self.set(time, "sleep", _no_sleep)
         self.undo.callback(close_session)
 

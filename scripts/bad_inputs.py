@@ -103,7 +103,7 @@ def try_all(cases: Sequence[Case]) -> Iterator[Answer]:
         watched = root / "watched"
         os.chdir(watched / "here")
         # What a run times and draws is tested elsewhere; here it would only take time.
-        undo.enter_context(mock.patch("rfprune.report.latency.MAX_ROUNDS", 1))
+        undo.enter_context(mock.patch("rfprune.latency.speedup.MAX_ROUNDS", 1))
         undo.enter_context(mock.patch("rfprune.report.plots.OF_A_RUN", ()))
         material = make_material(watched / "material", command)
         for case in cases:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from rfprune.errors import UserError
 
 if TYPE_CHECKING:
-    from rfprune.loading import Loaded
+    from rfprune.checkpoints.loading import Loaded
     from rfprune.tasks.evaluation import Evaluation, EvaluationSet
 
 Conditions = dict[str, Any]
@@ -54,8 +54,8 @@ def prepare(options: argparse.Namespace, variants: Variants, cache: Path | None 
     """Load what the flags name, and score the model as it is."""
     import torch
 
-    from rfprune.device import pick_device
-    from rfprune.loading import choose_task, data_folder, length_limit, load
+    from rfprune.checkpoints.device import pick_device
+    from rfprune.checkpoints.loading import choose_task, data_folder, length_limit, load
     from rfprune.tasks.evaluation import evaluate_model, prepare_evaluation
 
     task = choose_task(
@@ -99,8 +99,8 @@ def calibrate(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """A seed's batches and the warnings so far; with labels only where a variant needs them,
     since they change nothing for the others."""
-    from rfprune.calibration import calibration_batches
-    from rfprune.loading import data_folder
+    from rfprune.checkpoints.loading import data_folder
+    from rfprune.tasks.calibration import calibration_batches
 
     with _collected_warnings() as heard:
         batches = calibration_batches(
@@ -129,7 +129,7 @@ def measure(
     Scores are in points of 100; the seconds of collecting are those of the whole family.
     """
     from rfprune.cost.constraint import Constraint
-    from rfprune.pipeline import prune_family
+    from rfprune.pruning import prune_family
     from rfprune.report.report_json import versions
     from rfprune.result import Settings
     from rfprune.tasks.evaluation import divergence, evaluate_model
@@ -201,7 +201,7 @@ def continued(model: Any, tokenizer: Any, prompt: str, new_tokens: int = 30) -> 
 def _collected_warnings() -> AbstractContextManager[list[str]]:
     from rich.console import Console
 
-    from rfprune.trouble import collected_warnings
+    from rfprune.cli.console import collected_warnings
 
     return collected_warnings(Console(stderr=True, highlight=False), verbose=False)
 

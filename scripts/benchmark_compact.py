@@ -23,15 +23,15 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
+from rfprune.cli.method_flags import DEFAULT_METHOD, METHODS
 from rfprune.errors import UserError
-from rfprune.method_flags import DEFAULT_METHOD, METHODS
 from rfprune.tasks.registry import TASKS, Task, get_task
 from scripts.entry import NOTHING, script
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rfprune.loading import Loaded
+    from rfprune.checkpoints.loading import Loaded
     from rfprune.result import PruneResult, Settings
 
 Batch = Mapping[str, "Tensor"]
@@ -101,11 +101,11 @@ def _measure(options: argparse.Namespace, task: Task) -> dict[str, Any]:
     import torch
     from rich.console import Console
 
+    from rfprune.cli.console import collected_warnings
     from rfprune.cost.constraint import Constraint
-    from rfprune.cost.verify import typical_batch
-    from rfprune.pipeline import prune_family
+    from rfprune.latency.measured import typical_batch
+    from rfprune.pruning import prune_family
     from rfprune.report.report_json import versions
-    from rfprune.trouble import collected_warnings
 
     if options.rounds < 1:
         raise UserError(f"--rounds {options.rounds} times nothing: give 1 or more.")
@@ -140,10 +140,10 @@ def _measure(options: argparse.Namespace, task: Task) -> dict[str, Any]:
 def _prepare(options: argparse.Namespace, task: Task) -> Bench:
     import torch
 
-    from rfprune.calibration import calibration_batches
-    from rfprune.device import pick_device
-    from rfprune.loading import data_folder, length_limit, load
+    from rfprune.checkpoints.device import pick_device
+    from rfprune.checkpoints.loading import data_folder, length_limit, load
     from rfprune.result import Settings
+    from rfprune.tasks.calibration import calibration_batches
 
     device = pick_device(options.device)
     loaded = load(options.model, task, device=device, dtype=torch.float32)
@@ -229,7 +229,7 @@ def _max_difference(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
 
 def _saved_bytes(model: Any) -> int:
     """Bytes of the weights on the disk."""
-    from rfprune.loading import quiet_transformers
+    from rfprune.checkpoints.loading import quiet_transformers
 
     with tempfile.TemporaryDirectory() as folder, quiet_transformers():
         model.save_pretrained(folder)

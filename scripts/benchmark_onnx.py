@@ -21,16 +21,16 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
+from rfprune.cli.flag_values import check_exports
+from rfprune.cli.method_flags import DEFAULT_METHOD, METHODS
 from rfprune.errors import UserError
-from rfprune.flag_values import check_exports
-from rfprune.method_flags import DEFAULT_METHOD, METHODS
 from rfprune.tasks.registry import TASKS, Task, get_task
 from scripts.entry import NOTHING, script
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from rfprune.loading import Loaded
+    from rfprune.checkpoints.loading import Loaded
 
 Batch = Mapping[str, "Tensor"]
 
@@ -87,14 +87,14 @@ def _measure(options: argparse.Namespace, task: Task) -> dict[str, Any]:
     import torch
     from rich.console import Console
 
-    from rfprune.calibration import calibration_batches
+    from rfprune.checkpoints.loading import data_folder, length_limit, load, quiet_transformers
+    from rfprune.cli.console import collected_warnings
     from rfprune.cost.constraint import Constraint
-    from rfprune.loading import data_folder, length_limit, load, quiet_transformers
-    from rfprune.pipeline import prune
+    from rfprune.pruning import prune
     from rfprune.report.report_json import versions
     from rfprune.result import Settings
+    from rfprune.tasks.calibration import calibration_batches
     from rfprune.tasks.evaluation import prepare_evaluation
-    from rfprune.trouble import collected_warnings
 
     if options.clock == "cpu" and torch.get_num_threads() > 1:
         raise UserError(
@@ -162,8 +162,8 @@ def _export(
     loaded: Loaded, pruned: Any, batches: Sequence[Batch], folder: Path
 ) -> tuple[dict[str, nn.Module], dict[str, int]]:
     """Six models by name ("original", "original-onnx", "original-onnx-int8", ...), their bytes."""
-    from rfprune.cost.verify import typical_batch
-    from rfprune.onnx_export import OnnxModel, export_onnx, quantize_onnx
+    from rfprune.export.onnx import OnnxModel, export_onnx, quantize_onnx
+    from rfprune.latency.measured import typical_batch
 
     models: dict[str, nn.Module] = {}
     sizes = {}
@@ -198,7 +198,7 @@ def _shapes(loaded: Loaded, batches: Sequence[Batch]) -> list[Batch]:
     """A single typical example, a typical batch, and a long one, whose tokens change no time."""
     import torch
 
-    from rfprune.cost.verify import typical_batch
+    from rfprune.latency.measured import typical_batch
 
     typical = typical_batch(batches)
     positions = loaded.model.config.max_position_embeddings - 2  # RoBERTa's start at 2
@@ -211,7 +211,7 @@ def _shapes(loaded: Loaded, batches: Sequence[Batch]) -> list[Batch]:
 
 
 def _time(models: Mapping[str, nn.Module], batch: Batch, rounds: int, clock: str) -> dict[str, Any]:
-    from rfprune.export import time_on_cpu
+    from rfprune.export.exports import time_on_cpu
 
     milliseconds, conditions = time_on_cpu(
         models, batch, seconds=1e9, max_rounds=rounds, clock=CLOCKS[clock]

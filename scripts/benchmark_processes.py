@@ -23,8 +23,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
+from rfprune.cli.method_flags import METHODS
 from rfprune.errors import UserError
-from rfprune.method_flags import METHODS
 from rfprune.tasks.registry import TASKS, get_task
 from scripts.entry import NOTHING, script
 
@@ -153,15 +153,15 @@ def _process(options: argparse.Namespace) -> dict[str, Any]:
 
     import torch
 
-    from rfprune import processes
-    from rfprune.calibration import calibration_batches
+    from rfprune import distributed
+    from rfprune.checkpoints.loading import data_folder, length_limit, load
     from rfprune.cost.constraint import Constraint
-    from rfprune.loading import data_folder, length_limit, load
-    from rfprune.pipeline import prune
+    from rfprune.pruning import prune
     from rfprune.result import Settings
+    from rfprune.tasks.calibration import calibration_batches
 
     task, cpu = get_task(options.task), torch.device("cpu")
-    with processes.together(cpu):
+    with distributed.together(cpu):
         loaded = load(options.model, task, device=cpu, dtype=torch.float32)
         batches = calibration_batches(
             task,
@@ -175,15 +175,15 @@ def _process(options: argparse.Namespace) -> dict[str, Any]:
         )
         constraint = Constraint("mac", options.constraint)
         found: dict[str, Any] = {"model": Path(loaded.source).name}
-        few = batches[: processes.count()]
+        few = batches[: distributed.count()]
         prune(loaded.model, few, constraint)  # the first passes of a process are slower
         for method in options.method:
-            processes.wait()
+            distributed.wait()
             result = prune(loaded.model, batches, constraint, Settings(method=method))
             kept = b"".join((mask != 0).numpy().tobytes() for mask in result.masks)
             digest = hashlib.sha256(kept).hexdigest()
             found[method] = {"seconds": result.seconds, "masks": digest}
-        processes.wait()
+        distributed.wait()
     return found
 
 

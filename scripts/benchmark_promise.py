@@ -27,7 +27,7 @@ from scripts.sweep import append_line, model_name, read_lines
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rfprune.cost.latency import LatencyTable
+    from rfprune.latency.table import LatencyTable
     from rfprune.result import PruneResult
 
 CONSTRAINTS = (0.85, 0.7, 0.55, 0.4, 0.25)
@@ -122,9 +122,9 @@ def _measured(options: argparse.Namespace, missing: Sequence[float]) -> Iterator
     import torch
 
     from rfprune.cost.constraint import Constraint
-    from rfprune.cost.profile import profile
+    from rfprune.latency.profile import profile
     from rfprune.model.layout import layout_of
-    from rfprune.pipeline import prune_family
+    from rfprune.pruning import prune_family
     from rfprune.result import Settings
     from scripts.speedup_timing import machine
 
@@ -168,7 +168,7 @@ def _afresh(
 
     import torch
 
-    from rfprune.timing import time_ratio
+    from rfprune.latency.timing import time_ratio
 
     with torch.inference_mode():
         found = time_ratio(

@@ -25,15 +25,15 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
+from rfprune.cli.method_flags import METHODS
 from rfprune.errors import UserError
-from rfprune.method_flags import METHODS
 from rfprune.tasks.registry import TASKS, get_task
 from scripts.entry import NOTHING, script
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rfprune.loading import Loaded
+    from rfprune.checkpoints.loading import Loaded
 
 Batches = Sequence[Mapping[str, "Tensor"]]
 
@@ -159,15 +159,15 @@ def _conditions(options: argparse.Namespace) -> dict[str, Any]:
 def _load(options: argparse.Namespace) -> Loaded:
     import torch
 
-    from rfprune.loading import load
+    from rfprune.checkpoints.loading import load
 
     cpu = torch.device("cpu")
     return load(options.model, get_task(options.task), device=cpu, dtype=torch.float32)
 
 
 def _batches(options: argparse.Namespace, loaded: Loaded, num_samples: int) -> Batches:
-    from rfprune.calibration import calibration_batches
-    from rfprune.loading import data_folder, length_limit
+    from rfprune.checkpoints.loading import data_folder, length_limit
+    from rfprune.tasks.calibration import calibration_batches
 
     task = get_task(options.task)
     return calibration_batches(
@@ -208,8 +208,8 @@ def _time_methods(model: Any, batches: Batches, options: argparse.Namespace) -> 
     """Medians over rounds: seconds by stage, and their sum as a multiple of the two yardsticks,
     each the mean of what was measured right before and right after."""
     from rfprune.cost.constraint import Constraint
-    from rfprune.model.replay import token_mask
-    from rfprune.pipeline import prune
+    from rfprune.model.layerwise import token_mask
+    from rfprune.pruning import prune
     from rfprune.result import Settings
 
     _yardsticks(model, batches[:2])  # the first passes of a process are slower
@@ -275,7 +275,7 @@ def _process(name: str, options: argparse.Namespace) -> dict[str, float]:
     """What a fresh process is for: all error curves of one random model; or to load model and data,
     and to prune if `name` is that of a method."""
     from rfprune.cost.constraint import Constraint
-    from rfprune.pipeline import prune
+    from rfprune.pruning import prune
     from rfprune.result import Settings
 
     if name == "curves":

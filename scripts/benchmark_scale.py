@@ -22,8 +22,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
+from rfprune.cli.method_flags import METHODS
 from rfprune.errors import UserError
-from rfprune.method_flags import METHODS
 from scripts.bench import say
 from scripts.entry import GOES_ON, script
 from scripts.sweep import append_line, read_lines
@@ -119,7 +119,7 @@ def _prune(size: str, options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from rfprune.cost.constraint import Constraint
-    from rfprune.pipeline import prune
+    from rfprune.pruning import prune
     from rfprune.result import Settings
     from scripts.speedup_timing import machine
 

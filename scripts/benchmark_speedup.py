@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
+from rfprune.cli.flag_values import check_exports
 from rfprune.errors import UserError
-from rfprune.flag_values import check_exports
 from scripts.bench import say
 from scripts.entry import GOES_ON, script
 from scripts.speedup_models import RUNTIMES, SYNTHETIC
@@ -194,7 +194,7 @@ def default_output(options: argparse.Namespace) -> Path:
 
 def _complete(options: argparse.Namespace, cells: Sequence[Cell], output: Path) -> None:
     """Measure what the output does not hold yet."""
-    from rfprune.device import pick_device
+    from rfprune.checkpoints.device import pick_device
     from scripts.speedup_models import load_dense
     from scripts.speedup_timing import forget_compiled, machine, taking_turns
 

@@ -23,9 +23,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
-from rfprune.calibration import sample
 from rfprune.demo import DEMO_TASK, demo_data_dir, demo_path
 from rfprune.errors import UserError
+from rfprune.tasks.calibration import sample
 from rfprune.tasks.data import load_split
 from rfprune.tasks.evaluation import Evaluation, evaluate_model, prepare_evaluation
 from rfprune.tasks.registry import get_task

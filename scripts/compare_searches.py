@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """The contents of the output file."""
-    from rfprune.cost.latency import LatencyTable, latency_costs
+    from rfprune.latency.table import LatencyTable, latency_costs
     from rfprune.report.report_json import versions
 
     task = get_task(options.task)
@@ -120,12 +120,12 @@ def _learn(options: argparse.Namespace, task: Any) -> tuple[Layout, dict[str, Er
     """The errors of keeping n units, of both kinds: additive importance, and curves."""
     import torch
 
-    from rfprune.calibration import calibration_batches
-    from rfprune.loading import data_folder, length_limit, load
+    from rfprune.checkpoints.loading import data_folder, length_limit, load
+    from rfprune.methods.selection import learn
     from rfprune.model.layout import layout_of
     from rfprune.result import Clock, Settings
-    from rfprune.selection import learn
     from rfprune.stages.search import additive_errors
+    from rfprune.tasks.calibration import calibration_batches
 
     loaded = load(options.model, task, device=torch.device("cpu"), dtype=torch.float32)
     batches = calibration_batches(

@@ -49,16 +49,16 @@ def diagnose(options: argparse.Namespace) -> dict[str, Any]:
     """Search one model; predicted errors in nats an example, times two, of every block."""
     import torch
 
-    from rfprune.calibration import calibration_batches
+    from rfprune.checkpoints.loading import data_folder, load
     from rfprune.cost.constraint import Constraint
     from rfprune.cost.macs import mac_costs
-    from rfprune.cost.metrics import mean_tokens
-    from rfprune.loading import data_folder, load
+    from rfprune.methods.budget import mean_tokens
     from rfprune.model.layout import layout_of
     from rfprune.model.masks import frozen
     from rfprune.stages.fisher import block_fisher, collect_gradients, diagonal_fisher
     from rfprune.stages.rearrange import quadratic_form
     from rfprune.stages.search import search
+    from rfprune.tasks.calibration import calibration_batches
 
     task = get_task(options.task)
     loaded = load(options.model, task, device=torch.device("cpu"), dtype=torch.float32)

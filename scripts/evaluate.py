@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
-from rfprune.data_flags import add_columns, check_data
+from rfprune.cli.data_flags import add_columns, check_data
+from rfprune.cli.flag_values import check_task
 from rfprune.errors import UserError
-from rfprune.flag_values import check_task
 from rfprune.tasks.registry import TASK_NAMES, default_batch_size
 from scripts.entry import NOTHING, script
 
@@ -65,11 +65,11 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from rich.console import Console
 
-    from rfprune.device import pick_device
-    from rfprune.loading import choose_task, data_folder, length_limit, load
+    from rfprune.checkpoints.device import pick_device
+    from rfprune.checkpoints.loading import choose_task, data_folder, length_limit, load
+    from rfprune.cli.console import collected_warnings
     from rfprune.report.report_json import versions
     from rfprune.tasks.evaluation import evaluate_model, prepare_evaluation
-    from rfprune.trouble import collected_warnings
 
     with collected_warnings(Console(stderr=True, highlight=False), verbose=False) as heard:
         task = choose_task(

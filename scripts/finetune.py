@@ -12,7 +12,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
-from rfprune.data_flags import add_columns, check_data
+from rfprune.cli.data_flags import add_columns, check_data
 from rfprune.errors import UserError
 from rfprune.tasks.registry import CUSTOM, get_task
 from scripts.entry import script
@@ -46,7 +46,7 @@ def finetune(options: argparse.Namespace) -> None:
     # Late, so that --help and wrong flags are answered at once.
     from transformers import Trainer, set_seed
 
-    from rfprune.calibration import sample
+    from rfprune.tasks.calibration import sample
     from rfprune.tasks.data import encode, load_split
     from rfprune.tasks.evaluation import evaluate_model, prepare_evaluation
 

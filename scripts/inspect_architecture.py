@@ -1,4 +1,4 @@
-"""What rfprune would need to know of a model type: a row for `rfprune/model/architectures.py`.
+"""What rfprune would need to know of a model type: a row for `rfprune/families/architectures.py`.
 
     python scripts/inspect_architecture.py deberta-v2
     python scripts/inspect_architecture.py path/to/a/folder/with/config.json
@@ -20,8 +20,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
 from rfprune.errors import UserError
-from rfprune.model.architectures import ARCHITECTURES
-from rfprune.model.suggest import as_text, suggest
+from rfprune.families.architectures import ARCHITECTURES
+from rfprune.families.suggest import as_text, suggest
 from scripts.entry import script
 
 
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     config = config_of(model)
     text = as_text(config.model_type, suggest(config))
     known = config.model_type in ARCHITECTURES
-    print(f"# {'already in' if known else 'to go into'} rfprune/model/architectures.py")
+    print(f"# {'already in' if known else 'to go into'} rfprune/families/architectures.py")
     print(text)
     return 0
 

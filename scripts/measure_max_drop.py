@@ -20,8 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
-from rfprune import flag_values
-from rfprune.command_line import METRICS
+from rfprune.cli import flag_values
+from rfprune.cli.parser import METRICS
 from scripts.bench import say
 from scripts.entry import GOES_ON, script
 from scripts.sweep import append_line, default_output, model_name, read_lines

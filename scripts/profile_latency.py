@@ -23,7 +23,7 @@ from scripts.speedup_models import SYNTHETIC
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rfprune.cost.latency import Curve, LatencyTable
+    from rfprune.latency.table import Curve, LatencyTable
     from rfprune.model.layout import Layout
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -78,8 +78,8 @@ def _check(options: argparse.Namespace) -> None:
 def _measure(options: argparse.Namespace) -> tuple[LatencyTable, Layout]:
     import torch
 
-    from rfprune.cost.profile import profile
-    from rfprune.device import pick_device
+    from rfprune.checkpoints.device import pick_device
+    from rfprune.latency.profile import profile
     from rfprune.model.layout import layout_of
 
     device = pick_device(options.device)
@@ -115,8 +115,8 @@ def _load(options: argparse.Namespace, dtype: Any) -> Any:
         torch.manual_seed(0)
         config = transformers.BertConfig(**SYNTHETIC[options.synthetic])
         return transformers.BertForSequenceClassification(config).to(dtype).eval()
-    from rfprune.inspection import read_config, reason
-    from rfprune.loading import locate, quiet_transformers
+    from rfprune.checkpoints.inspection import read_config, reason
+    from rfprune.checkpoints.loading import locate, quiet_transformers
     from rfprune.model.checkpoint import load_pruned
     from rfprune.tasks.registry import get_task
 
@@ -146,7 +146,7 @@ def _batch(model: Any, options: argparse.Namespace) -> dict[str, Tensor]:
     """
     import torch
 
-    from rfprune.loading import Loaded, length_limit
+    from rfprune.checkpoints.loading import Loaded, length_limit
     from rfprune.tasks.registry import get_task
 
     if model.main_input_name == "pixel_values":
@@ -166,8 +166,8 @@ def _print(table: LatencyTable, layout: Layout, path: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from rfprune.cost.latency import latency_costs
     from rfprune.cost.macs import mac_costs
+    from rfprune.latency.table import latency_costs
 
     console = Console(highlight=False)
     own = table.conditions

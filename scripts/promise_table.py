@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
-from rfprune.promise import TOLERANCE
+from rfprune.latency.promise import TOLERANCE
 from scripts.summarise import keep_current, read, read_measurements, with_tables
 
 BEGIN, END = "<!-- promise:begin -->", "<!-- promise:end -->"

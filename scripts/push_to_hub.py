@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
-from rfprune.report.hub import (
+from rfprune.hub.upload import (
     check_access,
     check_folder,
     check_repository,

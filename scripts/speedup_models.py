@@ -50,7 +50,7 @@ def load_dense(synthetic: str | None, folder: str | None) -> Any:
     import torch
     import transformers
 
-    from rfprune.loading import quiet_transformers
+    from rfprune.checkpoints.loading import quiet_transformers
 
     if synthetic is not None:
         config = transformers.BertConfig(**SYNTHETIC[synthetic])
@@ -156,7 +156,7 @@ def runner(runtime: str, model: Any) -> Callable[[Batch], object]:
 
 
 def _onnx_runner(model: Any) -> Callable[[Batch], object]:
-    from rfprune.onnx_export import OnnxModel, export_onnx
+    from rfprune.export.onnx import OnnxModel, export_onnx
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from rfprune.checkpoints.device import pick_device
 from rfprune.cost.macs import mac_costs
-from rfprune.device import pick_device
 from rfprune.errors import UserError
 from scripts.bench import say
 from scripts.speedup_models import Batch, layers_of, load_dense, make_batch

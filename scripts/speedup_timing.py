@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from rfprune.cost.conditions import device_name
 from rfprune.cost.macs import mac_costs
 from rfprune.errors import UserError
+from rfprune.latency.conditions import device_name
+from rfprune.latency.timing import Ratio, time_ratios
 from rfprune.model.layout import Layout, layout_of
 from rfprune.report.report_json import versions
-from rfprune.timing import Ratio, time_ratios
 from scripts.speedup_models import (
     Batch,
     Kept,

@@ -24,7 +24,7 @@ from torch import Tensor
 from rfprune import cache, selection
 from rfprune.cost.constraint import Constraint
 from rfprune.errors import RfpruneWarning
-from rfprune.pipeline import prune, prune_family
+from rfprune.pruning import prune, prune_family
 from rfprune.result import CHOICES, PruneResult, Settings
 
 Tiny = Callable[..., Any]
@@ -447,7 +447,7 @@ def run_command(
     from rfprune.main import main
     from rfprune.report.report_json import read_report
 
-    monkeypatch.setattr("rfprune.report.latency.MAX_ROUNDS", 1)
+    monkeypatch.setattr("rfprune.latency.speedup.MAX_ROUNDS", 1)
     monkeypatch.setenv("RFPRUNE_CACHE", str(tmp_path / "cache"))
 
     def run(*flags: str, output: str, constraint: float, task: str = "mrpc") -> dict[str, Any]:

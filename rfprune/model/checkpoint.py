@@ -22,10 +22,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rfprune.errors import UserError
-from rfprune.model.architectures import ARCHITECTURES
+from rfprune.families.architectures import ARCHITECTURES
+from rfprune.families.plain_config import ENTRIES, said_by
 from rfprune.model.layout import Layout
 from rfprune.model.modeling_rfprune import check_description, pruned_class
-from rfprune.model.plain_entries import ENTRIES, said_by
 
 MASKS_FILE = "masks.safetensors"
 MASKS_VERSION = 1

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rfprune.errors import UserError
-from rfprune.model.architectures import ARCHITECTURES, REFUSED
+from rfprune.families.architectures import ARCHITECTURES, REFUSED
+from rfprune.families.schema import Architecture, BlockKind, Bypass, Stack, Sublayer
 from rfprune.model.linear import is_empty, linear
 from rfprune.model.shapes import (
     bias_table,
@@ -25,7 +26,6 @@ from rfprune.model.shapes import (
     producers_of,
     shapes,
 )
-from rfprune.model.sublayers import Architecture, BlockKind, Bypass, Stack, Sublayer
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Block:
         unit_width: input features of the consumer per unit (1 for a neuron).
         units: of each head, its index in the model before any pruning; neurons are numbered as
             they are now.
-        bypass: what `inner` does beside computing units; see `rfprune.model.sublayers.Bypass`.
+        bypass: what `inner` does beside computing units; see `rfprune.families.schema.Bypass`.
         readers: paths of the producers that read the hidden state and nothing else.
         token_rows: how many rows of a unit in the producers the block's own tokens enter, and
             position_rows: how many the embeddings of relative positions, of which there are
@@ -218,10 +218,8 @@ def check_supported(config: PretrainedConfig) -> Architecture:
         known = ", ".join(sorted(ARCHITECTURES))
         raise UserError(
             f"model type '{model_type}' is not supported; the supported types are {known}: "
-            "choose such a model, or add a row to rfprune/model/architectures.py, which names the "
-            "list of layers, and for each attention and FFN the linear maps that make its heads or "
-            f"neurons and the one that reads them ('scripts/inspect_architecture.py {model_type}' "
-            "suggests it)"
+            "choose such a model, or add a row to rfprune/families/architectures.py "
+            f"('python scripts/inspect_architecture.py {model_type}' suggests it)"
         )
     architecture = ARCHITECTURES[model_type]
     if getattr(config, "add_cross_attention", False):

@@ -8,9 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rfprune.errors import UserError
-
-LINEAR_MAPS = (nn.Linear, Conv1D)
-"""GPT-2 keeps the weights of its linear maps as (inputs, outputs), in a Conv1D."""
+from rfprune.families.schema import LINEAR_MAPS
 
 
 def linear(model: nn.Module, path: str) -> Any:

@@ -14,9 +14,9 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rfprune.errors import UserError
+from rfprune.families.plain_config import ENTRIES, Entries
 from rfprune.model.dense import share_buffers, tie_as, with_joined_tables
 from rfprune.model.layout import Layout, layout_of
-from rfprune.model.plain_entries import ENTRIES, Entries
 
 
 def plain_sizes(model: PreTrainedModel, layout: Layout) -> dict[str, tuple[int, ...]]:

@@ -6,8 +6,8 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from rfprune.errors import UserError
+from rfprune.families.schema import Sublayer
 from rfprune.model.linear import linear, weight_of
-from rfprune.model.sublayers import Sublayer
 
 
 def head_width(config: PretrainedConfig) -> int:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +132,6 @@ def render_runs(
 def _render(template: str, **values: Any) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    from rfprune import __version__
-
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -141,7 +140,7 @@ def _render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     page = environment.get_template(template)
-    return page.render(light=COLOURS, dark=_DARK, version=__version__, **values) + "\n"
+    return page.render(light=COLOURS, dark=_DARK, version=version("rfprune"), **values) + "\n"
 
 
 def _together(cell: str) -> str:

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from rfprune.output import REPORT_FILE
+from rfprune.report.output import REPORT_FILE
 
 SCHEMA = 1
 STAGES = ("collect", "search", "rearrange", "compact", "verify", "tune")
@@ -24,9 +24,7 @@ _PACKAGES = ("torch", "transformers", "datasets", "numpy", "safetensors")
 
 def versions() -> dict[str, str]:
     """What the numbers were made with."""
-    from rfprune import __version__
-
-    found = {"rfprune": __version__, "python": platform.python_version()}
+    found = {"rfprune": version("rfprune"), "python": platform.python_version()}
     for package in _PACKAGES:
         try:
             found[package] = version(package)

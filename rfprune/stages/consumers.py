@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rfprune.model.layerwise import Batch, model_inputs
 from rfprune.model.layout import Layout
-from rfprune.model.replay import Batch, model_inputs
 from rfprune.stages.objective import Objective, factors_of
 
 

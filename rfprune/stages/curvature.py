@@ -21,12 +21,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from rfprune import processes
+from rfprune import distributed
 from rfprune.errors import UserError
-from rfprune.model.decoders import tokens_of
+from rfprune.model.encoder_decoder import tokens_of
+from rfprune.model.layerwise import Batch, pack, token_mask
 from rfprune.model.layout import Block, Layout
 from rfprune.model.linear import linear, weight_of
-from rfprune.model.replay import Batch, pack, token_mask
 from rfprune.stages.consumers import output_gradients
 from rfprune.stages.float64 import in_float64
 from rfprune.stages.least_squares import NumericalFailure
@@ -97,7 +97,7 @@ def collect_curvature(
         UserError: a moment is not finite; the block is named.
     """
     collected = tuple(_nothing_yet(model, block) for block in layout.blocks)
-    turns = processes.turns(len(batches))
+    turns = distributed.turns(len(batches))
     for turn in tqdm(turns, desc="curvature", unit="batch", disable=not progress, leave=False):
         _add_turn(model, layout, batches, turn, collected, objective, seed)
     for block, curvature in zip(layout.blocks, collected, strict=True):
@@ -112,7 +112,7 @@ def collect_curvature(
 
 def _keeper(block: Block) -> int:
     """The process that keeps a block's sums."""
-    return block.layer % processes.count()
+    return block.layer % distributed.count()
 
 
 def _nothing_yet(model: PreTrainedModel, block: Block) -> Curvature:
@@ -121,7 +121,7 @@ def _nothing_yet(model: PreTrainedModel, block: Block) -> Curvature:
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(*shape, device=weight.device)
 
-    outputs, features = weight.shape if _keeper(block) == processes.rank() else (0, 0)
+    outputs, features = weight.shape if _keeper(block) == distributed.rank() else (0, 0)
     return Curvature(zeros(features, features), zeros(features), zeros(outputs, outputs))
 
 
@@ -140,14 +140,14 @@ def _add_turn(
     one again, of which no token counts.
     """
     others = [None if number is None else batches[number] for number in turn]
-    own, number = others[processes.rank()], turn[processes.rank()]
-    batch = batches[processes.rank() if number is None else number]
+    own, number = others[distributed.rank()], turn[distributed.rank()]
+    batch = batches[distributed.rank() if number is None else number]
     masks = [tokens_of(layout, block, batch) for block in layout.blocks]
     tokens = [torch.zeros_like(mask) if own is None else mask for mask in masks]
     generator = generator_of(seed, number or 0)
     for curvature in collected:
         curvature.examples += sum(len(token_mask(other)) for other in others if other is not None)
-    if processes.count() == 1:
+    if distributed.count() == 1:
         takers = [(curvature.add_inputs, curvature.add_gradients) for curvature in collected]
         _run(model, layout, batch, tokens, takers, objective, generator)
         return
@@ -202,7 +202,7 @@ def _exchange(
     First all is passed on and then all is taken in, so that the keepers work at the same time.
     """
     passed = [
-        [processes.pass_on(torch.stack(rows, 1), own, _keeper(block)) for rows in pair]
+        [distributed.pass_on(torch.stack(rows, 1), own, _keeper(block)) for rows in pair]
         for block, pair, own in zip(layout.blocks, seen, lengths, strict=True)
     ]  # each (tokens, runs or factors and runs, p or d)
     for curvature, (inputs, gradients) in zip(collected, passed, strict=True):
@@ -230,7 +230,7 @@ def error_curves(
         UserError: the moments of a block are degenerate beyond repair; the block is named.
     """
     curves = {}
-    own = [i for i, block in enumerate(layout.blocks) if _keeper(block) == processes.rank()]
+    own = [i for i, block in enumerate(layout.blocks) if _keeper(block) == distributed.rank()]
     for i in tqdm(own, desc="error curves", unit="block", disable=not progress, leave=False):
         block, moments = layout.blocks[i], collected[i]
         consumer = linear(model, block.consumer)
@@ -248,7 +248,7 @@ def error_curves(
                 f"no error curve can be made for {block.name}: {failure}; calibrate on more or "
                 "other examples"
             ) from failure
-    return tuple(processes.everyones(curves))
+    return tuple(distributed.everyones(curves))
 
 
 def _weight(block: Block, layout: Layout) -> float:

@@ -14,11 +14,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from rfprune import processes
+from rfprune import distributed
 from rfprune.errors import UserError
+from rfprune.model.layerwise import Batch, model_inputs, token_mask
 from rfprune.model.layout import Layout
 from rfprune.model.masks import masked
-from rfprune.model.replay import Batch, model_inputs, token_mask
 from rfprune.stages.float64 import in_float64
 from rfprune.stages.objective import (
     PREDICTIONS,
@@ -56,7 +56,7 @@ def collect_gradients(
         UserError: a gradient is not finite (the block is named), or labels are needed and missing.
     """
     own: dict[int, list[list[Tensor]]] = {}
-    numbers = processes.own_turns(len(batches))
+    numbers = distributed.own_turns(len(batches))
     for i in tqdm(numbers, desc="mask gradients", unit="batch", disable=not progress, leave=False):
         generator, own[i] = generator_of(seed, i), []
         for gradients in _batch_gradients(model, layout, batches[i], objective, generator):
@@ -65,7 +65,7 @@ def collect_gradients(
                     gradients, signed=objective != PREDICTIONS, generator=generator
                 )
             own[i].append([gradient.float().cpu() for gradient in gradients])
-    factors = [factor for batch in processes.everyones(own) for factor in batch]
+    factors = [factor for batch in distributed.everyones(own) for factor in batch]
     own.clear()
     rows = [list(block_rows) for block_rows in zip(*factors, strict=True)]
     factors.clear()

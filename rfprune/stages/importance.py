@@ -23,10 +23,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rfprune.errors import UserError
-from rfprune.model.decoders import tokens_of
+from rfprune.model.encoder_decoder import tokens_of
+from rfprune.model.layerwise import Batch
 from rfprune.model.layout import Block, Layout
 from rfprune.model.linear import linear, weight_of
-from rfprune.model.replay import Batch
 from rfprune.stages.consumers import output_gradients
 from rfprune.stages.fisher import Gradients, collect_gradients
 from rfprune.stages.float64 import in_float64

@@ -24,16 +24,14 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from rfprune import processes
-from rfprune.model.decoders import (
+from rfprune import distributed
+from rfprune.model.encoder_decoder import (
     decoder_tokens,
     encoder_output,
     tokens_of,
     with_encoder_output,
 )
-from rfprune.model.layout import Block, Layout
-from rfprune.model.linear import is_empty, linear, weight_of
-from rfprune.model.replay import (
+from rfprune.model.layerwise import (
     Batch,
     Calls,
     Trace,
@@ -47,6 +45,8 @@ from rfprune.model.replay import (
     trace_block,
     unpack,
 )
+from rfprune.model.layout import Block, Layout
+from rfprune.model.linear import is_empty, linear, weight_of
 from rfprune.stages.align import estimate, read_through
 from rfprune.stages.float64 import place_of_float64
 from rfprune.stages.least_squares import Moments, NumericalFailure
@@ -137,7 +137,7 @@ def reconstruct(
     tried = [block for block in layout.blocks if block.consumer not in skip]
     bar = tqdm(tried, desc="reconstruction", unit="block", disable=not progress, leave=False)
     with torch.no_grad():
-        batches = processes.share(batches)
+        batches = distributed.share(batches)
         if layout.order:
             for block in bar:
                 moments = _collect_runs(teacher, student, layout, batches, block)
@@ -269,13 +269,15 @@ def _parts(num_features: int, num_outputs: int, device: torch.device) -> tuple[M
 
 def _part(parts: tuple[Moments, Moments], i: int) -> Moments:
     """Where batch i of this process belongs."""
-    return parts[processes.number_of(i) % HELD_OUT == HELD_OUT - 1]
+    return parts[distributed.number_of(i) % HELD_OUT == HELD_OUT - 1]
 
 
 def _everyones(moments: Moments) -> Moments:
     """The sums over the batches of all processes."""
     numbers = moments.gram.new_tensor([moments.target_energy, moments.count])
-    processes.add_up(moments.gram, moments.cross, moments.feature_sum, moments.target_sum, numbers)
+    distributed.add_up(
+        moments.gram, moments.cross, moments.feature_sum, moments.target_sum, numbers
+    )
     moments.target_energy, moments.count = float(numbers[0]), int(numbers[1])
     return moments
 

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rfprune.model.layerwise import Batch
 from rfprune.model.layout import Block, Layout
-from rfprune.model.replay import Batch
 from rfprune.stages.least_squares import Moments, fit_by_evidence, solve_scales
 from rfprune.stages.reconstruct import reconstruct
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from rfprune.errors import UserError
 from rfprune.tasks import hub
-from rfprune.tasks.checks import checked_columns, label_columns
 from rfprune.tasks.choices import choice_rows
+from rfprune.tasks.columns import checked_columns, label_columns
 from rfprune.tasks.files import (
     EXTENSIONS,
     SHOWN_NAMES,

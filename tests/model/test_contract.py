@@ -17,13 +17,11 @@ import torch
 import transformers
 from torch import Tensor
 
-from rfprune.model.architectures import ARCHITECTURES
+from rfprune.families.architectures import ARCHITECTURES
+from rfprune.families.schema import LINEAR_MAPS
 from rfprune.model.checkpoint import load_pruned, save_pruned
 from rfprune.model.compact import compact
-from rfprune.model.layout import Layout, layout_of
-from rfprune.model.linear import LINEAR_MAPS, weight_of
-from rfprune.model.masks import frozen, full_masks, masked
-from rfprune.model.replay import (
+from rfprune.model.layerwise import (
     layer_calls,
     model_inputs,
     pack,
@@ -32,6 +30,9 @@ from rfprune.model.replay import (
     unpack,
     with_tokens,
 )
+from rfprune.model.layout import Layout, layout_of
+from rfprune.model.linear import weight_of
+from rfprune.model.masks import frozen, full_masks, masked
 from tests.conftest import (
     ALL_TYPES,
     CAUSAL_TYPES,

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from rfprune.errors import UserError
-from rfprune.model.architectures import ARCHITECTURES
+from rfprune.families.architectures import ARCHITECTURES
+from rfprune.families.plain_config import ENTRIES
 from rfprune.model.checkpoint import load_masks, load_pruned, save_pruned
 from rfprune.model.compact import compact
 from rfprune.model.layout import Layout, layout_of
 from rfprune.model.masks import masked
 from rfprune.model.plain import plain_sizes, to_plain
-from rfprune.model.plain_entries import ENTRIES
 from tests.conftest import ALL_TYPES, DECODING_TYPES
 
 Tiny = Callable[..., Any]

@@ -11,7 +11,7 @@ import pytest
 
 from rfprune.report.card import write_card
 from rfprune.report.report_json import SCHEMA, write_report
-from tests.report.stub_hub import TOKEN, StubHub, stub_hub
+from tests.hub.stub_hub import TOKEN, StubHub, stub_hub
 
 Report = dict[str, Any]
 NUM_LAYERS, NUM_HEADS, NUM_NEURONS = 3, 4, 12

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from rfprune.errors import UserError
+from rfprune.families.schema import LINEAR_MAPS
 from rfprune.model.compact import compact
 from rfprune.model.layout import Block, layout_of
-from rfprune.model.linear import LINEAR_MAPS
 from rfprune.model.masks import frozen, full_masks, masked
 from rfprune.stages.fisher import collect_gradients, diagonal_fisher
 from rfprune.stages.importance import (

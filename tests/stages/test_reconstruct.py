@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 from rfprune.model.compact import compact
-from rfprune.model.decoders import tokens_of, with_decoder_tokens
-from rfprune.model.layout import Block, Layout, layout_of
-from rfprune.model.masks import frozen, full_masks, masked
-from rfprune.model.replay import (
+from rfprune.model.encoder_decoder import tokens_of, with_decoder_tokens
+from rfprune.model.layerwise import (
     DECODER_TOKENS,
     Batch,
     model_inputs,
@@ -25,6 +23,8 @@ from rfprune.model.replay import (
     token_mask,
     with_tokens,
 )
+from rfprune.model.layout import Block, Layout, layout_of
+from rfprune.model.masks import frozen, full_masks, masked
 from rfprune.stages.least_squares import Moments, NumericalFailure, solve_weights
 from rfprune.stages.reconstruct import reconstruct
 from tests.conftest import IMAGE_TYPES

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import transformers
 
+from rfprune.checkpoints.loading import locate
 from rfprune.errors import UserError
-from rfprune.loading import locate
 from rfprune.tasks.batching import make_batches
-from rfprune.tasks.checks import checked_columns
 from rfprune.tasks.choices import choice_columns
+from rfprune.tasks.columns import checked_columns
 from rfprune.tasks.custom import custom_task, similarity_task, with_columns
 from rfprune.tasks.data import encode
 from rfprune.tasks.divergence import divergence_of_logits

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from rfprune.errors import UserError
 from rfprune.tasks.batching import make_batches
-from rfprune.tasks.checks import checked_columns
+from rfprune.tasks.columns import checked_columns
 from rfprune.tasks.custom import custom_task
 from rfprune.tasks.data import encode
 from rfprune.tasks.files import Table

@@ -1,0 +1,344 @@
+"""One run of the command: load, score, prune, score again, time both, write it down."""
+
+from __future__ import annotations
+
+import io
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from rfprune import distributed
+from rfprune.cache import default_folder
+from rfprune.checkpoints.device import pick_device
+from rfprune.checkpoints.loading import (
+    choose_task,
+    data_folder,
+    length_limit,
+    load,
+    quiet_transformers,
+)
+from rfprune.checkpoints.precision import rounded_to, stored_dtype
+from rfprune.checkpoints.sentence_transformers import write_files
+from rfprune.cli.console import collected_warnings, out_of_memory_is_said
+from rfprune.cli.data_flags import check_kind
+from rfprune.cost.constraint import Constraint
+from rfprune.export.exports import ExportJob, write_exports
+from rfprune.hub.upload import plan_of, push
+from rfprune.latency.measured import table_for
+from rfprune.max_drop.search import asked_for, smallest
+from rfprune.methods.selection import check_possible
+from rfprune.model.checkpoint import save_pruned
+from rfprune.model.layout import layout_of
+from rfprune.pruning import noted, prune_family
+from rfprune.report.folder import write_family, write_for_people
+from rfprune.report.measure import Outcome, Prepared, evaluate_original, inputs_digest, measure
+from rfprune.report.output import check_output, holds, staged, weight_bytes
+from rfprune.report.report_json import SCHEMA, read_report, write_report
+from rfprune.report.table import LOG_WIDTH, print_report, write_log
+from rfprune.result import PruneResult, Settings
+from rfprune.settings import Options
+from rfprune.tasks.calibration import calibration_batches
+from rfprune.tasks.custom import warn_of_cuts
+from rfprune.tasks.evaluation import Evaluation, prepare_evaluation
+from rfprune.tasks.registry import CUSTOM, Task
+
+LATENCY_TABLE_FILE = "latency_table.json"
+
+
+def run(options: Options, arguments: Sequence[str]) -> None:
+    """Do what the flags ask for; `arguments` are the flags as they were given.
+
+    Raises:
+        UserError: something that the user can mend.
+        EndedElsewhere: something was wrong in another of several processes.
+    """
+    device = pick_device(distributed.own_device(options.device))
+    with distributed.together(device):
+        _run(options, arguments, device)
+
+
+def _run(options: Options, arguments: Sequence[str], device: torch.device) -> None:
+    """Of several processes all prune, and the main one prints, scores and writes."""
+    quiet = options.quiet or not distributed.is_main()
+    progress = not quiet and sys.stderr.isatty()
+    told = Console(
+        file=io.StringIO() if quiet else sys.stderr,
+        record=True,  # for log.txt
+        highlight=False,
+        markup=False,
+        emoji=False,
+        soft_wrap=True,
+    )
+    # A file or a pipe has no width: the table's own, rather than 80 columns that cut it.
+    screen = Console(quiet=quiet, width=None if sys.stdout.isatty() else LOG_WIDTH)
+    with (
+        collected_warnings(told, verbose=options.verbose) as heard,
+        out_of_memory_is_said(options.batch_size),
+    ):
+        task = choose_task(
+            options.task,
+            options.model,
+            data_dir=options.data_dir,
+            text_columns=options.text_columns,
+            label_column=options.label_column,
+        )
+        prepared = _prepare(options, task, device, told)
+        left = distributed.from_main(lambda: _unfinished(options, prepared, told, screen))
+        if left and options.metric == "latency":
+            prepared = _with_latency_table(options, prepared, left, told, progress)
+        if not distributed.is_main():
+            _help(options, prepared, left)
+            return
+        if not left:
+            _publish(options, told, progress)
+            return
+        told.print(f"Scoring the original on {prepared.evaluation_set.num_examples} examples")
+        original, cached = evaluate_original(prepared, _cache(options), progress=progress)
+        told.print("Pruning")
+        for outcome in _outcomes(options, prepared, original, left, told, progress):
+            result = outcome.result
+            stored = rounded_to(prepared.stored, result.model)
+            if outcome.pruned is None:
+                told.print(f"Scoring and timing the model pruned to {result.constraint.ratio:g}")
+            report = {
+                "schema": SCHEMA,
+                "command": shlex.join(["rfprune", *arguments]),
+                **measure(options, prepared, original, outcome, stored, progress=progress),
+                "cached": sorted(cached.union(result.cached)),
+                "identity": _identity(options, prepared, result.constraint.ratio),
+                "warnings": list(dict.fromkeys([*heard, *result.warnings])),
+            }
+            if options.export:
+                told.print(f"Exporting it: {', '.join(options.export)}")
+            _save(options, prepared, original, result, stored, report, told)
+            print_report(report, screen)
+            distributed.wait()
+        _publish(options, told, progress)
+
+
+def _outcomes(
+    options: Options,
+    prepared: Prepared,
+    original: Evaluation,
+    left: Sequence[float | None],
+    told: Console,
+    progress: bool,
+) -> Iterator[Outcome]:
+    """The pruned models: one a constraint, or the one that a search finds."""
+    if options.max_drop is None:
+        yield from map(Outcome, _family(options, prepared, _constraints(options, left), progress))
+        return
+    yield smallest(
+        options.max_drop,
+        options.metric,
+        prepared,
+        original,
+        lambda constraints: _family(options, prepared, constraints, progress),
+        told.print,
+        progress=progress,
+    )
+
+
+def _family(
+    options: Options, prepared: Prepared, constraints: Iterable[Constraint], progress: bool = False
+) -> Iterator[PruneResult]:
+    model, batches, settings = prepared.loaded.model, prepared.batches, prepared.settings
+    return prune_family(
+        model,
+        batches,
+        constraints,
+        settings,
+        latency_table=prepared.latency_table,
+        cache=_cache(options),
+        progress=progress,
+    )
+
+
+def _help(options: Options, prepared: Prepared, left: Sequence[float | None]) -> None:
+    """Do another process' share of the pruning; what comes out is what the main one has."""
+    if not left:
+        return
+    if options.max_drop is not None:
+        for _ in _family(options, prepared, asked_for(options.metric)):
+            pass  # the main one decides what comes next
+        distributed.wait()
+        return
+    for _ in _family(options, prepared, _constraints(options, left)):
+        distributed.wait()  # the main one is timing what it has
+
+
+def _save(
+    options: Options,
+    prepared: Prepared,
+    original: Evaluation,
+    result: PruneResult,
+    stored: torch.dtype,
+    report: dict[str, Any],
+    told: Console,
+) -> None:
+    """Write model, masks, tokenizer, report and log, all of them or nothing; completes `report`."""
+    folder = options.output_folder(result.constraint.ratio)
+    with staged(folder, overwrite=options.overwrite) as temporary, quiet_transformers():
+        tokenizer = prepared.loaded.tokenizer
+        save_pruned(result.model, result.layout, result.masks, temporary, tokenizer, dtype=stored)
+        report["pruned"]["bytes"] = weight_bytes(temporary)
+        report["embedder"] = write_files(prepared.loaded.embedder.files, temporary)
+        if options.export:
+            report["exports"] = write_exports(
+                options.export,
+                temporary,
+                _export_job(prepared, original, result, stored),
+                quantize=options.quantize,
+            )
+        if prepared.latency_table is not None:
+            prepared.latency_table.save(temporary / LATENCY_TABLE_FILE)
+        write_report(report, temporary)
+        write_for_people(report, temporary, options.push_to_hub)
+        write_log(report, temporary, told.export_text(clear=False))
+
+
+def _publish(options: Options, told: Console, progress: bool) -> None:
+    """Put a family on one page, and a model on the hub if that was asked for."""
+    folders = [options.output_folder(ratio) for ratio in options.ratios]
+    page = write_family(folders)
+    if page is not None:
+        told.print(f"All sizes are on one page, '{page}'")
+    repository = options.push_to_hub
+    if repository is None:
+        return
+    if options.hub_dry_run:
+        told.print(plan_of(folders[0], repository, private=options.private))
+        return
+    told.print(f"Pushing to {repository}")
+    address = push(folders[0], repository, private=options.private, progress=progress)
+    told.print(f"Pushed to {address}")
+
+
+def _with_latency_table(
+    options: Options,
+    prepared: Prepared,
+    ratios: Sequence[float | None],
+    told: Console,
+    progress: bool,
+) -> Prepared:
+    """What sublayers take on this device, from the file that was given, or measured."""
+    model, batches, path = prepared.loaded.model, prepared.batches, options.latency_table
+    if path is None:
+        told.print("Measuring what heads and neurons take on this device")
+    round_to = prepared.settings.round_to
+    table = distributed.from_main(
+        lambda: table_for(path, model, batches, round_to=round_to, progress=progress)
+    )
+    check_possible(model, batches, _constraints(options, ratios), prepared.settings, table)
+    return replace(prepared, latency_table=table)
+
+
+def _export_job(
+    prepared: Prepared, original: Evaluation, result: PruneResult, stored: torch.dtype
+) -> ExportJob:
+    return ExportJob(
+        original=prepared.loaded.model,
+        result=result,
+        tokenizer=prepared.loaded.tokenizer,
+        batches=prepared.batches,
+        evaluation_set=prepared.evaluation_set,
+        reference=original,
+        stored=stored,
+    )
+
+
+def _unfinished(
+    options: Options, prepared: Prepared, told: Console, screen: Console
+) -> list[float | None]:
+    """The ratios whose output is not there yet; of the others the table is shown again.
+
+    Raises:
+        UserError: an output is there that these flags gave with another model, or other data.
+    """
+    left = []
+    for ratio in options.ratios:
+        folder = options.output_folder(ratio)
+        if not options.overwrite and holds(folder, _identity(options, prepared, ratio)):
+            told.print(f"'{folder}' is of this very run: kept (--overwrite makes it again)")
+            print_report(read_report(folder), screen)
+            continue
+        check_output(folder, overwrite=options.overwrite)
+        left.append(ratio)
+    return left
+
+
+def _identity(options: Options, prepared: Prepared, ratio: float | None) -> dict[str, str]:
+    """Of one output: the flags, and what they stood for when it was made."""
+    return {"flags": options.identity(ratio), "inputs": prepared.inputs}
+
+
+def _cache(options: Options) -> Path | None:
+    return None if options.no_cache else options.cache_dir or default_folder()
+
+
+def _constraints(options: Options, ratios: Sequence[float | None]) -> list[Constraint]:
+    return [Constraint(options.metric, ratio) for ratio in ratios if ratio is not None]
+
+
+def _settings(options: Options) -> Settings:
+    return Settings(
+        method=options.method,
+        importance=options.importance,
+        allocation=options.allocation,
+        use_labels=options.use_labels,
+        gradients=options.gradients,
+        rearrange=not options.skip_rearrange,
+        tune=not options.skip_tune,
+        teacher=options.teacher,
+        uniform=options.uniform,
+        round_to=options.round_to,
+        rounds=options.rounds,
+        seed=options.seed,
+    )
+
+
+def _prepare(options: Options, task: Task, device: torch.device, told: Console) -> Prepared:
+    """Load the checkpoint and all data: everything that can be wrong with the input shows here."""
+    check_kind(task, exports=options.export, max_drop=options.max_drop)
+    told.print(f"Loading {options.model} and the data of {task.name}")
+    start = time.perf_counter()
+    dtype = getattr(torch, options.dtype or "float32")
+    loaded = load(options.model, task, device=device, dtype=dtype)
+    stored = stored_dtype(loaded.source) if options.dtype is None else dtype
+    max_length = length_limit(loaded, task, options.max_length)
+    data_dir = data_folder(options.model, options.data_dir)
+    batches = calibration_batches(
+        task,
+        loaded.tokenizer,
+        data_dir,
+        num_samples=options.samples,
+        batch_size=options.batch_size,
+        max_length=max_length,
+        seed=options.seed,
+        with_labels=options.use_labels,
+    )
+    layout = layout_of(loaded.model)
+    batches = [dict(noted(loaded.model, layout, batch)) for batch in batches]
+    if options.metric != "latency":  # which needs a table first
+        wanted = _constraints(options, options.ratios)
+        check_possible(loaded.model, batches, wanted, _settings(options))
+    evaluation_set = prepare_evaluation(
+        task,
+        loaded.tokenizer,
+        data_dir,
+        batch_size=options.batch_size,
+        max_length=max_length,
+        limit=options.eval_limit,
+    )
+    if task.name == CUSTOM and options.max_length is None and "pixel_values" not in batches[0]:
+        warn_of_cuts(evaluation_set.batches, max_length)
+    seconds = time.perf_counter() - start
+    inputs = inputs_digest(loaded.model, batches, evaluation_set)
+    return Prepared(loaded, _settings(options), stored, batches, evaluation_set, seconds, inputs)

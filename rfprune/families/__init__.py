@@ -1,0 +1,1 @@
+"""Supported model families: one table row each."""

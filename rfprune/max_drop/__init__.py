@@ -1,0 +1,1 @@
+"""The smallest model within a drop of the score."""

@@ -1,0 +1,155 @@
+"""`--max-drop` on a model: prune, score, decide what to try next; what is learnt serves all probes.
+
+The rules of the search are in max_drop.py. The divergence that leads it is measured on calibration
+batches held out from the fits, the drop on all validation examples, since it is what is promised.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rfprune import distributed
+from rfprune.checkpoints.precision import rounded_to
+from rfprune.cost.constraint import Constraint
+from rfprune.errors import UserError
+from rfprune.max_drop.rules import Probe, next_ratio, smallest_within
+from rfprune.methods.budget import cost_model
+from rfprune.methods.selection import least_possible
+from rfprune.model.layout import layout_of
+from rfprune.report.measure import Batches, Outcome, Prepared
+from rfprune.report.search_text import probe_line, shown_points
+from rfprune.report.table import METRIC_NAMES
+from rfprune.result import PruneResult
+from rfprune.stages.reconstruct import HELD_OUT
+from rfprune.tasks.bootstrap import Drop, paired_drop
+from rfprune.tasks.evaluation import (
+    Evaluation,
+    divergence_of_logits,
+    evaluate_model,
+    logits_on,
+)
+
+Prune = Callable[[Iterable[Constraint]], Iterator[PruneResult]]
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A probe, and the model where it may be the one that is wanted."""
+
+    probe: Probe
+    score: float
+    drop: Drop
+    result: PruneResult | None
+    pruned: Evaluation | None
+
+
+def asked_for(
+    metric: str, decide: Callable[[], float | None] = lambda: None
+) -> Iterator[Constraint]:
+    """Constraints as they are wanted; of several processes the main one's `decide` is asked."""
+    while (ratio := distributed.from_main(decide)) is not None:
+        yield Constraint(metric, ratio)
+
+
+def smallest(
+    points: float,
+    metric: str,
+    prepared: Prepared,
+    original: Evaluation,
+    prune: Prune,
+    tell: Callable[[str], None],
+    *,
+    progress: bool,
+) -> Outcome:
+    """The smallest model, by a metric, that loses at most so many points of the task's score.
+
+    Args:
+        prune: to constraints, each of which is asked for when the result before it is here.
+        tell: says to the user what was tried.
+
+    Raises:
+        UserError: even the largest size that is tried loses more.
+    """
+    started = time.perf_counter()
+    model, batches = prepared.loaded.model, prepared.batches
+    held_out = batches[HELD_OUT - 1 :: HELD_OUT] or batches
+    reference = logits_on(model, prepared.evaluation_set.task, held_out)
+    table = prepared.latency_table
+    layout = layout_of(model)
+    costs = cost_model(metric, model, layout, batches, table)
+    least = least_possible(model, layout, costs, prepared.settings)
+    tried: list[_Tried] = []
+
+    def decide() -> float | None:
+        return next_ratio([one.probe for one in tried], points, least)
+
+    for result in prune(asked_for(metric, decide)):
+        one = _try(result, points, prepared, original, held_out, reference, progress)
+        tried.append(one)
+        tell(f"Tried {probe_line(_summary_of(one))}")
+    best = smallest_within([one.probe for one in tried], points)
+    if best is None:
+        raise UserError(_too_much(tried, points, metric))
+    chosen = next(one for one in tried if one.probe is best)
+    assert chosen.result is not None
+    return Outcome(
+        chosen.result,
+        chosen.pruned,
+        {
+            "points": points,
+            "drop": chosen.drop.points,
+            "standard_error": chosen.drop.standard_error,
+            "sure": chosen.drop.within,
+            "path": [_summary_of(one) for one in tried],
+            "least_possible": least,
+            "seconds": original.seconds + time.perf_counter() - started,
+        },
+    )
+
+
+def _try(
+    result: PruneResult,
+    points: float,
+    prepared: Prepared,
+    original: Evaluation,
+    held_out: Batches,
+    reference: Any,
+    progress: bool,
+) -> _Tried:
+    """Score a pruned model as it would be stored."""
+    rounded_to(prepared.stored, result.model)
+    data = prepared.evaluation_set
+    pruned = evaluate_model(result.model, data, progress=progress)
+    drop = paired_drop(data, original, pruned, points)
+    probe = Probe(
+        result.constraint.ratio,
+        drop.points,
+        divergence_of_logits(
+            reference, logits_on(result.model, data.task, held_out), data.task.kind
+        ),
+        drop.standard_error,
+    )
+    within = smallest_within([probe], points) is not None
+    return _Tried(probe, pruned.score, drop, result if within else None, pruned if within else None)
+
+
+def _summary_of(one: _Tried) -> dict[str, float]:
+    return {
+        "ratio": one.probe.ratio,
+        "score": one.score,
+        "drop": one.probe.drop,
+        "divergence": one.probe.divergence,
+    }
+
+
+def _too_much(tried: Sequence[_Tried], points: float, metric: str) -> str:
+    largest = max((one.probe for one in tried), key=lambda probe: probe.ratio)
+    return (
+        f"No model loses at most {shown_points(points)}: with {largest.ratio:g} of the "
+        f"{METRIC_NAMES[metric]} kept, the most that was tried, it is {largest.drop:.2f} "
+        f"(standard error {largest.standard_error:.2f}); give a larger --max-drop, or a size with "
+        f"--constraint"
+    )

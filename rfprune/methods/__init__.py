@@ -1,0 +1,1 @@
+"""How units are chosen, a method a file."""

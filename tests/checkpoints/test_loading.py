@@ -1,0 +1,415 @@
+"""A checkpoint is loaded whole and fitting, or refused in a sentence that names what is wrong.
+
+Deleting this lets a random head, a foreign label order or a damaged file reach the pruning.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rfprune.checkpoints.loading import choose_task, data_folder, length_limit, load, locate
+from rfprune.embeddings import pooling_of
+from rfprune.errors import UserError
+from rfprune.tasks.custom import similarity_task
+from rfprune.tasks.registry import get_task
+
+MRPC, SQUAD = get_task("mrpc"), get_task("squad")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder(tiny_folder: Callable[..., Path], tmp_path: Path) -> Path:
+    """A copy of a tiny fine-tuned checkpoint, to spoil."""
+    return Path(shutil.copytree(tiny_folder(), tmp_path / "model"))
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    """Set entries of config.json; None takes one away."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def refused(folder: Path, task: str = "mrpc") -> str:
+    """The one sentence with which a checkpoint is refused."""
+    with pytest.raises(UserError) as caught:
+        load(str(folder), get_task(task), device=CPU, dtype=torch.float32)
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    return sentence
+
+
+@pytest.mark.parametrize(
+    ("task", "head"), [("mrpc", "sequence-classification"), ("squad", "question-answering")]
+)
+def test_a_good_checkpoint_is_loaded(
+    task: str, head: str, tiny_folder: Callable[..., Path], tiny_model: Callable[..., Any]
+) -> None:
+    loaded = load(str(tiny_folder("bert", head)), get_task(task), device=CPU, dtype=torch.float32)
+    expected = tiny_model("bert", head).state_dict()
+    assert loaded.model.state_dict().keys() == expected.keys()
+    for name, value in loaded.model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    assert not loaded.model.training
+    assert loaded.tokenizer("a film")["input_ids"][0] == loaded.tokenizer.cls_token_id
+
+
+def test_weights_take_the_dtype_asked_for(folder: Path) -> None:
+    change_weights(
+        folder, lambda weights: weights.update({k: v.half() for k, v in weights.items()})
+    )
+    loaded = load(str(folder), MRPC, device=CPU, dtype=torch.float32)
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
+
+
+def test_weights_in_several_files_are_loaded(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Callable[..., Any], tmp_path: Path
+) -> None:
+    tiny_model().save_pretrained(tmp_path, max_shard_size="10KB")
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+    loaded = load(str(tmp_path), MRPC, device=CPU, dtype=torch.float32)
+    assert torch.equal(loaded.model.classifier.weight, tiny_model().classifier.weight)
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    assert "does not exist" in refused(tmp_path / "nowhere")
+
+
+def test_a_file_is_no_folder(folder: Path) -> None:
+    assert "is a file" in refused(folder / "config.json")
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    assert "is empty" in refused(tmp_path)
+
+
+def test_no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    assert "has no config.json" in refused(folder)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", b"\xff\xfe\x00"])
+def test_a_damaged_config(folder: Path, text: str | bytes) -> None:
+    (folder / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert "config.json' " in refused(folder)
+
+
+def test_no_model_type(folder: Path) -> None:
+    change_config(folder, model_type=None)
+    assert "names no model_type" in refused(folder)
+
+
+def test_an_unsupported_model_type_names_the_supported(folder: Path) -> None:
+    change_config(folder, model_type="gpt_neo")
+    sentence = refused(folder)
+    assert "'gpt_neo'" in sentence
+    for model_type in ("bert", "roberta", "distilbert", "mpnet"):
+        assert model_type in sentence
+
+
+def test_no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    assert "has no model.safetensors" in refused(folder)
+
+
+def test_a_pickle_is_not_read(folder: Path, tmp_path: Path) -> None:
+    """It would run this code if it were."""
+
+    class Code:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "it ran",)
+
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Code()))
+    sentence = refused(folder)
+    assert "pickle (pytorch_model.bin)" in sentence
+    assert "save_pretrained()" in sentence
+    assert not (tmp_path / "it ran").exists()
+
+
+@pytest.mark.parametrize("bytes_kept", [0, 4, 1000, -8])
+def test_truncated_weights(folder: Path, bytes_kept: int) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:bytes_kept])
+    assert "damaged or cut short" in refused(folder)
+
+
+def test_corrupt_weights(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"\xff" * 4096)
+    assert "damaged or cut short" in refused(folder)
+
+
+def test_weights_of_another_shape(folder: Path) -> None:
+    change_config(folder, intermediate_size=24)
+    sentence = refused(folder)
+    assert "do not belong together" in sentence
+    assert "'bert.encoder.layer.0.intermediate.dense.bias'" in sentence
+    assert "(12,)" in sentence
+    assert "(24,)" in sentence
+
+
+def test_a_weight_that_is_missing_inside(folder: Path) -> None:
+    name = "bert.encoder.layer.1.output.dense.weight"
+    change_weights(folder, lambda weights: weights.pop(name))
+    sentence = refused(folder)
+    assert "lacks a weight" in sentence
+    assert name in sentence
+
+
+def test_more_layers_than_the_config_has(folder: Path) -> None:
+    """transformers would leave them out without a word, and it would be another model."""
+    change_config(folder, num_hidden_layers=1)
+    sentence = refused(folder)
+    assert "holds 'bert.encoder.layer.1." in sentence
+    assert "do not belong together" in sentence
+
+
+def test_fewer_layers_than_the_config_has(folder: Path) -> None:
+    change_config(folder, num_hidden_layers=3)
+    assert "lacks 16 weights" in refused(folder)
+
+
+def test_weights_of_another_head_do_no_harm(folder: Path) -> None:
+    """What training left behind outside the layers is not read."""
+    extra = {"cls.predictions.bias": torch.ones(3)}
+    change_weights(folder, lambda weights: weights.update(extra))
+    load(str(folder), MRPC, device=CPU, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"hidden_size": "big"}, "'hidden_size' expected int"),
+        ({"num_attention_heads": 3}, "multiple of the number of attention heads"),
+        ({"hidden_act": "magic"}, "unknown 'magic'"),
+        ({"model_type": ["bert"]}, "Model type ['bert']"),
+        ({"architectures": "BertModel"}, "it is a BertModel"),
+        ({"num_hidden_layers": -1}, "layer"),
+    ],
+)
+def test_a_config_that_makes_no_model(folder: Path, changes: dict[str, Any], word: str) -> None:
+    change_config(folder, **changes)
+    assert word in refused(folder)
+
+
+def test_a_part_of_the_weights_is_missing(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Callable[..., Any], tmp_path: Path
+) -> None:
+    tiny_model().save_pretrained(tmp_path, max_shard_size="10KB")
+    tiny_tokenizer().save_pretrained(tmp_path)
+    part = min(tmp_path.glob("model-*.safetensors"))
+    part.unlink()
+    assert part.name in refused(tmp_path)
+
+
+def test_a_pointer_of_git_lfs(folder: Path) -> None:
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 45439980\n"
+    (folder / "model.safetensors").write_text(text)
+    assert "git lfs pull" in refused(folder)
+
+
+def test_an_adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "config.json").unlink()
+    assert "merge_and_unload()" in refused(folder)
+
+
+def test_a_base_checkpoint_by_its_architecture(tiny_folder: Callable[..., Path]) -> None:
+    assert "no trained head for task mrpc" in refused(tiny_folder("bert", "none"))
+
+
+def test_a_base_checkpoint_by_its_weights(folder: Path) -> None:
+    """Its config claims a head, as that of a model that was never trained may."""
+    change_weights(folder, lambda weights: weights.pop("classifier.weight"))
+    assert "no trained head for task mrpc (classifier.weight is missing)" in refused(folder)
+
+
+def test_the_head_of_another_kind_of_task(folder: Path) -> None:
+    assert "not a ...ForQuestionAnswering" in refused(folder, "squad")
+
+
+@pytest.mark.parametrize("model_type", ["t5", "bart"])
+def test_an_encoder_decoder_is_no_embedder(model_type: str, folder: Path) -> None:
+    """An encoder taken out of one has the same type, and lacks the other half of the weights."""
+    change_config(folder, model_type=model_type, architectures=["T5EncoderModel"])
+    with pytest.raises(UserError, match=f"encoder-decoder \\({model_type}\\), or an encoder taken"):
+        load(str(folder), similarity_task(), device=CPU, dtype=torch.float32)
+
+
+def test_no_more_is_read_than_sentence_transformers_reads(folder: Path) -> None:
+    modules = [
+        {"type": f"sentence_transformers.models.{kind}", "path": path}
+        for kind, path in (("Transformer", ""), ("Pooling", "1_Pooling"))
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode": "cls"}')
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 11}')
+    change_config(folder, architectures=None)
+    task = similarity_task()
+    loaded = load(str(folder), task, device=CPU, dtype=torch.float32)
+    assert pooling_of(loaded.model.config) == "cls"
+    assert length_limit(loaded, task, None) == 11
+    assert loaded.embedder.files is not None
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": null}')
+    loaded = load(str(folder), task, device=CPU, dtype=torch.float32)
+    assert length_limit(loaded, task, None) > 11
+
+
+def test_the_number_of_labels_must_fit(tiny_folder: Callable[..., Path]) -> None:
+    assert "3 labels" in refused(tiny_folder(), "mnli")
+    assert "1 output" in refused(tiny_folder(), "stsb")
+
+
+def test_the_order_of_labels_must_fit(folder: Path) -> None:
+    change_config(folder, id2label={"0": "equivalent", "1": "not_equivalent"})
+    assert "label order is (equivalent, not_equivalent)" in refused(folder)
+
+
+@pytest.mark.parametrize("id2label", ["equivalent", {"zero": "a", "one": "b"}, [0, 1]])
+def test_labels_that_cannot_be_read(folder: Path, id2label: Any) -> None:
+    change_config(folder, id2label=id2label)
+    assert "id2label must map the ids to names" in refused(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(folder: Path, value: float) -> None:
+    name = "bert.encoder.layer.1.attention.self.query.weight"
+    change_weights(folder, lambda weights: weights[name][0, 0].fill_(value))
+    assert name in refused(folder)
+
+
+def test_no_tokenizer(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    assert "tokenizer" in refused(folder)
+
+
+def test_a_tokenizer_of_another_model(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Callable[..., Any], tmp_path: Path
+) -> None:
+    tiny_model(vocab_size=10).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert "the model has 10 embeddings" in refused(tmp_path)
+
+
+def test_remote_code_is_not_run(folder: Path, tmp_path: Path) -> None:
+    change_config(folder, auto_map={"AutoModelForSequenceClassification": "code.Model"})
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'it ran')!r}, 'w')")
+    load(str(folder), MRPC, device=CPU, dtype=torch.float32)
+    assert not (tmp_path / "it ran").exists()
+
+
+@pytest.mark.parametrize("name", ["bert-base", "owner/model"])
+def test_what_is_not_on_the_hub_says_what_was_wanted_and_the_ways_out(name: str) -> None:
+    sentence = refused(Path(name))
+    assert locate(name, MRPC) in sentence
+    assert "--model demo" in sentence
+    assert "folder" in sentence
+
+
+def test_the_demo_has_one_task() -> None:
+    assert "--task sst2" in refused(Path("demo"))
+    assert (Path(locate("demo", get_task("sst2"))) / "config.json").is_file()
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A folder with a table of somebody's own."""
+    for split in ("train", "validation"):
+        path = tmp_path / "data" / f"{split}.csv"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("text,label\nfine,1\nbad,0\n")
+    return tmp_path / "data"
+
+
+def test_a_known_task_is_chosen_by_its_name() -> None:
+    assert choose_task("mrpc", "/no/such/model") is MRPC
+    with pytest.raises(UserError, match="Unknown task"):
+        choose_task("mprc", "demo")
+
+
+def test_custom_is_what_checkpoint_and_data_make(
+    data: Path, tiny_folder: Callable[..., Path]
+) -> None:
+    demo = choose_task("custom", "demo", data_dir=data)
+    assert (demo.label_names, demo.text_columns) == (("negative", "positive"), ("text",))
+    loaded = load("demo", demo, device=CPU, dtype=torch.float32)
+    assert length_limit(loaded, demo, None) == 128
+    loaded.tokenizer.model_max_length = 100
+    assert length_limit(loaded, demo, None) == 100
+    number = choose_task("custom", str(tiny_folder(num_labels=1)), data_dir=data)
+    assert number.kind == "regression"
+
+
+def test_custom_is_refused_before_weights_are_read(
+    data: Path, folder: Path, tiny_folder: Callable[..., Path]
+) -> None:
+    def told(model: Path | str) -> str:
+        with pytest.raises(UserError) as caught:
+            choose_task("custom", str(model), data_dir=data)
+        return str(caught.value)
+
+    (folder / "model.safetensors").write_bytes(b"never read")
+    assert choose_task("custom", str(folder), data_dir=data).num_labels == 2
+    change_config(folder, problem_type="multi_label_classification")
+    assert choose_task("custom", str(folder), data_dir=data).kind == "multi-label"
+    change_config(folder, architectures=["GPT2LMHeadModel"])
+    assert "--task language-modeling" in told(folder)
+    change_config(folder, architectures=["BertForSequenceClassification"])
+    change_config(folder, problem_type=None, model_type="xlnet")
+    assert "'xlnet'" in told(folder)
+    answers = told(tiny_folder("bert", "question-answering"))
+    assert "no trained head for task custom" in answers
+    assert "fine-tune it on your data" in answers
+    assert "task custom" in told("bert-base"), "no alias has a checkpoint for it"
+    assert "does not exist" in told("./missing")
+
+
+def test_the_demo_brings_its_data(tmp_path: Path) -> None:
+    found = data_folder("demo", None)
+    assert found is not None
+    assert (found / "sst2").is_dir()
+    assert data_folder("demo", tmp_path) == tmp_path
+    assert data_folder("other", None) is None
+
+
+@pytest.mark.parametrize(
+    ("model_type", "positions"), [("bert", 20), ("roberta", 19), ("mpnet", 18), ("distilbert", 20)]
+)
+def test_no_more_tokens_than_positions(
+    model_type: str, positions: int, tiny_folder: Callable[..., Path]
+) -> None:
+    """The longest that is allowed runs; one token more would fail inside the model."""
+    path = tiny_folder(model_type, max_position_embeddings=20)
+    loaded = load(str(path), MRPC, device=CPU, dtype=torch.float32)
+    assert length_limit(loaded, MRPC, None) == positions
+    assert length_limit(loaded, MRPC, 12) == 12
+    with pytest.raises(UserError, match=f"{positions} positions"):
+        length_limit(loaded, MRPC, positions + 1)
+    longest = torch.full((1, positions), 7)
+    loaded.model(input_ids=longest)
+    with pytest.raises((IndexError, RuntimeError)):
+        loaded.model(input_ids=torch.full((1, positions + 1), 7))
+
+
+def test_the_task_s_length_where_there_is_room(tiny_folder: Callable[..., Path]) -> None:
+    loaded = load(str(tiny_folder()), MRPC, device=CPU, dtype=torch.float32)
+    assert length_limit(loaded, MRPC, None) == MRPC.max_length
+    assert length_limit(loaded, SQUAD, None) == SQUAD.max_length

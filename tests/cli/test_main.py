@@ -1,0 +1,714 @@
+"""The command from end to end on tiny models: what it leaves, and what it says when it cannot.
+
+Deleting this lets a bad input end in a traceback, or an interrupted run leave half a model.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
+
+from rfprune import load_pruned, run
+from rfprune.cli.method_flags import METHODS
+from rfprune.errors import RfpruneWarning, UserError
+from rfprune.latency.profile import profile
+from rfprune.latency.table import LatencyTable
+from rfprune.main import main
+from rfprune.model.checkpoint import load_masks
+from rfprune.model.layout import layout_of
+from rfprune.report.report_json import STAGES, read_report
+from rfprune.tasks import evaluation
+from tests.conftest import MODEL_TYPES, write_parquet
+
+SAVED = {
+    *("config.json", "model.safetensors", "modeling_rfprune.py", "masks.safetensors"),
+    *("tokenizer.json", "tokenizer_config.json", "report.json", "log.txt"),
+    *("report.html", "README.md", "plots"),
+}
+
+
+@pytest.fixture
+def flags(
+    tiny_folder: Callable[..., Path],
+    tiny_data_dir: Path,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., list[str]]:
+    """`flags(task="mrpc", **changes)`: the flags of a small run; None takes a flag away.
+
+    The current folder is an empty one, where the output goes to `out`.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RFPRUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+    # Timing is tested elsewhere; here it would only take time.
+    monkeypatch.setattr("rfprune.latency.speedup.MAX_ROUNDS", 1)
+    monkeypatch.setattr("rfprune.report.plots.OF_A_RUN", ())
+
+    def make(task: str = "mrpc", **changes: Any) -> list[str]:
+        values: dict[str, Any] = {
+            "model": tiny_folder(),
+            "task": task,
+            "data_dir": tiny_data_dir,
+            "constraint": 0.5,
+            "samples": 16,
+            "batch_size": 8,
+            "output_dir": "out",
+        }
+        values |= changes
+        made = []
+        for name, value in values.items():
+            if value is not None:
+                made.append("--" + name.replace("_", "-"))
+                made += [] if value is True else str(value).split(" ")
+        return made
+
+    return make
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
+    """`refused(flags)`: runs into exit code 2, one sentence and nothing written; the sentence."""
+
+    def run_into_error(arguments: list[str]) -> str:
+        before = everything_here()
+        capsys.readouterr()
+        assert main(arguments) == 2
+        assert everything_here() == before
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert "Traceback" not in said.err
+        *progress, last = said.err.splitlines()
+        assert last.startswith("rfprune: error: ")
+        assert not any("error" in line for line in progress)
+        return last.removeprefix("rfprune: error: ")
+
+    return run_into_error
+
+
+def everything_here() -> set[str]:
+    return {str(path) for path in Path().rglob("*")}
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    batch = {"input_ids": torch.arange(5, 45).reshape(2, 20)}
+    with torch.inference_mode():
+        logits: torch.Tensor = model(**batch).logits
+    return logits
+
+
+def test_a_run_leaves_a_smaller_model_that_reloads(
+    flags: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(flags()) == 0
+    assert {path.name for path in Path("out").iterdir()} == SAVED
+    assert {path.name for path in Path().iterdir()} == {"out"}
+    report = read_report(Path("out"))
+    with_code = AutoModelForSequenceClassification.from_pretrained("out", trust_remote_code=True)
+    without = load_pruned("out")
+    assert torch.equal(logits_of(with_code), logits_of(without))
+    size = sum(parameter.numel() for parameter in without.parameters())
+    assert size == report["pruned"]["params"] < report["original"]["params"]
+    assert Path("out/model.safetensors").stat().st_size == report["pruned"]["bytes"]
+    kept = [int((mask != 0).sum()) for mask in load_masks(Path("out")).values()]
+    assert sum(kept) == sum(layer["heads"] + layer["neurons"] for layer in report["layers"])
+    out = capsys.readouterr().out
+    assert "pruned / original" in out
+    assert 'from_pretrained("out", trust_remote_code=True)' in out
+
+
+def test_the_report_has_the_schema_of_the_plan(flags: Callable[..., list[str]]) -> None:
+    arguments = [*flags(seed=3), "--method", "kwon"]
+    assert main(arguments) == 0
+    report = json.loads(Path("out/report.json").read_text(encoding="utf-8"))
+    columns = {"score", "macs", "params", "bytes", "latency_ms"}
+    assert set(report["original"]) == set(report["pruned"]) == columns
+    assert set(report["achieved"]) == {"mac", "params", "memory", "latency"}
+    assert set(report["seconds"]) == {"load", *STAGES, "evaluate", "prune_total"}
+    assert report["seconds"].pop("verify") == 0  # of a constraint on latency alone
+    assert all(seconds > 0 for seconds in report["seconds"].values())
+    assert report["seconds"]["prune_total"] == pytest.approx(
+        sum(report["seconds"][stage] for stage in STAGES if stage != "verify")
+    )
+    expected = {
+        "schema": 1,
+        "task": "mrpc",
+        "method": "kwon",
+        "metric": "mac",
+        "constraint": 0.5,
+        "seed": 3,
+        "samples": 16,
+        "device": "cpu",
+        "dtype": "float32",
+        "metric_name": "accuracy",
+        "warnings": [],
+        "output_dir": "out",
+        "evaluated_examples": 24,
+    }
+    assert {name: report[name] for name in expected} == expected
+    assert report["command"].startswith("rfprune --model ")
+    assert report["divergence"] > 0
+    assert 0 < report["achieved"]["mac"] <= 0.5
+    assert all(set(layer) == {"heads", "neurons"} for layer in report["layers"])
+
+
+@pytest.fixture
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times are not what these tests are about."""
+    monkeypatch.setattr("rfprune.latency.profile.SECONDS", 0.0)
+    monkeypatch.setattr("rfprune.latency.measured.SECONDS", 0.0)
+    monkeypatch.setattr("rfprune.latency.measured.MIN_ROUNDS", 2)
+
+
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_constraint_on_latency_is_promised_predicted_and_measured(
+    flags: Callable[..., list[str]], method: str
+) -> None:
+    arguments = flags(metric="latency", constraint=0.9, method=method)
+    assert main(arguments) == 0
+    report = read_report(Path("out"))
+    promise, original = report["promise"], report["original"]["latency_ms"]
+    assert promise["promised_ms"] == pytest.approx(0.9 * original)
+    assert promise["measured_ms"] == report["pruned"]["latency_ms"]
+    assert 1 <= len(promise["attempts"]) <= 4
+    predictions = [attempt["predicted"] * original for attempt in promise["attempts"]]
+    assert promise["predicted_ms"] in [pytest.approx(value) for value in predictions]
+    assert all(attempt["predicted"] <= 0.9 * 1.001 for attempt in promise["attempts"])
+    assert report["seconds"]["verify"] > 0
+    table = LatencyTable.load(Path("out/latency_table.json"))
+    assert table.conditions.batch_size == report["latency"]["batch_size"]
+
+
+@pytest.mark.usefixtures("quickly")
+def test_a_latency_table_is_used_at_its_own_shape(
+    flags: Callable[..., list[str]], tiny_folder: Callable[..., Path], capsys: Any
+) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_folder())
+    batch = {name: torch.ones(3, 11, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+    profile(model, layout_of(model), batch).save(Path("table.json"))
+    arguments = flags(metric="latency", constraint=0.9, latency_table="table.json")
+    assert main(arguments) == 0
+    latency = read_report(Path("out"))["latency"]
+    assert (latency["batch_size"], latency["sequence_length"]) == (3, 11)
+    assert "Measuring" not in capsys.readouterr().err
+    other = profile(model.bfloat16(), layout_of(model), batch)
+    other.save(Path("table.json"))
+    assert main([*arguments, "--overwrite"]) == 2
+    assert "dtype bfloat16, not float32" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("quickly")
+def test_what_no_pruning_makes_faster_is_said_plainly(
+    flags: Callable[..., list[str]], capsys: Any
+) -> None:
+    assert main(flags(metric="latency", constraint=0.001)) == 2
+    said = capsys.readouterr().err
+    assert "Constraint 0.001 on latency cannot be met" in said
+    assert re.search(r"with batches of \d+ x \d+ tokens on this cpu, where no pruning gains", said)
+    assert not Path("out").exists()
+
+
+def test_a_latency_table_without_latency_is_refused(
+    flags: Callable[..., list[str]], capsys: Any
+) -> None:
+    assert main(flags(latency_table="table.json")) == 2
+    assert "--latency-table does nothing for --metric mac" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_model_type_runs(
+    method: str, model_type: str, flags: Callable[..., list[str]], tiny_folder: Callable[..., Path]
+) -> None:
+    assert main(flags(model=tiny_folder(model_type), method=method)) == 0
+    report = read_report(Path("out"))
+    assert report["method"] == method
+    assert report["achieved"]["mac"] <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("task", "head", "num_labels"),
+    [
+        ("sst2", "sequence-classification", 2),
+        ("stsb", "sequence-classification", 1),
+        ("mnli", "sequence-classification", 3),
+        ("squad", "question-answering", 2),
+        ("squad_v2", "question-answering", 2),
+    ],
+)
+@pytest.mark.parametrize("use_labels", [None, True])
+def test_every_kind_of_task_runs(
+    task: str,
+    head: str,
+    num_labels: int,
+    use_labels: bool | None,
+    flags: Callable[..., list[str]],
+    tiny_folder: Callable[..., Path],
+) -> None:
+    model = tiny_folder("bert", head, num_labels=num_labels)
+    assert main(flags(task, model=model, use_labels=use_labels)) == 0
+    report = read_report(Path("out"))
+    assert report["settings"]["use_labels"] is bool(use_labels)
+    assert report["metric_name"] in report["scores"]["pruned"]
+
+
+@pytest.mark.parametrize("num_labels", [1, 3])
+@pytest.mark.parametrize("use_labels", [None, True])
+def test_somebody_s_own_model_and_table_run(
+    num_labels: int,
+    use_labels: bool | None,
+    flags: Callable[..., list[str]],
+    tiny_folder: Callable[..., Path],
+    refused: Callable[[list[str]], str],
+) -> None:
+    """Their columns and their labels' names; and the card invents no dataset on the hub."""
+    mine = Path("mine")
+    mine.mkdir()
+    for split in ("train", "validation"):
+        labels = [row / 2 if num_labels == 1 else f"label {row % 3}" for row in range(16)]
+        lines = [f"good film {row},a plot {row},{label}\n" for row, label in enumerate(labels)]
+        (mine / f"{split}.csv").write_text("".join(["one,two,verdict\n", *lines]))
+    changes: dict[str, Any] = {
+        "data_dir": "mine",
+        "text_columns": "one two",
+        "label_column": "verdict",
+    }
+    changes["model"] = tiny_folder(num_labels=num_labels)
+    assert main(flags("custom", **changes, use_labels=use_labels)) == 0
+    report = read_report(Path("out"))
+    expected = {"spearmanr", "pearson"} if num_labels == 1 else {"accuracy", "f1_macro"}
+    assert set(report["scores"]["pruned"]) == expected
+    assert report["task"] == "custom"
+    assert report["evaluated_examples"] == 16
+    card = Path("out/README.md").read_text()
+    assert "datasets:" not in card
+    assert "model-index" not in card
+    assert "--text-columns one two --label-column verdict" in card
+    again = changes | {"text_columns": "three", "overwrite": True}
+    assert "'three'" in refused(flags("custom", **again))
+    (mine / "validation.csv").unlink()
+    again["text_columns"] = "one two"
+    assert "labelled examples" in refused(flags("custom", **again))
+
+
+def test_a_checkpoint_in_half_precision_stays_in_it(
+    flags: Callable[..., list[str]],
+    tiny_folder: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As the demo's: config.json says float32, the file is float16. Else it would come out larger.
+
+    What was scored is what is stored.
+    """
+    shutil.copytree(tiny_folder(), "half")
+    weights = load_file("half/model.safetensors")
+    halves = {name: weight.half() for name, weight in weights.items()}
+    save_file(halves, "half/model.safetensors", metadata={"format": "pt"})
+    assert main(flags(model="half")) == 0
+    report = read_report(Path("out"))
+    stored = load_file("out/model.safetensors")
+    assert {weight.dtype for weight in stored.values()} == {torch.float16}
+    assert (report["dtype"], report["stored_dtype"]) == ("float32", "float16")
+    assert report["pruned"]["bytes"] == Path("out/model.safetensors").stat().st_size
+    assert report["original"]["bytes"] == 2 * report["original"]["params"]
+    assert load_pruned("out").dtype == torch.float32
+
+    assert main(flags(model="out", output_dir="again", constraint=0.9)) == 0
+    again = read_report(Path("again"))
+    assert again["original"]["score"] == report["pruned"]["score"]
+    assert again["stored_dtype"] == "float16"
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rfprune.checkpoints.precision.round_weights", lambda *_: False)
+        assert main(flags(model="half", output_dir="large")) == 0
+    report = read_report(Path("large"))
+    assert "beyond the range of float16" in report["warnings"][0]
+    assert report["stored_dtype"] == "float32"
+
+    assert main(flags(model="half", output_dir="whole", dtype="float32")) == 0
+    stored = load_file("whole/model.safetensors")
+    assert {weight.dtype for weight in stored.values()} == {torch.float32}
+
+
+def test_several_constraints_make_several_models(flags: Callable[..., list[str]]) -> None:
+    assert main(flags(constraint="0.7 0.3")) == 0
+    large, small = (read_report(Path("out") / f"mac-{ratio}") for ratio in (0.7, 0.3))
+    assert small["pruned"]["macs"] < large["pruned"]["macs"]
+    assert small["original"]["macs"] == large["original"]["macs"]
+
+
+def test_the_default_folder_is_under_outputs(flags: Callable[..., list[str]]) -> None:
+    assert main(flags(output_dir=None, metric="params", constraint=0.9)) == 0
+    (folder,) = Path("outputs").rglob("report.json")
+    assert folder.parts[2:] == ("mrpc", "params-0.9", "seed-0", "report.json")
+    assert read_report(folder.parent)["achieved"]["params"] <= 0.9
+
+
+def test_a_pruned_model_can_be_pruned_again(flags: Callable[..., list[str]]) -> None:
+    assert main(flags(output_dir="first")) == 0
+    assert main(flags(model="first", output_dir="second")) == 0
+    first, second = read_report(Path("first")), read_report(Path("second"))
+    assert second["original"]["macs"] == pytest.approx(first["pruned"]["macs"])
+    assert second["original"]["score"] == pytest.approx(first["pruned"]["score"])
+    assert second["pruned"]["macs"] <= 0.5 * first["pruned"]["macs"]
+    load_pruned("second")
+
+
+def test_the_same_seed_gives_the_same_model(flags: Callable[..., list[str]]) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert main(flags(output_dir=name, seed=seed)) == 0
+    a, b, c = (Path(name, "model.safetensors").read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+
+
+@pytest.mark.parametrize(
+    ("flag", "stage"), [("skip_rearrange", "rearrange"), ("skip_tune", "tune")]
+)
+def test_a_stage_can_be_left_out(flag: str, stage: str, flags: Callable[..., list[str]]) -> None:
+    assert main([*flags(**{flag: True}), "--method", "kwon"]) == 0
+    assert read_report(Path("out"))["seconds"][stage] == 0.0
+
+
+def test_quiet_says_nothing(
+    flags: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(flags(quiet=True)) == 0
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "")
+    assert read_report(Path("out"))["schema"] == 1
+
+
+def test_more_samples_than_there_are_warn_and_use_all(
+    flags: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(flags(samples=4096)) == 0
+    report = read_report(Path("out"))
+    assert report["samples"] == 48
+    assert "only 48" in report["warnings"][0]
+    said = capsys.readouterr()
+    assert said.err.count("only 48") == 1
+    assert "only 48" in said.out.replace("\n", " ")
+
+
+def test_overwrite_replaces_an_earlier_run_and_nothing_else_does(
+    flags: Callable[..., list[str]], refused: Callable[[list[str]], str]
+) -> None:
+    assert main(flags()) == 0
+    assert "exists already" in refused(flags(seed=1))
+    assert read_report(Path("out"))["seed"] == 0
+    assert main(flags(seed=1, overwrite=True)) == 0
+    assert read_report(Path("out"))["seed"] == 1
+    assert {path.name for path in Path().iterdir()} == {"out"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"task": "mrcp"}, "did you mean mrpc"),
+        ({"constraint": 1.5}, "--constraint 1.5"),
+        ({"samples": 0}, "--samples 0"),
+        ({"samples": -5}, "--samples -5"),
+        ({"model": "nowhere/at/all"}, "does not exist"),
+        ({"model": "bert-base"}, "textattack/bert-base-uncased-MRPC"),
+        ({"data_dir": "nowhere"}, "data folder 'nowhere' does not exist"),
+        ({"task": "rte"}, "rte"),
+        ({"task": "mnli"}, "3 labels"),
+        ({"max_length": 4096}, "514 positions"),
+        ({"metric": "params", "constraint": 0.01}, "cannot be met"),
+    ],
+    ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_one_sentence(
+    changes: dict[str, Any],
+    sentence: str,
+    flags: Callable[..., list[str]],
+    refused: Callable[[list[str]], str],
+) -> None:
+    assert sentence in refused(flags(**changes))
+
+
+def test_no_cuda_is_one_sentence(
+    flags: Callable[..., list[str]],
+    refused: Callable[[list[str]], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "finds 0 CUDA devices" in refused(flags(device="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("split", "rows", "sentence"),
+    [
+        ("validation", None, "validation"),
+        ("validation", [{"sentence1": "a", "label": 1}], "sentence2"),
+        ("validation", [{"sentence1": "a", "sentence2": "b", "label": 7}], "7"),
+        ("validation", [{"sentence1": "a", "sentence2": None, "label": 1}], "sentence2"),
+        ("train", None, "train"),
+    ],
+)
+def test_bad_data_is_one_sentence(
+    split: str,
+    rows: list[dict[str, Any]] | None,
+    sentence: str,
+    flags: Callable[..., list[str]],
+    refused: Callable[[list[str]], str],
+    tiny_data_dir: Path,
+) -> None:
+    shutil.copytree(tiny_data_dir / "mrpc", "data/mrpc")
+    path = Path("data/mrpc") / f"{split}.parquet"
+    path.unlink()
+    if rows is not None:
+        write_parquet(path, rows)
+    assert sentence in refused(flags(data_dir="data"))
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "empty"),
+        (b"sentence1,sentence2,label\n", "empty"),
+        ("sentence1,sentence2,label\ncafé,b,1\n".encode("latin-1"), "UTF-8"),
+        (b"sentence1,sentence2,label\na,b,yes\n", "yes"),
+    ],
+)
+def test_a_bad_csv_is_one_sentence(
+    content: bytes,
+    sentence: str,
+    flags: Callable[..., list[str]],
+    refused: Callable[[list[str]], str],
+) -> None:
+    Path("data/mrpc").mkdir(parents=True)
+    for split in ("train", "validation"):
+        (Path("data/mrpc") / f"{split}.csv").write_bytes(content)
+    assert sentence in refused(flags(data_dir="data", use_labels=True))
+
+
+@pytest.mark.parametrize(("train", "validation"), [(1, 2), (2, 1)])
+def test_a_set_of_one_row_is_one_sentence(
+    train: int,
+    validation: int,
+    flags: Callable[..., list[str]],
+    refused: Callable[[list[str]], str],
+) -> None:
+    for split, rows in (("train", train), ("validation", validation)):
+        row = {"sentence1": "a good film", "sentence2": "a bad film", "label": 1}
+        write_parquet(Path("data/mrpc") / f"{split}.parquet", [row] * rows)
+    single = "train" if train == 1 else "validation"
+    assert f"The {single} split of mrpc has 1 row" in refused(flags(data_dir="data"))
+
+
+def test_two_rows_are_enough_to_run(flags: Callable[..., list[str]]) -> None:
+    for split in ("train", "validation"):
+        row = {"sentence1": "a good film", "sentence2": "a bad film", "label": 1}
+        write_parquet(Path("data/mrpc") / f"{split}.parquet", [row, row])
+    assert main(flags(data_dir="data")) == 0
+    assert read_report(Path("out"))["samples"] == 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("metric", "small"), [("mac", 1e-9), ("params", 0.01)])
+def test_a_constraint_that_cannot_be_met_is_found_before_any_work(
+    metric: str,
+    small: float,
+    method: str,
+    flags: Callable[..., list[str]],
+    refused: Callable[[list[str]], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the models of the other constraints would be written first."""
+    arguments = flags(constraint=f"0.9 {small}", metric=metric, method=method)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "evaluate_original", None)
+        sentence = refused(arguments)
+    assert f"Constraint {small:g} on {metric} cannot be met" in sentence
+    least = sentence.split("choose ")[1].split()[0]
+    assert main(flags(constraint=least, metric=metric, method=method)) == 0
+    layers = read_report(Path("out"))["layers"]
+    assert sum(layer["heads"] + layer["neurons"] for layer in layers) >= 1
+
+
+STEPS = (
+    *("load", "calibration_batches", "prepare_evaluation", "evaluate_original", "measure"),
+    *("save_pruned", "write_report", "write_log"),
+)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_ctrl_c_leaves_nothing_half_written(
+    step: str,
+    flags: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, step, interrupt)
+    assert main(flags()) == 130
+    assert everything_here() == set()
+    said = capsys.readouterr()
+    assert "interrupted" in said.err
+    assert "Traceback" not in said.err
+
+
+@pytest.mark.parametrize(
+    ("method", "stage"),
+    [
+        *(("kwon", s) for s in ("collect_gradients", "search", "rearrange", "tune_scales")),
+        *(("curvature", s) for s in ("collect_curvature", "error_curves", "allocate", "compact")),
+        ("curvature", "refit"),
+    ],
+)
+def test_ctrl_c_in_a_stage_leaves_nothing(
+    method: str, stage: str, flags: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    place = "pipeline" if stage in ("compact", "refit", "tune_scales") else "selection"
+    monkeypatch.setattr(f"rfprune.{place}.{stage}", interrupt)
+    assert main([*flags(), "--method", method]) == 130
+    assert everything_here() == set()
+
+
+def test_ctrl_c_while_libraries_are_imported_is_not_swallowed(tmp_path: Path) -> None:
+    """A library that catches whatever happens in its imports, as several do."""
+    (tmp_path / "datasets.py").write_text(
+        "import os, signal\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    pass\n"
+    )
+    flags = f"--model demo --task sst2 --constraint 0.5 --output-dir {tmp_path / 'out'}"
+    done = subprocess.run(
+        [sys.executable, "-m", "rfprune.main", *flags.split()],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
+    assert done.returncode == 130
+    assert done.stderr == "rfprune: interrupted; nothing half-written was left behind.\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_keeps_the_models_that_are_finished(
+    flags: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rfprune.report.report_json import write_report
+
+    def interrupt_the_second(report: dict[str, Any], folder: Path) -> Path:
+        if report["constraint"] == 0.3:
+            raise KeyboardInterrupt
+        return write_report(report, folder)
+
+    monkeypatch.setattr(run, "write_report", interrupt_the_second)
+    assert main(flags(constraint="0.7 0.3")) == 130
+    assert {path.name for path in Path("out").iterdir()} == {"mac-0.7"}
+    load_pruned("out/mac-0.7")
+
+
+@pytest.mark.parametrize("step", ["save_pruned", "write_report", "write_log"])
+def test_a_full_disk_is_one_sentence(
+    step: str,
+    flags: Callable[..., list[str]],
+    refused: Callable[[list[str]], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run, step, fail)
+    assert "No space left on device" in refused(flags())
+
+
+@pytest.mark.parametrize(
+    "error", [torch.cuda.OutOfMemoryError("CUDA out of memory"), MemoryError()]
+)
+def test_too_little_memory_is_one_sentence(
+    error: BaseException,
+    flags: Callable[..., list[str]],
+    refused: Callable[[list[str]], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(run, "evaluate_original", fail)
+    assert "give a smaller --batch-size" in refused(flags())
+
+
+def test_every_sentence_has_one_capital_and_one_full_stop(
+    flags: Callable[..., list[str]],
+    refused: Callable[[list[str]], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise UserError("the model is\n  not one")
+
+    monkeypatch.setattr(run, "load", fail)
+    assert refused(flags()) == "The model is not one."
+
+
+def test_a_warning_is_told_once(
+    flags: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    prepare = evaluation.prepare_evaluation
+
+    def warn_twice(*arguments: Any, **options: Any) -> Any:
+        for _ in range(2):
+            warnings.warn("[bold]odd[/bold] data", RfpruneWarning, stacklevel=1)
+        return prepare(*arguments, **options)
+
+    monkeypatch.setattr(run, "prepare_evaluation", warn_twice)
+    assert main(flags()) == 0
+    assert capsys.readouterr().err.count("warning: [bold]odd[/bold] data") == 1
+    assert read_report(Path("out"))["warnings"] == ["[bold]odd[/bold] data"]
+
+
+def test_a_bug_of_ours_is_not_hidden(
+    flags: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what a user can mend is shortened to a sentence."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("bug")
+
+    monkeypatch.setattr(run, "evaluate_original", fail)
+    with pytest.raises(RuntimeError, match="bug"):
+        main(flags())
+    assert everything_here() == set()
+
+
+@pytest.mark.slow
+def test_the_demo_runs_with_nothing_but_the_package(flags: Callable[..., list[str]]) -> None:
+    arguments = flags("sst2", model="demo", data_dir=None, samples=64, eval_limit=200)
+    assert main([*arguments, "--skip-tune"]) == 0
+    report = read_report(Path("out"))
+    assert report["original"]["score"] > 80
+    assert report["achieved"]["mac"] <= 0.5
+
+
+@pytest.mark.network
+def test_an_alias_runs_from_the_hub(flags: Callable[..., list[str]]) -> None:
+    """Needs the hub: RoBERTa and BERT have public checkpoints for MRPC."""
+    arguments = flags(model="distilbert", task="sst2", data_dir=None, samples=64, eval_limit=200)
+    assert main(arguments) == 0
+    assert read_report(Path("out"))["original"]["score"] > 85

@@ -1,0 +1,210 @@
+"""What a run of the command leaves for people, and a push at its end.
+
+Deleting this lets a failed upload take the pruned model with it, or a wrong name or a missing token
+show only after minutes of work.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rfprune import load_pruned
+from rfprune.hub.upload import files_of
+from rfprune.main import main
+from rfprune.report.card import UNKNOWN_REPOSITORY
+from rfprune.report.figures import error_curves, kept_per_layer, stage_by_stage
+from rfprune.report.report_json import read_report
+from tests.cli.test_main import SAVED, everything_here, flags, logits_of, refused
+from tests.hub.stub_hub import StubHub
+from tests.report.conftest import hub
+
+__all__ = ["flags", "hub", "refused"]  # fixtures
+
+Flags = Callable[..., list[str]]
+
+
+@pytest.fixture(autouse=True)
+def regular_files(request: pytest.FixtureRequest) -> None:
+    """The storage of large files is beyond the stub."""
+    if "hub" in request.fixturenames:
+        request.getfixturevalue("hub").large = "no such ending"
+
+
+@pytest.mark.parametrize("method", ["kwon", "curvature"])
+def test_the_page_of_a_real_run_shows_its_curves_and_stages(
+    method: str, flags: Flags, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = (kept_per_layer, error_curves, stage_by_stage)
+    monkeypatch.setattr("rfprune.report.plots.OF_A_RUN", drawn)
+    assert main(flags(method=method, score_stages=True)) == 0
+    report = read_report(Path("out"))
+    assert [stage["stage"] for stage in report["stages"]] == ["original", "selected", "fitted"]
+    assert report["stages"][0]["score"] == report["original"]["score"]
+    assert report["stages"][2]["score"] == report["pruned"]["score"]
+    assert report["stages"][2]["divergence"] == report["divergence"]
+    assert report["original_layers"] == [{"heads": 4, "neurons": 12}] * 2
+    assert len(report["curves"]) == 4
+    names = {path.stem for path in Path("out/plots").iterdir()}
+    assert names == {"kept", "curves", "stages"}
+    page = Path("out/report.html").read_text(encoding="utf-8")
+    assert page.count("<svg ") == len(names)
+    assert "pruned to 50% of its MACs" in page
+
+
+def test_stages_are_scored_only_if_asked_for(flags: Flags) -> None:
+    assert main(flags()) == 0
+    assert read_report(Path("out"))["stages"] == []
+
+
+def test_the_card_of_a_real_run_names_no_folder_as_its_base(flags: Flags) -> None:
+    from huggingface_hub import ModelCard
+
+    assert main(flags()) == 0
+    report = read_report(Path("out"))
+    card = ModelCard.load("out/README.md")
+    data: Any = card.data
+    assert "base_model" not in data.to_dict()
+    (result, *_) = data.eval_results
+    assert result.dataset_name == "mrpc (data from a local folder)"
+    assert result.metric_type == "accuracy"
+    assert result.metric_value == pytest.approx(report["pruned"]["score"] / 100)
+    assert UNKNOWN_REPOSITORY in str(card)
+
+
+def test_a_family_has_one_page(flags: Flags, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(flags(constraint="0.7 0.4")) == 0
+    page = Path("out/family-mac-seed-0.html")
+    assert f"'{page}'" in capsys.readouterr().err
+    text = page.read_text(encoding="utf-8")
+    assert 'href="mac-0.7/report.html">70%</a>' in text
+    assert 'href="mac-0.4/report.html">40%</a>' in text
+    assert {path.name for path in Path("out").iterdir()} == {
+        *("mac-0.7", "mac-0.4", page.name, "family-mac-seed-0-frontier-mrpc.png")
+    }
+
+
+def test_a_run_is_pushed_whole(flags: Flags, hub: StubHub, tmp_path: Path) -> None:
+    assert main(flags(push_to_hub="someone/small", private=True)) == 0
+    assert hub.commits == ["Pruned by rfprune"]
+    assert hub.repositories == {"someone/small": True}
+    assert {name.split("/")[0] for name in hub.files} == SAVED - {"plots"}
+    assert hub.files == {
+        name: (Path("out") / name).read_bytes() for name, _ in files_of(Path("out"))
+    }
+    assert 'name = "someone/small"' in hub.files["README.md"].decode()
+    # What was uploaded is a model that works.
+    for name, content in hub.files.items():
+        (tmp_path / "downloaded").mkdir(exist_ok=True)
+        (tmp_path / "downloaded" / name).write_bytes(content)
+    there, here = load_pruned(tmp_path / "downloaded"), load_pruned("out")
+    assert torch.equal(logits_of(there), logits_of(here))
+
+
+def test_a_finished_run_is_pushed_by_the_same_command(
+    flags: Flags, hub: StubHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(flags()) == 0
+    monkeypatch.setattr("rfprune.cli.run.prune_family", None)  # there is nothing left to prune
+    assert main(flags(push_to_hub="someone/small")) == 0
+    assert 'name = "someone/small"' in hub.files["README.md"].decode()
+
+
+@pytest.mark.parametrize(
+    ("answers", "words"),
+    [
+        ({"create": 401}, "does not accept the token"),
+        ({"create": 404}, "does not know the repository"),
+        ({"preupload": 403}, "may not write there"),
+        ({"commit": 500}, "the hub itself failed (500)"),
+    ],
+)
+def test_a_push_that_fails_leaves_the_model(
+    answers: dict[str, int],
+    words: str,
+    flags: Flags,
+    hub: StubHub,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.answers = answers | {"info": 404}
+    assert main(flags(push_to_hub="someone/small")) == 2
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    assert words in said.err.splitlines()[-1]
+    assert "python scripts/push_to_hub.py out someone/small" in said.err
+    assert "pruned / original" in said.out
+    assert {path.name for path in Path("out").iterdir()} == SAVED
+    load_pruned("out")
+
+
+def test_a_dry_run_uploads_nothing(
+    flags: Flags, hub: StubHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")  # none is needed
+    assert main(flags(push_to_hub="someone/small", hub_dry_run=True)) == 0
+    assert not hub.steps
+    said = capsys.readouterr().err
+    assert "Nothing was uploaded" in said
+    assert "model.safetensors" in said
+    assert 'name = "someone/small"' in Path("out/README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"push_to_hub": "../evil"}, "cannot be the name of a repository"),
+        ({"push_to_hub": "a/b/c"}, "cannot be the name of a repository"),
+        ({"push_to_hub": "someone/small", "constraint": "0.7 0.4"}, "several constraints"),
+        ({"private": True}, "--private does nothing without --push-to-hub"),
+        ({"hub_dry_run": True}, "--hub-dry-run does nothing without --push-to-hub"),
+    ],
+)
+def test_what_cannot_be_pushed_is_refused_before_the_work(
+    changes: dict[str, Any],
+    words: str,
+    flags: Flags,
+    refused: Callable[[list[str]], str],
+    hub: StubHub,
+) -> None:
+    assert words in refused(flags(**changes))
+    assert not hub.steps
+
+
+def test_without_a_token_the_work_does_not_begin(
+    flags: Flags,
+    refused: Callable[[list[str]], str],
+    hub: StubHub,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    assert "no token for the hub" in refused(flags(push_to_hub="someone/small"))
+
+
+def test_offline_the_work_does_not_begin(flags: Flags, refused: Callable[[list[str]], str]) -> None:
+    assert "HF_HUB_OFFLINE is set" in refused(flags(push_to_hub="someone/small"))
+
+
+def test_a_page_that_fails_leaves_nothing(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no page")
+
+    before = everything_here()
+    monkeypatch.setattr("rfprune.report.folder.write_card", fail)
+    with pytest.raises(RuntimeError, match="no page"):
+        main(flags())
+    assert everything_here() == before
+
+
+def test_the_report_stays_small(flags: Flags) -> None:
+    """Curves are thinned: a report is read by people too."""
+    assert main(flags(method="kwon")) == 0
+    text = Path("out/report.json").read_text(encoding="utf-8")
+    assert all(len(curve["units"]) <= 64 for curve in json.loads(text)["curves"])
+    assert len(text) < 20_000

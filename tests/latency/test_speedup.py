@@ -1,0 +1,55 @@
+"""Latency is measured on both models in turn, on a typical batch, and with nothing else changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from rfprune.latency.measured import typical_batch
+from rfprune.latency.speedup import measure_latency
+from rfprune.latency.timing import MIN_ROUNDS, WARM_UP_ROUNDS
+
+
+class Recorded(nn.Module):
+    """A model that writes down each call."""
+
+    def __init__(self, name: str, calls: list[str]) -> None:
+        super().__init__()
+        self.name, self.calls, self.device = name, calls, torch.device("cpu")
+        self.inputs: set[str] = set()
+
+    def forward(self, **inputs: Any) -> None:
+        assert not self.training
+        assert not torch.is_grad_enabled()
+        self.inputs = set(inputs)
+        self.calls.append(self.name)
+
+
+def batch(rows: int, tokens: int) -> dict[str, torch.Tensor]:
+    ones = torch.ones(rows, tokens, dtype=torch.long)
+    return {"input_ids": ones, "attention_mask": ones, "labels": ones}
+
+
+def test_models_alternate_and_swap_places() -> None:
+    calls: list[str] = []
+    models = Recorded("original", calls), Recorded("pruned", calls)
+    measured = measure_latency(*models, batch(2, 3), max_rounds=6)
+    timed = calls[2 * WARM_UP_ROUNDS :]
+    assert timed == ["original", "pruned", "pruned", "original"] * 3
+    assert (measured.rounds, measured.batch_size, measured.sequence_length) == (6, 2, 3)
+    assert models[0].inputs == {"input_ids", "attention_mask"}, "labels are not timed"
+
+
+def test_slow_models_stop_early() -> None:
+    calls: list[str] = []
+    measured = measure_latency(
+        Recorded("original", calls), Recorded("pruned", calls), batch(1, 1), seconds=-1.0
+    )
+    assert measured.rounds == MIN_ROUNDS
+
+
+def test_the_typical_batch_is_full_and_of_median_length() -> None:
+    batches = [batch(4, 9), batch(4, 5), batch(4, 2), batch(1, 40)]
+    assert typical_batch(batches)["input_ids"].shape == (4, 5)

@@ -1,0 +1,222 @@
+"""`--max-drop` from end to end on tiny models: the size it finds is within the limit, and says so.
+
+Deleting this lets the search save another model than the one it scored, collect again for every
+probe, or leave half an output when no size will do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rfprune import load_pruned
+from rfprune.cost.constraint import Constraint
+from rfprune.errors import UserError
+from rfprune.main import main
+from rfprune.methods.budget import check_constraints, cost_model, least_ratio
+from rfprune.model.layout import layout_of
+from rfprune.pruning import prune_family
+from rfprune.report.report_json import read_report
+from rfprune.stages.curvature import collect_curvature
+from rfprune.tasks import evaluation
+from rfprune.tasks.bootstrap import Drop
+from rfprune.tasks.registry import get_task
+
+Tiny = Callable[..., Any]
+Batch = dict[str, Tensor]
+Flags = Callable[..., list[str]]
+ENTRIES = {"points", "drop", "standard_error", "sure", "path", "least_possible", "seconds"}
+
+
+@pytest.fixture
+def flags(
+    tiny_folder: Tiny, tiny_data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Flags:
+    """`flags(points, task="mrpc", more="")`: of a small search in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RFPRUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("rfprune.latency.speedup.MAX_ROUNDS", 1)
+    monkeypatch.setattr("rfprune.report.plots.OF_A_RUN", ())
+
+    def make(points: float, task: str = "mrpc", more: str = "") -> list[str]:
+        head = "question-answering" if task == "squad" else "sequence-classification"
+        model = tiny_folder(head=head, num_labels=1 if task == "stsb" else 2)
+        text = f"--model {model} --task {task} --data-dir {tiny_data_dir} --max-drop {points:g}"
+        return f"{text} --samples 24 --batch-size 3 {more}".split()
+
+    return make
+
+
+@pytest.fixture
+def collections(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """An entry for every collection of statistics."""
+    made: list[int] = []
+    original = collect_curvature
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        made.append(1)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr("rfprune.methods.selection.collect_curvature", counting)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("task", "points", "more"),
+    [
+        ("mrpc", 5, "--push-to-hub someone/small --hub-dry-run"),
+        ("mrpc", 0.5, "--metric params"),
+        ("stsb", 30, "--metric memory"),
+        ("squad", 5, "--method importance"),
+    ],
+)
+def test_what_is_saved_keeps_the_limit(
+    task: str, points: float, more: str, flags: Flags, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(flags(points, task, f"{more} --output-dir out")) == 0
+    said = capsys.readouterr()
+    report = read_report(Path("out"))
+    found = report["max_drop"]
+    assert set(found) == ENTRIES
+    assert found["points"] == points
+    drop = report["original"]["score"] - report["pruned"]["score"]
+    assert found["drop"] == pytest.approx(drop)
+    assert drop <= points + 1e-9
+    assert report["achieved"][report["metric"]] <= report["constraint"] + 1e-4
+    tried = {probe["ratio"]: probe for probe in found["path"]}
+    assert len(tried) == len(found["path"]) > 1
+    assert tried[report["constraint"]]["score"] == pytest.approx(report["pruned"]["score"])
+    for probe in tried.values():
+        assert probe["drop"] == pytest.approx(report["original"]["score"] - probe["score"])
+        assert probe["divergence"] > 0
+    assert said.err.count("Tried ") == len(tried)
+    assert "of resampled validation sets" in " ".join(said.out.split())
+    assert load_pruned("out")
+    assert ("someone/small" in said.err) == ("someone/small" in more), "as for one constraint"
+
+
+def test_everything_is_collected_once_and_a_finished_search_is_kept(
+    flags: Flags, collections: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(flags(5)) == 0
+    (output,) = Path("outputs").rglob("report.json")
+    assert output.parent.parts[-2:] == ("mac-drop-5", "seed-0")
+    assert len(read_report(output.parent)["max_drop"]["path"]) > 1
+    assert len(collections) == 1
+    before = output.stat().st_mtime_ns
+    capsys.readouterr()
+    assert main(flags(5.0)) == 0
+    assert output.stat().st_mtime_ns == before
+    assert "is of this very run: kept" in capsys.readouterr().err
+    assert main(flags(5, more=f"--seed 1 --output-dir {output.parent}")) == 2
+    assert main(flags(6)) == 0, "another limit is another output"
+    assert len(collections) == 1, "the cache has it"
+
+
+def test_where_nothing_is_lost_the_least_possible_is_what_comes_out(
+    flags: Flags, tiny_folder: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(flags(99, more="--output-dir out --metric params")) == 0
+    report = read_report(Path("out"))
+    assert report["constraint"] == report["max_drop"]["least_possible"]
+    kept = sum(layer["heads"] + layer["neurons"] for layer in report["layers"])
+    assert kept < 10, "of 32"
+    assert report["max_drop"]["sure"] == 1.0
+    assert "Nothing smaller is possible" in capsys.readouterr().out
+    assert "Nothing smaller is possible" in Path("out/report.html").read_text()
+    assert "Nothing smaller is possible" in Path("out/README.md").read_text()
+    assert Path("out/plots/search.png").is_file()
+
+
+def test_where_every_size_loses_more_it_is_one_sentence_and_nothing_is_left(
+    flags: Flags, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("rfprune.max_drop.search.paired_drop", lambda *_: Drop(2.5, 0.7, 0.0))
+    assert main(flags(1)) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    last = said.err.splitlines()[-1]
+    assert "with 0.95 of the MACs kept" in last
+    assert "it is 2.50 (standard error 0.70); give a larger --max-drop, or a size with" in last
+    assert not Path("outputs").exists()
+
+
+def batches_of(tiny_batch: Tiny) -> list[Batch]:
+    return [tiny_batch(6, 7 + seed, seed=seed) for seed in range(3)]
+
+
+def test_a_family_asks_for_a_constraint_when_it_has_given_the_result_before(
+    tiny_model: Tiny, tiny_batch: Tiny, collections: list[int]
+) -> None:
+    order: list[str] = []
+
+    def constraints() -> Iterator[Constraint]:
+        for ratio in (0.7, 0.4):
+            order.append(f"asked for {ratio}")
+            yield Constraint("mac", ratio)
+
+    family = prune_family(tiny_model(), batches_of(tiny_batch), constraints())
+    order.extend(f"got {result.constraint.ratio}" for result in family)
+    assert order == ["asked for 0.7", "got 0.7", "asked for 0.4", "got 0.4"]
+    assert len(collections) == 1
+    usual = [Constraint("mac", 0.7), Constraint("mac", 0.4)]
+    expected = list(prune_family(tiny_model(), batches_of(tiny_batch), usual))
+    again = list(prune_family(tiny_model(), batches_of(tiny_batch), iter(usual)))
+    for one, other in zip(expected, again, strict=True):
+        assert one.layers == other.layers
+        for name, tensor in one.model.state_dict().items():
+            assert torch.equal(tensor, other.model.state_dict()[name])
+
+
+def test_a_constraint_that_cannot_be_met_is_refused_at_once_or_in_its_turn(
+    tiny_model: Tiny, tiny_batch: Tiny, collections: list[int]
+) -> None:
+    given = [Constraint("mac", 0.5), Constraint("mac", 1e-9)]
+    with pytest.raises(UserError, match="cannot be met"):
+        next(prune_family(tiny_model(), batches_of(tiny_batch), given))
+    assert not collections
+    family = prune_family(tiny_model(), batches_of(tiny_batch), iter(given))
+    assert next(family).constraint == given[0]
+    with pytest.raises(UserError, match="cannot be met"):
+        next(family)
+
+
+@pytest.mark.parametrize("metric", ["mac", "params", "memory"])
+def test_the_least_ratio_is_the_least_that_is_not_refused(
+    metric: str, tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    model, batches = tiny_model(), batches_of(tiny_batch)
+    least = least_ratio(cost_model(metric, model, layout_of(model), batches))
+    check_constraints(model, batches, [Constraint(metric, least)])
+    with pytest.raises(UserError, match=f"choose {least:g} or more"):
+        check_constraints(model, batches, [Constraint(metric, least - 1e-4)])
+
+
+@pytest.mark.parametrize("task", ["sst2", "stsb", "squad"])
+def test_calibration_inputs_have_logits_and_a_divergence(
+    task: str, tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    """Rows are in the order of the batches, and padding is no answer."""
+    head = "question-answering" if task == "squad" else "sequence-classification"
+    models = [
+        tiny_model("bert", head, seed=s, num_labels=1 if task == "stsb" else 2) for s in (0, 1)
+    ]
+    batches = batches_of(tiny_batch)
+    first, second = (evaluation.logits_on(model, get_task(task), batches) for model in models)
+    with torch.no_grad():
+        expected = models[0](**batches[1])[0].numpy()
+    rows = first[0][6:12]
+    if task == "squad":
+        tokens = batches[1]["attention_mask"].bool().numpy()
+        for row, whole, kept in zip(rows, expected, tokens, strict=True):
+            assert row[: kept.sum()] == pytest.approx(whole[kept], abs=1e-5)
+            assert (row[kept.sum() :] == -float("inf")).all()
+    else:
+        assert rows == pytest.approx(expected, abs=1e-5)
+    assert evaluation.divergence_of_logits(first, first) == 0.0
+    assert evaluation.divergence_of_logits(first, second) > 0.01

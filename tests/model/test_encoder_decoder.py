@@ -1,0 +1,145 @@
+"""What the decoder of an encoder-decoder reads: its own tokens, and the encoder's output.
+
+Deleting this lets a decoder be fitted at padding, or to an encoder that is not its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rfprune.errors import UserError
+from rfprune.model.compact import compact
+from rfprune.model.encoder_decoder import (
+    decoder_tokens,
+    encoder_output,
+    tokens_of,
+    with_decoder_tokens,
+    with_encoder_output,
+)
+from rfprune.model.layerwise import layer_calls, model_inputs, pack, run_layer, token_mask, unpack
+from rfprune.model.layout import layout_of
+from rfprune.model.masks import full_masks
+from tests.conftest import DECODING_TYPES
+
+Tiny = Callable[..., Any]
+
+
+@pytest.fixture(params=["bart", "t5"])
+def model(request: pytest.FixtureRequest, tiny_model: Tiny) -> Any:
+    return tiny_model(request.param, "seq2seq-lm")
+
+
+def test_labels_are_read_one_token_later_as_in_the_models_own_loss(
+    model: Any, tiny_batch: Tiny
+) -> None:
+    labels = torch.tensor([[7, 8, 3], [9, 3, -100]])
+    batch = {**tiny_batch(2, 5, model_type="bart"), "labels": labels}
+    noted = with_decoder_tokens(model, batch)
+    start = model.config.decoder_start_token_id
+    assert noted["decoder_input_ids"].tolist() == [[start, 7, 8], [start, 9, 3]]
+    assert decoder_tokens(noted).tolist() == [[True] * 3] * 2
+    with torch.no_grad():
+        assert torch.equal(model(**model_inputs(noted)).logits, model(**batch).logits)
+    assert with_decoder_tokens(model, noted) is noted
+    layout = layout_of(model)
+    assert torch.equal(tokens_of(layout, layout.blocks[0], noted), token_mask(batch))
+    assert torch.equal(tokens_of(layout, layout.blocks[-1], noted), decoder_tokens(noted))
+
+
+@pytest.mark.parametrize("model_type", DECODING_TYPES)
+def test_what_comes_first_is_what_the_family_begins_with(
+    model_type: str, tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    """mBART begins with the last token, which names the language."""
+    model = tiny_model(model_type, "seq2seq-lm")
+    labels = torch.tensor([[7, 8, 4], [9, 4, -100]])
+    inputs = {n: v for n, v in tiny_batch(2, 5).items() if n != "decoder_input_ids"}
+    noted = with_decoder_tokens(model, inputs | {"labels": labels})
+    begins = 4 if model_type == "mbart" else model.config.decoder_start_token_id
+    assert noted["decoder_input_ids"].tolist() == [[begins, 7, 8], [begins, 9, 4]]
+    with torch.no_grad():
+        own = model(**inputs, labels=labels)
+        assert torch.equal(model(**model_inputs(noted)).logits, own.logits)
+
+
+def test_where_decoding_starts_may_be_unknown(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    model = tiny_model("t5", "seq2seq-lm")
+    model.config.decoder_start_token_id = None
+    batch = {**tiny_batch(2, 5, model_type="t5"), "labels": torch.tensor([[7, 3], [8, 3]])}
+    with pytest.raises(UserError, match="needs decoder_input_ids"):
+        with_decoder_tokens(model, batch)
+
+
+@pytest.mark.parametrize("model_type", DECODING_TYPES)
+def test_a_classifier_reads_its_inputs_again(
+    model_type: str, tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    classifier, batch = tiny_model(model_type), tiny_batch(model_type=model_type)
+    noted = with_decoder_tokens(classifier, {**batch, "labels": torch.zeros(4, dtype=torch.long)})
+    with torch.no_grad():
+        found = classifier(**model_inputs(noted)).logits
+        assert torch.equal(found, classifier(**batch).logits)
+
+
+def test_what_is_given_stays_and_its_padding_counts_for_nothing(
+    model: Any, tiny_batch: Tiny
+) -> None:
+    ids = torch.tensor([[0, 7, 8], [0, 9, 0]])  # decoding may start with padding
+    batch = {**tiny_batch(2, 5, model_type="bart"), "decoder_input_ids": ids}
+    noted = with_decoder_tokens(model, batch)
+    assert noted["decoder_input_ids"] is ids
+    assert decoder_tokens(noted).tolist() == [[True, True, True], [True, True, False]]
+    given = {**batch, "decoder_attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}
+    assert decoder_tokens(with_decoder_tokens(model, given)).sum() == 3
+
+
+def test_a_language_model_without_anything_to_write_is_refused(
+    model: Any, tiny_batch: Tiny
+) -> None:
+    with pytest.raises(UserError, match="has a decoder, which needs decoder_input_ids"):
+        with_decoder_tokens(model, tiny_batch(model_type="bart"))
+
+
+def first(output: Any) -> Tensor:
+    """The hidden states of what a layer returns."""
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states
+
+
+@pytest.mark.parametrize("empty", [None, "layer.1.heads", "layer.2.cross_heads", "layer.3.heads"])
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_the_decoder_replayed_is_the_full_forward_pass(
+    model: Any, empty: str | None, padding: str, tiny_batch: Tiny
+) -> None:
+    layout = layout_of(model)
+    masks = full_masks(layout)
+    for block, mask in zip(layout.blocks, masks, strict=True):
+        mask[: block.num_units if block.name == empty else 1] = 0
+    net = compact(model, layout, masks)
+    written = tiny_batch(4, 6, seed=5)["input_ids"]
+    batch = tiny_batch(padding=padding, model_type="bart")
+    batch = dict(with_decoder_tokens(net, {**batch, "decoder_input_ids": written}))
+    tokens = decoder_tokens(batch)
+    assert not tokens.all()
+    leaving: list[Tensor] = []
+    handles = [
+        net.get_submodule(path).register_forward_hook(lambda *args: leaving.append(first(args[2])))
+        for path in layout.layers
+    ]
+    with torch.no_grad():
+        net(**model_inputs(batch))
+        for handle in handles:
+            handle.remove()
+        given = with_encoder_output(batch, encoder_output(net, batch))
+        hidden, calls = layer_calls(net, layout, batch, decoder_inputs=given)
+        for number in layout.stack(decoder=True):
+            hidden = unpack(pack(hidden, tokens), tokens)
+            hidden = run_layer(net, layout.layers[number], hidden, calls)
+            expected = pack(leaving[number], tokens)
+            torch.testing.assert_close(pack(hidden, tokens), expected, rtol=1e-4, atol=1e-5)
+    assert (leaving[3] - leaving[2]).abs().max() > 0.1

@@ -1,0 +1,304 @@
+"""Running a model layer by layer: what is captured is what the model computes.
+
+Deleting this lets reconstruction fit wrong targets (padding, residuals, order) unseen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from rfprune.errors import UserError
+from rfprune.model.compact import compact
+from rfprune.model.layerwise import (
+    check_layer_outputs,
+    first_tokens,
+    layer_calls,
+    model_inputs,
+    output_scale,
+    pack,
+    run_layer,
+    token_mask,
+    trace_block,
+    unpack,
+    with_tokens,
+)
+from rfprune.model.layout import Block, layout_of
+from rfprune.model.masks import full_masks, masked
+from tests.conftest import ALL_TYPES
+
+Tiny = Callable[..., Any]
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=4))
+def test_packing_loses_nothing_but_padding(rows: list[list[bool]]) -> None:
+    tokens = torch.tensor(rows)
+    hidden = torch.randn(*tokens.shape, 3)
+    packed = pack(hidden, tokens)
+    assert packed.shape == (int(tokens.sum()), 3)
+    restored = unpack(packed, tokens)
+    assert torch.equal(restored, hidden * tokens[:, :, None])
+
+
+def test_tokens_are_what_the_attention_mask_says(tiny_batch: Tiny) -> None:
+    batch = tiny_batch(padding="left")
+    assert torch.equal(token_mask(batch).long(), batch["attention_mask"])
+    assert not token_mask(batch).all()
+
+
+def test_without_an_attention_mask_all_are_tokens() -> None:
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    assert token_mask({"input_ids": ids}).tolist() == [[True] * 3] * 2
+    assert token_mask({"inputs_embeds": torch.zeros(2, 3, 16)}).shape == (2, 3)
+
+
+def test_a_batch_that_cannot_be_read_is_named() -> None:
+    with pytest.raises(UserError, match="a batch holds labels, but"):
+        token_mask({"labels": torch.zeros(2)})
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    with pytest.raises(UserError, match=r"shape \(2, 1, 3, 3\) does not fit \(2, 3\)"):
+        token_mask({"input_ids": ids, "attention_mask": torch.zeros(2, 1, 3, 3)})
+
+
+def test_choices_are_sequences_of_their_own() -> None:
+    mask = torch.tensor([[[1, 1], [1, 0]], [[1, 1], [0, 1]]])
+    batch = {"input_ids": torch.zeros(2, 2, 2, dtype=torch.long), "attention_mask": mask}
+    assert token_mask(batch).long().tolist() == [[1, 1], [1, 0], [1, 1], [0, 1]]
+
+
+def test_images_have_as_many_tokens_as_the_model_makes_of_them(
+    tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    model, batch = tiny_model("deit"), tiny_batch(3, model_type="deit")
+    with pytest.raises(UserError, match="pixel_values"):
+        token_mask(batch)
+    labelled = {**batch, "labels": torch.zeros(3)}
+    noted = with_tokens(model, layout_of(model), labelled)
+    assert token_mask(noted).tolist() == [[True] * 6] * 3  # four patches and two more
+    assert list(model_inputs(noted)) == ["pixel_values"]
+    assert noted["labels"] is labelled["labels"]
+    assert with_tokens(model, layout_of(model), noted) is noted
+
+
+def test_layers_of_different_kinds_have_their_own_calls(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    """ModernBERT's second layer sees a window alone, and has positions of its own."""
+    model, batch = tiny_model("modernbert"), tiny_batch(padding="none")
+    layout = layout_of(model)
+    hidden, calls = layer_calls(model, layout, batch)
+    first, second = (calls[path] for path in layout.layers)
+    assert not torch.equal(
+        first.kwargs["position_embeddings"][0], second.kwargs["position_embeddings"][0]
+    )
+    with torch.no_grad():
+        right = run_layer(model, layout.layers[1], hidden, calls)
+        wrong = run_layer(model, layout.layers[1], hidden, {layout.layers[1]: first})
+    assert (right - wrong).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "llama"])
+def test_replaying_a_decoder_fills_no_cache(
+    model_type: str, tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    model, batch = tiny_model(model_type, "causal-lm"), tiny_batch(padding="none")
+    assert model.config.use_cache
+    layout = layout_of(model)
+    hidden, calls = layer_calls(model, layout, batch)
+    with torch.no_grad():
+        once, twice = (run_layer(model, layout.layers[0], hidden, calls) for _ in range(2))
+    assert torch.equal(once, twice)
+
+
+def test_the_first_token_is_found_behind_padding() -> None:
+    tokens = torch.tensor([[1, 1, 1], [0, 1, 1], [1, 0, 0], [0, 0, 1]]).bool()
+    assert first_tokens(tokens).nonzero().tolist() == [[0, 0], [1, 1], [2, 0], [3, 2]]
+
+
+def test_nothing_runs_inside_the_layers(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    model = tiny_model()
+    layout = layout_of(model)
+    ran: list[str] = []
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    hidden, calls = layer_calls(model, layout, tiny_batch())
+    assert hidden.shape == (4, 7, 16)
+    assert list(calls) == list(layout.layers)
+    assert "bert.embeddings" in ran
+    assert not [name for name in ran if name.startswith(("bert.encoder.layer.0.", "bert.pooler"))]
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_no_hook_stays_when_the_model_fails(tiny_model: Tiny) -> None:
+    model = tiny_model()
+    layout = layout_of(model)
+    with pytest.raises(IndexError):
+        layer_calls(model, layout, {"input_ids": torch.full((1, 2), 10**6)})
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("model_type", ALL_TYPES)
+def test_a_trace_is_consistent_with_the_block(
+    model_type: str, tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    model, batch = tiny_model(model_type), tiny_batch(model_type=model_type)
+    layout = layout_of(model)
+    with torch.no_grad():
+        hidden, calls = layer_calls(model, layout, batch)
+        path, blocks = layout.layers[0], layout.blocks_of_layer(0)
+        heads, neurons = (trace_block(model, path, hidden, calls, block) for block in blocks)
+        for block, trace in zip(blocks, (heads, neurons), strict=True):
+            assert trace.features is not None
+            assert trace.features.shape[-1] == block.num_units * block.unit_width
+            output = model.get_submodule(block.consumer)(trace.features)
+            scale = output_scale(model, block)
+            assert (scale is not None) == model_type.startswith(("beit", "dinov2"))
+            output = output if scale is None else scale * output
+            assert torch.equal(output.view(hidden.shape), trace.output)
+        close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+        close(heads.total - heads.output, hidden)  # the residual of attention
+        close(neurons.total - neurons.output, after_norm(model, blocks[0], heads.total))
+        after = after_norm(model, blocks[1], neurons.total)
+        close(after, run_layer(model, path, hidden, calls))
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def after_norm(model: Any, block: Block, total: torch.Tensor) -> torch.Tensor:
+    """What goes on after a residual sum."""
+    norm = None if block.pre_norm else model.get_submodule(block.residual_sum)
+    return total if norm is None else norm(total)
+
+
+def note_run(ran: list[str], kind: str, module: nn.Module, *_: Any) -> None:
+    if "forward" not in vars(module):  # else another one stands in for it
+        ran.append(kind)
+
+
+@pytest.mark.parametrize("emptied", [False, True])
+@pytest.mark.parametrize("model_type", ALL_TYPES)
+def test_a_layer_goes_on_after_what_is_done(
+    model_type: str, emptied: bool, tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    """From any block's total, whatever else the layer is given, and without running it again."""
+    model, batch = tiny_model(model_type), tiny_batch(model_type=model_type)
+    layout = layout_of(model)
+    if emptied:
+        masks = full_masks(layout)
+        masks[0][:] = 0
+        model = compact(model, layout, masks)
+    path, (heads, neurons) = layout.layers[0], layout.blocks_of_layer(0)
+    ran: list[str] = []
+    with torch.no_grad():
+        hidden, calls = layer_calls(model, layout, batch)
+        between = trace_block(model, path, hidden, calls, heads).total
+        expected = trace_block(model, path, hidden, calls, neurons)
+        output = run_layer(model, path, hidden, calls)
+        for block in (heads, neurons):
+            for producer in block.producers if not emptied or block is neurons else ():
+                module = model.get_submodule(producer.path)
+                note = partial(note_run, ran, block.kind)
+                module.register_forward_hook(note)
+        found = trace_block(model, path, between, calls, neurons, done=[heads])
+        assert ran == ["neuron"] * len(neurons.producers)
+        assert torch.equal(found.total, expected.total)
+        assert torch.equal(found.output, expected.output)
+        assert torch.equal(run_layer(model, path, between, calls, done=[heads]), output)
+        ran.clear()
+        end = run_layer(model, path, expected.total, calls, done=[heads, neurons])
+        assert torch.equal(end, output)
+        assert ran == []
+        if not emptied or model.get_submodule(heads.consumer).bias is not None:
+            assert not torch.equal(run_layer(model, path, hidden, calls, done=[heads]), output)
+    assert all("forward" not in vars(module) for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.get_submodule(path).children())
+
+
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet", "gpt2", "opt", "llama"])
+def test_masks_of_what_is_done_do_no_harm(
+    model_type: str, tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    model, batch = tiny_model(model_type), tiny_batch()
+    layout = layout_of(model)
+    path, blocks = layout.layers[0], layout.blocks_of_layer(0)
+    masks = full_masks(layout)
+    masks[0][0], masks[1][:4] = 0, 0.5
+    with torch.no_grad():
+        hidden, calls = layer_calls(model, layout, batch)
+        plain = run_layer(model, path, hidden, calls)
+        with masked(model, layout, masks):
+            output = run_layer(model, path, hidden, calls)
+            total = trace_block(model, path, hidden, calls, blocks[1]).total
+            assert torch.equal(run_layer(model, path, total, calls, done=blocks), output)
+    assert (output - plain).abs().max() > 0.1
+
+
+def test_what_others_have_wrapped_stays_wrapped(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    """Libraries replace a module's forward too; ours must go away, also after an error."""
+    model = tiny_model()
+    layout = layout_of(model)
+    heads, neurons = layout.blocks_of_layer(0)
+    consumer = model.get_submodule(heads.consumer)
+    plain = consumer.forward
+    consumer.forward = wrapped = lambda features: plain(features)
+    hidden, calls = layer_calls(model, layout, tiny_batch())
+    run_layer(model, layout.layers[0], hidden, calls, done=[heads, neurons])
+    assert consumer.forward is wrapped
+    with pytest.raises(RuntimeError):
+        run_layer(model, layout.layers[0], hidden[..., :3], calls, done=[heads])
+    assert consumer.forward is wrapped
+    assert "forward" not in vars(model.get_submodule(heads.inner))
+
+
+def test_a_traced_pass_goes_no_further_than_its_block(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    model = tiny_model()
+    layout = layout_of(model)
+    hidden, calls = layer_calls(model, layout, tiny_batch())
+    ran: list[str] = []
+    ffn: nn.Module = model.bert.encoder.layer[0].intermediate
+    ffn.register_forward_hook(lambda *_: ran.append("ffn"))
+    heads, neurons = layout.blocks_of_layer(0)
+    trace_block(model, layout.layers[0], hidden, calls, heads)
+    assert ran == []
+    trace_block(model, layout.layers[0], hidden, calls, neurons)
+    assert ran == ["ffn"]
+
+
+@pytest.mark.parametrize("model_type", ALL_TYPES)
+def test_layers_beyond_the_second_are_called_as_in_a_full_pass(
+    model_type: str, tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    """Two layers hide a stand-in that returns the wrong kind of value."""
+    model, batch = tiny_model(model_type, num_hidden_layers=6), tiny_batch(model_type=model_type)
+    layout = layout_of(model)
+    order = [number for number in layout.order or layout.stack() if number in layout.stack()]
+    last = layout.layers[layout.stack()[-1]]
+    leaving: list[Any] = []
+    handle = model.get_submodule(last).register_forward_hook(lambda *args: leaving.append(args[2]))
+    with torch.no_grad():
+        model(**batch)
+        handle.remove()
+        batch = with_tokens(model, layout, batch)
+        hidden, calls = layer_calls(model, layout, batch)
+        for number in order:
+            hidden = run_layer(model, layout.layers[number], hidden, calls)
+    assert len(layout.stack()) == 6
+    expected = leaving[-1][0] if isinstance(leaving[-1], tuple) else leaving[-1]
+    tokens = token_mask(batch)
+    torch.testing.assert_close(pack(hidden, tokens), pack(expected, tokens), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [None, 3])
+def test_a_row_that_is_wrong_about_what_layers_return_is_refused(
+    wrong: int | None, tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    model, batch = tiny_model("mpnet", num_hidden_layers=6), tiny_batch(model_type="mpnet")
+    layout = layout_of(model)
+    check_layer_outputs(model, layout, batch)
+    with pytest.raises(UserError, match=r"return a tuple of 1, .* has a t.*; correct `returns`"):
+        check_layer_outputs(model, replace(layout, returns=wrong), batch)

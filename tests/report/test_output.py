@@ -1,0 +1,163 @@
+"""The output folder appears whole or not at all, and nothing that is not ours is ever replaced."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from rfprune.errors import UserError
+from rfprune.report.output import REPORT_FILE, check_output, staged
+
+
+def everything_in(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def earlier_output(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / REPORT_FILE).write_text("{}")
+    (folder / "old").write_text("old")
+    return folder
+
+
+def test_a_finished_folder_takes_its_place(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    check_output(folder, overwrite=False)
+    assert everything_in(tmp_path) == set(), "the check leaves nothing"
+    with staged(folder, overwrite=False) as temporary:
+        (temporary / "file").write_text("done")
+        assert not folder.exists()
+    assert everything_in(tmp_path) == {"a", "a/b", "a/b/file"}
+
+
+def test_others_may_read_what_others_may_read_elsewhere(tmp_path: Path) -> None:
+    with staged(tmp_path / "a", overwrite=False) as temporary:
+        (temporary / "file").touch(mode=0o600)
+    (tmp_path / "ordinary").touch()
+    modes = [(tmp_path / name).stat().st_mode for name in ("a/file", "ordinary")]
+    assert modes[0] == modes[1]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("bug")])
+def test_nothing_is_left_after_an_error(tmp_path: Path, error: BaseException) -> None:
+    with (
+        pytest.raises(type(error)),
+        staged(tmp_path / "a" / "b", overwrite=False) as temporary,
+    ):
+        (temporary / "file").write_text("half")
+        raise error
+    assert everything_in(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        type("SafetensorError", (Exception,), {})("I/O error: No space left on device"),
+    ],
+)
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path: Path, error: Exception) -> None:
+    folder = earlier_output(tmp_path / "a")
+    before = everything_in(tmp_path)
+    with (
+        pytest.raises(UserError, match="cannot be written .*No space left on device"),
+        staged(folder, overwrite=True) as temporary,
+    ):
+        (temporary / "file").write_text("half")
+        raise error
+    assert everything_in(tmp_path) == before
+
+
+def test_overwrite_replaces_an_output_of_ours_whole(tmp_path: Path) -> None:
+    folder = earlier_output(tmp_path / "a")
+    check_output(folder, overwrite=True)
+    with staged(folder, overwrite=True) as temporary:
+        (temporary / "new").write_text("new")
+    assert everything_in(tmp_path) == {"a", "a/new"}
+
+
+def test_an_earlier_output_is_kept_without_overwrite(tmp_path: Path) -> None:
+    folder = earlier_output(tmp_path / "a")
+    with pytest.raises(UserError, match="exists already"):
+        check_output(folder, overwrite=False)
+
+
+def test_a_folder_that_appeared_meanwhile_is_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    with (
+        pytest.raises(UserError, match="cannot be written"),
+        staged(folder, overwrite=False),
+    ):
+        earlier_output(folder)
+    assert everything_in(tmp_path) == {"a", f"a/{REPORT_FILE}", "a/old"}
+
+
+def test_overwrite_leaves_alone_what_is_not_ours(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="not written"):
+        check_output(tmp_path, overwrite=True)
+
+
+def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    check_output(folder, overwrite=False)
+    with staged(folder, overwrite=False) as temporary:
+        (temporary / "file").write_text("done")
+    assert everything_in(folder) == {"file"}
+
+
+@pytest.mark.parametrize("below", ["", "/further/down"])
+def test_a_file_is_no_output_folder(tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="is a file"):
+        check_output(Path(f"{tmp_path}/file{below}"), overwrite=True)
+
+
+@pytest.mark.parametrize("name", [".", "..", "/", "out/.."])
+def test_a_name_that_nothing_can_be_put_under(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty current folder would be found out after all the work."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="give the name of a new folder"):
+        check_output(Path(name), overwrite=True)
+
+
+@pytest.mark.parametrize("target", ["nowhere", "link", "earlier", "empty"])
+def test_a_link_is_no_output_folder(target: str, tmp_path: Path) -> None:
+    """A folder cannot be renamed to it."""
+    earlier_output(tmp_path / "earlier")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(target)
+    before = everything_in(tmp_path)
+    with pytest.raises(UserError, match="is a link"):
+        check_output(tmp_path / "link", overwrite=True)
+    assert everything_in(tmp_path) == before
+
+
+def test_a_name_that_is_too_long_is_found_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not writable .File name too long"):
+        check_output(tmp_path / ("a" * 300), overwrite=False)
+    assert everything_in(tmp_path) == set()
+
+
+def test_the_longest_name_there_can_be(tmp_path: Path) -> None:
+    folder = tmp_path / ("a" * 255)
+    check_output(folder, overwrite=False)
+    for content in ("first", "second"):
+        with staged(folder, overwrite=True) as temporary:
+            (temporary / "file").write_text(content)
+    assert (folder / "file").read_text() == "second"
+    assert everything_in(tmp_path) == {folder.name, f"{folder.name}/file"}
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(UserError, match="not writable .Permission denied."):
+        check_output(tmp_path / "a", overwrite=False)

@@ -1,0 +1,183 @@
+"""scripts/finetune.py: from an encoder to a checkpoint that rfprune can prune."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, AutoTokenizer
+
+from rfprune.checkpoints.loading import choose_task
+from rfprune.tasks.registry import check_labels, get_task
+
+TinyFolder = Any
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "finetune.py"
+
+
+@pytest.fixture(scope="module")
+def finetune() -> ModuleType:
+    specification = importlib.util.spec_from_file_location("finetune", SCRIPT)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def arguments(tiny_folder: TinyFolder, tiny_data_dir: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "model": tiny_folder("bert", "none"),
+        "data-dir": tiny_data_dir,
+        "output-dir": tmp_path / "checkpoint",
+        "batch-size": 8,
+        "learning-rate": 1e-2,
+        "epochs": 1,
+    }
+
+
+def flags(task: str, arguments: dict[str, Any]) -> list[str]:
+    given = {"task": task} | arguments
+    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
+
+
+@pytest.mark.parametrize(
+    ("task", "metric"), [("sst2", "accuracy"), ("stsb", "spearmanr"), ("squad", "f1")]
+)
+def test_it_makes_a_checkpoint_with_a_head_for_the_task(
+    task: str,
+    metric: str,
+    finetune: ModuleType,
+    arguments: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert finetune.main(flags(task, arguments)) == 0
+    folder = arguments["output-dir"]
+    config = AutoConfig.from_pretrained(folder)
+    check_labels(config, get_task(task))
+    if task == "sst2":
+        assert config.id2label == {0: "negative", 1: "positive"}
+    assert AutoTokenizer.from_pretrained(folder).is_fast
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert f"{task} {metric}: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("labels", "more", "names"),
+    [
+        (("dull", "funny"), [], {0: "dull", 1: "funny"}),
+        (("0", "1"), [], {0: "LABEL_0", 1: "LABEL_1"}),
+        (("2", "4"), ["--regression"], {0: "LABEL_0"}),
+    ],
+)
+def test_somebody_s_own_table_makes_a_checkpoint_for_it(
+    labels: tuple[str, str],
+    more: list[str],
+    names: dict[int, str],
+    finetune: ModuleType,
+    arguments: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And what it has learned is task custom again, with the same labels."""
+    data = tmp_path / "mine"
+    data.mkdir()
+    for split in ("train", "validation"):
+        lines = [f"a film {number},{labels[number % 2]}\n" for number in range(16)]
+        (data / f"{split}.csv").write_text("".join(["review,label\n", *lines]))
+    given = [*flags("custom", arguments | {"data-dir": data}), "--text-columns", "review"]
+    assert finetune.main(given + more) == 0
+    score = "spearmanr" if more else "accuracy"
+    assert f"custom {score}: " in capsys.readouterr().out
+    folder = str(arguments["output-dir"])
+    task = choose_task("custom", folder, data_dir=data, text_columns=["review"])
+    assert task.kind == ("regression" if more else "classification")
+    assert AutoConfig.from_pretrained(folder).id2label == names
+
+
+def test_it_learns(
+    finetune: ModuleType,
+    arguments: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What it is scored on is here what it was trained on, so that little training is enough."""
+    (tmp_path / "data/sst2").mkdir(parents=True)
+    for split in ("train", "validation"):
+        source = arguments["data-dir"] / "sst2/train.parquet"
+        shutil.copyfile(source, tmp_path / f"data/sst2/{split}.parquet")
+    accuracies = []
+    for epochs, rate in ((1, 1e-9), (25, 5e-3)):
+        changes = {"epochs": epochs, "learning-rate": rate, "data-dir": tmp_path / "data"}
+        changes["output-dir"] = tmp_path / f"after-{epochs}"
+        assert finetune.main(flags("sst2", arguments | changes)) == 0
+        line = [text for text in capsys.readouterr().out.splitlines() if "accuracy" in text][-1]
+        accuracies.append(float(line.split()[-1]))
+    assert accuracies[0] < 75 < 90 < accuracies[1]
+
+
+def test_the_seed_decides_the_head_and_the_sample(
+    finetune: ModuleType, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    def weights(name: str, seed: int) -> bytes:
+        folder = tmp_path / name
+        changes = {"output-dir": folder, "seed": seed, "max-train-samples": 16}
+        assert finetune.main(flags("sst2", arguments | changes)) == 0
+        return (folder / "model.safetensors").read_bytes()
+
+    first = weights("first", 1)
+    assert weights("again", 1) == first
+    assert weights("other", 2) != first
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "mprc"}, "Unknown task"),
+        ({"model": "/no/such/encoder"}, "cannot be loaded"),
+        ({"data-dir": "/no/such/data"}, "does not exist"),
+        ({"epochs": 0}, "--epochs 0.0"),
+        ({"epochs": "nan"}, "--epochs nan"),
+        ({"batch-size": -1}, "--batch-size -1"),
+        ({"max-train-samples": 0}, "--max-train-samples 0"),
+        ({"max-length": 2}, "length of 2 tokens"),
+        ({"label-column": "label"}, "belongs to --task custom"),
+        ({"task": "custom"}, "no train split of custom"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_sentence_and_nothing_is_written(
+    changes: dict[str, Any],
+    message: str,
+    finetune: ModuleType,
+    arguments: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = arguments | {name: value for name, value in changes.items() if name != "task"}
+    assert finetune.main(flags(changes.get("task", "sst2"), given)) == 2
+    lines = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if line.startswith("finetune: error: ")
+    ]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not arguments["output-dir"].exists()
+
+
+def test_a_folder_in_use_is_not_overwritten(
+    finetune: ModuleType, arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = arguments["output-dir"]
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"mine": True}))
+    assert finetune.main(flags("sst2", arguments)) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert json.loads((folder / "config.json").read_text()) == {"mine": True}

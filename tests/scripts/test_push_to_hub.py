@@ -1,0 +1,98 @@
+"""`scripts/push_to_hub.py`: a folder of an earlier run on the hub, or one sentence."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.hub.stub_hub import StubHub
+from tests.report.conftest import hub, run_folder
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "push_to_hub.py"
+__all__ = ["hub", "run_folder"]  # fixtures
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    specification = importlib.util.spec_from_file_location("push_to_hub", SCRIPT)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_a_folder_is_pushed(
+    script: ModuleType, hub: StubHub, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.large = "no such ending"
+    assert script.main([str(run_folder), "someone/small", "--private"]) == 0
+    assert hub.repositories == {"someone/small": True}
+    assert "model.safetensors" in hub.files
+    assert f"{hub.endpoint}/someone/small" in capsys.readouterr().out
+
+
+def test_a_dry_run_asks_nobody(
+    script: ModuleType, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()}
+    # No stub: the tests keep the real hub out, so that a request would fail.
+    assert script.main([str(run_folder), "someone/small", "--private", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "Nothing was uploaded" in said
+    assert "private repository 'someone/small'" in said
+    assert "model.safetensors (0.01 MB)" in said
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere", "someone/small"], "There is no folder 'nowhere'"),
+        ([".", "someone/small"], "is no output folder of a run"),
+        ([".", "../someone"], "cannot be the name of a repository"),
+        ([".", ""], "cannot be the name of a repository"),
+    ],
+)
+def test_what_cannot_be_pushed_is_one_sentence(
+    arguments: list[str],
+    words: str,
+    script: ModuleType,
+    hub: StubHub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert script.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.startswith("push_to_hub: error: ")
+    assert said.count("\n") == 1
+    assert not hub.steps
+
+
+def test_without_a_token_nobody_is_asked(
+    script: ModuleType,
+    hub: StubHub,
+    run_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    assert script.main([str(run_folder), "someone/small"]) == 2
+    assert "no token for the hub" in capsys.readouterr().err
+    assert not hub.steps
+
+
+def test_a_hub_that_refuses_is_one_sentence(
+    script: ModuleType, hub: StubHub, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.answers = {"create": 403, "info": 404}
+    assert script.main([str(run_folder), "someone/small"]) == 2
+    said = capsys.readouterr()
+    assert "may not write there (403)" in said.err
+    assert said.err.count("\n") == 1

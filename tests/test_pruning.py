@@ -1,0 +1,605 @@
+"""prune() as a user calls it: the budget is met, the result is a model, the original is untouched.
+
+Deleting this lets a constraint be missed, a family differ from single runs, or a user's model come
+back changed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from rfprune.cost.constraint import Constraint
+from rfprune.cost.macs import total_macs
+from rfprune.cost.memory import total_bytes
+from rfprune.cost.params import total_params
+from rfprune.errors import UserError
+from rfprune.methods.budget import mean_tokens
+from rfprune.model.checkpoint import load_pruned
+from rfprune.model.layout import layout_of
+from rfprune.model.masks import masked, num_kept
+from rfprune.pruning import prune, prune_family, schedule
+from rfprune.result import CHOICES, PruneResult, Settings
+from rfprune.stages.search import search
+from tests.conftest import MODEL_TYPES
+
+Tiny = Callable[..., Any]
+Batch = dict[str, Tensor]
+METHODS = list(CHOICES["method"])
+KWON = Settings(method="kwon")
+HALF = Constraint("mac", 0.5)
+
+
+@pytest.fixture(params=METHODS)
+def settings(request: pytest.FixtureRequest) -> Settings:
+    return Settings(method=request.param)
+
+
+@pytest.fixture
+def batches(tiny_batch: Tiny) -> list[Batch]:
+    return [tiny_batch(6, 7 + seed, seed=seed) for seed in range(3)]
+
+
+def logits_of(model: Any, batch: Batch) -> Tensor:
+    with torch.no_grad():
+        return model(**batch)[0]  # type: ignore[no-any-return]
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """Everything about a model that pruning might disturb."""
+    return {
+        "weights": {name: value.clone() for name, value in model.state_dict().items()},
+        "identity": [id(parameter) for parameter in model.parameters()],
+        "flags": [parameter.requires_grad for parameter in model.parameters()],
+        "gradients": [parameter.grad is None for parameter in model.parameters()],
+        "modes": [module.training for module in model.modules()],
+        "hooks": [
+            len(module._forward_hooks) + len(module._forward_pre_hooks)
+            for module in model.modules()
+        ],
+        "class": type(model),
+        "config": str(model.config),
+    }
+
+
+def assert_same(left: dict[str, Any], right: dict[str, Any]) -> None:
+    for name, value in left["weights"].items():
+        assert torch.equal(value, right["weights"][name]), name
+    for key in set(left) - {"weights"}:
+        assert left[key] == right[key], key
+
+
+@pytest.mark.parametrize("head", ["sequence-classification", "question-answering"])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_every_family_is_pruned_and_reloads(
+    model_type: str,
+    head: str,
+    settings: Settings,
+    tiny_model: Tiny,
+    batches: list[Batch],
+    tmp_path: Path,
+) -> None:
+    model = tiny_model(model_type, head)
+    result = prune(model, batches, HALF, settings)
+    assert result.warnings == ()
+    assert result.achieved["mac"] <= 0.5
+    assert total_params(result.model) < total_params(model)
+    result.model.save_pretrained(tmp_path)
+    expected = logits_of(result.model, batches[0])
+    assert torch.equal(logits_of(load_pruned(tmp_path), batches[0]), expected)
+    heads = {
+        "sequence-classification": transformers.AutoModelForSequenceClassification,
+        "question-answering": transformers.AutoModelForQuestionAnswering,
+    }
+    with_code = heads[head].from_pretrained(tmp_path, trust_remote_code=True)
+    assert torch.equal(logits_of(with_code, batches[0]), expected)
+
+
+@pytest.mark.parametrize(
+    ("metric", "ratio"), [("mac", 0.7), ("mac", 0.3), ("params", 0.9), ("memory", 0.9)]
+)
+def test_the_budget_is_met_by_the_model_itself(
+    metric: str, ratio: float, settings: Settings, tiny_model: Tiny, batches: list[Batch]
+) -> None:
+    model = tiny_model()
+    result = prune(model, batches, Constraint(metric, ratio), settings)
+    tokens = mean_tokens(batches)
+    real = {
+        "mac": total_macs(layout_of(result.model), tokens) / total_macs(layout_of(model), tokens),
+        "params": total_params(result.model) / total_params(model),
+        "memory": total_bytes(result.model) / total_bytes(model),
+    }
+    assert result.achieved == pytest.approx(real)
+    assert ratio - 0.1 < real[metric] <= ratio
+    assert result.mean_tokens == tokens
+    kept = [count for layer in result.layers for count in (layer["heads"], layer["neurons"])]
+    assert tuple(kept) == num_kept(result.masks)
+
+
+def test_published_masks_describe_the_model(tiny_model: Tiny, batches: list[Batch]) -> None:
+    """The scales in the masks are those in the weights."""
+    model = tiny_model()
+    result = prune(model, batches, HALF, KWON)
+    assert any(((mask != 0) & (mask != 1)).any() for mask in result.masks)
+    with masked(model, result.layout, result.masks):
+        expected = logits_of(model, batches[0])
+    torch.testing.assert_close(logits_of(result.model, batches[0]), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rearrange": False},
+        {"tune": False},
+        {"teacher": CHOICES["teacher"][1]},
+        {"use_labels": True},
+        {"gradients": "per-batch"},
+    ],
+    ids=str,
+)
+def test_every_setting_of_the_published_method_matters(
+    changes: dict[str, Any], tiny_model: Tiny, batches: list[Batch]
+) -> None:
+    labelled = [{**batch, "labels": torch.arange(6) % 2} for batch in batches]
+    plain = prune(tiny_model(), labelled, HALF, KWON)
+    other = prune(tiny_model(), labelled, HALF, Settings(method="kwon", **changes))
+    assert other.achieved["mac"] <= 0.5
+    left, right = (logits_of(result.model, batches[0]) for result in (plain, other))
+    assert not torch.allclose(left, right)
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize("allocation", CHOICES["allocation"])
+@pytest.mark.parametrize("criterion", CHOICES["importance"])
+def test_every_classical_criterion_prunes_and_is_refitted(
+    criterion: str, allocation: str, rounds: int, tiny_model: Tiny, batches: list[Batch]
+) -> None:
+    classical = Settings(
+        method="importance", importance=criterion, allocation=allocation, rounds=rounds
+    )
+    fitted, alone = (
+        prune(tiny_model(), batches, HALF, replace(classical, tune=tune)) for tune in (True, False)
+    )
+    assert 0.4 < fitted.achieved["mac"] <= 0.5
+    if allocation == "uniform":
+        assert num_kept(fitted.masks) == (2, 6, 2, 6)
+    if rounds == 1:
+        assert all(torch.equal(*pair) for pair in zip(fitted.masks, alone.masks, strict=True))
+    left, right = (logits_of(result.model, batches[0]) for result in (fitted, alone))
+    assert not torch.allclose(left, right, atol=1e-3)
+
+
+def test_what_is_left_alone_is_the_masked_model(tiny_model: Tiny, batches: list[Batch]) -> None:
+    """Without tuning, a classical criterion changes no weight that stays."""
+    model = tiny_model()
+    result = prune(model, batches, HALF, Settings(method="importance", tune=False))
+    with masked(model, result.layout, result.masks):
+        expected = logits_of(model, batches[0])
+    torch.testing.assert_close(logits_of(result.model, batches[0]), expected)
+
+
+def test_fisher_importance_is_the_first_stage_of_the_published_method(
+    tiny_model: Tiny, batches: list[Batch]
+) -> None:
+    first_stage = Settings(method="kwon", rearrange=False, tune=False)
+    classical = Settings(method="importance", importance="fisher", tune=False)
+    one, other = (prune(tiny_model(), batches, HALF, s) for s in (first_stage, classical))
+    assert all(torch.equal(*pair) for pair in zip(one.masks, other.masks, strict=True))
+    random_one = prune(tiny_model(), batches, HALF, replace(classical, importance="random"))
+    assert any(not torch.equal(*pair) for pair in zip(one.masks, random_one.masks, strict=True))
+
+
+@pytest.mark.parametrize("method", ["curvature", "kwon"])
+def test_a_criterion_of_another_method_is_refused(method: str) -> None:
+    for changes in ({"importance": "taylor"}, {"allocation": "uniform"}):
+        (name,) = changes
+        with pytest.raises(UserError, match=f"{name} '.*' belongs to the method importance"):
+            Settings(method=method, **changes)  # type: ignore[arg-type]
+        assert getattr(Settings(method="importance", **changes), name) == changes[name]  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="importance 'magic' is unknown; choose one of fisher,"):
+        Settings(method="importance", importance="magic")
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_the_original_is_untouched(
+    mode: str, settings: Settings, tiny_model: Tiny, batches: list[Batch]
+) -> None:
+    model = tiny_model().train(mode == "train")
+    model.bert.embeddings.requires_grad_(False)
+    model.classifier.register_forward_hook(lambda *_: None)
+    before = fingerprint(model)
+    result = prune(model, batches, HALF, settings)
+    assert_same(before, fingerprint(model))
+    assert all(module.training == (mode == "train") for module in result.model.modules())
+    assert not result.model.bert.embeddings.word_embeddings.weight.requires_grad
+    assert result.model.classifier.weight.requires_grad
+    with torch.no_grad():
+        for parameter in result.model.parameters():
+            parameter.zero_()
+    assert_same(before, fingerprint(model))
+
+
+@pytest.mark.parametrize("place", ["collect", "compact", "reconstruct", "last batch"])
+def test_the_original_is_untouched_after_an_error(
+    place: str,
+    settings: Settings,
+    tiny_model: Tiny,
+    batches: list[Batch],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model().train()
+    before = fingerprint(model)
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    if place == "collect":
+        monkeypatch.setattr("rfprune.stages.objective.fisher_factors", fail)
+    elif place == "compact":
+        monkeypatch.setattr("rfprune.pruning.compact", fail)
+    elif place == "reconstruct":
+        monkeypatch.setattr("rfprune.stages.reconstruct.trace_block", fail)
+    else:
+        batches[-1] = {"input_ids": torch.full((1, 2), 10**6)}
+    with pytest.raises((KeyboardInterrupt, IndexError)):
+        prune(model, batches, HALF, settings)
+    assert_same(before, fingerprint(model))
+
+
+def test_it_is_the_same_every_time(
+    settings: Settings, tiny_model: Tiny, batches: list[Batch]
+) -> None:
+    first = prune(tiny_model(), batches, HALF, settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(99)
+        again = prune(tiny_model(), batches, HALF, settings)
+    assert all(torch.equal(*pair) for pair in zip(first.masks, again.masks, strict=True))
+    assert torch.equal(*(logits_of(result.model, batches[0]) for result in (first, again)))
+
+
+def test_no_global_random_number_is_drawn(
+    settings: Settings, tiny_model: Tiny, batches: list[Batch]
+) -> None:
+    model = tiny_model()
+    torch_state, python_state = torch.random.get_rng_state(), random.getstate()
+    prune(model, batches, HALF, settings)
+    assert torch.equal(torch.random.get_rng_state(), torch_state)
+    assert random.getstate() == python_state
+
+
+def test_a_family_is_its_single_runs(
+    settings: Settings, tiny_model: Tiny, batches: list[Batch]
+) -> None:
+    constraints = [Constraint("mac", 0.7), Constraint("params", 0.92), Constraint("mac", 0.3)]
+    model = tiny_model()
+    family = list(prune_family(model, batches, constraints, settings))
+    assert [result.constraint for result in family] == constraints
+    outputs = []
+    for constraint, member in zip(constraints, family, strict=True):
+        alone = prune(model, batches, constraint, settings)
+        assert all(torch.equal(*pair) for pair in zip(member.masks, alone.masks, strict=True))
+        outputs.append(logits_of(member.model, batches[0]))
+        assert torch.equal(outputs[-1], logits_of(alone.model, batches[0]))
+    assert not torch.allclose(outputs[0], outputs[2])
+
+
+def test_batches_are_read_once_and_may_be_a_generator(
+    settings: Settings, tiny_model: Tiny, batches: list[Batch]
+) -> None:
+    reads = []
+
+    def stream() -> Iterator[Batch]:
+        for batch in batches:
+            reads.append(batch)
+            yield batch
+
+    result = prune(tiny_model(), stream(), HALF, settings)
+    assert len(reads) == len(batches)
+    expected = prune(tiny_model(), batches, HALF, settings)
+    assert torch.equal(*(logits_of(r.model, batches[0]) for r in (result, expected)))
+
+
+def test_labels_are_neither_needed_nor_looked_at(
+    settings: Settings, tiny_model: Tiny, batches: list[Batch]
+) -> None:
+    plain = prune(tiny_model(), batches, HALF, settings)
+    nonsense = [{**batch, "labels": torch.full((6,), 77)} for batch in batches]
+    other = prune(tiny_model(), nonsense, HALF, settings)
+    assert torch.equal(*(logits_of(r.model, batches[0]) for r in (plain, other)))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_mode_of_the_caller_does_not_matter(
+    mode: Callable[[], Any], settings: Settings, tiny_model: Tiny, batches: list[Batch]
+) -> None:
+    expected = prune(tiny_model(), batches, HALF, settings)
+    model = tiny_model()
+    with mode():
+        result = prune(model, batches, HALF, settings)
+        assert not torch.is_grad_enabled()
+    assert torch.is_grad_enabled()
+    assert torch.equal(*(logits_of(r.model, batches[0]) for r in (result, expected)))
+    result.model(**batches[0]).logits.sum().backward()  # its weights are ordinary tensors
+
+
+@pytest.mark.parametrize("kind", ["left padded", "unmasked", "embedded", "one", "tuples"])
+def test_batches_of_every_kind(
+    kind: str, settings: Settings, tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    model = tiny_model()
+    batch = tiny_batch(8, padding="left" if kind == "left padded" else "none")
+    if kind == "unmasked":
+        del batch["attention_mask"]
+    elif kind == "embedded":
+        ids = batch.pop("input_ids")
+        batch["inputs_embeds"] = model.get_input_embeddings()(ids).detach()
+    elif kind == "one":
+        batch = tiny_batch(1)
+    elif kind == "tuples":
+        model.config.return_dict = False
+    result = prune(model, [batch], HALF, settings)
+    assert result.achieved["mac"] <= 0.5
+    assert torch.isfinite(logits_of(result.model, batch)).all()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_labels": 1},
+        {"num_labels": 3},
+        {"num_labels": 20},
+        {"num_labels": 3, "problem_type": "multi_label_classification"},
+        {"num_labels": 2, "problem_type": "regression"},
+    ],
+    ids=str,
+)
+def test_heads_of_every_kind(
+    changes: dict[str, Any], settings: Settings, tiny_model: Tiny, batches: list[Batch]
+) -> None:
+    result = prune(tiny_model(**changes), batches, HALF, settings)
+    assert logits_of(result.model, batches[0]).shape == (6, changes["num_labels"])
+
+
+@pytest.mark.cuda
+def test_on_a_gpu(settings: Settings, tiny_model: Tiny, batches: list[Batch]) -> None:
+    expected = prune(tiny_model(), batches, HALF, settings)
+    result = prune(tiny_model().cuda(), batches, HALF, settings)  # the batches are taken along
+    assert {parameter.device.type for parameter in result.model.parameters()} == {"cuda"}
+    assert num_kept(result.masks) == num_kept(expected.masks)
+    on_gpu = logits_of(result.model, {name: value.cuda() for name, value in batches[0].items()})
+    on_cpu = logits_of(expected.model, batches[0])
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-2, atol=1e-2)
+
+
+def test_half_precision(settings: Settings, tiny_model: Tiny, batches: list[Batch]) -> None:
+    result = prune(tiny_model().to(torch.bfloat16), batches, HALF, settings)
+    assert result.achieved["mac"] <= 0.5
+    assert {parameter.dtype for parameter in result.model.parameters()} == {torch.bfloat16}
+    assert torch.isfinite(logits_of(result.model, batches[0])).all()
+
+
+def test_a_pruned_model_is_pruned_again(
+    settings: Settings, tiny_model: Tiny, batches: list[Batch], tmp_path: Path
+) -> None:
+    model = tiny_model("mpnet", num_hidden_layers=3)
+    once = prune(model, batches, Constraint("mac", 0.6), settings)
+    before = fingerprint(once.model)
+    twice = prune(once.model, batches, HALF, settings)
+    assert_same(before, fingerprint(once.model))
+    assert twice.achieved["mac"] <= 0.5  # of the model that was given
+    tokens = mean_tokens(batches)
+    kept = total_macs(layout_of(twice.model), tokens) / total_macs(layout_of(model), tokens)
+    assert kept <= 0.3
+    twice.model.save_pretrained(tmp_path)
+    loaded = load_pruned(tmp_path)
+    assert torch.equal(logits_of(loaded, batches[0]), logits_of(twice.model, batches[0]))
+
+
+@pytest.mark.parametrize("gone", ["head", "neuron"])
+def test_a_model_without_heads_or_without_neurons_is_pruned_again(
+    gone: str, settings: Settings, tiny_model: Tiny, batches: list[Batch]
+) -> None:
+    from rfprune.model.compact import compact
+
+    model = tiny_model()
+    layout = layout_of(model)
+    masks = [torch.full((b.num_units,), float(b.kind != gone)) for b in layout.blocks]
+    result = prune(compact(model, layout, masks), batches, HALF, settings)
+    assert result.achieved["mac"] <= 0.5
+    assert [layer[f"{gone}s"] for layer in result.layers] == [0, 0]
+
+
+def test_a_model_of_one_layer(settings: Settings, tiny_model: Tiny, batches: list[Batch]) -> None:
+    result = prune(tiny_model(num_hidden_layers=1), batches, HALF, settings)
+    assert result.achieved["mac"] <= 0.5
+    assert len(result.layers) == 1
+
+
+def test_failures_of_tuning_are_reported(
+    tiny_model: Tiny, batches: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rfprune.stages.tune.SCALE_LIMIT", 1e-6)
+    result = prune(tiny_model(), batches, HALF, KWON)
+    assert len(result.warnings) >= 1
+    assert all(re.fullmatch(r"layer\.\d\.\w+ was left as it was: .*", w) for w in result.warnings)
+    assert all(set(mask.tolist()) <= {0.0, 1.0} for mask in result.masks)
+
+
+def test_seconds_add_up(settings: Settings, tiny_model: Tiny, batches: list[Batch]) -> None:
+    result: PruneResult = prune(tiny_model(), batches, HALF, settings)
+    stages = {name: value for name, value in result.seconds.items() if name != "prune_total"}
+    assert {"collect", "search", "compact", "tune"} <= set(stages)
+    assert result.seconds["prune_total"] == pytest.approx(sum(stages.values()))
+
+
+def test_a_family_shares_the_seconds_of_what_it_shares(
+    settings: Settings,
+    tiny_model: Tiny,
+    batches: list[Batch],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By a clock that ticks once a look: every stage lasts as long in a family as alone."""
+    ticking = SimpleNamespace(perf_counter=itertools.count(0.0).__next__)
+    monkeypatch.setattr("rfprune.result.time", ticking)
+    model = tiny_model()
+    family = list(prune_family(model, batches, [HALF, Constraint("mac", 0.3)], settings))
+    alone = prune(model, batches, HALF, settings)
+    assert family[0].seconds == family[1].seconds == alone.seconds
+    looks = 2 if settings.method == "kwon" else 1  # at the gradients, and at their squares
+    assert alone.seconds["collect"] == looks
+
+
+def test_the_scheduled_teacher_is_masked_at_the_square_root(
+    tiny_model: Tiny, batches: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept_macs = []
+
+    def spy(layout: Any, importance: Any, costs: Any, budget: float) -> Any:
+        kept_macs.append(budget / costs.original)
+        return search(layout, importance, costs, budget)
+
+    for place in ("pipeline", "selection"):
+        monkeypatch.setattr(f"rfprune.{place}.search", spy)
+    for teacher, expected in (("scheduled", [0.25, 0.5]), ("dense", [0.25])):
+        kept_macs.clear()
+        settings = Settings(method="kwon", teacher=teacher)
+        prune(tiny_model(), batches, Constraint("mac", 0.25), settings)
+        assert kept_macs == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("metric", ["mac", "params", "memory"])
+def test_rounds_meet_the_same_constraint_and_their_masks_tell_what_is_left(
+    settings: Settings, metric: str, tiny_model: Tiny, batches: list[Batch]
+) -> None:
+    model = tiny_model()
+    constraint = Constraint(metric, 0.4 if metric == "mac" else 0.9)
+    once = prune(model, batches, constraint, replace(settings, tune=False))
+    rounds = prune(model, batches, constraint, replace(settings, tune=False, rounds=3))
+    assert rounds.achieved[metric] <= constraint.ratio
+    assert once.achieved[metric] == pytest.approx(rounds.achieved[metric], abs=0.1)
+    kept = list(zip(rounds.layout.blocks, num_kept(rounds.masks), strict=True))
+    assert [(b.layer, b.kind, n) for b, n in kept if n] == [
+        (block.layer, block.kind, block.num_units) for block in layout_of(rounds.model).blocks
+    ]
+    with masked(model, rounds.layout, rounds.masks):
+        expected = logits_of(model, batches[0])
+    assert (expected - logits_of(model, batches[0])).abs().max() > 0.01
+    torch.testing.assert_close(logits_of(rounds.model, batches[0]), expected)
+
+
+def test_scales_of_all_rounds_are_in_the_masks(tiny_model: Tiny, batches: list[Batch]) -> None:
+    model = tiny_model()
+    result = prune(model, batches, Constraint("mac", 0.4), replace(KWON, rounds=2))
+    with masked(model, result.layout, result.masks):
+        expected = logits_of(model, batches[0])
+    torch.testing.assert_close(logits_of(result.model, batches[0]), expected)
+
+
+def test_every_round_removes_the_same_fraction() -> None:
+    assert schedule(0.25, 1) == [0.25]
+    assert schedule(0.125, 3) == pytest.approx([0.5, 0.25, 0.125])
+    with pytest.raises(UserError, match="rounds 0"):
+        Settings(rounds=0)
+
+
+def test_weights_that_are_not_finite_are_named(
+    settings: Settings, tiny_model: Tiny, batches: list[Batch]
+) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.dense.bias[3] = torch.nan
+    with pytest.raises(UserError, match=r"layer\.1\.output\.dense\.bias' holds NaN"):
+        prune(model, batches, HALF, settings)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ([], "nothing to calibrate on"),
+        ([{"input_ids": torch.zeros(0, 4, dtype=torch.long)}], "nothing to calibrate on"),
+        ([torch.zeros(2, 3)], "a batch must map names to tensors"),
+        ([{"input_ids": [[1, 2]]}], "a batch must map names to tensors"),
+        ([{"labels": torch.zeros(2)}], "a model needs input_ids"),
+    ],
+    ids=["none", "empty", "tensor", "list", "labels alone"],
+)
+def test_batches_that_are_none_are_refused(
+    bad: Any, message: str, settings: Settings, tiny_model: Tiny
+) -> None:
+    with pytest.raises(UserError, match=message):
+        prune(tiny_model(), bad, HALF, settings)
+
+
+def test_a_model_with_nothing_left_is_refused(
+    settings: Settings, tiny_model: Tiny, batches: list[Batch]
+) -> None:
+    from rfprune.model.compact import compact
+
+    model = tiny_model()
+    layout = layout_of(model)
+    nothing = compact(model, layout, [torch.zeros(b.num_units) for b in layout.blocks])
+    with pytest.raises(UserError, match="nothing to prune"):
+        prune(nothing, batches, HALF, settings)
+
+
+def test_a_constraint_that_cannot_be_met_names_one_that_can(
+    settings: Settings, tiny_model: Tiny, batches: list[Batch]
+) -> None:
+    with pytest.raises(UserError, match="cannot be met") as raised:
+        prune(tiny_model(), batches, Constraint("params", 0.1), settings)
+    named = re.search(r"0\.8\d*", str(raised.value))
+    assert named
+    result = prune(tiny_model(), batches, Constraint("params", float(named[0])), settings)
+    assert sum(num_kept(result.masks)) == 1
+
+
+def test_a_model_without_a_head_is_pruned_by_its_embeddings(
+    settings: Settings, tiny_model: Tiny, batches: list[Batch]
+) -> None:
+    model = tiny_model(head="none")
+    result = prune(model, batches, HALF, settings)
+    assert 0.3 < result.achieved["mac"] <= 0.5
+    hidden = result.model(**batches[0]).last_hidden_state
+    assert hidden.shape == model(**batches[0]).last_hidden_state.shape
+
+
+@pytest.mark.parametrize("method", CHOICES["method"])
+def test_a_loss_of_the_users_own_takes_the_place_of_the_predictions(
+    method: str, tiny_model: Tiny, batches: list[Batch], tmp_path: Path
+) -> None:
+    """Given the loss on the labels, it is the same as `use_labels`, and nothing is kept of it."""
+    labelled = [{**batch, "labels": torch.arange(6) % 2} for batch in batches]
+    calls = []
+
+    def loss(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        calls.append(batch)
+        return torch.nn.functional.cross_entropy(outputs.logits, batch["labels"])
+
+    settings = Settings(method=method, tune=False)
+    own = prune(tiny_model(), labelled, HALF, settings, loss=loss, cache=tmp_path)
+    assert len(calls) == len(labelled) and not any(tmp_path.iterdir())
+    by_label = prune(tiny_model(), labelled, HALF, replace(settings, use_labels=True))
+    free = prune(tiny_model(), labelled, HALF, settings)
+    found, expected, other = (
+        result.importance or [curve.errors for curve in result.curves or ()]
+        for result in (own, by_label, free)
+    )
+    for i, values in enumerate(expected):
+        torch.testing.assert_close(found[i], values, rtol=1e-3, atol=1e-9)
+    assert not all(torch.allclose(o, e, rtol=1e-3) for o, e in zip(other, expected, strict=True))
+
+
+def test_an_unknown_setting_names_the_known_ones() -> None:
+    with pytest.raises(UserError, match="method 'magic' is unknown; choose one of curvature, kwon"):
+        Settings(method="magic")
