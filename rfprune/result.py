@@ -17,7 +17,7 @@ from rfprune.latency.promise import Promise
 from rfprune.model.layout import Block, Layout
 from rfprune.model.masks import Masks
 from rfprune.stages.importance import CRITERIA
-from rfprune.stages.obs import Curve
+from rfprune.stages.optimal_brain_surgeon import ErrorCurve
 
 CHOICES = {
     "method": ("curvature", "kwon", "importance"),
@@ -126,7 +126,7 @@ class PruneResult:
     layers: tuple[dict[str, int], ...]
     mean_tokens: float
     importance: tuple[Tensor, ...] | None = None
-    curves: tuple[Curve, ...] | None = None
+    curves: tuple[ErrorCurve, ...] | None = None
     cached: tuple[str, ...] = ()
     promise: Promise | None = None
 

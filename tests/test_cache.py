@@ -33,7 +33,7 @@ METHODS = list(CHOICES["method"])
 HALF, THIRD = Constraint("mac", 0.5), Constraint("mac", 0.3)
 COLLECTORS = [
     name
-    for name in ("collect_gradients", "collect_curvature", "importance_of")
+    for name in ("collect_gradients", "collect_curvature", "compute_importance")
     if hasattr(selection, name)
 ]
 KEY: cache.Key = {"entry": "of a test"}

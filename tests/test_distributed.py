@@ -25,7 +25,7 @@ from rfprune.errors import UserError
 from rfprune.model.layout import layout_of
 from rfprune.pruning import prune
 from rfprune.result import CHOICES, Settings
-from rfprune.stages.objective import generator_of
+from rfprune.stages.objective import batch_generator
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = CHOICES["method"]
@@ -404,7 +404,7 @@ def test_labels_are_drawn_by_batch() -> None:
     """So that it does not matter who draws them, or after what."""
 
     def draw(seed: int, batch: int) -> Tensor:
-        return torch.randint(0, 1 << 30, (4,), generator=generator_of(seed, batch))
+        return torch.randint(0, 1 << 30, (4,), generator=batch_generator(seed, batch))
 
     assert torch.equal(draw(1, 2), draw(1, 2))
     drawn = {tuple(draw(seed, batch).tolist()) for seed in range(3) for batch in range(3)}

@@ -23,7 +23,7 @@ from rfprune.report.measure import Batches, Outcome, Prepared
 from rfprune.report.search_text import probe_line, shown_points
 from rfprune.report.table import METRIC_NAMES
 from rfprune.result import PruneResult
-from rfprune.stages.reconstruct import HELD_OUT
+from rfprune.stages.reconstruct import HELD_OUT_EVERY
 from rfprune.tasks.bootstrap import Drop, paired_drop
 from rfprune.tasks.evaluation import (
     Evaluation,
@@ -75,7 +75,7 @@ def smallest(
     """
     started = time.perf_counter()
     model, batches = prepared.loaded.model, prepared.batches
-    held_out = batches[HELD_OUT - 1 :: HELD_OUT] or batches
+    held_out = batches[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] or batches
     reference = logits_on(model, prepared.evaluation_set.task, held_out)
     table = prepared.latency_table
     layout = layout_of(model)

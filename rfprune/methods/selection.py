@@ -32,12 +32,12 @@ from rfprune.result import Clock, Settings
 from rfprune.stages.allocate import allocate
 from rfprune.stages.curvature import collect_curvature, error_curves
 from rfprune.stages.fisher import block_fisher, collect_gradients, diagonal_fisher
-from rfprune.stages.importance import importance_of
+from rfprune.stages.importance import compute_importance
 from rfprune.stages.objective import LABELLED, PREDICTIONS, Loss, Objective
-from rfprune.stages.obs import Curve
+from rfprune.stages.optimal_brain_surgeon import ErrorCurve
 from rfprune.stages.rearrange import rearrange
-from rfprune.stages.search import additive_errors, most_important, search
-from rfprune.stages.uniform import least_same_sizes, same_sizes, uniform
+from rfprune.stages.search import additive_errors, keep_most_important, search
+from rfprune.stages.uniform import min_same_sizes_cost, same_fraction, same_sizes
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Selection:
 
     choose: Callable[[CostModel, float, Clock], Masks]
     importance: tuple[Tensor, ...] | None = None
-    curves: tuple[Curve, ...] | None = None
+    curves: tuple[ErrorCurve, ...] | None = None
 
 
 def learn(
@@ -97,7 +97,7 @@ def least_possible(
     """
     costs = on_grid(costs, layout, settings.round_to)
     if settings.uniform:
-        return costs.ratio_for(least_same_sizes(layout, costs, plain_sizes(model, layout)))
+        return costs.ratio_for(min_same_sizes_cost(layout, costs, plain_sizes(model, layout)))
     return least_ratio(costs)
 
 
@@ -146,10 +146,10 @@ def _by_importance(
     """Which units stay, by the importance of each and a budget."""
     if settings.uniform:
         divide = _division(model, layout, settings)
-        return lambda importance, costs, budget: most_important(
+        return lambda importance, costs, budget: keep_most_important(
             importance, divide(additive_errors(importance), costs, budget)
         )
-    return partial({"global": search, "uniform": uniform}[settings.allocation], layout)
+    return partial({"global": search, "uniform": same_fraction}[settings.allocation], layout)
 
 
 def _kwon(
@@ -224,7 +224,7 @@ def _curvature(
     divide = _division(model, layout, settings)
     known = remember(collect)  # kilobytes, where the moments are gigabytes
     curves = tuple(
-        Curve(order, errors) for order, errors in zip(known[::2], known[1::2], strict=True)
+        ErrorCurve(order, errors) for order, errors in zip(known[::2], known[1::2], strict=True)
     )
 
     def choose(costs: CostModel, budget: float, clock: Clock) -> Masks:
@@ -249,7 +249,7 @@ def _importance(
 
     def collect() -> Tensors:
         with clock("collect"), frozen(model):
-            return importance_of(
+            return compute_importance(
                 settings.importance,
                 model,
                 layout,

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from rfprune.model.linear import weight_of
-from rfprune.stages.float64 import in_float64
-from rfprune.stages.least_squares import Moments, NumericalFailure, fit_by_evidence
+from rfprune.stages.float64 import to_float64
+from rfprune.stages.least_squares import Moments, NumericalFailure, fit_with_validation
 
 RIDGES = (1e-1, 1e-2, 1.0)
 """As fractions of the mean diagonal, drawing M to the identity; held-out tokens choose."""
 
 
-def estimate(
+def fit_regression_map(
     seen: Moments, held_out: Moments, *, shift: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """M (d, d) and m (d,), float64, with teacher ≈ M·student + m, or the identity, if better.
@@ -40,18 +40,18 @@ def estimate(
     """
     size = len(seen.gram)
     identity = torch.eye(size, dtype=torch.float64, device=seen.gram.device)
-    return fit_by_evidence(
+    return fit_with_validation(
         seen, held_out, RIDGES, identity, identity.new_zeros(size) if shift else None
     )
 
 
-def read_through(reader: Any, matrix: Tensor, shift: Tensor | None) -> None:
+def apply_regression_map(reader: Any, matrix: Tensor, shift: Tensor | None) -> None:
     """Put an estimate M (d, d), m (d,) before a linear map, in place; m is None without a bias.
 
     Raises:
         NumericalFailure: what comes out is not finite; the map stays as it was.
     """
-    weight = in_float64(weight_of(reader), matrix.device)
+    weight = to_float64(weight_of(reader), matrix.device)
     new_weight = (weight @ matrix).to(reader.weight)
     new_shift = new_weight.new_zeros(1) if shift is None else (weight @ shift).to(reader.weight)
     if not (torch.isfinite(new_weight).all() and torch.isfinite(new_shift).all()):

@@ -2,12 +2,12 @@
 
 One forward and backward pass over the calibration batches gives every block the second moments A of
 its consumer's inputs and G of the loss gradient at its consumer's outputs. Greedy removal (see
-`rfprune.stages.obs`) turns them into a removal order and an error curve that is comparable between
-heads and neurons and between layers, with no weight to tune and no labels.
+`rfprune.stages.optimal_brain_surgeon`) turns them into a removal order and an error curve that is
+comparable between heads and neurons and between layers, with no weight to tune and no labels.
 
 Choices of our own: A is taken about the mean where the consumer has a bias, which makes up for a
 mean at no cost; all tokens count alike in A, which did better than weighting them by their
-gradient; errors low in the model weigh more than errors above (`DEPTH`).
+gradient; errors low in the model weigh more than errors above (`DEPTH_WEIGHT`).
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from rfprune.model.encoder_decoder import tokens_of
 from rfprune.model.layerwise import Batch, pack, token_mask
 from rfprune.model.layout import Block, Layout
 from rfprune.model.linear import linear, weight_of
-from rfprune.stages.consumers import output_gradients
-from rfprune.stages.float64 import in_float64
+from rfprune.stages.float64 import to_float64
 from rfprune.stages.least_squares import NumericalFailure
-from rfprune.stages.objective import PREDICTIONS, Objective, generator_of
-from rfprune.stages.obs import Curve, removal_curve
+from rfprune.stages.objective import PREDICTIONS, Objective, batch_generator
+from rfprune.stages.optimal_brain_surgeon import ErrorCurve, removal_curve
+from rfprune.stages.output_gradients import output_gradients
 
 DAMPING = 1e-2
 """Added to the diagonal of A, as a fraction of its mean diagonal."""
 
-DEPTH = 1.0
-"""An error in the first layer counts exp(DEPTH) times as much as one in the last: the Fisher
+DEPTH_WEIGHT = 1.0
+"""An error in the first layer counts exp(DEPTH_WEIGHT) times as much as one in the last: the Fisher
 information is local, and does not know that the blocks above have moved as well. Not so where norms
 come first: there errors are handed on by the residual alone, and all layers count alike."""
 
 
 @dataclass
-class Curvature:
+class KroneckerFactors:
     """Sums over the calibration tokens, float32.
 
     Attributes:
@@ -69,9 +69,9 @@ class Curvature:
 
     def input_covariance(self, *, about_mean: bool = True) -> Tensor:
         """A (p, p) float64, damped; about the mean, or about zero where nothing makes up for it."""
-        covariance = in_float64(self.input_moment) / self.tokens
+        covariance = to_float64(self.input_moment) / self.tokens
         if about_mean:
-            mean = in_float64(self.input_sum) / self.tokens
+            mean = to_float64(self.input_sum) / self.tokens
             covariance -= torch.outer(mean, mean)
         damping = DAMPING * float(covariance.diagonal().mean())
         covariance.diagonal().add_(max(damping, torch.finfo(torch.float32).tiny))
@@ -86,12 +86,12 @@ def collect_curvature(
     objective: Objective = PREDICTIONS,
     seed: int = 0,
     progress: bool = False,
-) -> tuple[Curvature, ...]:
+) -> tuple[KroneckerFactors, ...]:
     """Second moments at every block's consumer over the calibration batches.
 
     Args:
         model: frozen (see `rfprune.model.masks.frozen`), so that no weight gradient is computed.
-        objective: what is differentiated, see `rfprune.stages.objective.factors_of`.
+        objective: what is differentiated, see `rfprune.stages.objective.objective_values`.
 
     Raises:
         UserError: a moment is not finite; the block is named.
@@ -115,14 +115,14 @@ def _keeper(block: Block) -> int:
     return block.layer % distributed.count()
 
 
-def _nothing_yet(model: PreTrainedModel, block: Block) -> Curvature:
+def _nothing_yet(model: PreTrainedModel, block: Block) -> KroneckerFactors:
     weight = weight_of(model.get_submodule(block.consumer))
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(*shape, device=weight.device)
 
     outputs, features = weight.shape if _keeper(block) == distributed.rank() else (0, 0)
-    return Curvature(zeros(features, features), zeros(features), zeros(outputs, outputs))
+    return KroneckerFactors(zeros(features, features), zeros(features), zeros(outputs, outputs))
 
 
 def _add_turn(
@@ -130,7 +130,7 @@ def _add_turn(
     layout: Layout,
     batches: Sequence[Batch],
     turn: Sequence[int | None],
-    collected: Sequence[Curvature],
+    collected: Sequence[KroneckerFactors],
     objective: Objective,
     seed: int,
 ) -> None:
@@ -144,12 +144,12 @@ def _add_turn(
     batch = batches[distributed.rank() if number is None else number]
     masks = [tokens_of(layout, block, batch) for block in layout.blocks]
     tokens = [torch.zeros_like(mask) if own is None else mask for mask in masks]
-    generator = generator_of(seed, number or 0)
+    generator = batch_generator(seed, number or 0)
     for curvature in collected:
         curvature.examples += sum(len(token_mask(other)) for other in others if other is not None)
     if distributed.count() == 1:
-        takers = [(curvature.add_inputs, curvature.add_gradients) for curvature in collected]
-        _run(model, layout, batch, tokens, takers, objective, generator)
+        record_inputs = [(curvature.add_inputs, curvature.add_gradients) for curvature in collected]
+        _run(model, layout, batch, tokens, record_inputs, objective, generator)
         return
     seen: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in layout.blocks]
     waiting = [(inputs.append, gradients.append) for inputs, gradients in seen]
@@ -169,7 +169,7 @@ def _run(
     layout: Layout,
     batch: Batch,
     tokens: Sequence[Tensor],
-    takers: Sequence[tuple[Taker, Taker]],
+    record_inputs: Sequence[tuple[Taker, Taker]],
     objective: Objective,
     generator: torch.Generator,
 ) -> None:
@@ -180,7 +180,7 @@ def _run(
     def packed(take: Taker, mask: Tensor) -> Taker:
         return lambda values: take(pack(values, mask).float())
 
-    pairs = list(zip(takers, tokens, strict=True))
+    pairs = list(zip(record_inputs, tokens, strict=True))
     entering = [packed(take_inputs, mask) for (take_inputs, _), mask in pairs]
     leaving = [packed(take_gradients, mask) for (_, take_gradients), mask in pairs]
     for gradients in output_gradients(
@@ -193,7 +193,7 @@ def _run(
 
 def _exchange(
     layout: Layout,
-    collected: Sequence[Curvature],
+    collected: Sequence[KroneckerFactors],
     seen: Sequence[tuple[list[Tensor], list[Tensor]]],
     lengths: Sequence[Sequence[int]],
 ) -> None:
@@ -217,14 +217,14 @@ def _exchange(
 def error_curves(
     model: PreTrainedModel,
     layout: Layout,
-    collected: Sequence[Curvature],
+    collected: Sequence[KroneckerFactors],
     *,
     progress: bool = False,
-) -> tuple[Curve, ...]:
+) -> tuple[ErrorCurve, ...]:
     """Removal order and error curve of every block.
 
     The loss of an example grows by half of the Fisher's quadratic form, summed over its tokens; in
-    nats, before depth is weighted in (see `DEPTH`).
+    nats, before depth is weighted in (see `DEPTH_WEIGHT`).
 
     Raises:
         UserError: the moments of a block are degenerate beyond repair; the block is named.
@@ -235,7 +235,7 @@ def error_curves(
         block, moments = layout.blocks[i], collected[i]
         consumer = linear(model, block.consumer)
         importance = _weight(block, layout) / (2 * moments.examples)
-        gradients = importance * in_float64(moments.gradient_moment)
+        gradients = importance * to_float64(moments.gradient_moment)
         try:
             curves[i] = removal_curve(
                 moments.input_covariance(about_mean=consumer.bias is not None),
@@ -252,8 +252,8 @@ def error_curves(
 
 
 def _weight(block: Block, layout: Layout) -> float:
-    """How much an error in this block counts; see `DEPTH`."""
+    """How much an error in this block counts; see `DEPTH_WEIGHT`."""
     if block.pre_norm:
         return 1.0
     height = 1 - block.layer / max(1, len(layout.layers) - 1)  # 1 at the bottom, 0 at the top
-    return math.exp(DEPTH * height)
+    return math.exp(DEPTH_WEIGHT * height)

@@ -19,12 +19,12 @@ from rfprune.errors import UserError
 from rfprune.model.layerwise import Batch, model_inputs, token_mask
 from rfprune.model.layout import Layout
 from rfprune.model.masks import masked
-from rfprune.stages.float64 import in_float64
+from rfprune.stages.float64 import to_float64
 from rfprune.stages.objective import (
     PREDICTIONS,
     Objective,
-    factors_of,
-    generator_of,
+    batch_generator,
+    objective_values,
 )
 
 Gradients = tuple[Tensor, ...]
@@ -45,7 +45,7 @@ def collect_gradients(
 
     Args:
         model: frozen (see `rfprune.model.masks.frozen`), so that no weight gradient is computed.
-        objective: what is differentiated, see `rfprune.stages.objective.factors_of`.
+        objective: what is differentiated, see `rfprune.stages.objective.objective_values`.
         per_batch: one vector per batch (the mean over its examples) instead of one per example and
             factor.
 
@@ -58,7 +58,7 @@ def collect_gradients(
     own: dict[int, list[list[Tensor]]] = {}
     numbers = distributed.own_turns(len(batches))
     for i in tqdm(numbers, desc="mask gradients", unit="batch", disable=not progress, leave=False):
-        generator, own[i] = generator_of(seed, i), []
+        generator, own[i] = batch_generator(seed, i), []
         for gradients in _batch_gradients(model, layout, batches[i], objective, generator):
             if per_batch:
                 gradients = _batch_means(
@@ -95,7 +95,7 @@ def _batch_gradients(
         ]
         with masked(model, layout, masks):
             outputs = model(**model_inputs(batch), return_dict=True)
-        factors = factors_of(outputs, batch, model.config, generator, objective=objective)
+        factors = objective_values(outputs, batch, model.config, generator, objective=objective)
         totals = [factor.sum() for factor in factors]
     for i, total in enumerate(totals):
         gradients = torch.autograd.grad(total, masks, retain_graph=i + 1 < len(totals))
@@ -115,10 +115,10 @@ def _batch_means(
 
 def diagonal_fisher(gradients: Gradients) -> tuple[Tensor, ...]:
     """Importance of every unit: the sum of its squared gradients, (U,) float64 per block."""
-    return tuple(in_float64(gradient).square().sum(0) for gradient in gradients)
+    return tuple(to_float64(gradient).square().sum(0) for gradient in gradients)
 
 
 def block_fisher(gradient: Tensor) -> Tensor:
     """Fisher information of one block, (n, U) -> (U, U) float64: a Gram matrix."""
-    gradient = in_float64(gradient)
+    gradient = to_float64(gradient)
     return gradient.T @ gradient

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 
-def place_of_float64(device: torch.device) -> torch.device:
+def float64_device(device: torch.device) -> torch.device:
     """Where what is computed on a device is summed: Apple's GPUs (MPS) have no float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def in_float64(values: Tensor, device: torch.device | None = None) -> Tensor:
+def to_float64(values: Tensor, device: torch.device | None = None) -> Tensor:
     """Values, without their gradient, in float64 on a device that has it; given none, their own."""
-    where = place_of_float64(values.device if device is None else device)
+    where = float64_device(values.device if device is None else device)
     return values.detach().to(where).double()  # in this order: see above

@@ -9,7 +9,7 @@ the same cost are worth together. `fisher` adds up over parts that are independe
 others count as an average over the n weights of a unit, times n. A mask gradient is a sum over n
 weights whose signs cancel, which grows as the root of n, so `taylor` counts √n times: as it was, it
 gave every neuron precedence over any head, and the model failed. Within heads and within neurons
-the order is that of the published criteria; a fraction of each, as `uniform` keeps, is the same.
+the order is that of the published criteria, and so is what `same_fraction` keeps.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from rfprune.model.encoder_decoder import tokens_of
 from rfprune.model.layerwise import Batch
 from rfprune.model.layout import Block, Layout
 from rfprune.model.linear import linear, weight_of
-from rfprune.stages.consumers import output_gradients
 from rfprune.stages.fisher import Gradients, collect_gradients
-from rfprune.stages.float64 import in_float64
+from rfprune.stages.float64 import to_float64
 from rfprune.stages.objective import PREDICTIONS, Objective
+from rfprune.stages.output_gradients import output_gradients
 
 CRITERIA = ("fisher", "taylor", "gradient", "magnitude-l2", "magnitude-l1", "random")
 
@@ -38,7 +38,7 @@ Importance = tuple[Tensor, ...]
 """Per block of a layout one float64 (U,) on the CPU, not negative; more is more important."""
 
 
-def importance_of(
+def compute_importance(
     criterion: str,
     model: PreTrainedModel,
     layout: Layout,
@@ -53,7 +53,7 @@ def importance_of(
     Args:
         model: frozen (see `rfprune.model.masks.frozen`), so that no weight gradient is computed.
         batches: calibration batches; magnitudes and random numbers need none.
-        objective: what is differentiated, see `rfprune.stages.objective.factors_of`.
+        objective: what is differentiated, see `rfprune.stages.objective.objective_values`.
         seed: of the random numbers, and of labels that are sampled.
 
     Raises:
@@ -108,7 +108,7 @@ def magnitude_l1(weights: Tensor) -> Tensor:
 
     Li et al. 2017, "Pruning Filters for Efficient ConvNets" (arXiv 1608.08710).
     """
-    return in_float64(weights).abs().mean(1)
+    return to_float64(weights).abs().mean(1)
 
 
 def magnitude_l2(weights: Tensor) -> Tensor:
@@ -116,13 +116,13 @@ def magnitude_l2(weights: Tensor) -> Tensor:
 
     Han et al. 2015, "Learning both Weights and Connections" (arXiv 1506.02626), for whole units.
     """
-    return in_float64(weights).square().mean(1).sqrt()
+    return to_float64(weights).square().mean(1).sqrt()
 
 
 def gradient(norms: Gradients) -> Importance:
     """Mean over examples and factors, (n, U) -> (U,) a block, of what `collect_gradient_norms`
     gives: how steeply the loss depends on a unit's weights, whatever they are."""
-    return tuple(in_float64(norm).mean(0) for norm in norms)
+    return tuple(to_float64(norm).mean(0) for norm in norms)
 
 
 def taylor(gradients: Gradients) -> Importance:
@@ -133,7 +133,7 @@ def taylor(gradients: Gradients) -> Importance:
     2019 (arXiv 1906.10771); for heads Michel et al. 2019 (arXiv 1905.10650). The absolute value is
     taken example by example.
     """
-    return tuple(in_float64(gradient).abs().mean(0) for gradient in gradients)
+    return tuple(to_float64(gradient).abs().mean(0) for gradient in gradients)
 
 
 def fisher(gradients: Gradients) -> Importance:
@@ -142,7 +142,7 @@ def fisher(gradients: Gradients) -> Importance:
     The second-order change of the loss in the manner of Optimal Brain Damage (LeCun et al. 1989);
     the first stage of Kwon et al. 2022 (arXiv 2204.09656, section 4.1).
     """
-    return tuple(in_float64(gradient).square().mean(0) for gradient in gradients)
+    return tuple(to_float64(gradient).square().mean(0) for gradient in gradients)
 
 
 def random(layout: Layout, seed: int) -> Importance:
@@ -203,8 +203,10 @@ def _add_norms(
     rows: Sequence[list[Tensor]],
 ) -> None:
     entering: list[list[Tensor]] = [[] for _ in layout.blocks]
-    takers = [runs.append for runs in entering]
-    for gradients in output_gradients(model, layout, batch, takers, generator, objective=objective):
+    record_inputs = [runs.append for runs in entering]
+    for gradients in output_gradients(
+        model, layout, batch, record_inputs, generator, objective=objective
+    ):
         for block, block_rows, xs, gs in zip(layout.blocks, rows, entering, gradients, strict=True):
             tokens = tokens_of(layout, block, batch)
             # a weight's gradient is the sum over the runs, as it is over the tokens of each

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rfprune.stages.float64 import in_float64
+from rfprune.stages.float64 import to_float64
 
 _PRECISION = torch.finfo(torch.float32).eps  # that in which products of features are computed
 _TINY = torch.finfo(torch.float64).tiny
@@ -81,8 +81,8 @@ class Moments:
     def error(self, weight: Tensor, bias: Tensor | None) -> float:
         """Sum over tokens of |y - W·x - b|² for a weight (d, p) and a bias (d,), or none."""
         where = self.gram.device
-        weight = in_float64(weight, where)
-        bias = weight.new_zeros(len(weight)) if bias is None else in_float64(bias, where)
+        weight = to_float64(weight, where)
+        bias = weight.new_zeros(len(weight)) if bias is None else to_float64(bias, where)
         fitted = (weight @ self.gram * weight).sum() + 2 * bias @ (weight @ self.feature_sum)
         fitted = fitted + self.count * bias @ bias
         crossed = (weight.T * self.cross).sum() + bias @ self.target_sum
@@ -110,9 +110,9 @@ def solve_scales(
     Raises:
         NumericalFailure: the solve failed or a scale is out of bounds.
     """
-    weight, cross = in_float64(weight, moments.gram.device), moments.cross
+    weight, cross = to_float64(weight, moments.gram.device), moments.cross
     if bias is not None:
-        cross = cross - torch.outer(moments.feature_sum, in_float64(bias, moments.gram.device))
+        cross = cross - torch.outer(moments.feature_sum, to_float64(bias, moments.gram.device))
     products = (weight.T @ weight) * moments.gram  # (p, p)
     correlations = (weight.T * cross).sum(1)  # (p,)
     units = len(products) // unit_width
@@ -149,14 +149,14 @@ def solve_weights(
     strength = ridge * float(gram.diagonal().mean()) + noise + _TINY
     gram.diagonal().add_(strength)
     if prior is not None:
-        cross = cross + strength * in_float64(prior, gram.device).T
+        cross = cross + strength * to_float64(prior, gram.device).T
     weight = _solve(gram, cross).T
     if not intercept:
         return weight, None
     return weight, target_mean - weight @ (moments.feature_sum / moments.count)
 
 
-def fit_by_evidence(
+def fit_with_validation(
     seen: Moments, held_out: Moments, ridges: Sequence[float], weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """A new weight (d, p) and bias (d,), or the old ones where those fit held-out tokens better.

@@ -52,12 +52,12 @@ _ENTRIES_AT_A_TIME = 2**24
 """Of logits, where labels are drawn for many tokens."""
 
 
-def generator_of(seed: int, batch_number: int) -> torch.Generator:
+def batch_generator(seed: int, batch_number: int) -> torch.Generator:
     """Of the labels that are drawn for one batch, whoever draws them, and in whatever order."""
     return torch.Generator().manual_seed((seed + batch_number * 0x9E3779B97F4A7C15) % 2**63)
 
 
-def factors_of(
+def objective_values(
     outputs: Any,
     batch: Batch,
     config: PretrainedConfig,

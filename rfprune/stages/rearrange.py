@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rfprune.stages.float64 import in_float64
+from rfprune.stages.float64 import to_float64
 
 MAX_ROUNDS = 10
 """The authors visit every pruned unit once; rounds go on here until no swap helps, or this many."""
@@ -26,11 +26,11 @@ def rearrange(mask: Tensor, fisher: Tensor) -> Tensor:
     Returns:
         A 0/1 mask (U,) whose quadratic form over pruned units is not above that of `mask`.
     """
-    fisher = in_float64(fisher)
+    fisher = to_float64(fisher)
     pruned = mask == 0
     if not pruned.any() or pruned.all():
         return (~pruned).to(mask.dtype)
-    row_sums = fisher @ in_float64(pruned)  # (U,)
+    row_sums = fisher @ to_float64(pruned)  # (U,)
     for _ in range(MAX_ROUNDS):
         if not _sweep(pruned, row_sums, fisher):
             break

@@ -47,8 +47,8 @@ from rfprune.model.layerwise import (
 )
 from rfprune.model.layout import Block, Layout
 from rfprune.model.linear import is_empty, linear, weight_of
-from rfprune.stages.align import estimate, read_through
-from rfprune.stages.float64 import place_of_float64
+from rfprune.stages.align import apply_regression_map, fit_regression_map
+from rfprune.stages.float64 import float64_device
 from rfprune.stages.least_squares import Moments, NumericalFailure
 
 Fit = Callable[[Block, Moments, Moments, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
@@ -56,7 +56,7 @@ Fit = Callable[[Block, Moments, Moments, Tensor, Tensor | None], tuple[Tensor, T
 bias (d,) or None as they are, to a new weight and bias. Where a family scales what leaves the
 out-projection, weight and bias are scaled so."""
 
-HELD_OUT = 8
+HELD_OUT_EVERY = 8
 """Every so many batches one is held out from a fit, to judge it."""
 
 
@@ -262,14 +262,14 @@ def _collect_runs(
 
 def _parts(num_features: int, num_outputs: int, device: torch.device) -> tuple[Moments, Moments]:
     """Empty moments to fit on, and others to judge by."""
-    where = place_of_float64(device)
+    where = float64_device(device)
     seen, held_out = (Moments.zeros(num_features, num_outputs, where) for _ in range(2))
     return seen, held_out
 
 
 def _part(parts: tuple[Moments, Moments], i: int) -> Moments:
     """Where batch i of this process belongs."""
-    return parts[distributed.number_of(i) % HELD_OUT == HELD_OUT - 1]
+    return parts[distributed.number_of(i) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
 
 
 def _everyones(moments: Moments) -> Moments:
@@ -297,9 +297,11 @@ def _align(teacher: _Walk, student: _Walk, batches: Sequence[Batch], block: Bloc
         _part(parts, i).add(pack(seen, tokens), pack(wanted, tokens))
     try:
         moments = _everyones(parts[0]), _everyones(parts[1])
-        found = {shift: estimate(*moments, shift=shift) for shift in {*map(_has_bias, readers)}}
+        found = {
+            shift: fit_regression_map(*moments, shift=shift) for shift in {*map(_has_bias, readers)}
+        }
         for reader in readers:
-            read_through(reader, *found[_has_bias(reader)])
+            apply_regression_map(reader, *found[_has_bias(reader)])
     except NumericalFailure as failure:
         return [f"what {block.name} reads was left as it was: {failure}"]
     return []

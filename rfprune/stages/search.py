@@ -40,7 +40,7 @@ def search(layout: Layout, importance: Sequence[Tensor], costs: CostModel, budge
     """
     if _same_unit_costs(layout, costs):
         return _published(layout, importance, costs, budget)
-    return most_important(importance, allocate(additive_errors(importance), costs, budget))
+    return keep_most_important(importance, allocate(additive_errors(importance), costs, budget))
 
 
 def additive_errors(importance: Sequence[Tensor]) -> list[NDArray[np.float64]]:
@@ -52,7 +52,7 @@ def additive_errors(importance: Sequence[Tensor]) -> list[NDArray[np.float64]]:
     return errors
 
 
-def most_important(importance: Sequence[Tensor], kept: Sequence[int]) -> Masks:
+def keep_most_important(importance: Sequence[Tensor], kept: Sequence[int]) -> Masks:
     """Masks of the `kept[b]` most important units of each block b; of equals the first stay."""
     masks = tuple(torch.zeros(len(values)) for values in importance)
     for mask, values, count in zip(masks, importance, kept, strict=True):

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from rfprune.model.layerwise import Batch
 from rfprune.model.layout import Block, Layout
-from rfprune.stages.least_squares import Moments, fit_by_evidence, solve_scales
+from rfprune.stages.least_squares import Moments, fit_with_validation, solve_scales
 from rfprune.stages.reconstruct import reconstruct
 
 DAMPING = 1.0
@@ -76,7 +76,7 @@ def tune_scales(
         batches,
         fit,
         skip=first_heads,
-        first_token_only=last_ffn(layout) if reads_first_token(student, layout) else (),
+        first_token_only=last_ffn(layout) if classifies_first_token(student, layout) else (),
         progress=progress,
     )
     return scales, failures
@@ -104,7 +104,7 @@ def refit(
         block: Block, seen: Moments, held_out: Moments, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         ridges = PRE_NORM_RIDGES if block.pre_norm else RIDGES
-        return fit_by_evidence(seen, held_out, ridges, weight, bias)
+        return fit_with_validation(seen, held_out, ridges, weight, bias)
 
     return reconstruct(teacher, student, layout, batches, fit, align=True, progress=progress)
 
@@ -117,7 +117,7 @@ def last_ffn(layout: Layout) -> list[str]:
     ]
 
 
-def reads_first_token(model: PreTrainedModel, layout: Layout) -> bool:
+def classifies_first_token(model: PreTrainedModel, layout: Layout) -> bool:
     """Whether the head reads the first token alone, as most sequence classifiers do.
 
     Those of decoders read the last one.

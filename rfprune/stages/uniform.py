@@ -1,8 +1,8 @@
 """The same in every layer: a fraction (the classical baseline), or a size (a plain architecture).
 
-`uniform` is the classical alternative to a budget that is shared globally. One fraction holds for
-the heads and the neurons of all layers, the largest that fits the budget. Each block keeps its most
-important units, ceil(fraction x units) of them, so that none is emptied.
+`same_fraction` is the classical alternative to a budget that is shared globally. One fraction holds
+for the heads and the neurons of all layers, the largest that fits the budget. Each block keeps its
+most important units, ceil(fraction x units) of them, so that none is emptied.
 
 `same_sizes` chooses a number of heads and a number of neurons, each the same in every layer, but
 apart from each other, for the least total error. What comes out can be told in a configuration.
@@ -22,10 +22,12 @@ from rfprune.cost.constraint import CostModel
 from rfprune.errors import UserError
 from rfprune.model.layout import Layout
 from rfprune.model.masks import Masks
-from rfprune.stages.search import most_important
+from rfprune.stages.search import keep_most_important
 
 
-def uniform(layout: Layout, importance: Sequence[Tensor], costs: CostModel, budget: float) -> Masks:
+def same_fraction(
+    layout: Layout, importance: Sequence[Tensor], costs: CostModel, budget: float
+) -> Masks:
     """Masks that keep the same fraction of every block, its most important units.
 
     Args:
@@ -35,11 +37,13 @@ def uniform(layout: Layout, importance: Sequence[Tensor], costs: CostModel, budg
     Raises:
         UserError: not even one unit of every block fits the budget.
     """
-    kept = uniform_counts([block.num_units for block in layout.blocks], costs, budget)
-    return most_important(importance, kept)
+    kept = same_fraction_counts([block.num_units for block in layout.blocks], costs, budget)
+    return keep_most_important(importance, kept)
 
 
-def uniform_counts(num_units: Sequence[int], costs: CostModel, budget: float) -> tuple[int, ...]:
+def same_fraction_counts(
+    num_units: Sequence[int], costs: CostModel, budget: float
+) -> tuple[int, ...]:
     """How many units each block keeps at the largest common fraction whose cost fits `budget`.
 
     Raises:
@@ -95,7 +99,7 @@ def same_sizes(
     return tuple(kept[block.kind] for block in layout.blocks)
 
 
-def least_same_sizes(
+def min_same_sizes_cost(
     layout: Layout, costs: CostModel, allowed: Mapping[str, Sequence[int]] | None = None
 ) -> float:
     """What the cheapest sizes cost that are the same in every layer, the constant included."""

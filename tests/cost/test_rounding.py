@@ -14,7 +14,7 @@ from rfprune.cost.constraint import linear_costs
 from rfprune.cost.rounding import MULTIPLES, on_grid
 from rfprune.errors import UserError
 from rfprune.stages.allocate import allocate
-from rfprune.stages.uniform import uniform_counts
+from rfprune.stages.uniform import same_fraction_counts
 from tests.stages.test_search import made_layout
 
 
@@ -65,8 +65,8 @@ def test_the_same_fraction_everywhere_keeps_to_the_grid_too(multiple: int) -> No
     sizes = [16, 256] * 2
     layout = made_layout([16, 16], [256, 256])
     costs = linear_costs("mac", [1.0, 1.0] * 2, sizes)
-    free = uniform_counts(sizes, costs, 0.61 * costs.original)
-    kept = uniform_counts(sizes, on_grid(costs, layout, multiple), 0.61 * costs.original)
+    free = same_fraction_counts(sizes, costs, 0.61 * costs.original)
+    kept = same_fraction_counts(sizes, on_grid(costs, layout, multiple), 0.61 * costs.original)
     assert free[1] % 8, "without a grid it would be off it"
     assert kept[1] % multiple == 0
     assert kept[1] > 0

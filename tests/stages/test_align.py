@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rfprune.model.compact import compact
 from rfprune.model.layout import Block, layout_of
 from rfprune.model.masks import frozen, full_masks
-from rfprune.stages.align import estimate, read_through
+from rfprune.stages.align import apply_regression_map, fit_regression_map
 from rfprune.stages.least_squares import Moments, NumericalFailure
 from rfprune.stages.reconstruct import reconstruct
 
@@ -37,10 +37,10 @@ def test_a_planted_map_is_found_and_read_through() -> None:
     seen, held_out = Moments.zeros(6, 6), Moments.zeros(6, 6)
     seen.add(moved[:3000], original[:3000])
     held_out.add(moved[3000:], original[3000:])
-    matrix, shift = estimate(seen, held_out)
+    matrix, shift = fit_regression_map(seen, held_out)
     reader = nn.Linear(6, 4).double()
     aligned = copy.deepcopy(reader)
-    read_through(aligned, matrix, shift)
+    apply_regression_map(aligned, matrix, shift)
     with torch.no_grad():
         wanted = reader(original)
         before = (reader(moved) - wanted).square().mean()
@@ -55,7 +55,7 @@ def test_states_that_have_not_moved_are_read_as_they_are() -> None:
     seen, held_out = Moments.zeros(6, 6), Moments.zeros(6, 6)
     seen.add(states[:400], states[:400])
     held_out.add(states[400:], states[400:])
-    matrix, shift = estimate(seen, held_out)
+    matrix, shift = fit_regression_map(seen, held_out)
     assert torch.equal(matrix, torch.eye(6, dtype=torch.float64))
     assert shift is not None
     assert torch.equal(shift, torch.zeros(6, dtype=torch.float64))
@@ -65,7 +65,9 @@ def test_what_is_not_finite_changes_nothing() -> None:
     reader = nn.Linear(3, 2)
     weight = reader.weight.clone()
     with pytest.raises(NumericalFailure, match="not finite"):
-        read_through(reader, torch.full((3, 3), torch.nan).double(), torch.zeros(3).double())
+        apply_regression_map(
+            reader, torch.full((3, 3), torch.nan).double(), torch.zeros(3).double()
+        )
     assert torch.equal(reader.weight, weight)
 
 

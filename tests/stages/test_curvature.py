@@ -13,12 +13,12 @@ from torch import Tensor
 from rfprune.errors import UserError
 from rfprune.model.layout import layout_of
 from rfprune.model.masks import frozen
-from rfprune.stages.curvature import DEPTH, Curvature, collect_curvature, error_curves
+from rfprune.stages.curvature import DEPTH_WEIGHT, KroneckerFactors, collect_curvature, error_curves
 from rfprune.stages.objective import LABELLED, fisher_factors
-from rfprune.stages.obs import removal_curve
+from rfprune.stages.optimal_brain_surgeon import removal_curve
 
 
-def collect(model: Any, batches: list[Any], **settings: Any) -> tuple[Curvature, ...]:
+def collect(model: Any, batches: list[Any], **settings: Any) -> tuple[KroneckerFactors, ...]:
     with frozen(model):
         return collect_curvature(model, layout_of(model), batches, **settings)
 
@@ -51,7 +51,7 @@ def test_moments_are_those_of_a_loop_over_tokens(tiny_model: Any, tiny_batch: An
 
 def test_a_mean_costs_nothing_since_the_bias_makes_up_for_it() -> None:
     x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)) + 7
-    curvature = Curvature(x.T @ x, x.sum(0), torch.eye(2), tokens=50, examples=5)
+    curvature = KroneckerFactors(x.T @ x, x.sum(0), torch.eye(2), tokens=50, examples=5)
     plain = torch.cov(x.double().T, correction=0)
     damped = curvature.input_covariance()
     torch.testing.assert_close(
@@ -115,7 +115,7 @@ def test_a_block_that_is_never_active_is_free_to_go(tiny_model: Any, tiny_batch:
 def test_a_mean_costs_nothing_only_where_a_bias_makes_up_for_it() -> None:
     torch.manual_seed(0)
     rows = torch.randn(200, 3) + torch.tensor([5.0, 0.0, 0.0])
-    curvature = Curvature(torch.zeros(3, 3), torch.zeros(3), torch.zeros(2, 2))
+    curvature = KroneckerFactors(torch.zeros(3, 3), torch.zeros(3), torch.zeros(2, 2))
     curvature.add_inputs(rows)
     about_mean = curvature.input_covariance()
     about_zero = curvature.input_covariance(about_mean=False)
@@ -144,7 +144,7 @@ def test_curves_know_whether_a_consumer_has_a_bias(
     assert place < 6 if model_type == "gpt2" else place == 11
 
 
-@pytest.mark.parametrize(("model_type", "depth"), [("bert", DEPTH), ("llama", 0.0)])
+@pytest.mark.parametrize(("model_type", "depth"), [("bert", DEPTH_WEIGHT), ("llama", 0.0)])
 def test_low_errors_weigh_more_where_norms_come_last(
     model_type: str, depth: float, tiny_model: Any, tiny_batch: Any
 ) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rfprune.stages.float64 import in_float64, place_of_float64
+from rfprune.stages.float64 import float64_device, to_float64
 
 STAGES = Path(__file__).resolve().parents[2] / "rfprune" / "stages"
 
@@ -20,15 +20,15 @@ STAGES = Path(__file__).resolve().parents[2] / "rfprune" / "stages"
     ("device", "place"), [("mps", "cpu"), ("cuda:1", "cuda:1"), ("cpu", "cpu")]
 )
 def test_devices_without_float64_leave_it_to_the_cpu(device: str, place: str) -> None:
-    assert place_of_float64(torch.device(device)) == torch.device(place)
+    assert float64_device(torch.device(device)) == torch.device(place)
 
 
 def test_values_come_without_their_gradient() -> None:
     values = torch.tensor([0.1, 0.2], requires_grad=True)
-    found = in_float64(values)
+    found = to_float64(values)
     assert (found.dtype, found.requires_grad) == (torch.float64, False)
     assert torch.equal(found.float(), values)
-    assert in_float64(torch.tensor([True]), torch.device("mps")).item() == 1.0
+    assert to_float64(torch.tensor([True]), torch.device("mps")).item() == 1.0
 
 
 def test_no_stage_makes_them_where_they_are() -> None:

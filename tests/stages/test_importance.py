@@ -23,7 +23,7 @@ from rfprune.stages.fisher import collect_gradients, diagonal_fisher
 from rfprune.stages.importance import (
     CRITERIA,
     collect_gradient_norms,
-    importance_of,
+    compute_importance,
     num_weights,
     unit_weights,
 )
@@ -37,7 +37,7 @@ LABELS = torch.tensor([0, 1, 1, 0])
 
 def importance(criterion: str, model: Any, batches: list[Any], **options: Any) -> list[Tensor]:
     with frozen(model):
-        return list(importance_of(criterion, model, layout_of(model), batches, **options))
+        return list(compute_importance(criterion, model, layout_of(model), batches, **options))
 
 
 def examples_of(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:

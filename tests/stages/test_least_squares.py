@@ -15,7 +15,7 @@ from torch import Tensor
 from rfprune.stages.least_squares import (
     Moments,
     NumericalFailure,
-    fit_by_evidence,
+    fit_with_validation,
     solve_scales,
     solve_weights,
 )
@@ -216,7 +216,7 @@ def test_what_is_accepted_never_raises_the_held_out_error(noise: float, distance
     weight, bias, seen = data(40, 12, 5, 1, noise)
     held_out = data(30, 12, 5, 2, noise)[2]
     old = weight + distance * torch.randn_like(weight), bias
-    new = fit_by_evidence(seen, held_out, (1e-3, 1e-1, 10.0), *old)
+    new = fit_with_validation(seen, held_out, (1e-3, 1e-1, 10.0), *old)
     accepted = not torch.equal(new[0], old[0])
     assert held_out.error(*new) <= held_out.error(*old)
     if distance == 1.0 and noise < 1:
@@ -233,9 +233,9 @@ def test_held_out_tokens_choose_the_ridge() -> None:
     held_out = data(200, 12, 5, 2, 1.0)[2]
     old = 0.0 * weight, bias
     both = seen.plus(held_out)
-    new = fit_by_evidence(seen, held_out, (1e-8, 1.0), *old)
+    new = fit_with_validation(seen, held_out, (1e-8, 1.0), *old)
     torch.testing.assert_close(new, solve_weights(both, 1.0, prior=old[0]))
-    first = fit_by_evidence(seen, Moments.zeros(12, 5), (1e-8, 1.0), *old)
+    first = fit_with_validation(seen, Moments.zeros(12, 5), (1e-8, 1.0), *old)
     torch.testing.assert_close(first, solve_weights(seen, 1e-8, prior=old[0]))
     assert not torch.allclose(first[0], new[0], atol=0.1)
 
@@ -261,10 +261,10 @@ def test_evidence_knows_that_there_is_no_bias() -> None:
         moments_of(features[:300], targets[:300]),
         moments_of(features[300:], targets[300:]),
     )
-    weight, bias = fit_by_evidence(seen, held_out, (1e-6,), torch.zeros(3, 4), None)
+    weight, bias = fit_with_validation(seen, held_out, (1e-6,), torch.zeros(3, 4), None)
     assert bias is None
     torch.testing.assert_close(weight, planted, rtol=1e-4, atol=1e-4)
-    kept, _ = fit_by_evidence(seen, held_out, (1e3,), planted, None)
+    kept, _ = fit_with_validation(seen, held_out, (1e3,), planted, None)
     assert torch.equal(kept, planted)
     emptied = Moments.zeros(0, 3)
     emptied.add(torch.zeros(10, 0), targets[:10].float())

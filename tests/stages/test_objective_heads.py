@@ -21,7 +21,7 @@ from rfprune.errors import UserError
 from rfprune.model.layout import layout_of
 from rfprune.model.masks import frozen, masked
 from rfprune.stages.fisher import collect_gradients
-from rfprune.stages.objective import PREDICTIONS, factors_of, fisher_factors, label_losses
+from rfprune.stages.objective import PREDICTIONS, fisher_factors, label_losses, objective_values
 
 Tiny = Callable[..., Any]
 
@@ -242,12 +242,12 @@ def test_a_loss_may_be_a_number_an_example_or_their_mean() -> None:
     outputs = {"logits": (masks.cumsum(0) * masks).sum(1)}
     found = []
     for objective in (loss, lambda outputs, batch: loss(outputs, batch).mean()):
-        (factor,) = factors_of(outputs, batch, CONFIG, torch.Generator(), objective=objective)
+        (factor,) = objective_values(outputs, batch, CONFIG, torch.Generator(), objective=objective)
         assert factor.shape == (3,)
         found.append(gradients_of(factor, masks))
     assert found[0].abs().max() > 1
     torch.testing.assert_close(found[1], found[0])
-    (free,) = factors_of({"logits": outputs["logits"][:, None]}, batch,
+    (free,) = objective_values({"logits": outputs["logits"][:, None]}, batch,
                          transformers.BertConfig(num_labels=1), torch.Generator(),
                          objective=PREDICTIONS)  # fmt: skip
     assert not torch.allclose(gradients_of(free, masks), found[0])
@@ -264,5 +264,5 @@ def test_a_loss_may_be_a_number_an_example_or_their_mean() -> None:
 def test_a_loss_of_another_shape_is_refused(loss: Any, problem: str) -> None:
     outputs = {"logits": torch.ones(3, 2, requires_grad=True)}
     with pytest.raises(UserError, match=problem):
-        factors_of(outputs, {"input_ids": torch.ones(3, 4)}, CONFIG, torch.Generator(),
+        objective_values(outputs, {"input_ids": torch.ones(3, 4)}, CONFIG, torch.Generator(),
                    objective=loss)  # fmt: skip

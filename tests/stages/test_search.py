@@ -23,7 +23,7 @@ from rfprune.cost.params import param_costs
 from rfprune.errors import UserError
 from rfprune.model.layout import Block, Layout, layout_of
 from rfprune.model.masks import num_kept
-from rfprune.stages.search import additive_errors, most_important, search
+from rfprune.stages.search import additive_errors, keep_most_important, search
 
 Tiny = Callable[..., Any]
 Problem = tuple[Layout, list[Tensor], CostModel, float]
@@ -234,7 +234,7 @@ def test_layers_of_unequal_cost_are_weighed_against_each_other() -> None:
 def test_errors_are_what_all_but_the_most_important_units_are_worth() -> None:
     values = torch.tensor([1.0, 9, 2, 9])
     assert additive_errors([values])[0].tolist() == [21, 12, 3, 1, 0]
-    assert most_important([values], [1])[0].tolist() == [0, 1, 0, 0]
+    assert keep_most_important([values], [1])[0].tolist() == [0, 1, 0, 0]
     for kept, error in enumerate(additive_errors([values])[0]):
-        mask = most_important([values], [kept])[0]
+        mask = keep_most_important([values], [kept])[0]
         assert float(values[mask == 0].sum()) == error

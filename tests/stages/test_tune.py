@@ -15,7 +15,7 @@ from torch import Tensor
 from rfprune.model.compact import compact
 from rfprune.model.layout import Layout, layout_of
 from rfprune.model.masks import frozen, full_masks
-from rfprune.stages.tune import last_ffn, reads_first_token, tune_scales
+from rfprune.stages.tune import classifies_first_token, last_ffn, tune_scales
 
 Tiny = Callable[..., Any]
 FAMILIES = ["bert", "distilbert", "mpnet"]
@@ -147,7 +147,7 @@ def test_which_ffn_sees_the_first_token_alone(tiny_model: Tiny) -> None:
     masks[3][:] = 0
     small = compact(model, layout, masks)
     assert last_ffn(layout_of(small)) == []
-    assert reads_first_token(model, layout_of(model))
-    assert reads_first_token(small, layout_of(small))
+    assert classifies_first_token(model, layout_of(model))
+    assert classifies_first_token(small, layout_of(small))
     answering = tiny_model("bert", "question-answering")
-    assert not reads_first_token(answering, layout_of(answering))
+    assert not classifies_first_token(answering, layout_of(answering))

@@ -21,7 +21,12 @@ from rfprune.cost.constraint import Constraint, CostModel, linear_costs
 from rfprune.errors import UserError
 from rfprune.model.layout import Layout
 from rfprune.model.masks import num_kept
-from rfprune.stages.uniform import least_same_sizes, same_sizes, uniform, uniform_counts
+from rfprune.stages.uniform import (
+    min_same_sizes_cost,
+    same_fraction,
+    same_fraction_counts,
+    same_sizes,
+)
 from tests.stages.test_search import made_layout
 
 Problem = tuple[list[int], CostModel, float]
@@ -38,7 +43,7 @@ def problems(draw: st.DrawFn) -> Problem:
 
 def counts(problem: Problem) -> tuple[int, ...] | None:
     try:
-        return uniform_counts(*problem)
+        return same_fraction_counts(*problem)
     except UserError:
         return None
 
@@ -86,7 +91,7 @@ def test_the_most_important_of_every_block_stay() -> None:
         *(torch.tensor([90.0, 80]), torch.tensor([70.0, 70, 70, 70])),
     ]
     costs = linear_costs("mac", [4.0, 1, 4, 1], [2, 4, 2, 4])
-    masks = uniform(layout, importance, costs, 12.0)
+    masks = same_fraction(layout, importance, costs, 12.0)
     assert [mask.tolist() for mask in masks] == [[0, 1], [1, 0, 1, 0], [1, 0], [1, 1, 0, 0]]
 
 
@@ -96,7 +101,7 @@ def test_exactly_half_is_half() -> None:
     costs = linear_costs("mac", [1.1, 0.1] * 6, [12, 1536] * 6, constant=0.7)
     importance = [torch.rand(block.num_units) for block in layout.blocks]
     budget = 0.5 * (costs.original - costs.constant)
-    assert num_kept(uniform(layout, importance, costs, budget)) == (6, 768) * 6
+    assert num_kept(same_fraction(layout, importance, costs, budget)) == (6, 768) * 6
 
 
 def test_too_small_a_budget_names_a_constraint_that_would_do() -> None:
@@ -104,11 +109,11 @@ def test_too_small_a_budget_names_a_constraint_that_would_do() -> None:
     importance = [torch.ones(2), torch.ones(5)]
     costs = linear_costs("mac", [3.0, 1.0], [2, 5])
     with pytest.raises(UserError, match="too little for one head and one neuron") as raised:
-        uniform(layout, importance, costs, costs.budget(Constraint("mac", 0.2)))
+        same_fraction(layout, importance, costs, costs.budget(Constraint("mac", 0.2)))
     named = re.search(r"at least ([\d.]+\d)", str(raised.value))
     assert named
     budget = costs.budget(Constraint("mac", float(named[1])))
-    assert num_kept(uniform(layout, importance, costs, budget)) == (1, 1)
+    assert num_kept(same_fraction(layout, importance, costs, budget)) == (1, 1)
 
 
 def test_too_small_a_budget_on_a_grid_names_the_least_that_is_allowed() -> None:
@@ -116,7 +121,7 @@ def test_too_small_a_budget_on_a_grid_names_the_least_that_is_allowed() -> None:
     table = np.array([0.0, np.inf, 2.0, np.inf, 4.0])
     costs = CostModel("mac", (table,))
     with pytest.raises(UserError, match=r"at least 0\.5,"):
-        uniform_counts([4], costs, 1.0)
+        same_fraction_counts([4], costs, 1.0)
 
 
 Sizes = tuple[Layout, list[NDArray[np.float64]], CostModel, float]
@@ -163,7 +168,7 @@ def test_no_other_pair_of_sizes_within_the_budget_is_better(
             sum(float(error[n]) for error, n in zip(errors, kept, strict=True)),
             costs.total(kept),
         )
-    assert least_same_sizes(layout, costs, allowed) == min(cost for _, cost in found.values())
+    assert min_same_sizes_cost(layout, costs, allowed) == min(cost for _, cost in found.values())
     fitting = {
         kept: (error, cost)
         for kept, (error, cost) in found.items()
@@ -186,7 +191,7 @@ def test_heads_and_neurons_are_chosen_apart_from_each_other() -> None:
         *(np.array([80.0, 60, 40, 20, 0]), np.linspace(2, 0, 9)),
     ]
     assert same_sizes(layout, errors, costs, 18.0) == (4, 1, 4, 1)
-    assert uniform_counts([4, 8] * 2, costs, 18.0) == (2, 4, 2, 4)
+    assert same_fraction_counts([4, 8] * 2, costs, 18.0) == (2, 4, 2, 4)
 
 
 def test_the_least_constraint_for_fixed_heads_is_named_and_would_do() -> None:

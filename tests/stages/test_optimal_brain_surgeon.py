@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rfprune.stages.least_squares import NumericalFailure
-from rfprune.stages.obs import Curve, removal_curve
+from rfprune.stages.optimal_brain_surgeon import ErrorCurve, removal_curve
 
 
 def random_block(features: int, outputs: int = 5, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,7 +118,7 @@ def test_chunks_cost_little_against_removing_one_neuron_at_a_time(
 ) -> None:
     block = random_block(160, outputs=24)
     chunked = removal_curve(*block, 1)
-    monkeypatch.setattr("rfprune.stages.obs.CHUNK", 0.0)
+    monkeypatch.setattr("rfprune.stages.optimal_brain_surgeon.CHUNK", 0.0)
     single = removal_curve(*block, 1)
     assert chunked.order.tolist() != single.order.tolist()  # chunks did go
     assert (chunked.errors[8:-1] <= 1.2 * single.errors[8:-1]).all()
@@ -137,7 +137,7 @@ def test_the_order_of_units_does_not_matter(width: int) -> None:
 
 
 def test_a_mask_keeps_what_is_removed_last() -> None:
-    curve = Curve(torch.tensor([2, 0, 3, 1]), torch.arange(5.0))
+    curve = ErrorCurve(torch.tensor([2, 0, 3, 1]), torch.arange(5.0))
     assert curve.mask(4).tolist() == [1, 1, 1, 1]
     assert curve.mask(2).tolist() == [0, 1, 0, 1]
     assert curve.mask(0).tolist() == [0, 0, 0, 0]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rfprune.stages.float64 import in_float64
+from rfprune.stages.float64 import to_float64
 from rfprune.stages.least_squares import NumericalFailure
 
 CHUNK = 1 / 32
@@ -31,7 +31,7 @@ SHRINK = 0.8
 
 
 @dataclass(frozen=True)
-class Curve:
+class ErrorCurve:
     """How a block's error grows as its units go.
 
     Attributes:
@@ -49,7 +49,7 @@ class Curve:
         return mask
 
 
-def removal_curve(inputs: Tensor, weight: Tensor, gradients: Tensor, unit_width: int) -> Curve:
+def removal_curve(inputs: Tensor, weight: Tensor, gradients: Tensor, unit_width: int) -> ErrorCurve:
     """Remove the units of a block one after the other, cheapest first.
 
     Args:
@@ -59,12 +59,12 @@ def removal_curve(inputs: Tensor, weight: Tensor, gradients: Tensor, unit_width:
     Raises:
         NumericalFailure: A is not positive definite.
     """
-    inverse = _inverse(in_float64(inputs))
-    rooted = _root(in_float64(gradients)) @ in_float64(weight)  # (r, p): its squares weigh W by G
+    inverse = _inverse(to_float64(inputs))
+    rooted = _root(to_float64(gradients)) @ to_float64(weight)  # (r, p): its squares weigh W by G
     remove = _remove_neurons if unit_width == 1 else _remove_heads
     order, costs = remove(inverse, rooted, unit_width)
     removed = torch.cat([costs.new_zeros(1), costs.clamp_min(0)]).cumsum(0)
-    return Curve(order.cpu(), removed.flip(0).cpu())
+    return ErrorCurve(order.cpu(), removed.flip(0).cpu())
 
 
 def _remove_heads(inverse: Tensor, rooted: Tensor, width: int) -> tuple[Tensor, Tensor]:

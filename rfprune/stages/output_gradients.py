@@ -12,14 +12,14 @@ from transformers import PreTrainedModel
 
 from rfprune.model.layerwise import Batch, model_inputs
 from rfprune.model.layout import Layout
-from rfprune.stages.objective import Objective, factors_of
+from rfprune.stages.objective import Objective, objective_values
 
 
 def output_gradients(
     model: PreTrainedModel,
     layout: Layout,
     batch: Batch,
-    takers: Sequence[Callable[[Tensor], None]],
+    record_inputs: Sequence[Callable[[Tensor], None]],
     generator: torch.Generator,
     *,
     objective: Objective,
@@ -28,9 +28,9 @@ def output_gradients(
 
     Args:
         model: frozen, and not under no_grad.
-        takers: one a block, each given what enters its consumer, (B, S, p) or
+        record_inputs: one a block, each given what enters its consumer, (B, S, p) or
             (B * S, p), detached, as often as the block runs.
-        objective: what is differentiated, see `rfprune.stages.objective.factors_of`.
+        objective: what is differentiated, see `rfprune.stages.objective.objective_values`.
 
     Yields:
         For every factor, of every block and each of its runs, (B, S, d), or (B * S, d), padding
@@ -38,11 +38,11 @@ def output_gradients(
     """
     leaving: list[list[Tensor]] = [[] for _ in layout.blocks]
     with ExitStack() as stack:
-        for block, take, left in zip(layout.blocks, takers, leaving, strict=True):
+        for block, take, left in zip(layout.blocks, record_inputs, leaving, strict=True):
             consumer = model.get_submodule(block.consumer)
             stack.callback(consumer.register_forward_hook(_watch(take, left)).remove)
         outputs = model(**model_inputs(batch), return_dict=True)
-    factors = factors_of(outputs, batch, model.config, generator, objective=objective)
+    factors = objective_values(outputs, batch, model.config, generator, objective=objective)
     flat = [output for left in leaving for output in left]
     for i, factor in enumerate(factors):
         found = iter(torch.autograd.grad(factor.sum(), flat, retain_graph=i + 1 < len(factors)))
