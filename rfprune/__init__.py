@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from rfprune.latency.table import LatencyTable
     from rfprune.model.checkpoint import load_pruned, save_pruned
     from rfprune.pruning import prune, prune_family
-    from rfprune.result import PruneResult, Settings
+    from rfprune.result import PruneResult
+    from rfprune.settings import Settings
 
 __all__ = [
     "Constraint",
@@ -38,7 +39,7 @@ _MODULES = {
     "LatencyTable": "rfprune.latency.table",
     "PruneResult": "rfprune.result",
     "RfpruneWarning": "rfprune.errors",
-    "Settings": "rfprune.result",
+    "Settings": "rfprune.settings",
     "UserError": "rfprune.errors",
     "load_pruned": "rfprune.model.checkpoint",
     "prune": "rfprune.pruning",

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 from rfprune import distributed
 from rfprune.errors import RfpruneWarning
-from rfprune.result import Clock, Settings
+from rfprune.result import Clock
+from rfprune.settings import Settings
 
 Tensors = tuple[Tensor, ...]
 Key = Mapping[str, Any]

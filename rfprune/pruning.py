@@ -44,7 +44,8 @@ from rfprune.model.layerwise import LABELS, Batch, check_layer_outputs, token_ma
 from rfprune.model.layout import Layout, layout_of
 from rfprune.model.masks import Masks, frozen, full_masks, masked, num_kept
 from rfprune.model.plain import to_plain
-from rfprune.result import Clock, PruneResult, Settings, units_of_layers
+from rfprune.result import Clock, PruneResult, units_of_layers
+from rfprune.settings import Settings
 from rfprune.stages.objective import Loss
 from rfprune.stages.search import search
 from rfprune.stages.tune import refit, tune_scales

@@ -1,4 +1,4 @@
-"""What goes into `prune()` besides model and data, and what comes out."""
+"""What `prune()` returns."""
 
 from __future__ import annotations
 
@@ -11,88 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rfprune.cost.constraint import Constraint
-from rfprune.cost.rounding import MULTIPLES
-from rfprune.errors import UserError
 from rfprune.latency.promise import Promise
 from rfprune.model.layout import Block, Layout
 from rfprune.model.masks import Masks
-from rfprune.stages.importance import CRITERIA
 from rfprune.stages.optimal_brain_surgeon import ErrorCurve
-
-CHOICES = {
-    "method": ("curvature", "kwon", "importance"),
-    "importance": CRITERIA,
-    "allocation": ("global", "uniform"),
-    "gradients": ("per-example", "per-batch"),
-    "teacher": ("dense", "scheduled"),
-}
-"""What the settings of the same names may be; the first is the default."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to prune.
-
-    Attributes:
-        method: "curvature", or "kwon", the published method that it goes past, or "importance":
-            a classical criterion for the selection, and the refit of "curvature".
-        importance: the criterion of method "importance"; see `rfprune.stages.importance`.
-        allocation: of method "importance": "global", the most important units for the budget
-            wherever they are, or "uniform", the same fraction of every sublayer.
-        use_labels: importance from the loss on labels, as the authors' code; else label-free.
-        gradients: "per-example", or "per-batch" as the authors' code.
-        rearrange: refine the searched masks with the block Fisher information.
-        tune: fit what is left to the teacher by least squares.
-        teacher: "dense" (the model as it is, which measures better), or "scheduled" (masked at the
-            square root of the constraint, as the authors' code).
-        uniform: the same number of heads and of neurons in every layer, chosen for the least error,
-            so that the result is a plain architecture (see `rfprune.model.plain`) without code of
-            its own. (`allocation="uniform"` is a classical baseline: the same fraction of both.)
-        round_to: keep neurons in multiples of 8, 16, 32 or 64 (or none, or all); None: any number.
-        rounds: prune in so many steps; after each, what is left is fitted and looked at afresh.
-        seed: of the labels that are sampled where the exact Fisher is too costly.
-
-    Raises:
-        UserError: an unknown choice, one that belongs to another method, or fewer than one round.
-    """
-
-    method: str = CHOICES["method"][0]
-    importance: str = CHOICES["importance"][0]
-    allocation: str = CHOICES["allocation"][0]
-    use_labels: bool = False
-    gradients: str = CHOICES["gradients"][0]
-    rearrange: bool = True
-    tune: bool = True
-    teacher: str = CHOICES["teacher"][0]
-    uniform: bool = False
-    round_to: int | None = None
-    rounds: int = 1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, known in CHOICES.items():
-            value = getattr(self, name)
-            if value not in known:
-                raise UserError(f"{name} '{value}' is unknown; choose one of {', '.join(known)}")
-        for name in ("importance", "allocation"):
-            value = getattr(self, name)
-            if self.method != "importance" and value != CHOICES[name][0]:
-                raise UserError(
-                    f"{name} '{value}' belongs to the method importance and does nothing for "
-                    f"{self.method}; leave it out, or choose method='importance'"
-                )
-        if self.uniform and self.allocation == "uniform":
-            raise UserError(
-                "allocation 'uniform' keeps the same fraction everywhere, and uniform=True chooses "
-                "sizes itself; leave one of them out"
-            )
-        if self.round_to is not None and self.round_to not in MULTIPLES:
-            raise UserError(
-                f"round_to {self.round_to} is not possible; choose one of "
-                f"{', '.join(str(multiple) for multiple in MULTIPLES)}, or None"
-            )
-        if self.rounds < 1:
-            raise UserError(f"rounds {self.rounds} is not possible; choose 1 or more")
 
 
 @dataclass(frozen=True)

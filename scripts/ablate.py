@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
-from rfprune.cli.method_flags import ALLOCATIONS, CRITERIA
+from rfprune.settings import ALLOCATIONS, CRITERIA
 from scripts.ablation_table import SELECT, full_table
 from scripts.bench import Conditions, Variants
 from scripts.entry import GOES_ON, script

@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
-from rfprune.cli.method_flags import ALLOCATIONS, CRITERIA, METHODS
+from rfprune.settings import ALLOCATIONS, CRITERIA, METHODS
 from scripts.summarise import (
     Cell,
     caption,

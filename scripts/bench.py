@@ -131,7 +131,7 @@ def measure(
     from rfprune.cost.constraint import Constraint
     from rfprune.pruning import prune_family
     from rfprune.report.report_json import versions
-    from rfprune.result import Settings
+    from rfprune.settings import Settings
     from rfprune.tasks.evaluation import divergence, evaluate_model
 
     settings = Settings(**bench.variants[family[0]["variant"]], seed=family[0]["seed"])

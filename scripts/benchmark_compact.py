@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
-from rfprune.cli.method_flags import DEFAULT_METHOD, METHODS
 from rfprune.errors import UserError
+from rfprune.settings import METHODS
 from rfprune.tasks.registry import TASKS, Task, get_task
 from scripts.entry import NOTHING, script
 
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rfprune.checkpoints.loading import Loaded
-    from rfprune.result import PruneResult, Settings
+    from rfprune.result import PruneResult
+    from rfprune.settings import Settings
 
 Batch = Mapping[str, "Tensor"]
 
@@ -77,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--task", required=True, help=", ".join(TASKS))
     add("--data-dir", type=Path, help="local data, DIR/TASK/...; else the hub")
     add("--constraint", required=True, nargs="+", type=float, help="fractions of MACs to keep")
-    add("--method", choices=METHODS, default=DEFAULT_METHOD, help=f"default: {DEFAULT_METHOD}")
+    add("--method", choices=METHODS, default=METHODS[0], help=f"default: {METHODS[0]}")
     add("--samples", type=int, default=2048, help="to calibrate on (default: 2048)")
     add("--seed", type=int, default=0, help="draws samples and sentences (default: 0)")
     add("--sentences", type=int, default=10_000, help="to compare on (default: 10000)")
@@ -142,7 +143,7 @@ def _prepare(options: argparse.Namespace, task: Task) -> Bench:
 
     from rfprune.checkpoints.device import pick_device
     from rfprune.checkpoints.loading import data_folder, length_limit, load
-    from rfprune.result import Settings
+    from rfprune.settings import Settings
     from rfprune.tasks.calibration import calibration_batches
 
     device = pick_device(options.device)

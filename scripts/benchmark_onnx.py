@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
 from rfprune.cli.flag_values import check_exports
-from rfprune.cli.method_flags import DEFAULT_METHOD, METHODS
 from rfprune.errors import UserError
+from rfprune.settings import METHODS
 from rfprune.tasks.registry import TASKS, Task, get_task
 from scripts.entry import NOTHING, script
 
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--task", required=True, help=", ".join(TASKS))
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="local data; else the hub")
     parser.add_argument("--constraint", type=float, default=0.5, metavar="RATIO")
-    parser.add_argument("--method", choices=METHODS, default=DEFAULT_METHOD)
+    parser.add_argument("--method", choices=METHODS, default=METHODS[0])
     parser.add_argument("--samples", type=int, default=2048, metavar="N")
     parser.add_argument("--eval-limit", type=int, metavar="N", help="score on so many; default all")
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="a shape (default: 20)")
@@ -92,7 +92,7 @@ def _measure(options: argparse.Namespace, task: Task) -> dict[str, Any]:
     from rfprune.cost.constraint import Constraint
     from rfprune.pruning import prune
     from rfprune.report.report_json import versions
-    from rfprune.result import Settings
+    from rfprune.settings import Settings
     from rfprune.tasks.calibration import calibration_batches
     from rfprune.tasks.evaluation import prepare_evaluation
 

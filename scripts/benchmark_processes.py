@@ -23,8 +23,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
-from rfprune.cli.method_flags import METHODS
 from rfprune.errors import UserError
+from rfprune.settings import METHODS
 from rfprune.tasks.registry import TASKS, get_task
 from scripts.entry import NOTHING, script
 
@@ -157,7 +157,7 @@ def _process(options: argparse.Namespace) -> dict[str, Any]:
     from rfprune.checkpoints.loading import data_folder, length_limit, load
     from rfprune.cost.constraint import Constraint
     from rfprune.pruning import prune
-    from rfprune.result import Settings
+    from rfprune.settings import Settings
     from rfprune.tasks.calibration import calibration_batches
 
     task, cpu = get_task(options.task), torch.device("cpu")

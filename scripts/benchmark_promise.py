@@ -125,7 +125,7 @@ def _measured(options: argparse.Namespace, missing: Sequence[float]) -> Iterator
     from rfprune.latency.profile import profile
     from rfprune.model.layout import layout_of
     from rfprune.pruning import prune_family
-    from rfprune.result import Settings
+    from rfprune.settings import Settings
     from scripts.speedup_timing import machine
 
     constraints = [Constraint("latency", ratio) for ratio in missing]

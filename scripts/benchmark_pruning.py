@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
-from rfprune.cli.method_flags import METHODS
 from rfprune.errors import UserError
+from rfprune.settings import METHODS
 from rfprune.tasks.registry import TASKS, get_task
 from scripts.entry import NOTHING, script
 
@@ -210,7 +210,7 @@ def _time_methods(model: Any, batches: Batches, options: argparse.Namespace) -> 
     from rfprune.cost.constraint import Constraint
     from rfprune.model.layerwise import token_mask
     from rfprune.pruning import prune
-    from rfprune.result import Settings
+    from rfprune.settings import Settings
 
     _yardsticks(model, batches[:2])  # the first passes of a process are slower
     yardsticks = [_yardsticks(model, batches)]
@@ -276,7 +276,7 @@ def _process(name: str, options: argparse.Namespace) -> dict[str, float]:
     and to prune if `name` is that of a method."""
     from rfprune.cost.constraint import Constraint
     from rfprune.pruning import prune
-    from rfprune.result import Settings
+    from rfprune.settings import Settings
 
     if name == "curves":
         return _curves(options)

@@ -22,8 +22,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
-from rfprune.cli.method_flags import METHODS
 from rfprune.errors import UserError
+from rfprune.settings import METHODS
 from scripts.bench import say
 from scripts.entry import GOES_ON, script
 from scripts.sweep import append_line, read_lines
@@ -120,7 +120,7 @@ def _prune(size: str, options: argparse.Namespace) -> dict[str, Any]:
 
     from rfprune.cost.constraint import Constraint
     from rfprune.pruning import prune
-    from rfprune.result import Settings
+    from rfprune.settings import Settings
     from scripts.speedup_timing import machine
 
     model = make_model(size).to(options.device, getattr(torch, options.dtype))

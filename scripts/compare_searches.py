@@ -123,7 +123,8 @@ def _learn(options: argparse.Namespace, task: Any) -> tuple[Layout, dict[str, Er
     from rfprune.checkpoints.loading import data_folder, length_limit, load
     from rfprune.methods.selection import learn
     from rfprune.model.layout import layout_of
-    from rfprune.result import Clock, Settings
+    from rfprune.result import Clock
+    from rfprune.settings import Settings
     from rfprune.stages.search import additive_errors
     from rfprune.tasks.calibration import calibration_batches
 

@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
 from rfprune.cli import flag_values
-from rfprune.cli.parser import METRICS
+from rfprune.settings import METRICS
 from scripts.bench import say
 from scripts.entry import GOES_ON, script
 from scripts.sweep import append_line, default_output, model_name, read_lines

@@ -22,8 +22,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
 from rfprune.cli.flag_values import check_task
-from rfprune.cli.parser import DTYPES, METRICS
 from rfprune.errors import UserError
+from rfprune.settings import DTYPES, METRICS
 from rfprune.tasks.registry import TASK_NAMES
 from scripts.bench import Bench, Conditions, NotMeasured, Variants, calibrate, measure, prepare, say
 from scripts.entry import GOES_ON, script

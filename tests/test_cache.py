@@ -25,11 +25,11 @@ from rfprune import cache, selection
 from rfprune.cost.constraint import Constraint
 from rfprune.errors import RfpruneWarning
 from rfprune.pruning import prune, prune_family
-from rfprune.result import CHOICES, PruneResult, Settings
+from rfprune.result import PruneResult
+from rfprune.settings import METHODS, Settings
 
 Tiny = Callable[..., Any]
 Batch = dict[str, Tensor]
-METHODS = list(CHOICES["method"])
 HALF, THIRD = Constraint("mac", 0.5), Constraint("mac", 0.3)
 COLLECTORS = [
     name

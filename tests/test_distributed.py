@@ -24,11 +24,10 @@ from rfprune.cost.constraint import Constraint
 from rfprune.errors import UserError
 from rfprune.model.layout import layout_of
 from rfprune.pruning import prune
-from rfprune.result import CHOICES, Settings
+from rfprune.settings import METHODS, Settings
 from rfprune.stages.objective import batch_generator
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = CHOICES["method"]
 pytestmark = pytest.mark.slow
 Tiny = Callable[..., Any]
 

@@ -30,13 +30,13 @@ from rfprune.model.checkpoint import load_pruned
 from rfprune.model.layout import layout_of
 from rfprune.model.masks import masked, num_kept
 from rfprune.pruning import prune, prune_family, schedule
-from rfprune.result import CHOICES, PruneResult, Settings
+from rfprune.result import PruneResult
+from rfprune.settings import ALLOCATIONS, CRITERIA, METHODS, TEACHERS, Settings
 from rfprune.stages.search import search
 from tests.conftest import MODEL_TYPES
 
 Tiny = Callable[..., Any]
 Batch = dict[str, Tensor]
-METHODS = list(CHOICES["method"])
 KWON = Settings(method="kwon")
 HALF = Constraint("mac", 0.5)
 
@@ -142,7 +142,7 @@ def test_published_masks_describe_the_model(tiny_model: Tiny, batches: list[Batc
     [
         {"rearrange": False},
         {"tune": False},
-        {"teacher": CHOICES["teacher"][1]},
+        {"teacher": TEACHERS[1]},
         {"use_labels": True},
         {"gradients": "per-batch"},
     ],
@@ -160,8 +160,8 @@ def test_every_setting_of_the_published_method_matters(
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
-@pytest.mark.parametrize("allocation", CHOICES["allocation"])
-@pytest.mark.parametrize("criterion", CHOICES["importance"])
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+@pytest.mark.parametrize("criterion", CRITERIA)
 def test_every_classical_criterion_prunes_and_is_refitted(
     criterion: str, allocation: str, rounds: int, tiny_model: Tiny, batches: list[Batch]
 ) -> None:
@@ -574,7 +574,7 @@ def test_a_model_without_a_head_is_pruned_by_its_embeddings(
     assert hidden.shape == model(**batches[0]).last_hidden_state.shape
 
 
-@pytest.mark.parametrize("method", CHOICES["method"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_loss_of_the_users_own_takes_the_place_of_the_predictions(
     method: str, tiny_model: Tiny, batches: list[Batch], tmp_path: Path
 ) -> None:

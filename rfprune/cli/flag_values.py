@@ -11,7 +11,6 @@ from pathlib import Path
 
 from rfprune.errors import UserError
 
-EXPORTS = ("dense", "onnx")
 _ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
 

@@ -7,16 +7,19 @@ from typing import Any
 
 from rfprune.cli import flag_values as value
 from rfprune.errors import UserError
+from rfprune.settings import (
+    ALLOCATIONS,
+    CRITERIA,
+    GRADIENTS,
+    METHODS,
+    MOST_ROUNDS,
+    MULTIPLES,
+    TEACHERS,
+    WEIGHT_CRITERIA,
+)
 
-METHODS = ("curvature", "kwon", "importance")
-DEFAULT_METHOD = METHODS[0]
-CRITERIA = ("fisher", "taylor", "gradient", "magnitude-l2", "magnitude-l1", "random")
-ALLOCATIONS = ("global", "uniform")
-LOSSLESS_CRITERIA = CRITERIA[3:]  # they look at weights alone, or at nothing
-MULTIPLES = (8, 16, 32, 64)
 DEFAULT_MULTIPLE = MULTIPLES[0]
 """The others are for comparing with what was published, where any number is kept."""
-MOST_ROUNDS = 16
 
 
 def add_method(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +30,7 @@ def add_method(parser: argparse.ArgumentParser) -> None:
         choices=METHODS,
         help="curvature: error curves, exact allocation, refitted projections; kwon: Kwon et al. "
         "2022, as published; importance: a classical criterion, refitted projections "
-        f"(default: {DEFAULT_METHOD})",
+        f"(default: {METHODS[0]})",
     )
     group.add_argument(
         "--importance",
@@ -45,13 +48,13 @@ def add_method(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--gradients",
-        choices=("per-example", "per-batch"),
+        choices=GRADIENTS,
         default="per-example",
         help="of kwon; per-batch is what the authors' code does (default: per-example)",
     )
     group.add_argument(
         "--teacher",
-        choices=("dense", "scheduled"),
+        choices=TEACHERS,
         default="dense",
         help="of kwon; whom tuning imitates: the original, or, as the authors' code, the model "
         "masked at the square root of the constraint (default: dense)",
@@ -73,7 +76,7 @@ def add_method(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="keep neurons in multiples of 8, 16, 32 or 64, which hardware likes: an odd number of "
         f"them can take several times as long; 1: any number (default: {DEFAULT_MULTIPLE}, and 1 "
-        f"for other methods than {DEFAULT_METHOD})",
+        f"for other methods than {METHODS[0]})",
     )
     group.add_argument(
         "--rounds",
@@ -90,7 +93,7 @@ def with_method(flags: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: flags do not go together; the sentence says which.
     """
-    implied = "importance" if flags["importance"] or flags["allocation"] else DEFAULT_METHOD
+    implied = "importance" if flags["importance"] or flags["allocation"] else METHODS[0]
     method = flags["method"] or implied
     given = {
         "--gradients per-batch": ("kwon", flags["gradients"] == "per-batch"),
@@ -105,13 +108,13 @@ def with_method(flags: dict[str, Any]) -> dict[str, Any]:
                 f"{flag} belongs to --method {owner} and does nothing for {method}: leave it out, "
                 f"or choose --method {owner}."
             )
-    if flags["use_labels"] and flags["importance"] in LOSSLESS_CRITERIA:
+    if flags["use_labels"] and flags["importance"] in WEIGHT_CRITERIA:
         raise UserError(
             f"--use-labels does nothing for --importance {flags['importance']}, which looks at no "
             f"loss: leave it out."
         )
     _check_uniform(flags)
-    multiple = flags["round_to"] or (DEFAULT_MULTIPLE if method == DEFAULT_METHOD else 1)
+    multiple = flags["round_to"] or (DEFAULT_MULTIPLE if method == METHODS[0] else 1)
     return {
         **flags,
         "method": method,

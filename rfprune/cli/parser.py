@@ -16,7 +16,7 @@ from rfprune.cli.hub_flags import add_hub, check_hub
 from rfprune.cli.method_flags import add_method, with_method
 from rfprune.errors import UserError
 from rfprune.report.output import check_output
-from rfprune.settings import Options
+from rfprune.settings import DTYPES, EXPORTS, METRICS, Options
 from rfprune.tasks.registry import (
     CUSTOM,
     LANGUAGE_MODELING,
@@ -27,8 +27,6 @@ from rfprune.tasks.registry import (
     default_samples,
 )
 
-METRICS = ("mac", "params", "memory", "latency")
-DTYPES = ("float32", "bfloat16", "float16")
 _EPILOG = """\
 examples:
   rfprune --model demo --task sst2 --constraint 0.5
@@ -165,7 +163,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--export",
         nargs="+",
         action="extend",
-        choices=value.EXPORTS,
+        choices=EXPORTS,
         default=[],
         help="dense: also in the original shapes, with zeros; onnx: also as ONNX, any batch size "
         "and length (needs rfprune[onnx])",

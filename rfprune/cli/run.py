@@ -42,8 +42,8 @@ from rfprune.report.measure import Outcome, Prepared, evaluate_original, inputs_
 from rfprune.report.output import check_output, holds, staged, weight_bytes
 from rfprune.report.report_json import SCHEMA, read_report, write_report
 from rfprune.report.table import LOG_WIDTH, print_report, write_log
-from rfprune.result import PruneResult, Settings
-from rfprune.settings import Options
+from rfprune.result import PruneResult
+from rfprune.settings import Options, Settings
 from rfprune.tasks.calibration import calibration_batches
 from rfprune.tasks.custom import warn_of_cuts
 from rfprune.tasks.evaluation import Evaluation, prepare_evaluation

@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rfprune.errors import UserError
-
-METRICS = ("mac", "params", "memory", "latency")
+from rfprune.settings import METRICS
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,6 @@ import numpy as np
 from rfprune.cost.constraint import CostModel
 from rfprune.model.layout import Layout
 
-MULTIPLES = (8, 16, 32, 64)
-
 
 def on_grid(costs: CostModel, layout: Layout, multiple: int | None) -> CostModel:
     """The same costs, infinite for numbers of neurons that are no multiple; None: all are allowed.

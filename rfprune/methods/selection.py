@@ -28,7 +28,8 @@ from rfprune.model.layerwise import Batch
 from rfprune.model.layout import Layout, layout_of
 from rfprune.model.masks import Masks, frozen
 from rfprune.model.plain import plain_sizes
-from rfprune.result import Clock, Settings
+from rfprune.result import Clock
+from rfprune.settings import Settings
 from rfprune.stages.allocate import allocate
 from rfprune.stages.curvature import collect_curvature, error_curves
 from rfprune.stages.fisher import block_fisher, collect_gradients, diagonal_fisher

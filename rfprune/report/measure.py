@@ -24,8 +24,8 @@ from rfprune.methods.budget import mean_decoder_tokens
 from rfprune.model.layout import layout_of
 from rfprune.report.report_json import ratios, stage_seconds, versions
 from rfprune.report.stage_scores import curve_points, original_layers, stage_scores
-from rfprune.result import Clock, PruneResult, Settings
-from rfprune.settings import Options
+from rfprune.result import Clock, PruneResult
+from rfprune.settings import Options, Settings
 from rfprune.tasks.evaluation import (
     Evaluation,
     EvaluationSet,

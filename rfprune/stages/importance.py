@@ -32,8 +32,6 @@ from rfprune.stages.float64 import to_float64
 from rfprune.stages.objective import PREDICTIONS, Objective
 from rfprune.stages.output_gradients import output_gradients
 
-CRITERIA = ("fisher", "taylor", "gradient", "magnitude-l2", "magnitude-l1", "random")
-
 Importance = tuple[Tensor, ...]
 """Per block of a layout one float64 (U,) on the CPU, not negative; more is more important."""
 
@@ -48,7 +46,7 @@ def compute_importance(
     seed: int = 0,
     progress: bool = False,
 ) -> Importance:
-    """The importance of every unit by one of `CRITERIA`.
+    """The importance of every unit by one of `rfprune.settings.CRITERIA`.
 
     Args:
         model: frozen (see `rfprune.model.masks.frozen`), so that no weight gradient is computed.

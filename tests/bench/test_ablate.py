@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from rfprune.result import CHOICES, Settings
+from rfprune.settings import ALLOCATIONS, CRITERIA, Settings
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 AROUND = ("# Title\n\n<!-- ablation:begin -->", "<!-- ablation:end -->\n\nmore\n")
@@ -77,7 +77,7 @@ def test_every_cell_of_the_table_is_a_variant(ablation: ModuleType) -> None:
             for settings in variants.values()
             if (settings.method, settings.rounds, settings.tune) == ("importance", 1, tune)
         }
-        assert one_shot == {(i, a) for i in CHOICES["importance"] for a in CHOICES["allocation"]}
+        assert one_shot == {(i, a) for i in CRITERIA for a in ALLOCATIONS}
         others = [s for s in variants.values() if s.tune == tune and s.method != "importance"]
         assert [settings.method for settings in others] == ["kwon", "curvature"]
         in_rounds = [s for s in variants.values() if s.tune == tune and s.rounds > 1]

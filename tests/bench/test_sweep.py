@@ -19,7 +19,7 @@ from rfprune.cost.constraint import Constraint
 from rfprune.errors import UserError
 from rfprune.model.masks import num_kept
 from rfprune.pruning import prune
-from rfprune.result import Settings
+from rfprune.settings import Settings
 from rfprune.tasks.calibration import calibration_batches
 from rfprune.tasks.evaluation import divergence, evaluate_model, prepare_evaluation
 from rfprune.tasks.registry import get_task

@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from rfprune import load_pruned, run
-from rfprune.cli.method_flags import METHODS
 from rfprune.errors import RfpruneWarning, UserError
 from rfprune.latency.profile import profile
 from rfprune.latency.table import LatencyTable
@@ -31,6 +30,7 @@ from rfprune.main import main
 from rfprune.model.checkpoint import load_masks
 from rfprune.model.layout import layout_of
 from rfprune.report.report_json import STAGES, read_report
+from rfprune.settings import METHODS
 from rfprune.tasks import evaluation
 from tests.conftest import MODEL_TYPES, write_parquet
 

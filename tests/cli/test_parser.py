@@ -8,12 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rfprune.cli.method_flags import ALLOCATIONS, CRITERIA, DEFAULT_METHOD, METHODS, MULTIPLES
-from rfprune.cli.parser import METRICS, parse
-from rfprune.cost import constraint, rounding
+from rfprune.cli.parser import parse
 from rfprune.errors import UserError
-from rfprune.result import CHOICES, Settings
-from rfprune.settings import Options
+from rfprune.settings import CRITERIA, METHODS, Options, Settings
 
 NEEDED = ["--model", "demo", "--task", "sst2", "--constraint", "0.5"]
 CUSTOM = [*NEEDED[:3], "custom", *NEEDED[4:], "--data-dir", "mine"]
@@ -27,25 +24,11 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_defaults_are_those_of_the_paper() -> None:
     options = parse(NEEDED)
     assert (options.samples, options.batch_size, options.seed) == (2048, 32, 0)
-    assert (options.metric, options.method) == ("mac", DEFAULT_METHOD)
+    assert (options.metric, options.method) == ("mac", METHODS[0])
     assert (options.max_length, options.eval_limit) == (None, None)
     assert (options.data_dir, options.device) == (None, None)
     assert not (options.use_labels or options.skip_rearrange or options.skip_tune)
     assert options.dtype is None, "float32, and stored as the original is"
-
-
-def test_the_choices_are_those_of_the_pipeline() -> None:
-    """The flags are written out again, so that reading them needs no torch."""
-    assert METHODS == CHOICES["method"]
-    assert METRICS == constraint.METRICS
-    assert (CRITERIA, ALLOCATIONS) == (CHOICES["importance"], CHOICES["allocation"])
-    assert MULTIPLES == rounding.MULTIPLES
-    assert parse(NEEDED).gradients == Settings().gradients
-    assert parse(NEEDED).teacher == Settings().teacher
-    for flag in ("gradients", "teacher"):
-        for choice in CHOICES[flag]:
-            options = parse([*NEEDED, "--method", "kwon", f"--{flag}", choice])
-            assert getattr(options, flag) == choice
 
 
 def test_a_criterion_or_an_allocation_implies_the_method() -> None:

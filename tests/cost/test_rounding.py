@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rfprune.cost.constraint import linear_costs
-from rfprune.cost.rounding import MULTIPLES, on_grid
+from rfprune.cost.rounding import on_grid
 from rfprune.errors import UserError
+from rfprune.settings import MULTIPLES
 from rfprune.stages.allocate import allocate
 from rfprune.stages.uniform import same_fraction_counts
 from tests.stages.test_search import made_layout

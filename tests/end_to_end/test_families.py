@@ -20,7 +20,7 @@ from rfprune.cost.params import total_params
 from rfprune.model.checkpoint import load_pruned
 from rfprune.model.layerwise import token_mask
 from rfprune.pruning import prune
-from rfprune.result import Settings
+from rfprune.settings import Settings
 from tests.conftest import (
     ALL_TYPES,
     CAUSAL_TYPES,

@@ -30,11 +30,10 @@ from rfprune.methods.selection import least_possible
 from rfprune.model.layout import layout_of
 from rfprune.model.masks import num_kept
 from rfprune.pruning import prune, prune_family
-from rfprune.result import CHOICES, Settings
+from rfprune.settings import METHODS, Settings
 
 Tiny = Callable[..., Any]
 Batch = dict[str, Tensor]
-METHODS = CHOICES["method"]
 
 
 @pytest.fixture

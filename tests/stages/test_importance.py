@@ -19,9 +19,9 @@ from rfprune.families.schema import LINEAR_MAPS
 from rfprune.model.compact import compact
 from rfprune.model.layout import Block, layout_of
 from rfprune.model.masks import frozen, full_masks, masked
+from rfprune.settings import CRITERIA
 from rfprune.stages.fisher import collect_gradients, diagonal_fisher
 from rfprune.stages.importance import (
-    CRITERIA,
     collect_gradient_norms,
     compute_importance,
     num_weights,
