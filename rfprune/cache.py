@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from rfprune import distributed
 from rfprune.errors import RfpruneWarning
-from rfprune.result import Clock
+from rfprune.result import StageTimer
 from rfprune.settings import Settings
 
 Tensors = tuple[Tensor, ...]
@@ -63,13 +63,18 @@ def default_folder() -> Path:
 
 
 def remembering(
-    folder: Path | None, key: Callable[[], Key], clock: Clock, stage: str, *, shared: bool = False
+    folder: Path | None,
+    key: Callable[[], Key],
+    timer: StageTimer,
+    stage: str,
+    *,
+    shared: bool = False,
 ) -> Remember:
     """A way to remember one thing in `folder`; None: nothing is kept.
 
     Args:
         key: of the entry; asked for only where there is a folder.
-        clock: takes the time for reading and writing as the stage's, and notes a stage that was
+        timer: takes the time for reading and writing as the stage's, and notes a stage that was
             not computed.
         shared: several processes compute it together; the main one looks it up for all.
     """
@@ -77,15 +82,15 @@ def remembering(
     def remember(compute: Callable[[], Tensors]) -> Tensors:
         if folder is None:
             return compute()
-        with clock(stage):
+        with timer.stage(stage):
             look_up = partial(_look_up, folder, key)
-            known, found = distributed.from_main(look_up) if shared else look_up()
+            known, found = distributed.broadcast_from_main(look_up) if shared else look_up()
         if found is not None:
-            clock.cached.add(stage)
+            timer.cached.add(stage)
             return found
         computed = compute()
         if distributed.is_main():
-            with clock(stage):
+            with timer.stage(stage):
                 write(folder, known, computed)
         return computed
 
@@ -182,7 +187,7 @@ def remembering_statistics(
     model: nn.Module,
     batches: Iterable[Mapping[str, Tensor]],
     settings: Settings,
-    clock: Clock,
+    timer: StageTimer,
 ) -> Remember:
     """A way to remember what a method collects; nothing is kept of a model with hooks on it, since
     nobody can tell what they do."""
@@ -190,7 +195,7 @@ def remembering_statistics(
     return remembering(
         None if hooked else folder,
         lambda: statistics_key(model, batches, settings),
-        clock,
+        timer,
         "collect",
         shared=True,
     )

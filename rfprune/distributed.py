@@ -7,8 +7,8 @@ float is added in another order than by a single process, so the selection is th
 (with the same kind of device and number of threads). Only the sums of the least squares are added
 across processes, in float64: weights agree to about 1e-7.
 
-Outside of `together`, and in a process that was started alone, every function here does the obvious
-thing for one process.
+Outside of `process_group`, and in a process that was started alone, every function here does the
+obvious thing for one process.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rfprune.errors import EndedElsewhere, UserError
+from rfprune.errors import OtherProcessError, UserError
 
 Item = TypeVar("Item")
 
@@ -34,27 +34,27 @@ _PATIENCE = timedelta(hours=12)
 _joined = False
 
 
-def num_launched() -> int:
+def num_launched_processes() -> int:
     """How many processes a launcher has started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def own_device(name: str | None) -> str | None:
+def local_device(name: str | None) -> str | None:
     """The name of this process' device; that of the flag where there is one process.
 
     Raises:
         UserError: there is no device of this kind for each process.
     """
-    if num_launched() == 1:
+    if num_launched_processes() == 1:
         return name
     if name not in (None, "cpu", "cuda"):
         raise UserError(
-            f"--device {name} is one device, but {num_launched()} processes were launched: leave "
-            f"--device out, or launch one."
+            f"--device {name} is one device, but {num_launched_processes()} processes were "
+            f"launched: leave --device out, or launch one."
         )
     if name == "cpu" or not torch.cuda.is_available():
         return name or "cpu"
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", str(num_launched())))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", str(num_launched_processes())))
     if here > torch.cuda.device_count():
         raise UserError(
             f"{here} processes were launched, but torch finds {torch.cuda.device_count()} CUDA "
@@ -64,14 +64,14 @@ def own_device(name: str | None) -> str | None:
 
 
 @contextmanager
-def together(device: torch.device) -> Iterator[None]:
+def process_group(device: torch.device) -> Iterator[None]:
     """Share the work with the other processes for as long as the context lasts.
 
     Raises:
-        EndedElsewhere: another process has failed first, and said why.
+        OtherProcessError: another process has failed first, and said why.
     """
     global _joined  # noqa: PLW0603  (as torch's own process group is one for all)
-    if num_launched() == 1 or _joined:
+    if num_launched_processes() == 1 or _joined:
         yield
         return
     from accelerate import PartialState
@@ -84,9 +84,9 @@ def together(device: torch.device) -> Iterator[None]:
         yield
     except Exception as error:
         if not _is_first_to_fail():
-            raise EndedElsewhere from error
+            raise OtherProcessError from error
         if isinstance(error, UserError):
-            error.is_alone = True
+            error.on_one_process = True
         raise
     finally:
         _joined = False
@@ -102,7 +102,7 @@ def _is_first_to_fail() -> bool:
         return False
 
 
-def count() -> int:
+def world_size() -> int:
     """How many processes share the work."""
     return dist.get_world_size() if _joined else 1
 
@@ -117,13 +117,13 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def turns(num_batches: int) -> list[list[int | None]]:
+def steps(num_batches: int) -> list[list[int | None]]:
     """In every turn a batch for each process, by number; in the last one some may have none.
 
     Raises:
         UserError: there are fewer batches than processes.
     """
-    size = count()
+    size = world_size()
     if num_batches < size:
         raise UserError(
             f"the examples make fewer batches ({num_batches}) than there are processes ({size}); "
@@ -135,23 +135,23 @@ def turns(num_batches: int) -> list[list[int | None]]:
     ]
 
 
-def share(batches: Sequence[Item]) -> Sequence[Item]:
+def shard(batches: Sequence[Item]) -> Sequence[Item]:
     """This process' part of the batches, those that are its own in `turns`."""
-    return [batches[number] for number in own_turns(len(batches))] if _joined else batches
+    return [batches[number] for number in own_batches(len(batches))] if _joined else batches
 
 
-def number_of(turn: int) -> int:
+def batch_number(turn: int) -> int:
     """The number of the batch that this process has in a turn."""
-    return turn * count() + rank()
+    return turn * world_size() + rank()
 
 
-def own_turns(num_batches: int) -> list[int]:
+def own_batches(num_batches: int) -> list[int]:
     """The numbers of the batches that are this process' turn."""
-    mine = [turn[rank()] for turn in turns(num_batches)]
+    mine = [turn[rank()] for turn in steps(num_batches)]
     return [number for number in mine if number is not None]
 
 
-def pass_on(rows: Tensor, lengths: Sequence[int], keeper: int) -> list[Tensor]:
+def gather_rows(rows: Tensor, lengths: Sequence[int], keeper: int) -> list[Tensor]:
     """Bring what all processes have of one turn to the one that keeps it.
 
     Args:
@@ -178,30 +178,30 @@ def _receive(place: Tensor, source: int) -> Tensor:
     return place
 
 
-def everyones(own: Mapping[int, Item]) -> list[Item]:
+def all_gather(own: Mapping[int, Item]) -> list[Item]:
     """What the processes have between them, in the order of the numbers."""
     parts: list[Any] = [own]
     if _joined:
-        parts = [None] * count()
+        parts = [None] * world_size()
         dist.all_gather_object(parts, own)
-    together = {number: item for part in parts for number, item in part.items()}
-    return [together[number] for number in sorted(together)]
+    items = {number: item for part in parts for number, item in part.items()}
+    return [items[number] for number in sorted(items)]
 
 
-def add_up(*sums: Tensor) -> None:
+def all_reduce(*sums: Tensor) -> None:
     """Add the processes' sums, in place."""
     if _joined:
         for tensor in sums:
             dist.all_reduce(tensor)
 
 
-def wait() -> None:
+def barrier() -> None:
     """Until all processes are here."""
     if _joined:
         dist.barrier()
 
 
-def from_main(compute: Callable[[], Item]) -> Item:
+def broadcast_from_main(compute: Callable[[], Item]) -> Item:
     """What a function gives in the main process, where alone it is called."""
     if not _joined:
         return compute()

@@ -4,13 +4,13 @@
 class UserError(Exception):
     """A mistake that the user can mend: shown as one sentence, exit code 2, no traceback.
 
-    `is_alone`: of several processes this one has met it first; else all meet it alike.
+    `on_one_process`: of several processes this one has met it first; else all meet it alike.
     """
 
-    is_alone = False
+    on_one_process = False
 
 
-class EndedElsewhere(Exception):
+class OtherProcessError(Exception):
     """Another process of this run has failed, and said why: exit code 2, in silence."""
 
 

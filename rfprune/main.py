@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rfprune.errors import EndedElsewhere, UserError
+from rfprune.errors import OtherProcessError, UserError
 
 if TYPE_CHECKING:
     from rfprune.settings import Options
@@ -30,10 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = _parse(arguments)
         _import_run()(options, arguments)
-    except EndedElsewhere:
+    except OtherProcessError:
         return _follow()
     except UserError as error:
-        if not (error.is_alone or _is_first_process()):
+        if not (error.on_one_process or _is_first_process()):
             return _follow()
         sys.stderr.write(f"rfprune: error: {_sentence(error)}\n")
         return 2

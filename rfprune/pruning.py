@@ -36,7 +36,7 @@ from rfprune.latency.measured import measured_ratio, table_for, timed_batch
 from rfprune.latency.promise import Promise, broken, keep_promise
 from rfprune.latency.table import LatencyTable
 from rfprune.methods.budget import cost_model, mean_decoder_tokens, mean_tokens
-from rfprune.methods.selection import Selection, check_possible, learn
+from rfprune.methods.selection import Selection, check_possible, collect_statistics
 from rfprune.model.checks import check_finite, cut_to_size, on_device
 from rfprune.model.compact import compact
 from rfprune.model.encoder_decoder import with_decoder_tokens
@@ -44,7 +44,7 @@ from rfprune.model.layerwise import LABELS, Batch, check_layer_outputs, token_ma
 from rfprune.model.layout import Layout, layout_of
 from rfprune.model.masks import Masks, frozen, full_masks, masked, num_kept
 from rfprune.model.plain import to_plain
-from rfprune.result import Clock, PruneResult, units_of_layers
+from rfprune.result import PruneResult, StageTimer, units_of_layers
 from rfprune.settings import Settings
 from rfprune.stages.objective import Loss
 from rfprune.stages.search import search
@@ -112,7 +112,9 @@ def prune_family(
     layout = layout_of(model)
     check_finite(model)
     given = (on_device(batch, model.device) for batch in batches)
-    labelled = [noted(model, layout, part) for batch in given for part in cut_to_size(model, batch)]
+    labelled = [
+        add_token_mask(model, layout, part) for batch in given for part in cut_to_size(model, batch)
+    ]
     if not any(token_mask(batch).any() for batch in labelled) or not layout.blocks:
         raise UserError(
             "there is nothing to calibrate on, or nothing to prune; give at least one example, and "
@@ -141,7 +143,7 @@ def prune_family(
         yield result
 
 
-def noted(model: PreTrainedModel, layout: Layout, batch: Batch) -> Batch:
+def add_token_mask(model: PreTrainedModel, layout: Layout, batch: Batch) -> Batch:
     """A batch and which of its tokens are real, also where a model makes them itself."""
     if layout.decoder is not None:
         return with_decoder_tokens(model, batch)
@@ -174,16 +176,18 @@ class _Job:
     cache: Path | None
     progress: bool
 
-    def learn(self, model: PreTrainedModel, layout: Layout, clock: Clock) -> Selection:
+    def collect_statistics(
+        self, model: PreTrainedModel, layout: Layout, timer: StageTimer
+    ) -> Selection:
         cache = self.cache if model is self.model else None  # students are not met again
         with_labels = self.settings.use_labels or self.loss is not None
         batches = self.batches if with_labels else self.inputs
-        return learn(
+        return collect_statistics(
             model,
             layout,
             batches,
             self.settings,
-            clock,
+            timer,
             loss=self.loss,
             cache=cache,
             progress=self.progress,
@@ -196,16 +200,16 @@ class _Job:
 
 def _family(job: _Job, constraints: Iterable[Constraint]) -> Iterator[PruneResult]:
     """What is learnt about the model itself is learnt once; what the later rounds need is not."""
-    shared = Clock()
-    selection = job.learn(job.model, job.layout, shared)
+    shared = StageTimer()
+    selection = job.collect_statistics(job.model, job.layout, shared)
     for constraint in constraints:
-        clock = shared.fork()
+        timer = shared.fork()
         step = _Step(job.model, full_masks(job.layout))
         for ratio in schedule(constraint.ratio, job.settings.rounds):
-            step = _round(job, step, Constraint(constraint.metric, ratio), selection, clock)
+            step = _round(job, step, Constraint(constraint.metric, ratio), selection, timer)
         if job.settings.uniform:
             step = replace(step, student=to_plain(step.student))
-        yield _summarise(job, step, constraint, clock, selection)
+        yield _summarise(job, step, constraint, timer, selection)
 
 
 def schedule(ratio: float, rounds: int) -> list[float]:
@@ -224,21 +228,21 @@ class _Step:
 
 
 def _round(
-    job: _Job, step: _Step, constraint: Constraint, selection: Selection, clock: Clock
+    job: _Job, step: _Step, constraint: Constraint, selection: Selection, timer: StageTimer
 ) -> _Step:
     """Prune the student on to a constraint (a fraction of the original), and fit what is left."""
     student, layout, chosen = step.student, job.layout, selection
     if student is not job.model:
         layout = layout_of(student)
-        chosen = job.learn(student, layout, clock)
-    kept, promise = _choose(job, step, layout, chosen, constraint, clock)
-    with clock("compact"):
+        chosen = job.collect_statistics(student, layout, timer)
+    kept, promise = _choose(job, step, layout, chosen, constraint, timer)
+    with timer.stage("compact"):
         student = compact(student, layout, kept)
         masks = _composed(job.layout, step.masks, layout, kept)
     warnings = broken(promise)
     if not job.settings.tune:
         return _Step(student, masks, warnings, promise)
-    with clock("tune"), frozen(job.model), frozen(student):
+    with timer.stage("tune"), frozen(job.model), frozen(student):
         if job.settings.method != "kwon":
             warnings += refit(job.model, student, job.layout, job.inputs, progress=job.progress)
             return _Step(student, masks, warnings, promise)
@@ -256,7 +260,7 @@ def _choose(
     layout: Layout,
     selection: Selection,
     constraint: Constraint,
-    clock: Clock,
+    timer: StageTimer,
 ) -> tuple[Masks, Promise | None]:
     """Masks of the student's units, of which `layout` is; a latency is measured as well."""
     costs = job.costs(constraint.metric)
@@ -265,15 +269,15 @@ def _choose(
     num_units = [block.num_units for block in layout.blocks]
 
     def choose(costs: CostModel, budget: float) -> Masks:
-        return selection.choose(costs.of_blocks(places, num_units), budget, clock)
+        return selection.choose(costs.of_blocks(places, num_units), budget, timer)
 
     if constraint.metric != "latency":
         return choose(costs, costs.budget(constraint)), None
 
     def measure(kept: Masks) -> tuple[float, float]:
-        with clock("verify"), frozen(job.model):
+        with timer.stage("verify"), frozen(job.model):
             small = compact(step.student, layout, kept)
-            return distributed.from_main(
+            return distributed.broadcast_from_main(
                 lambda: measured_ratio(job.model, small, timed_batch(job.inputs, job.table))
             )
 
@@ -314,7 +318,7 @@ def _with_scales(layout: Layout, masks: Masks, scales: dict[str, Tensor]) -> Mas
 
 
 def _summarise(
-    job: _Job, step: _Step, constraint: Constraint, clock: Clock, selection: Selection
+    job: _Job, step: _Step, constraint: Constraint, timer: StageTimer, selection: Selection
 ) -> PruneResult:
     """Put a pruned model together with what it kept and what that took."""
     layout = job.layout
@@ -332,12 +336,12 @@ def _summarise(
             "memory": total_bytes(step.student) / total_bytes(job.model),
             **({"latency": step.promise.measured} if step.promise else {}),
         },
-        seconds=clock.report(),
+        seconds=timer.report(),
         warnings=tuple(step.warnings),
         layers=tuple(units_of_layers(layout, kept)),
         mean_tokens=tokens,
         importance=selection.importance,
         curves=selection.curves,
-        cached=tuple(sorted(clock.cached)),
+        cached=tuple(sorted(timer.cached)),
         promise=step.promise,
     )

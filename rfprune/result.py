@@ -74,23 +74,23 @@ def units_of_layers(layout: Layout, counts: Sequence[int]) -> list[dict[str, int
 
 
 @dataclass
-class Clock:
+class StageTimer:
     """Seconds by stage, and the stages that were not computed, since a cache had them."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     cached: set[str] = field(default_factory=set)
 
     @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
+    def stage(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
-    def fork(self) -> Clock:
-        """A clock that goes on from what this one has."""
-        return Clock(dict(self.seconds), set(self.cached))
+    def fork(self) -> StageTimer:
+        """A timer that goes on from what this one has."""
+        return StageTimer(dict(self.seconds), set(self.cached))
 
     def report(self) -> dict[str, float]:
         """Seconds by stage and their sum as "prune_total"."""

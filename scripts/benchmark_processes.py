@@ -161,7 +161,7 @@ def _process(options: argparse.Namespace) -> dict[str, Any]:
     from rfprune.tasks.calibration import calibration_batches
 
     task, cpu = get_task(options.task), torch.device("cpu")
-    with distributed.together(cpu):
+    with distributed.process_group(cpu):
         loaded = load(options.model, task, device=cpu, dtype=torch.float32)
         batches = calibration_batches(
             task,
@@ -175,15 +175,15 @@ def _process(options: argparse.Namespace) -> dict[str, Any]:
         )
         constraint = Constraint("mac", options.constraint)
         found: dict[str, Any] = {"model": Path(loaded.source).name}
-        few = batches[: distributed.count()]
+        few = batches[: distributed.world_size()]
         prune(loaded.model, few, constraint)  # the first passes of a process are slower
         for method in options.method:
-            distributed.wait()
+            distributed.barrier()
             result = prune(loaded.model, batches, constraint, Settings(method=method))
             kept = b"".join((mask != 0).numpy().tobytes() for mask in result.masks)
             digest = hashlib.sha256(kept).hexdigest()
             found[method] = {"seconds": result.seconds, "masks": digest}
-        distributed.wait()
+        distributed.barrier()
     return found
 
 

@@ -170,7 +170,7 @@ def watched_memory(device: str) -> Iterator[dict[str, int]]:
 
     Of the process on a CPU, of the tensors on a GPU.
     """
-    from rfprune.result import Clock
+    from rfprune.result import StageTimer
 
     peaks = {"start": _bytes_now(device)}
     stages = ["start"]
@@ -182,27 +182,27 @@ def watched_memory(device: str) -> Iterator[dict[str, int]]:
             if stage == stages[-1]:  # else the stage has ended while its memory was looked at
                 peaks[stage] = max(peaks.get(stage, 0), now)
 
-    own = Clock.__call__
+    own = StageTimer.stage
 
     @contextmanager
-    def told(self: Clock, stage: str) -> Iterator[None]:
-        stages.append(stage)
+    def watched(self: StageTimer, name: str) -> Iterator[None]:
+        stages.append(name)
         try:
-            with own(self, stage):
+            with own(self, name):
                 yield
         finally:
-            peaks[stage] = max(peaks.get(stage, 0), _bytes_now(device))
+            peaks[name] = max(peaks.get(name, 0), _bytes_now(device))
             stages.pop()
 
     watcher = threading.Thread(target=look, daemon=True)
-    Clock.__call__ = told  # type: ignore[method-assign]
+    StageTimer.stage = watched  # type: ignore[method-assign]
     watcher.start()
     try:
         yield peaks
     finally:
         done.set()
         watcher.join()
-        Clock.__call__ = own  # type: ignore[method-assign]
+        StageTimer.stage = own  # type: ignore[method-assign]
 
 
 def _bytes_now(device: str) -> int:

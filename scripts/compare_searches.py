@@ -121,9 +121,9 @@ def _learn(options: argparse.Namespace, task: Any) -> tuple[Layout, dict[str, Er
     import torch
 
     from rfprune.checkpoints.loading import data_folder, length_limit, load
-    from rfprune.methods.selection import learn
+    from rfprune.methods.selection import collect_statistics
     from rfprune.model.layout import layout_of
-    from rfprune.result import Clock
+    from rfprune.result import StageTimer
     from rfprune.settings import Settings
     from rfprune.stages.search import additive_errors
     from rfprune.tasks.calibration import calibration_batches
@@ -141,7 +141,9 @@ def _learn(options: argparse.Namespace, task: Any) -> tuple[Layout, dict[str, Er
     )
     layout = layout_of(loaded.model)
     fisher, curvature = (
-        learn(loaded.model, layout, batches, Settings(method=method, seed=options.seed), Clock())
+        collect_statistics(
+            loaded.model, layout, batches, Settings(method=method, seed=options.seed), StageTimer()
+        )
         for method in ("importance", "curvature")
     )
     assert fisher.importance is not None

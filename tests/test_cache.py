@@ -21,9 +21,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rfprune import cache, selection
+from rfprune import cache
 from rfprune.cost.constraint import Constraint
 from rfprune.errors import RfpruneWarning
+from rfprune.methods import selection
 from rfprune.pruning import prune, prune_family
 from rfprune.result import PruneResult
 from rfprune.settings import METHODS, Settings

@@ -358,45 +358,45 @@ def test_every_batch_is_one_process_turn(three: Callable[[int], None]) -> None:
         dealt = []
         for rank in range(3):
             three(rank)
-            assert len(distributed.turns(num_batches)) == -(-num_batches // 3)
-            dealt += distributed.own_turns(num_batches)
+            assert len(distributed.steps(num_batches)) == -(-num_batches // 3)
+            dealt += distributed.own_batches(num_batches)
         assert sorted(dealt) == list(range(num_batches))
     three(1)
-    assert distributed.share(["a", "b", "c", "d", "e"]) == ["b", "e"]
+    assert distributed.shard(["a", "b", "c", "d", "e"]) == ["b", "e"]
     assert not distributed.is_main()
     with pytest.raises(UserError, match=r"fewer batches \(2\) than there are processes \(3\)"):
-        distributed.turns(2)
+        distributed.steps(2)
 
 
 def test_alone_everything_is_the_obvious_thing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     rows = torch.ones(2, 3)
-    with distributed.together(torch.device("cpu")):
-        assert (distributed.count(), distributed.rank(), distributed.is_main()) == (1, 0, True)
-        assert distributed.turns(2) == [[0], [1]]
-        assert distributed.share("ab") == "ab"
-        assert distributed.pass_on(rows, [2], 0) == [rows]
-        assert distributed.everyones({1: "b", 0: "a"}) == ["a", "b"]
-        assert distributed.from_main(lambda: 3) == 3
-        distributed.add_up(rows)
-        distributed.wait()
+    with distributed.process_group(torch.device("cpu")):
+        assert (distributed.world_size(), distributed.rank(), distributed.is_main()) == (1, 0, True)
+        assert distributed.steps(2) == [[0], [1]]
+        assert distributed.shard("ab") == "ab"
+        assert distributed.gather_rows(rows, [2], 0) == [rows]
+        assert distributed.all_gather({1: "b", 0: "a"}) == ["a", "b"]
+        assert distributed.broadcast_from_main(lambda: 3) == 3
+        distributed.all_reduce(rows)
+        distributed.barrier()
     assert torch.equal(rows, torch.ones(2, 3))
     for name in (None, "cpu", "cuda:1", "mps"):
-        assert distributed.own_device(name) == name
+        assert distributed.local_device(name) == name
 
 
 def test_each_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2, "LOCAL_RANK": 1}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert distributed.own_device(None) == "cpu"
+    assert distributed.local_device(None) == "cpu"
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert distributed.own_device(None) == distributed.own_device("cuda") == "cuda:1"
-    assert distributed.own_device("cpu") == "cpu"
+    assert distributed.local_device(None) == distributed.local_device("cuda") == "cuda:1"
+    assert distributed.local_device("cpu") == "cpu"
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(UserError, match="2 processes were launched, but torch finds 1 CUDA"):
-        distributed.own_device(None)
+        distributed.local_device(None)
 
 
 def test_labels_are_drawn_by_batch() -> None:

@@ -469,7 +469,7 @@ def test_the_scheduled_teacher_is_masked_at_the_square_root(
         kept_macs.append(budget / costs.original)
         return search(layout, importance, costs, budget)
 
-    for place in ("pipeline", "selection"):
+    for place in ("pruning", "methods.selection"):
         monkeypatch.setattr(f"rfprune.{place}.search", spy)
     for teacher, expected in (("scheduled", [0.25, 0.5]), ("dense", [0.25])):
         kept_macs.clear()

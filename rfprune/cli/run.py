@@ -36,7 +36,7 @@ from rfprune.max_drop.search import asked_for, smallest
 from rfprune.methods.selection import check_possible
 from rfprune.model.checkpoint import save_pruned
 from rfprune.model.layout import layout_of
-from rfprune.pruning import noted, prune_family
+from rfprune.pruning import add_token_mask, prune_family
 from rfprune.report.folder import write_family, write_for_people
 from rfprune.report.measure import Outcome, Prepared, evaluate_original, inputs_digest, measure
 from rfprune.report.output import check_output, holds, staged, weight_bytes
@@ -57,10 +57,10 @@ def run(options: Options, arguments: Sequence[str]) -> None:
 
     Raises:
         UserError: something that the user can mend.
-        EndedElsewhere: something was wrong in another of several processes.
+        OtherProcessError: something was wrong in another of several processes.
     """
-    device = pick_device(distributed.own_device(options.device))
-    with distributed.together(device):
+    device = pick_device(distributed.local_device(options.device))
+    with distributed.process_group(device):
         _run(options, arguments, device)
 
 
@@ -90,7 +90,7 @@ def _run(options: Options, arguments: Sequence[str], device: torch.device) -> No
             label_column=options.label_column,
         )
         prepared = _prepare(options, task, device, told)
-        left = distributed.from_main(lambda: _unfinished(options, prepared, told, screen))
+        left = distributed.broadcast_from_main(lambda: _unfinished(options, prepared, told, screen))
         if left and options.metric == "latency":
             prepared = _with_latency_table(options, prepared, left, told, progress)
         if not distributed.is_main():
@@ -119,7 +119,7 @@ def _run(options: Options, arguments: Sequence[str], device: torch.device) -> No
                 told.print(f"Exporting it: {', '.join(options.export)}")
             _save(options, prepared, original, result, stored, report, told)
             print_report(report, screen)
-            distributed.wait()
+            distributed.barrier()
         _publish(options, told, progress)
 
 
@@ -168,10 +168,10 @@ def _help(options: Options, prepared: Prepared, left: Sequence[float | None]) ->
     if options.max_drop is not None:
         for _ in _family(options, prepared, asked_for(options.metric)):
             pass  # the main one decides what comes next
-        distributed.wait()
+        distributed.barrier()
         return
     for _ in _family(options, prepared, _constraints(options, left)):
-        distributed.wait()  # the main one is timing what it has
+        distributed.barrier()  # the main one is timing what it has
 
 
 def _save(
@@ -233,7 +233,7 @@ def _with_latency_table(
     if path is None:
         told.print("Measuring what heads and neurons take on this device")
     round_to = prepared.settings.round_to
-    table = distributed.from_main(
+    table = distributed.broadcast_from_main(
         lambda: table_for(path, model, batches, round_to=round_to, progress=progress)
     )
     check_possible(model, batches, _constraints(options, ratios), prepared.settings, table)
@@ -325,7 +325,7 @@ def _prepare(options: Options, task: Task, device: torch.device, told: Console) 
         with_labels=options.use_labels,
     )
     layout = layout_of(loaded.model)
-    batches = [dict(noted(loaded.model, layout, batch)) for batch in batches]
+    batches = [dict(add_token_mask(loaded.model, layout, batch)) for batch in batches]
     if options.metric != "latency":  # which needs a table first
         wanted = _constraints(options, options.ratios)
         check_possible(loaded.model, batches, wanted, _settings(options))

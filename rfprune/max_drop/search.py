@@ -50,7 +50,7 @@ def asked_for(
     metric: str, decide: Callable[[], float | None] = lambda: None
 ) -> Iterator[Constraint]:
     """Constraints as they are wanted; of several processes the main one's `decide` is asked."""
-    while (ratio := distributed.from_main(decide)) is not None:
+    while (ratio := distributed.broadcast_from_main(decide)) is not None:
         yield Constraint(metric, ratio)
 
 

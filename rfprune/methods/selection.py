@@ -28,7 +28,7 @@ from rfprune.model.layerwise import Batch
 from rfprune.model.layout import Layout, layout_of
 from rfprune.model.masks import Masks, frozen
 from rfprune.model.plain import plain_sizes
-from rfprune.result import Clock
+from rfprune.result import StageTimer
 from rfprune.settings import Settings
 from rfprune.stages.allocate import allocate
 from rfprune.stages.curvature import collect_curvature, error_curves
@@ -46,22 +46,22 @@ class Selection:
     """What a method has learnt about a model.
 
     Attributes:
-        choose: the masks that keep within a budget; the clock takes the time by stage.
+        choose: the masks that keep within a budget; the timer takes the time by stage.
         importance: per block the importance (U,) of its units, where the method has one.
         curves: per block its error curve, where the method has one.
     """
 
-    choose: Callable[[CostModel, float, Clock], Masks]
+    choose: Callable[[CostModel, float, StageTimer], Masks]
     importance: tuple[Tensor, ...] | None = None
     curves: tuple[ErrorCurve, ...] | None = None
 
 
-def learn(
+def collect_statistics(
     model: PreTrainedModel,
     layout: Layout,
     batches: Sequence[Batch],
     settings: Settings,
-    clock: Clock,
+    timer: StageTimer,
     *,
     loss: Loss | None = None,
     cache: Path | None = None,
@@ -71,7 +71,7 @@ def learn(
 
     Args:
         batches: calibration batches, with labels where the settings ask for them.
-        clock: takes the time by stage.
+        timer: takes the time by stage.
         loss: differentiated instead of what the settings say.
         cache: a folder where what is collected is kept, and looked for first; not with a loss,
             since nobody can tell what it computes.
@@ -83,9 +83,9 @@ def learn(
     objective: Objective = LABELLED if settings.use_labels else PREDICTIONS
     objective = objective if loss is None else loss
     cache = cache if loss is None else None
-    remember = remembering_statistics(cache, model, batches, settings, clock)
+    remember = remembering_statistics(cache, model, batches, settings, timer)
     collect_for = methods[settings.method]
-    return collect_for(model, layout, batches, settings, clock, objective, remember, progress)
+    return collect_for(model, layout, batches, settings, timer, objective, remember, progress)
 
 
 def least_possible(
@@ -158,7 +158,7 @@ def _kwon(
     layout: Layout,
     batches: Sequence[Batch],
     settings: Settings,
-    clock: Clock,
+    timer: StageTimer,
     objective: Objective,
     remember: Remember,
     progress: bool,
@@ -166,7 +166,7 @@ def _kwon(
     """Kwon et al. 2022, sections 4.1 and 4.2."""
 
     def collect() -> Tensors:
-        with clock("collect"), frozen(model):
+        with timer.stage("collect"), frozen(model):
             return collect_gradients(
                 model,
                 layout,
@@ -179,14 +179,14 @@ def _kwon(
 
     select = _by_importance(model, layout, settings)
     gradients = remember(collect)
-    with clock("collect"):
+    with timer.stage("collect"):
         importance = diagonal_fisher(gradients)
 
-    def choose(costs: CostModel, budget: float, clock: Clock) -> Masks:
-        with clock("search"):
+    def choose(costs: CostModel, budget: float, timer: StageTimer) -> Masks:
+        with timer.stage("search"):
             masks = select(importance, costs, budget)
         if settings.rearrange:
-            with clock("rearrange"):
+            with timer.stage("rearrange"):
                 masks = tuple(
                     rearrange(mask, block_fisher(gradient))
                     for mask, gradient in zip(masks, gradients, strict=True)
@@ -201,7 +201,7 @@ def _curvature(
     layout: Layout,
     batches: Sequence[Batch],
     settings: Settings,
-    clock: Clock,
+    timer: StageTimer,
     objective: Objective,
     remember: Remember,
     progress: bool,
@@ -209,7 +209,7 @@ def _curvature(
     """Past the published method: error curves with correlations, and their exact allocation."""
 
     def collect() -> Tensors:
-        with clock("collect"), frozen(model):
+        with timer.stage("collect"), frozen(model):
             collected = collect_curvature(
                 model,
                 layout,
@@ -218,7 +218,7 @@ def _curvature(
                 seed=settings.seed,
                 progress=progress,
             )
-        with clock("search"):
+        with timer.stage("search"):
             found = error_curves(model, layout, collected, progress=progress)
         return tuple(tensor for curve in found for tensor in (curve.order, curve.errors))
 
@@ -228,8 +228,8 @@ def _curvature(
         ErrorCurve(order, errors) for order, errors in zip(known[::2], known[1::2], strict=True)
     )
 
-    def choose(costs: CostModel, budget: float, clock: Clock) -> Masks:
-        with clock("search"):
+    def choose(costs: CostModel, budget: float, timer: StageTimer) -> Masks:
+        with timer.stage("search"):
             kept = divide([curve.errors.numpy() for curve in curves], costs, budget)
             return tuple(curve.mask(n) for curve, n in zip(curves, kept, strict=True))
 
@@ -241,7 +241,7 @@ def _importance(
     layout: Layout,
     batches: Sequence[Batch],
     settings: Settings,
-    clock: Clock,
+    timer: StageTimer,
     objective: Objective,
     remember: Remember,
     progress: bool,
@@ -249,7 +249,7 @@ def _importance(
     """The classical criteria, as baselines."""
 
     def collect() -> Tensors:
-        with clock("collect"), frozen(model):
+        with timer.stage("collect"), frozen(model):
             return compute_importance(
                 settings.importance,
                 model,
@@ -263,8 +263,8 @@ def _importance(
     select = _by_importance(model, layout, settings)
     importance = remember(collect)
 
-    def choose(costs: CostModel, budget: float, clock: Clock) -> Masks:
-        with clock("search"):
+    def choose(costs: CostModel, budget: float, timer: StageTimer) -> Masks:
+        with timer.stage("search"):
             return select(importance, costs, budget)
 
     return Selection(choose, importance=importance)

@@ -24,7 +24,7 @@ from rfprune.methods.budget import mean_decoder_tokens
 from rfprune.model.layout import layout_of
 from rfprune.report.report_json import ratios, stage_seconds, versions
 from rfprune.report.stage_scores import curve_points, original_layers, stage_scores
-from rfprune.result import Clock, PruneResult
+from rfprune.result import PruneResult, StageTimer
 from rfprune.settings import Options, Settings
 from rfprune.tasks.evaluation import (
     Evaluation,
@@ -149,15 +149,15 @@ def evaluate_original(
     prepared: Prepared, cache: Path | None, *, progress: bool
 ) -> tuple[Evaluation, set[str]]:
     """Score the original, or only look its logits up; and the stages that were on disk already."""
-    clock, model, evaluation_set = Clock(), prepared.loaded.model, prepared.evaluation_set
-    remember = remembering(cache, lambda: _logits_key(model, evaluation_set), clock, "evaluate")
+    timer, model, evaluation_set = StageTimer(), prepared.loaded.model, prepared.evaluation_set
+    remember = remembering(cache, lambda: _logits_key(model, evaluation_set), timer, "evaluate")
 
     def remember_arrays(compute: Callable[[], Logits]) -> Logits:
         tensors = remember(lambda: tuple(torch.from_numpy(logits) for logits in compute()))
         return tuple(tensor.numpy() for tensor in tensors)
 
     evaluation = evaluate_model(model, evaluation_set, progress=progress, remember=remember_arrays)
-    return evaluation, clock.cached
+    return evaluation, timer.cached
 
 
 def _logits_key(model: Any, evaluation_set: EvaluationSet) -> Key:

@@ -97,7 +97,7 @@ def collect_curvature(
         UserError: a moment is not finite; the block is named.
     """
     collected = tuple(_nothing_yet(model, block) for block in layout.blocks)
-    turns = distributed.turns(len(batches))
+    turns = distributed.steps(len(batches))
     for turn in tqdm(turns, desc="curvature", unit="batch", disable=not progress, leave=False):
         _add_turn(model, layout, batches, turn, collected, objective, seed)
     for block, curvature in zip(layout.blocks, collected, strict=True):
@@ -112,7 +112,7 @@ def collect_curvature(
 
 def _keeper(block: Block) -> int:
     """The process that keeps a block's sums."""
-    return block.layer % distributed.count()
+    return block.layer % distributed.world_size()
 
 
 def _nothing_yet(model: PreTrainedModel, block: Block) -> KroneckerFactors:
@@ -147,7 +147,7 @@ def _add_turn(
     generator = batch_generator(seed, number or 0)
     for curvature in collected:
         curvature.examples += sum(len(token_mask(other)) for other in others if other is not None)
-    if distributed.count() == 1:
+    if distributed.world_size() == 1:
         record_inputs = [(curvature.add_inputs, curvature.add_gradients) for curvature in collected]
         _run(model, layout, batch, tokens, record_inputs, objective, generator)
         return
@@ -202,7 +202,7 @@ def _exchange(
     First all is passed on and then all is taken in, so that the keepers work at the same time.
     """
     passed = [
-        [distributed.pass_on(torch.stack(rows, 1), own, _keeper(block)) for rows in pair]
+        [distributed.gather_rows(torch.stack(rows, 1), own, _keeper(block)) for rows in pair]
         for block, pair, own in zip(layout.blocks, seen, lengths, strict=True)
     ]  # each (tokens, runs or factors and runs, p or d)
     for curvature, (inputs, gradients) in zip(collected, passed, strict=True):
@@ -248,7 +248,7 @@ def error_curves(
                 f"no error curve can be made for {block.name}: {failure}; calibrate on more or "
                 "other examples"
             ) from failure
-    return tuple(distributed.everyones(curves))
+    return tuple(distributed.all_gather(curves))
 
 
 def _weight(block: Block, layout: Layout) -> float:

@@ -56,7 +56,7 @@ def collect_gradients(
         UserError: a gradient is not finite (the block is named), or labels are needed and missing.
     """
     own: dict[int, list[list[Tensor]]] = {}
-    numbers = distributed.own_turns(len(batches))
+    numbers = distributed.own_batches(len(batches))
     for i in tqdm(numbers, desc="mask gradients", unit="batch", disable=not progress, leave=False):
         generator, own[i] = batch_generator(seed, i), []
         for gradients in _batch_gradients(model, layout, batches[i], objective, generator):
@@ -65,7 +65,7 @@ def collect_gradients(
                     gradients, signed=objective != PREDICTIONS, generator=generator
                 )
             own[i].append([gradient.float().cpu() for gradient in gradients])
-    factors = [factor for batch in distributed.everyones(own) for factor in batch]
+    factors = [factor for batch in distributed.all_gather(own) for factor in batch]
     own.clear()
     rows = [list(block_rows) for block_rows in zip(*factors, strict=True)]
     factors.clear()

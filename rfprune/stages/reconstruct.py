@@ -137,7 +137,7 @@ def reconstruct(
     tried = [block for block in layout.blocks if block.consumer not in skip]
     bar = tqdm(tried, desc="reconstruction", unit="block", disable=not progress, leave=False)
     with torch.no_grad():
-        batches = distributed.share(batches)
+        batches = distributed.shard(batches)
         if layout.order:
             for block in bar:
                 moments = _collect_runs(teacher, student, layout, batches, block)
@@ -269,13 +269,13 @@ def _parts(num_features: int, num_outputs: int, device: torch.device) -> tuple[M
 
 def _part(parts: tuple[Moments, Moments], i: int) -> Moments:
     """Where batch i of this process belongs."""
-    return parts[distributed.number_of(i) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
+    return parts[distributed.batch_number(i) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
 
 
 def _everyones(moments: Moments) -> Moments:
     """The sums over the batches of all processes."""
     numbers = moments.gram.new_tensor([moments.target_energy, moments.count])
-    distributed.add_up(
+    distributed.all_reduce(
         moments.gram, moments.cross, moments.feature_sum, moments.target_sum, numbers
     )
     moments.target_energy, moments.count = float(numbers[0]), int(numbers[1])

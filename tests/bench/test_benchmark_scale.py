@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rfprune.result import Clock
+from rfprune.result import StageTimer
 from scripts import benchmark_scale
 
 
@@ -34,11 +34,11 @@ def test_a_line_says_what_each_stage_took(method: str, tmp_path: Path, capsys: A
 
 
 def test_memory_is_put_down_to_the_stage_that_uses_it() -> None:
-    own, size = Clock.__call__, 256 * 2**20
+    own, size = StageTimer.stage, 256 * 2**20
     deadline = time.monotonic() + 60
     with benchmark_scale.watched_memory("cpu") as peaks:
         enough = peaks["start"] + size // 2  # imports may be giving some back meanwhile
-        with Clock()("collect"):
+        with StageTimer().stage("collect"):
             block = bytearray(size)
             block[:: 2**12] = b"x" * len(block[:: 2**12])
             while peaks.get("collect", 0) < enough and time.monotonic() < deadline:
@@ -46,7 +46,7 @@ def test_memory_is_put_down_to_the_stage_that_uses_it() -> None:
             del block  # else what comes after the stage has it too
     assert peaks["collect"] >= enough
     assert peaks["start"] < peaks["collect"], peaks
-    assert Clock.__call__ is own
+    assert StageTimer.stage is own
 
 
 def test_what_fails_is_one_sentence(tmp_path: Path, capsys: Any) -> None:
