@@ -30,7 +30,7 @@ from rfprune.cost.constraint import Constraint, CostModel
 from rfprune.cost.macs import mac_costs
 from rfprune.cost.memory import total_bytes
 from rfprune.cost.params import total_params
-from rfprune.cost.rounding import on_grid
+from rfprune.cost.rounding import restrict_to_multiples
 from rfprune.errors import UserError
 from rfprune.latency.measured import measured_ratio, table_for, timed_batch
 from rfprune.latency.promise import Promise, broken, keep_promise
@@ -195,7 +195,7 @@ class _Job:
 
     def costs(self, metric: str) -> CostModel:
         costs = cost_model(metric, self.model, self.layout, self.inputs, self.table)
-        return on_grid(costs, self.layout, self.settings.round_to)
+        return restrict_to_multiples(costs, self.layout, self.settings.round_to)
 
 
 def _family(job: _Job, constraints: Iterable[Constraint]) -> Iterator[PruneResult]:

@@ -1,11 +1,13 @@
-"""Sizes that hardware likes: neurons in whole multiples of 8, 16, 32 or 64.
+"""Numbers of neurons that suit the hardware: multiples of 8, 16, 32 or 64.
 
-Matrix units work in tiles: 1,537 neurons take as long as 1,600. So a number of neurons off the grid
-is not allowed, which in a table of costs is an infinite cost. Heads are left alone: their width is
-a multiple already.
+Matrix units work in tiles: 1,537 neurons take as long as 1,600. A number of neurons that is not a
+multiple gets an infinite cost, so that no search chooses it. Heads are not restricted: their width
+is a multiple already.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 
@@ -13,11 +15,16 @@ from rfprune.cost.constraint import CostModel
 from rfprune.model.layout import Layout
 
 
-def on_grid(costs: CostModel, layout: Layout, multiple: int | None) -> CostModel:
-    """The same costs, infinite for numbers of neurons that are no multiple; None: all are allowed.
+def restrict_to_multiples(costs: CostModel, layout: Layout, multiple: int | None) -> CostModel:
+    """Set the cost of keeping n neurons to infinity unless n is a multiple.
 
-    No neuron and all neurons of a block are always allowed, so whatever can be had without a grid
-    at these ends can be had with it.
+    Args:
+        costs: of the blocks of `layout`; not changed.
+        multiple: of neurons to keep; None allows every number.
+
+    Returns:
+        A cost model with the same original cost. Keeping no neurons and keeping all neurons of a
+        block are always allowed.
     """
     if multiple is None:
         return costs
@@ -27,4 +34,4 @@ def on_grid(costs: CostModel, layout: Layout, multiple: int | None) -> CostModel
             kept = np.arange(len(table))
             allowed = (kept % multiple == 0) | (kept == block.num_units)
             tables[b] = np.where(allowed, table, np.inf)
-    return CostModel(costs.metric, tuple(tables), costs.constant)
+    return replace(costs, tables=tuple(tables))

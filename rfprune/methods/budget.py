@@ -11,7 +11,7 @@ from rfprune.cost.constraint import Constraint, CostModel
 from rfprune.cost.macs import mac_costs
 from rfprune.cost.memory import memory_costs
 from rfprune.cost.params import param_costs
-from rfprune.cost.rounding import on_grid
+from rfprune.cost.rounding import restrict_to_multiples
 from rfprune.errors import UserError
 from rfprune.latency.table import LatencyTable, latency_costs
 from rfprune.model.encoder_decoder import decoder_tokens
@@ -87,7 +87,7 @@ def check_constraints(
     layout = layout_of(model)
     for constraint in constraints:
         costs = cost_model(constraint.metric, model, layout, batches, table)
-        costs = on_grid(costs, layout, round_to)
+        costs = restrict_to_multiples(costs, layout, round_to)
         least = _least_cost(costs)
         if constraint.ratio * costs.original < least:
             ratio = costs.ratio_for(least)

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from rfprune.cache import Remember, Tensors, remembering_statistics
 from rfprune.cost.constraint import Constraint, CostModel
-from rfprune.cost.rounding import on_grid
+from rfprune.cost.rounding import restrict_to_multiples
 from rfprune.latency.table import LatencyTable
 from rfprune.methods.budget import check_constraints, cost_model, least_ratio
 from rfprune.model.layerwise import Batch
@@ -96,7 +96,7 @@ def least_possible(
     Raises:
         UserError: none is: the model cannot have the same sizes in every layer.
     """
-    costs = on_grid(costs, layout, settings.round_to)
+    costs = restrict_to_multiples(costs, layout, settings.round_to)
     if settings.uniform:
         return costs.ratio_for(min_same_sizes_cost(layout, costs, plain_sizes(model, layout)))
     return least_ratio(costs)
@@ -123,7 +123,7 @@ def check_possible(
     allowed = plain_sizes(model, layout)
     for constraint in wanted:
         costs = cost_model(constraint.metric, model, layout, batches, table)
-        costs = on_grid(costs, layout, settings.round_to)
+        costs = restrict_to_multiples(costs, layout, settings.round_to)
         nothing = [np.zeros(len(own)) for own in costs.tables]
         same_sizes(layout, nothing, costs, costs.budget(constraint), allowed=allowed)
 

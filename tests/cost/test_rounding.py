@@ -1,40 +1,69 @@
-"""Multiples: exactly the sizes off the grid are infinite, and nothing else changes.
+"""Numbers of neurons that are not multiples become infinite; all other costs stay.
 
-Deleting this lets neurons come in numbers that hardware does not like, or heads be rounded away.
+Without these tests, neurons could be kept in numbers that are slow in hardware, heads could be
+rounded away, and a pruned model could exceed its budget.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rfprune.cost.constraint import linear_costs
-from rfprune.cost.rounding import on_grid
+from rfprune.cost.constraint import Constraint, linear_costs
+from rfprune.cost.memory import total_bytes
+from rfprune.cost.params import param_costs, total_params
+from rfprune.cost.rounding import restrict_to_multiples
 from rfprune.errors import UserError
-from rfprune.settings import MULTIPLES
+from rfprune.model.layout import layout_of
+from rfprune.pruning import prune
+from rfprune.settings import MULTIPLES, Settings
 from rfprune.stages.allocate import allocate
 from rfprune.stages.uniform import same_fraction_counts
 from tests.stages.test_search import made_layout
 
+Tiny = Callable[..., Any]
 
-def test_off_the_grid_is_infinite_for_neurons_alone() -> None:
+
+def test_only_neurons_are_restricted_and_only_to_multiples() -> None:
     layout = made_layout([3], [20])
     costs = linear_costs("mac", [5.0, 1.0], [3, 20], constant=2.0)
-    rounded = on_grid(costs, layout, 8)
+    rounded = restrict_to_multiples(costs, layout, 8)
     assert rounded.tables[0].tolist() == [0, 5, 10, 15]
     finite = np.flatnonzero(np.isfinite(rounded.tables[1])).tolist()
     assert finite == [0, 8, 16, 20]
     assert rounded.tables[1][finite].tolist() == finite
     assert (rounded.metric, rounded.constant, rounded.original) == ("mac", 2.0, costs.original)
-    assert np.isfinite(costs.tables[1]).all(), "the costs that were given stay as they are"
+    assert np.isfinite(costs.tables[1]).all(), "the given costs do not change"
+    assert restrict_to_multiples(costs, layout, None) is costs
 
 
-def test_without_a_multiple_nothing_changes() -> None:
-    layout = made_layout([3], [20])
-    costs = linear_costs("mac", [5.0, 1.0], [3, 20])
-    assert on_grid(costs, layout, None) is costs
+def test_a_cost_that_pruning_adds_is_still_not_part_of_the_original(tiny_model: Tiny) -> None:
+    """A pruned T5 has a table of position biases in every layer, the original only in the first."""
+    model = tiny_model("t5")
+    layout = layout_of(model)
+    costs = param_costs(model, layout)
+    rounded = restrict_to_multiples(costs, layout, 8)
+    assert rounded.added == costs.added > 0
+    assert rounded.original == total_params(model)
+
+
+@pytest.mark.parametrize(("metric", "size"), [("params", total_params), ("memory", total_bytes)])
+@pytest.mark.parametrize("model_type", ["t5", "mt5"])
+def test_a_pruned_t5_is_within_its_budget(
+    model_type: str, metric: str, size: Callable[[Any], int], tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    shape = {"num_hidden_layers": 3, "relative_attention_num_buckets": 32}
+    model = tiny_model(model_type, "seq2seq-lm", **shape)
+    batch = tiny_batch()
+    batches = [batch | {"decoder_input_ids": batch["input_ids"]}]
+    settings = Settings(method="importance", importance="magnitude-l2", round_to=8, tune=False)
+    result = prune(model, batches, Constraint(metric, 0.8), settings)
+    assert 0.75 * size(model) < size(result.model) <= 0.8 * size(model)
 
 
 @given(
@@ -42,7 +71,7 @@ def test_without_a_multiple_nothing_changes() -> None:
     st.sampled_from(MULTIPLES),
     st.floats(0.3, 1),
 )
-def test_what_is_allocated_is_on_the_grid_and_within_the_budget(
+def test_an_allocation_keeps_multiples_within_the_budget(
     sizes: list[int], multiple: int, part: float
 ) -> None:
     layout = made_layout([1] * len(sizes), sizes)
@@ -50,7 +79,7 @@ def test_what_is_allocated_is_on_the_grid_and_within_the_budget(
     costs = linear_costs("mac", [20.0, 1.0] * len(sizes), units)
     budget = part * costs.original
     errors = [np.linspace(1.0, 0.0, n + 1) for n in units]
-    rounded = on_grid(costs, layout, multiple)
+    rounded = restrict_to_multiples(costs, layout, multiple)
     try:
         kept = allocate(errors, rounded, budget)
     except UserError:
@@ -62,12 +91,13 @@ def test_what_is_allocated_is_on_the_grid_and_within_the_budget(
 
 
 @pytest.mark.parametrize("multiple", MULTIPLES)
-def test_the_same_fraction_everywhere_keeps_to_the_grid_too(multiple: int) -> None:
+def test_the_same_fraction_of_every_block_keeps_multiples_too(multiple: int) -> None:
     sizes = [16, 256] * 2
     layout = made_layout([16, 16], [256, 256])
     costs = linear_costs("mac", [1.0, 1.0] * 2, sizes)
-    free = same_fraction_counts(sizes, costs, 0.61 * costs.original)
-    kept = same_fraction_counts(sizes, on_grid(costs, layout, multiple), 0.61 * costs.original)
-    assert free[1] % 8, "without a grid it would be off it"
+    budget = 0.61 * costs.original
+    free = same_fraction_counts(sizes, costs, budget)
+    kept = same_fraction_counts(sizes, restrict_to_multiples(costs, layout, multiple), budget)
+    assert free[1] % 8, "the restriction must matter"
     assert kept[1] % multiple == 0
     assert kept[1] > 0
