@@ -1,26 +1,30 @@
-"""Bad files: checkpoints, data and pruned models, each a case of `scripts/bad_inputs.py`."""
+"""Checkpoints and data with faults: refused in one sentence, and no code of a folder is run.
+
+Deleting this lets a damaged file end in a traceback, or in a model that is silently wrong.
+"""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
-
-from scripts.bad_input_cases import Case, Request, with_flags
-from scripts.bad_input_place import Place, edit_json, edit_weights
-
-CODE = "import pathlib\npathlib.Path('executed').touch()\nraise RuntimeError('executed')\n"
-"""Leaves a file behind where it is run."""
+from tests.robustness.harness import (
+    AFTER_LOADING,
+    CODE,
+    Case,
+    Place,
+    Request,
+    check,
+    edit_json,
+    edit_weights,
+    parametrize,
+    with_flags,
+)
 
 Edit = Callable[[Path], Any]
-
-# Refused once everything is loaded: what a checkpoint carries has had its chance to be run.
-AFTER_LOADING = {"constraint": 1e-12}
 
 
 def _model(given: str, says: str, edit: Edit, **changes: Any) -> Case:
@@ -30,7 +34,7 @@ def _model(given: str, says: str, edit: Edit, **changes: Any) -> Case:
         edit(place.copy(place.material.model, "model"))
         return place.flags(**{"model": "model"} | changes)
 
-    return Case("model", given, says, prepare)
+    return Case(given, says, prepare)
 
 
 def _config(given: str, says: str, **entries: Any) -> Case:
@@ -106,16 +110,16 @@ _HEADS = {"id2label": {"0": "a", "1": "b", "2": "c"}, "label2id": {"a": 0, "b": 
 _HUGE_HEADER = (2**62).to_bytes(8, "little") + b"{}"
 
 MODELS = (
-    with_flags("model", "a folder that is not there", "does not exist", model="./nowhere"),
-    with_flags("model", "`/etc/passwd`", "is a file", model="/etc/passwd"),
-    with_flags("model", "a device", "does not exist", model="/dev/zero"),
-    Case("model", "an empty folder", "is empty",
+    with_flags("a folder that is not there", "does not exist", model="./nowhere"),
+    with_flags("`/etc/passwd`", "is a file", model="/etc/passwd"),
+    with_flags("a device", "does not exist", model="/dev/zero"),
+    Case("an empty folder", "is empty",
          lambda place: (Path("model").mkdir(), place.flags(model="model"))[1]),
-    Case("model", "no head at all", "no trained head",
+    Case("no head at all", "no trained head",
          lambda place: place.flags(model=place.material.headless)),
-    with_flags("model", "a classifier for a task of questions", "no trained head", task="squad"),
-    with_flags("model", "an alias without such a checkpoint", "textattack", model="bert-base"),
-    with_flags("model", "the demo for another task", "The demo is a checkpoint for task sst2",
+    with_flags("a classifier for a task of questions", "no trained head", task="squad"),
+    with_flags("an alias without such a checkpoint", "textattack", model="bert-base"),
+    with_flags("the demo for another task", "The demo is a checkpoint for task sst2",
                model="demo"),
     _model("no config.json", "has no config.json",
            lambda folder: (folder / "config.json").unlink()),
@@ -192,7 +196,7 @@ def _data(given: str, says: str, files: dict[str, str | bytes], **changes: Any) 
             path.write_bytes(content.encode() if isinstance(content, str) else content)
         return place.flags(**{"data_dir": "data"} | changes)
 
-    return Case("data", given, says, prepare)
+    return Case(given, says, prepare)
 
 
 def _questions(given: str, says: str, row: dict[str, Any]) -> Case:
@@ -209,7 +213,7 @@ def _questions(given: str, says: str, row: dict[str, Any]) -> Case:
             Path("data/squad", f"{split}.jsonl").write_text(2 * line, encoding="utf-8")
         return place.flags(model="model", task="squad", data_dir="data")
 
-    return Case("data", given, says, prepare)
+    return Case(given, says, prepare)
 
 
 def _unreadable(place: Place) -> Request:
@@ -237,12 +241,12 @@ def _rows(rows: str, header: str = HEADER) -> dict[str, str | bytes]:
 
 
 DATA = (
-    with_flags("data", "a folder that is not there", "does not exist", data_dir="nowhere"),
-    Case("data", "a file for a folder", "is not a folder",
+    with_flags("a folder that is not there", "does not exist", data_dir="nowhere"),
+    Case("a file for a folder", "is not a folder",
          lambda place: place.flags(data_dir=place.material.model / "config.json")),
-    Case("data", "no data of this task", "has no train split of mrpc",
+    Case("no data of this task", "has no train split of mrpc",
          lambda place: place.flags(data_dir=place.material.model)),
-    Case("data", "the task's own folder, one level too deep", "give the folder above",
+    Case("the task's own folder, one level too deep", "give the folder above",
          lambda place: place.flags(data_dir=place.material.data / "mrpc")),
     _data("the same split twice", "is there twice",
           {"validation.jsonl": "{}", "validation.csv": HEADER}),
@@ -280,10 +284,20 @@ DATA = (
         {"sentence1": 7, "sentence2": "b", "label": 1})}),
     _data("text that is no Unicode", "make no table", {"validation.jsonl": 2 * (
         '{"sentence1": "\\ud800", "sentence2": "b", "label": 1}\n')}),
-    Case("data", "a file that cannot be read", "Permission denied", _unreadable),
+    Case("a file that cannot be read", "Permission denied", _unreadable),
     _questions("an answer that is only a text", "must be", {"answers": "city"}),
     _questions("a question without an answer", "use --task squad_v2",
                {"answers": {"text": [], "answer_start": []}}),
     _questions("an answer that starts at -1", "must be",
                {"answers": {"text": ["a"], "answer_start": [-1]}}),
 )  # fmt: skip
+
+
+@parametrize(MODELS)
+def test_bad_checkpoints_are_refused(case: Case, place: Place) -> None:
+    check(case, place)
+
+
+@parametrize(DATA)
+def test_bad_data_is_refused(case: Case, place: Place) -> None:
+    check(case, place)

@@ -1,69 +1,43 @@
-"""Bad flags, places and hubs: each a case of `scripts/bad_inputs.py`.
+"""Bad flags, output folders, caches and hubs: one sentence each, and nothing left behind.
 
-What is wrong with files, of checkpoints, data and pruned models, is in `bad_input_files.py`.
+Deleting this lets a traceback, or a half-written folder, be the answer to a typing mistake.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
+import pytest
 
-from scripts.bad_input_place import GARBAGE, HANG, Place
-
-Request = list[str] | Callable[[], object]
-"""Flags for the command, or a call of the Python interface."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One input and what is to come of it.
-
-    Attributes:
-        given: the input, in words.
-        says: what the answer must say.
-        prepare: makes the input in an empty folder, and gives what is to be run.
-        ends: "refused" (exit code 2 or a UserError, one sentence, nothing left), "goes on" (a
-            warning, a whole output and nothing else) or "loads" (a model, nothing left).
-    """
-
-    group: str
-    given: str
-    says: str
-    prepare: Callable[[Place], Request]
-    ends: str = "refused"
-
-
-def with_flags(group: str, given: str, says: str, **changes: Any) -> Case:
-    """A case of nothing but flags: those that `Place.flags` has, with these changes."""
-    return Case(group, given, says, lambda place: place.flags(**changes))
+from rfprune.errors import UserError
+from tests.robustness.harness import (
+    GARBAGE,
+    HANG,
+    Case,
+    Place,
+    Request,
+    check,
+    parametrize,
+    with_flags,
+)
 
 
 def _raw(given: str, says: str, *flags: str) -> Case:
-    return Case("flags", given, says, lambda _: list(flags))
-
-
-def _flag(says: str, **changes: Any) -> Case:
-    shown = Place.flags(None, **{"model": None, "task": None} | changes)  # type: ignore[arg-type]
-    return with_flags("flags", f"`{' '.join(shown)}`", says, **changes)
+    return Case(given, says, lambda _: list(flags))
 
 
 def _one_flag(text: str, says: str) -> Case:
     """Good flags, and these after them."""
-    return Case("flags", f"`{text}`", says, lambda place: [*place.flags(), *text.split(" ")])
+    return Case(f"`{text}`", says, lambda place: [*place.flags(), *text.split(" ")])
 
 
 def _max_drop(text: str, says: str) -> Case:
     def prepare(place: Place) -> Request:
         return [*place.flags(constraint=None), f"--max-drop={text}"]
 
-    return Case("flags", f"`--max-drop {text}`", says, prepare)
+    return Case(f"`--max-drop {text}`", says, prepare)
 
 
 def _kept_by_none(place: Place) -> Request:
@@ -87,7 +61,7 @@ FLAGS = (
     _one_flag("--max-drop 1", "not allowed with argument --constraint"),
     *(_max_drop(text, "is not a number from 0 up to 100") for text in ("-1", "100", "nan", "1,5")),
     _max_drop("", "is not a number from 0 up to 100"),
-    Case("flags", "a `--max-drop` that no size keeps", "the most that was tried", _kept_by_none),
+    Case("a `--max-drop` that no size keeps", "the most that was tried", _kept_by_none),
     _one_flag("--task mrcp", "did you mean mrpc"),
     _one_flag("--task ../mrpc", "Unknown task"),
     _one_flag("--tsak mrpc", "nrecognized arguments: --tsak"),
@@ -113,7 +87,6 @@ FLAGS = (
     _one_flag("--uniform --export dense", "leave --export dense out"),
     _one_flag("--uniform --constraint 0.1", "leave out --uniform"),
     Case(
-        "flags",
         "`--uniform` on a pruned model, whose layers differ",
         "leave out --uniform",
         lambda place: place.flags(model=place.material.finished, uniform=True),
@@ -131,29 +104,23 @@ FLAGS = (
     _one_flag("--private", "does nothing without --push-to-hub"),
     _one_flag("--constraint 0.9 1e-12", "cannot be met"),
     _one_flag("--metric params --constraint 0.01", "cannot be met"),
+    with_flags("a line break and a colour code in `--task`", "Unknown task", task="a\n\x1b[31m"),
     with_flags(
-        "flags", "a line break and a colour code in `--task`", "Unknown task", task="a\n\x1b[31m"
-    ),
-    with_flags(
-        "flags",
         "a line break and a colour code in `--model`",
         "control characters",
         model="a\n\x1b[31m",
     ),
-    with_flags("flags", "a NUL in `--model`", "control characters", model="a\0b"),
-    with_flags("flags", "a NUL in `--data-dir`", "control characters", data_dir="a\0b"),
-    with_flags("flags", "`--model` of 5,000 letters", "File name too long", model="a" * 5000),
+    with_flags("a NUL in `--model`", "control characters", model="a\0b"),
+    with_flags("a NUL in `--data-dir`", "control characters", data_dir="a\0b"),
+    with_flags("`--model` of 5,000 letters", "File name too long", model="a" * 5000),
     with_flags(
-        "flags",
         "the same, with the default `--output-dir`",
         "File name too long",
         model="a" * 5000,
         output_dir=None,
     ),
-    with_flags("flags", "`--model ~nobody/a`", "home that is not there", model="~nobody.here/a"),
-    with_flags(
-        "flags", "`--output-dir ~nobody/a`", "home that is not there", output_dir="~nobody.here/a"
-    ),
+    with_flags("`--model ~nobody/a`", "home that is not there", model="~nobody.here/a"),
+    with_flags("`--output-dir ~nobody/a`", "home that is not there", output_dir="~nobody.here/a"),
 )
 
 
@@ -164,7 +131,7 @@ def _output(given: str, says: str, make: Callable[[Place], Any], **changes: Any)
         name = make(place)
         return place.flags(**{"output_dir": name or "out"} | changes)
 
-    return Case("output", given, says, prepare)
+    return Case(given, says, prepare)
 
 
 def _foreign(_: Place) -> None:
@@ -226,12 +193,12 @@ def _cache(given: str, says: str, make: Callable[[Place], Any]) -> Case:
     def prepare(place: Place) -> Request:
         return place.flags(cache_dir=make(place), quiet=None, eval_limit=5)
 
-    return Case("cache", given, says, prepare, "goes on")
+    return Case(given, says, prepare, "warned")
 
 
 def _spoilt_cache(change: Callable[[bytes], bytes]) -> Callable[[Place], Path]:
-    def make(_: Place) -> Path:
-        cache = Path(shutil.copytree(os.environ["RFPRUNE_CACHE"], "cache"))
+    def make(place: Place) -> Path:
+        cache = place.copy(place.material.cache, "cache")
         for entry in cache.iterdir():
             entry.write_bytes(change(entry.read_bytes()))
         return cache
@@ -258,7 +225,6 @@ CACHE = (
 
 def _repository(name: str, says: str = "cannot be the name of a repository") -> Case:
     return Case(
-        "hub",
         f"`--push-to-hub {name[:40] or repr(name)}`",
         says,
         lambda place: [*place.flags(), f"--push-to-hub={name}"],
@@ -270,7 +236,7 @@ def _with_hub(given: str, says: str, answer: int, **changes: Any) -> Case:
         place.hub(answer)
         return place.flags(**changes)
 
-    return Case("hub", given, says, prepare)
+    return Case(given, says, prepare)
 
 
 def _push(given: str, says: str, answer: int) -> Case:
@@ -281,7 +247,7 @@ def _push(given: str, says: str, answer: int) -> Case:
         place.hub(answer)
         return place.flags(push_to_hub="someone/small")
 
-    return Case("hub", f"a push to a hub that {given}", says, prepare)
+    return Case(f"a push to a hub that {given}", says, prepare)
 
 
 def _without_token(place: Place) -> Request:
@@ -311,13 +277,12 @@ HUB = (
     *(_repository(name) for name in ("", "a b", "a.git", "a\\b", "a/b\n", "someone/" + "a" * 97)),
     _repository("https://huggingface.co/a/b"),
     Case(
-        "hub",
         "two constraints and `--push-to-hub`",
         "takes one model",
         lambda place: place.flags(constraint=(0.3, 0.5), push_to_hub="a/b"),
     ),
-    Case("hub", "a push without a token", "no token", _without_token),
-    Case("hub", "a model of a hub that nobody answers for", "neither a folder", _nobody_there),
+    Case("a push without a token", "no token", _without_token),
+    Case("a model of a hub that nobody answers for", "neither a folder", _nobody_there),
     *(
         _with_hub(
             f"a model of a hub that {what}", "neither a folder", answer, model="someone/small"
@@ -332,3 +297,41 @@ HUB = (
     ),
     *(_push(what, says, answer) for what, (answer, says) in _ANSWERS.items()),
 )
+
+
+@parametrize((*FLAGS, *OUTPUT))
+def test_bad_flags_and_output_folders_are_refused(case: Case, place: Place) -> None:
+    check(case, place)
+
+
+@parametrize(CACHE)
+def test_a_bad_cache_is_a_warning(case: Case, place: Place) -> None:
+    check(case, place)
+
+
+@parametrize(HUB)
+def test_hubs_that_fail_are_refused(case: Case, place: Place) -> None:
+    check(case, place)
+
+
+def _leave_a_file() -> None:
+    Path("left").touch()
+    raise UserError("refused")
+
+
+@pytest.mark.parametrize(
+    ("case", "problem"),
+    [
+        (Case("another answer", "something else", lambda _: []), "required: --model"),
+        (Case("a bug", "", lambda _: lambda: 1 / 0), "division by zero"),
+        (Case("no refusal", "", lambda _: lambda: None), r"\(0, ''\) == \(2, ''\)"),
+        (
+            Case("a file left", "refused", lambda _: _leave_a_file),
+            "left behind or changed.*here/left",
+        ),
+    ],
+    ids=lambda value: value.given if isinstance(value, Case) else "",
+)
+def test_the_check_fails_where_it_should(case: Case, problem: str, place: Place) -> None:
+    with pytest.raises((AssertionError, ZeroDivisionError), match=problem):
+        check(case, place)

@@ -1,27 +1,32 @@
-"""Pruned models that somebody has changed, each a case of `scripts/bad_inputs.py`.
+"""Output folders that were changed after pruning: `load_pruned` runs none of their code.
 
-`load_pruned` runs no code that a folder carries, and loads nothing that does not fit together.
+Deleting this lets a folder from elsewhere run code, or load into a model that is silently wrong.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
-
-from scripts.bad_input_cases import Case, Request
-from scripts.bad_input_files import AFTER_LOADING, CODE
-from scripts.bad_input_place import Place, edit_json, edit_weights
+from tests.robustness.harness import (
+    AFTER_LOADING,
+    CODE,
+    Case,
+    Place,
+    Request,
+    check,
+    edit_json,
+    edit_weights,
+    parametrize,
+)
 
 Edit = Callable[[Path], Any]
 Entry = dict[str, Any]
 
 
 def _pruned(
-    given: str, says: str, edit: Edit, load: str = "load_pruned", ends: str = "refused"
+    given: str, says: str, edit: Edit, load: str = "load_pruned", outcome: str = "refused"
 ) -> Case:
     """A case of a finished output, spoilt, and then loaded."""
 
@@ -32,7 +37,7 @@ def _pruned(
         edit(folder)
         return lambda: getattr(checkpoint, load)(folder)
 
-    return Case("pruned", given, says, prepare, ends)
+    return Case(given, says, prepare, outcome)
 
 
 def _config(given: str, says: str, change: Callable[[Entry], Any]) -> Case:
@@ -93,10 +98,10 @@ def _one_more(masks: dict[str, Any]) -> None:
 PRUNED = (
     _pruned("a modelling file that was edited (it is not run, the model loads)", "",
             lambda folder: (folder / "modeling_rfprune.py").write_text(CODE, encoding="utf-8"),
-            ends="loads"),
-    Case("pruned", "an edited modelling file, given to the command (it is not run)",
+            outcome="loaded"),
+    Case("an edited modelling file, given to the command (it is not run)",
          "cannot be met", _with_code),
-    Case("pruned", "a model that was never pruned", "not a pruned model", _dense),
+    Case("a model that was never pruned", "not a pruned model", _dense),
     _config("a newer format version", "upgrade rfprune",
             lambda config: config["rfprune"].update(format_version=3)),
     _config("blocks that are no list", "no list of blocks",
@@ -145,3 +150,8 @@ PRUNED = (
     _pruned("masks.safetensors: cut short", "cannot be read", _cut("masks.safetensors"),
             "load_masks"),
 )  # fmt: skip
+
+
+@parametrize(PRUNED)
+def test_changed_outputs_are_refused_or_load_without_their_code(case: Case, place: Place) -> None:
+    check(case, place)
