@@ -37,13 +37,15 @@ from rfprune.latency.promise import Promise, broken, keep_promise
 from rfprune.latency.table import LatencyTable
 from rfprune.methods.budget import cost_model, mean_decoder_tokens, mean_tokens
 from rfprune.methods.selection import Selection, check_possible, collect_statistics
-from rfprune.model.checks import check_finite, cut_to_size, on_device
+from rfprune.model.batch import LABEL_NAMES, Batch, split_batch, to_device, token_mask
 from rfprune.model.compact import compact
-from rfprune.model.encoder_decoder import with_decoder_tokens
-from rfprune.model.layerwise import LABELS, Batch, check_layer_outputs, token_mask, with_tokens
+from rfprune.model.encoder_decoder import add_decoder_inputs
+from rfprune.model.frozen import frozen
+from rfprune.model.layerwise import add_image_token_mask
 from rfprune.model.layout import Layout, layout_of
-from rfprune.model.masks import Masks, frozen, full_masks, masked, num_kept
+from rfprune.model.masks import Masks, full_masks, masked, num_kept
 from rfprune.model.plain import to_plain
+from rfprune.model.validation import check_finite_weights, check_layer_outputs
 from rfprune.result import PruneResult, StageTimer, units_of_layers
 from rfprune.settings import Settings
 from rfprune.stages.objective import Loss
@@ -110,10 +112,10 @@ def prune_family(
     a search can decide by the results so far."""
     settings = settings or Settings()
     layout = layout_of(model)
-    check_finite(model)
-    given = (on_device(batch, model.device) for batch in batches)
+    check_finite_weights(model)
+    given = (to_device(batch, model.device) for batch in batches)
     labelled = [
-        add_token_mask(model, layout, part) for batch in given for part in cut_to_size(model, batch)
+        add_token_mask(model, layout, part) for batch in given for part in split_batch(model, batch)
     ]
     if not any(token_mask(batch).any() for batch in labelled) or not layout.blocks:
         raise UserError(
@@ -123,7 +125,8 @@ def prune_family(
     with frozen(model):
         check_layer_outputs(model, layout, labelled[0])
     inputs = [
-        {name: value for name, value in batch.items() if name not in LABELS} for batch in labelled
+        {name: value for name, value in batch.items() if name not in LABEL_NAMES}
+        for batch in labelled
     ]
     if isinstance(constraints, Sequence):
         if latency_table is None and any(wanted.metric == "latency" for wanted in constraints):
@@ -146,8 +149,8 @@ def prune_family(
 def add_token_mask(model: PreTrainedModel, layout: Layout, batch: Batch) -> Batch:
     """A batch and which of its tokens are real, also where a model makes them itself."""
     if layout.decoder is not None:
-        return with_decoder_tokens(model, batch)
-    return with_tokens(model, layout, batch)
+        return add_decoder_inputs(model, batch)
+    return add_image_token_mask(model, layout, batch)
 
 
 def _checked_in_turn(

@@ -208,7 +208,7 @@ def _time_methods(model: Any, batches: Batches, options: argparse.Namespace) -> 
     """Medians over rounds: seconds by stage, and their sum as a multiple of the two yardsticks,
     each the mean of what was measured right before and right after."""
     from rfprune.cost.constraint import Constraint
-    from rfprune.model.layerwise import token_mask
+    from rfprune.model.batch import token_mask
     from rfprune.pruning import prune
     from rfprune.settings import Settings
 
@@ -289,8 +289,8 @@ def _process(name: str, options: argparse.Namespace) -> dict[str, float]:
 
 def _curves(options: argparse.Namespace) -> dict[str, float]:
     """Seconds and memory of all error curves of one random model."""
+    from rfprune.model.frozen import frozen
     from rfprune.model.layout import layout_of
-    from rfprune.model.masks import frozen
     from rfprune.stages.curvature import collect_curvature, error_curves
 
     width, depth = options.curves

@@ -53,8 +53,8 @@ def diagnose(options: argparse.Namespace) -> dict[str, Any]:
     from rfprune.cost.constraint import Constraint
     from rfprune.cost.macs import mac_costs
     from rfprune.methods.budget import mean_tokens
+    from rfprune.model.frozen import frozen
     from rfprune.model.layout import layout_of
-    from rfprune.model.masks import frozen
     from rfprune.stages.fisher import block_fisher, collect_gradients, diagonal_fisher
     from rfprune.stages.rearrange import quadratic_form
     from rfprune.stages.search import search

@@ -32,7 +32,7 @@ from rfprune.demo import DEMO_TASK, demo_data_dir, demo_path
 from rfprune.embeddings import POOLING_ENTRY
 from rfprune.errors import UserError
 from rfprune.families.architectures import ARCHITECTURES
-from rfprune.model.checks import check_finite
+from rfprune.model.validation import check_finite_weights
 from rfprune.tasks.custom import (
     custom_task,
     language_task,
@@ -116,7 +116,7 @@ def load(name: str, task: Task, *, device: torch.device, dtype: torch.dtype) -> 
         setattr(model.config, POOLING_ENTRY, embedder.pooling)
     if embedder.max_tokens is not None:
         tokenizer.model_max_length = min(tokenizer.model_max_length, embedder.max_tokens)
-    check_finite(model)
+    check_finite_weights(model)
     return Loaded(model.to(device).eval(), tokenizer, source, embedder)
 
 

@@ -15,9 +15,9 @@ from rfprune.latency.conditions import conditions_of
 from rfprune.latency.profile import profile
 from rfprune.latency.table import LatencyTable, check_table
 from rfprune.latency.timing import time_ratio
-from rfprune.model.layerwise import Batch
+from rfprune.model.batch import Batch
+from rfprune.model.frozen import frozen
 from rfprune.model.layout import layout_of
-from rfprune.model.masks import frozen
 
 SECONDS = 20.0
 MIN_ROUNDS = 7

@@ -23,10 +23,11 @@ from rfprune.errors import UserError
 from rfprune.latency.conditions import Conditions, conditions_of
 from rfprune.latency.table import Curve, LatencyTable, scaled, shape_of
 from rfprune.latency.timing import Timing, time_interleaved
+from rfprune.model.batch import Batch, model_inputs
 from rfprune.model.compact import compact
-from rfprune.model.layerwise import Batch, layer_calls, model_inputs
+from rfprune.model.frozen import frozen
+from rfprune.model.layerwise import layer_calls
 from rfprune.model.layout import Block, Layout
-from rfprune.model.masks import frozen
 
 SECONDS = 120.0
 """What measuring takes at most, unless the least rounds alone take longer."""

@@ -14,8 +14,7 @@ from rfprune.cost.params import param_costs
 from rfprune.cost.rounding import restrict_to_multiples
 from rfprune.errors import UserError
 from rfprune.latency.table import LatencyTable, latency_costs
-from rfprune.model.encoder_decoder import decoder_tokens
-from rfprune.model.layerwise import Batch, token_mask
+from rfprune.model.batch import Batch, decoder_token_mask, token_mask
 from rfprune.model.layout import Layout, layout_of
 
 
@@ -54,7 +53,7 @@ def mean_decoder_tokens(layout: Layout, batches: Sequence[Batch]) -> float | Non
     """The same of a decoder that reads an encoder; None without one."""
     if layout.decoder is None:
         return None
-    return _mean_length([decoder_tokens(batch) for batch in batches])
+    return _mean_length([decoder_token_mask(batch) for batch in batches])
 
 
 def _mean_length(masks: Sequence[Tensor]) -> float:

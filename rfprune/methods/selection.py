@@ -24,9 +24,10 @@ from rfprune.cost.constraint import Constraint, CostModel
 from rfprune.cost.rounding import restrict_to_multiples
 from rfprune.latency.table import LatencyTable
 from rfprune.methods.budget import check_constraints, cost_model, least_ratio
-from rfprune.model.layerwise import Batch
+from rfprune.model.batch import Batch
+from rfprune.model.frozen import frozen
 from rfprune.model.layout import Layout, layout_of
-from rfprune.model.masks import Masks, frozen
+from rfprune.model.masks import Masks
 from rfprune.model.plain import plain_sizes
 from rfprune.result import StageTimer
 from rfprune.settings import Settings

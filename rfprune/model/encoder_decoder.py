@@ -6,7 +6,6 @@ they are made as the model's own loss makes them: shifted to the right by one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -16,17 +15,25 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from rfprune.errors import UserError
-from rfprune.model.layerwise import DECODER_TOKENS, Batch, model_inputs, pack, token_mask, unpack
+from rfprune.model.batch import (
+    DECODER_TOKEN_MASK,
+    Batch,
+    decoder_token_mask,
+    model_inputs,
+    pack,
+    token_mask,
+    unpack,
+)
 from rfprune.model.layout import Block, Layout
 
 
-def with_decoder_tokens(model: PreTrainedModel, batch: Batch) -> Batch:
+def add_decoder_inputs(model: PreTrainedModel, batch: Batch) -> Batch:
     """The batch, with what the decoder of an encoder-decoder reads and which of that is real.
 
     Raises:
         UserError: there is nothing that a decoder could read.
     """
-    if DECODER_TOKENS in batch:
+    if DECODER_TOKEN_MASK in batch:
         return batch
     ids = batch.get("decoder_input_ids")
     if ids is None:
@@ -35,7 +42,7 @@ def with_decoder_tokens(model: PreTrainedModel, batch: Batch) -> Batch:
     if mask is None:
         mask = ids != model.config.pad_token_id
         mask[:, 0] = True  # where decoding starts, which may be written as padding is
-    return {**batch, "decoder_input_ids": ids, DECODER_TOKENS: mask.bool()}
+    return {**batch, "decoder_input_ids": ids, DECODER_TOKEN_MASK: mask.bool()}
 
 
 def _shifted(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -75,14 +82,9 @@ class _Stop(Exception):
     """Ends a forward pass once the decoder's inputs have been seen."""
 
 
-def tokens_of(layout: Layout, block: Block, batch: Batch) -> Tensor:
+def block_token_mask(layout: Layout, block: Block, batch: Batch) -> Tensor:
     """(B, S) booleans: where the tokens are that a block computes; see `token_mask`."""
-    return decoder_tokens(batch) if layout.in_decoder(block) else token_mask(batch)
-
-
-def decoder_tokens(batch: Mapping[str, Tensor]) -> Tensor:
-    """(B, T) booleans: true where there is a token of the decoder, false where there is padding."""
-    return batch[DECODER_TOKENS]
+    return decoder_token_mask(batch) if layout.in_decoder(block) else token_mask(batch)
 
 
 def encoder_output(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -93,7 +95,7 @@ def encoder_output(model: PreTrainedModel, batch: Batch) -> Tensor:
     return pack(hidden, token_mask(batch))
 
 
-def with_encoder_output(batch: Batch, packed: Tensor) -> dict[str, object]:
+def inputs_with_encoder_output(batch: Batch, packed: Tensor) -> dict[str, object]:
     """Inputs with which a model runs its decoder alone, on what `encoder_output` gave."""
     hidden = unpack(packed, token_mask(batch))
     return {**model_inputs(batch), "encoder_outputs": BaseModelOutput(last_hidden_state=hidden)}

@@ -19,21 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from rfprune.errors import UserError
 from rfprune.families.schema import LINEAR_MAPS
+from rfprune.model.batch import TOKEN_MASK, Batch, model_inputs
 from rfprune.model.layout import Block, Layout
-
-Batch = Mapping[str, Tensor]
-
-LABELS = ("labels", "start_positions", "end_positions")
-"""Names of the labels in a batch; the model is never given them."""
-
-TOKENS = "rfprune_tokens"
-"""Entry of a batch of images with its token mask (B, S); see `with_tokens`."""
-
-
-DECODER_TOKENS = "rfprune_decoder_tokens"
-"""Entry of a batch with the token mask (B, T) of a decoder that reads an encoder."""
 
 
 class _Stop(Exception):
@@ -69,70 +57,18 @@ class Trace:
     total: Tensor
 
 
-def with_tokens(model: PreTrainedModel, layout: Layout, batch: Batch) -> Batch:
+def add_image_token_mask(model: PreTrainedModel, layout: Layout, batch: Batch) -> Batch:
     """The batch, and for images which of their tokens are real: all.
 
     How many tokens an image becomes, only the model knows; it is run up to its first layer.
     """
-    if TOKENS in batch or "pixel_values" not in batch or "input_ids" in batch:
+    if TOKEN_MASK in batch or "pixel_values" not in batch or "input_ids" in batch:
         return batch
     with torch.no_grad():
         there = {name: values.to(model.device) for name, values in batch.items()}
         hidden, _ = layer_calls(model, layout, there)
     where = batch["pixel_values"].device
-    return {**batch, TOKENS: torch.ones(hidden.shape[:2], dtype=torch.bool, device=where)}
-
-
-def model_inputs(batch: Batch) -> dict[str, Tensor]:
-    """What a model is called with: a batch without labels and without what `with_tokens` noted."""
-    others = (TOKENS, DECODER_TOKENS, *LABELS)
-    return {name: value for name, value in batch.items() if name not in others}
-
-
-def token_mask(batch: Batch) -> Tensor:
-    """(B, S) booleans: true where there is a token, false where there is padding.
-
-    Where an example is several sequences (choices), B counts these.
-
-    Raises:
-        UserError: the batch has no inputs, or an attention mask that does not say what padding is.
-    """
-    if TOKENS in batch:
-        return batch[TOKENS]
-    inputs = batch.get("input_ids", batch.get("inputs_embeds"))
-    if inputs is None or inputs.dim() < 2:
-        raise UserError(
-            f"a batch holds {', '.join(batch) or 'nothing'}, but a model needs input_ids (B, S), "
-            "or pixel_values for images"
-        )
-    shape = inputs.shape if "input_ids" in batch else inputs.shape[:-1]
-    mask = batch.get("attention_mask")
-    if mask is None:
-        mask = torch.ones(shape, device=inputs.device)
-    if mask.shape != shape:
-        raise UserError(
-            f"an attention_mask of shape {tuple(mask.shape)} does not fit {tuple(shape)} tokens; "
-            "give one number per token: 1, or 0 for padding"
-        )
-    return mask.bool().flatten(0, -2)
-
-
-def first_tokens(tokens: Tensor) -> Tensor:
-    """(B, S) booleans, true at the first token of every example, wherever the padding is."""
-    return tokens & (tokens.cumsum(1) == 1)
-
-
-def pack(hidden: Tensor, tokens: Tensor) -> Tensor:
-    """(B, S, d), or (B * S, d), -> (tokens, d): padding left out, wherever accelerate has put the
-    layer."""
-    return hidden.reshape(-1, hidden.shape[-1])[tokens.flatten().to(hidden.device)]
-
-
-def unpack(packed: Tensor, tokens: Tensor) -> Tensor:
-    """(tokens, d) -> (B, S, d): zeros at padding, which no real token attends to."""
-    hidden = packed.new_zeros(*tokens.shape, packed.shape[-1])
-    hidden[tokens] = packed
-    return hidden
+    return {**batch, TOKEN_MASK: torch.ones(hidden.shape[:2], dtype=torch.bool, device=where)}
 
 
 def layer_calls(
@@ -144,7 +80,7 @@ def layer_calls(
 ) -> tuple[Tensor, Calls]:
     """The hidden states (B, S, d) that enter the first layer, and what each layer is called with;
     of an encoder-decoder those of the encoder, or, given its `decoder_inputs` (see
-    `rfprune.model.encoder_decoder.with_encoder_output`), those of the decoder.
+    `rfprune.model.encoder_decoder.inputs_with_encoder_output`), those of the decoder.
 
     Layers may differ in their attention mask and in their positions. None of them is run: each
     passes on what it gets, and the position bias where the first one makes that of all. Caches of
@@ -176,38 +112,6 @@ def layer_calls(
             stack.enter_context(_forward_replaced(model, path, stand_in(path)))
         model(**(decoder_inputs or model_inputs(batch)))
     return hidden[0], calls
-
-
-def check_layer_outputs(model: PreTrainedModel, layout: Layout, batch: Batch) -> None:
-    """Check that the layers of a model return what its family's row says.
-
-    `layer_calls` replaces layers by stand-ins, which must return the same kind of value. A row that
-    is wrong about it would fail far into a run, and only for models of four layers or more.
-
-    Args:
-        batch: the model runs on its first example.
-
-    Raises:
-        UserError: a layer returns a tensor where the row has a tuple, or the other way round.
-    """
-
-    def check(_: nn.Module, __: Any, output: Any) -> None:
-        length = len(output) if isinstance(output, tuple) else None
-        if (length is None) != (layout.returns is None) or (length or 0) < (layout.returns or 0):
-            found, wanted = (
-                "a tensor" if number is None else f"a tuple of {number}"
-                for number in (length, layout.returns)
-            )
-            raise UserError(
-                f"the layers of this {layout.model_type} model return {found}, but the row of its "
-                f"family has {wanted}; correct `returns` in rfprune/families/architectures.py, or "
-                "install a release of transformers that this version was tested with"
-            )
-
-    with ExitStack() as stack, torch.no_grad():
-        for path in layout.layers:
-            stack.callback(model.get_submodule(path).register_forward_hook(check).remove)
-        model(**{name: value[:1] for name, value in model_inputs(batch).items()})
 
 
 def _first_bias(layer: nn.Module, num_tokens: int) -> Tensor | None:
@@ -259,12 +163,12 @@ def trace_block(
     """Run a layer as far as the residual sum of `block`; see `run_layer`."""
     with _skipped(model, done, hidden), _watched(model, block) as seen, suppress(_Stop):
         seen["total"] = _output_of(model, layer, hidden, calls)
-    scale = output_scale(model, block)
+    scale = layer_scale(model, block)
     output = seen["output"] if scale is None else scale * seen["output"]
     return Trace(seen.get("features"), output.view(hidden.shape), seen["total"].view(hidden.shape))
 
 
-def output_scale(model: nn.Module, block: Block) -> Tensor | None:
+def layer_scale(model: nn.Module, block: Block) -> Tensor | None:
     """What multiplies what leaves the consumer before the residual is added, (d,)."""
     if block.scale is None:
         return None
@@ -273,7 +177,7 @@ def output_scale(model: nn.Module, block: Block) -> Tensor | None:
     return scale if isinstance(scale, Tensor) else None  # BEiT has 1.0 where it does not scale
 
 
-def entering(
+def block_input(
     model: nn.Module,
     layer: str,
     hidden: Tensor,

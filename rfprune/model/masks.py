@@ -58,28 +58,3 @@ def _multiply_by(mask: Tensor, unit_width: int) -> Callable[[nn.Module, Any], An
         return (features * factors, *inputs[1:])
 
     return hook
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without weight gradients; all is put back afterwards, also on error.
-
-    A decoder keeps no cache of keys and values, which nothing here would read.
-    """
-    config: Any = getattr(model, "config", None)
-    caches = getattr(config, "use_cache", None)
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.eval()
-        model.requires_grad_(False)
-        if caches:
-            config.use_cache = False
-        yield
-    finally:
-        if caches:
-            config.use_cache = caches
-        for module, training in modes:
-            module.training = training
-        for parameter, requires_grad in flags:
-            parameter.requires_grad_(requires_grad)

@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 
 from rfprune import distributed
 from rfprune.errors import UserError
-from rfprune.model.encoder_decoder import tokens_of
-from rfprune.model.layerwise import Batch, pack, token_mask
+from rfprune.model.batch import Batch, pack, token_mask
+from rfprune.model.encoder_decoder import block_token_mask
 from rfprune.model.layout import Block, Layout
 from rfprune.model.linear import linear, weight_of
 from rfprune.stages.float64 import to_float64
@@ -142,7 +142,7 @@ def _add_turn(
     others = [None if number is None else batches[number] for number in turn]
     own, number = others[distributed.rank()], turn[distributed.rank()]
     batch = batches[distributed.rank() if number is None else number]
-    masks = [tokens_of(layout, block, batch) for block in layout.blocks]
+    masks = [block_token_mask(layout, block, batch) for block in layout.blocks]
     tokens = [torch.zeros_like(mask) if own is None else mask for mask in masks]
     generator = batch_generator(seed, number or 0)
     for curvature in collected:
@@ -155,7 +155,10 @@ def _add_turn(
     waiting = [(inputs.append, gradients.append) for inputs, gradients in seen]
     _run(model, layout, batch, tokens, waiting, objective, generator)
     lengths = [
-        [0 if other is None else int(tokens_of(layout, block, other).sum()) for other in others]
+        [
+            0 if other is None else int(block_token_mask(layout, block, other).sum())
+            for other in others
+        ]
         for block in layout.blocks
     ]
     _exchange(layout, collected, seen, lengths)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from rfprune import distributed
 from rfprune.errors import UserError
-from rfprune.model.layerwise import Batch, model_inputs, token_mask
+from rfprune.model.batch import Batch, model_inputs, token_mask
 from rfprune.model.layout import Layout
 from rfprune.model.masks import masked
 from rfprune.stages.float64 import to_float64

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rfprune.errors import UserError
-from rfprune.model.encoder_decoder import tokens_of
-from rfprune.model.layerwise import Batch
+from rfprune.model.batch import Batch
+from rfprune.model.encoder_decoder import block_token_mask
 from rfprune.model.layout import Block, Layout
 from rfprune.model.linear import linear, weight_of
 from rfprune.stages.fisher import Gradients, collect_gradients
@@ -206,7 +206,7 @@ def _add_norms(
         model, layout, batch, record_inputs, generator, objective=objective
     ):
         for block, block_rows, xs, gs in zip(layout.blocks, rows, entering, gradients, strict=True):
-            tokens = tokens_of(layout, block, batch)
+            tokens = block_token_mask(layout, block, batch)
             # a weight's gradient is the sum over the runs, as it is over the tokens of each
             x = torch.cat([x.float().reshape(*tokens.shape, -1) for x in xs], 1)
             # padding is no part of an example

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rfprune.model.layerwise import Batch, model_inputs
+from rfprune.model.batch import Batch, model_inputs
 from rfprune.model.layout import Layout
 from rfprune.stages.objective import Objective, objective_values
 

@@ -25,25 +25,20 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rfprune import distributed
+from rfprune.model.batch import Batch, decoder_token_mask, first_tokens, pack, token_mask, unpack
 from rfprune.model.encoder_decoder import (
-    decoder_tokens,
+    block_token_mask,
     encoder_output,
-    tokens_of,
-    with_encoder_output,
+    inputs_with_encoder_output,
 )
 from rfprune.model.layerwise import (
-    Batch,
     Calls,
     Trace,
-    entering,
-    first_tokens,
+    block_input,
     layer_calls,
-    output_scale,
-    pack,
+    layer_scale,
     run_layer,
-    token_mask,
     trace_block,
-    unpack,
 )
 from rfprune.model.layout import Block, Layout
 from rfprune.model.linear import is_empty, linear, weight_of
@@ -80,7 +75,7 @@ class _Walk:
 
     def calls(self, i: int, batch: Batch) -> Calls:
         """What the layers are called with on batch i."""
-        given = with_encoder_output(batch, self.memory[i]) if self.memory else None
+        given = inputs_with_encoder_output(batch, self.memory[i]) if self.memory else None
         return layer_calls(self.model, self.layout, batch, decoder_inputs=given)[1]
 
     def trace(self, i: int, tokens: Tensor, calls: Calls, block: Block) -> Trace:
@@ -89,11 +84,11 @@ class _Walk:
         path = self.layout.layers[block.layer]
         return trace_block(self.model, path, hidden, calls, block, done=done)
 
-    def entering(self, i: int, tokens: Tensor, calls: Calls, block: Block) -> Tensor:
+    def block_input(self, i: int, tokens: Tensor, calls: Calls, block: Block) -> Tensor:
         """What the producers of `block` read of batch i, (B, S, d)."""
         hidden, done = self._reach(i, tokens, calls, block.layer)
         path = self.layout.layers[block.layer]
-        return entering(self.model, path, hidden, calls, block, done=done)
+        return block_input(self.model, path, hidden, calls, block, done=done)
 
     def _reach(
         self, i: int, tokens: Tensor, calls: Calls, until: int
@@ -169,11 +164,11 @@ def _start(
     memories: list[list[Tensor]] = [[], []]
     if in_decoder:
         memories = [[encoder_output(model, batch) for batch in batches] for model in models]
-    tokens = [decoder_tokens(batch) if in_decoder else token_mask(batch) for batch in batches]
+    tokens = [decoder_token_mask(batch) if in_decoder else token_mask(batch) for batch in batches]
     sizes = [int(mask.sum()) for mask in tokens]
 
     def first(i: int) -> Tensor:
-        given = with_encoder_output(batches[i], memories[1][i]) if in_decoder else None
+        given = inputs_with_encoder_output(batches[i], memories[1][i]) if in_decoder else None
         return layer_calls(student, layout, batches[i], decoder_inputs=given)[0]
 
     hidden = first(0)
@@ -202,7 +197,7 @@ def _collect(
     num_outputs, num_features = weight_of(consumer).shape
     parts = _parts(num_features, num_outputs, consumer.weight.device)
     for i, batch in enumerate(batches):
-        tokens = tokens_of(student.layout, block, batch)
+        tokens = block_token_mask(student.layout, block, batch)
         theirs, calls = _calls(teacher, student, i, batch)
         wanted = teacher.trace(i, tokens, theirs, block).total
         teacher.states[i].copy_(pack(wanted, tokens))
@@ -245,12 +240,12 @@ def _collect_runs(
         tokens = token_mask(batch)
         hidden, calls = layer_calls(teacher, layout, batch)
         for layer in layout.order:
-            path, entering = layout.layers[layer], hidden
+            path, block_input = layout.layers[layer], hidden
             if layer == block.layer:
                 if before:
-                    entering = trace_block(teacher, path, hidden, calls, before[-1]).total
-                wanted = trace_block(teacher, path, entering, calls, block, done=before)
-                found = trace_block(student, path, entering, calls, block, done=before)
+                    block_input = trace_block(teacher, path, hidden, calls, before[-1]).total
+                wanted = trace_block(teacher, path, block_input, calls, block, done=before)
+                found = trace_block(student, path, block_input, calls, block, done=before)
                 target = pack(wanted.output, tokens)
                 features = target.new_zeros(len(target), 0)
                 if found.features is not None:
@@ -290,10 +285,10 @@ def _align(teacher: _Walk, student: _Walk, batches: Sequence[Batch], block: Bloc
     size = weight_of(readers[0]).shape[1]
     parts = _parts(size, size, student.states[0].device)
     for i, batch in enumerate(batches):
-        tokens = tokens_of(student.layout, block, batch)
+        tokens = block_token_mask(student.layout, block, batch)
         theirs, calls = _calls(teacher, student, i, batch)
-        seen = student.entering(i, tokens, calls, block)
-        wanted = teacher.entering(i, tokens, theirs, block)
+        seen = student.block_input(i, tokens, calls, block)
+        wanted = teacher.block_input(i, tokens, theirs, block)
         _part(parts, i).add(pack(seen, tokens), pack(wanted, tokens))
     try:
         moments = _everyones(parts[0]), _everyones(parts[1])
@@ -313,7 +308,7 @@ def _has_bias(reader: Any) -> bool:
 
 def _pass(walk: _Walk, batches: Sequence[Batch], block: Block) -> None:
     for i, batch in enumerate(batches):
-        tokens = tokens_of(walk.layout, block, batch)
+        tokens = block_token_mask(walk.layout, block, batch)
         total = walk.trace(i, tokens, walk.calls(i, batch), block).total
         walk.states[i].copy_(pack(total, tokens))
     walk.last = block
@@ -323,7 +318,7 @@ def _apply(
     fit: Fit, student: PreTrainedModel, block: Block, seen: Moments, held_out: Moments
 ) -> list[str]:
     consumer = student.get_submodule(block.consumer)
-    weight, bias, scale = weight_of(consumer), consumer.bias, output_scale(student, block)
+    weight, bias, scale = weight_of(consumer), consumer.bias, layer_scale(student, block)
     try:
         if scale is None:
             new_weight, new_bias = fit(block, seen, held_out, weight, bias)

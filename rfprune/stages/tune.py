@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rfprune.model.layerwise import Batch
+from rfprune.model.batch import Batch
 from rfprune.model.layout import Block, Layout
 from rfprune.stages.least_squares import Moments, fit_with_validation, solve_scales
 from rfprune.stages.reconstruct import reconstruct

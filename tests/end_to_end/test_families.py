@@ -17,8 +17,8 @@ from torch import Tensor
 
 from rfprune.cost.constraint import Constraint
 from rfprune.cost.params import total_params
+from rfprune.model.batch import token_mask
 from rfprune.model.checkpoint import load_pruned
-from rfprune.model.layerwise import token_mask
 from rfprune.pruning import prune
 from rfprune.settings import Settings
 from tests.conftest import (

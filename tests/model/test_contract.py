@@ -19,20 +19,14 @@ from torch import Tensor
 
 from rfprune.families.architectures import ARCHITECTURES
 from rfprune.families.schema import LINEAR_MAPS
+from rfprune.model.batch import model_inputs, pack, token_mask, unpack
 from rfprune.model.checkpoint import load_pruned, save_pruned
 from rfprune.model.compact import compact
-from rfprune.model.layerwise import (
-    layer_calls,
-    model_inputs,
-    pack,
-    run_layer,
-    token_mask,
-    unpack,
-    with_tokens,
-)
+from rfprune.model.frozen import frozen
+from rfprune.model.layerwise import add_image_token_mask, layer_calls, run_layer
 from rfprune.model.layout import Layout, layout_of
 from rfprune.model.linear import weight_of
-from rfprune.model.masks import frozen, full_masks, masked
+from rfprune.model.masks import full_masks, masked
 from tests.conftest import (
     ALL_TYPES,
     CAUSAL_TYPES,
@@ -325,7 +319,7 @@ def test_layers_replayed_are_the_full_forward_pass(
 ) -> None:
     if padding != "right" and case[0] in IMAGE_TYPES:
         pytest.skip("images have no padding")
-    batch = with_tokens(model, layout, batches(num_examples, padding=padding))
+    batch = add_image_token_mask(model, layout, batches(num_examples, padding=padding))
     small = compact(model, layout, emptied(layout, "layer.1.heads"))
     tokens = token_mask(batch)
     for net in (model, small):

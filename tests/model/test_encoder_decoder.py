@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from rfprune.errors import UserError
+from rfprune.model.batch import decoder_token_mask, model_inputs, pack, token_mask, unpack
 from rfprune.model.compact import compact
 from rfprune.model.encoder_decoder import (
-    decoder_tokens,
+    add_decoder_inputs,
+    block_token_mask,
     encoder_output,
-    tokens_of,
-    with_decoder_tokens,
-    with_encoder_output,
+    inputs_with_encoder_output,
 )
-from rfprune.model.layerwise import layer_calls, model_inputs, pack, run_layer, token_mask, unpack
+from rfprune.model.layerwise import layer_calls, run_layer
 from rfprune.model.layout import layout_of
 from rfprune.model.masks import full_masks
 from tests.conftest import DECODING_TYPES
@@ -39,16 +39,18 @@ def test_labels_are_read_one_token_later_as_in_the_models_own_loss(
 ) -> None:
     labels = torch.tensor([[7, 8, 3], [9, 3, -100]])
     batch = {**tiny_batch(2, 5, model_type="bart"), "labels": labels}
-    noted = with_decoder_tokens(model, batch)
+    prepared = add_decoder_inputs(model, batch)
     start = model.config.decoder_start_token_id
-    assert noted["decoder_input_ids"].tolist() == [[start, 7, 8], [start, 9, 3]]
-    assert decoder_tokens(noted).tolist() == [[True] * 3] * 2
+    assert prepared["decoder_input_ids"].tolist() == [[start, 7, 8], [start, 9, 3]]
+    assert decoder_token_mask(prepared).tolist() == [[True] * 3] * 2
     with torch.no_grad():
-        assert torch.equal(model(**model_inputs(noted)).logits, model(**batch).logits)
-    assert with_decoder_tokens(model, noted) is noted
+        assert torch.equal(model(**model_inputs(prepared)).logits, model(**batch).logits)
+    assert add_decoder_inputs(model, prepared) is prepared
     layout = layout_of(model)
-    assert torch.equal(tokens_of(layout, layout.blocks[0], noted), token_mask(batch))
-    assert torch.equal(tokens_of(layout, layout.blocks[-1], noted), decoder_tokens(noted))
+    assert torch.equal(block_token_mask(layout, layout.blocks[0], prepared), token_mask(batch))
+    assert torch.equal(
+        block_token_mask(layout, layout.blocks[-1], prepared), decoder_token_mask(prepared)
+    )
 
 
 @pytest.mark.parametrize("model_type", DECODING_TYPES)
@@ -59,12 +61,12 @@ def test_what_comes_first_is_what_the_family_begins_with(
     model = tiny_model(model_type, "seq2seq-lm")
     labels = torch.tensor([[7, 8, 4], [9, 4, -100]])
     inputs = {n: v for n, v in tiny_batch(2, 5).items() if n != "decoder_input_ids"}
-    noted = with_decoder_tokens(model, inputs | {"labels": labels})
+    prepared = add_decoder_inputs(model, inputs | {"labels": labels})
     begins = 4 if model_type == "mbart" else model.config.decoder_start_token_id
-    assert noted["decoder_input_ids"].tolist() == [[begins, 7, 8], [begins, 9, 4]]
+    assert prepared["decoder_input_ids"].tolist() == [[begins, 7, 8], [begins, 9, 4]]
     with torch.no_grad():
         own = model(**inputs, labels=labels)
-        assert torch.equal(model(**model_inputs(noted)).logits, own.logits)
+        assert torch.equal(model(**model_inputs(prepared)).logits, own.logits)
 
 
 def test_where_decoding_starts_may_be_unknown(tiny_model: Tiny, tiny_batch: Tiny) -> None:
@@ -72,7 +74,7 @@ def test_where_decoding_starts_may_be_unknown(tiny_model: Tiny, tiny_batch: Tiny
     model.config.decoder_start_token_id = None
     batch = {**tiny_batch(2, 5, model_type="t5"), "labels": torch.tensor([[7, 3], [8, 3]])}
     with pytest.raises(UserError, match="needs decoder_input_ids"):
-        with_decoder_tokens(model, batch)
+        add_decoder_inputs(model, batch)
 
 
 @pytest.mark.parametrize("model_type", DECODING_TYPES)
@@ -80,9 +82,9 @@ def test_a_classifier_reads_its_inputs_again(
     model_type: str, tiny_model: Tiny, tiny_batch: Tiny
 ) -> None:
     classifier, batch = tiny_model(model_type), tiny_batch(model_type=model_type)
-    noted = with_decoder_tokens(classifier, {**batch, "labels": torch.zeros(4, dtype=torch.long)})
+    prepared = add_decoder_inputs(classifier, {**batch, "labels": torch.zeros(4, dtype=torch.long)})
     with torch.no_grad():
-        found = classifier(**model_inputs(noted)).logits
+        found = classifier(**model_inputs(prepared)).logits
         assert torch.equal(found, classifier(**batch).logits)
 
 
@@ -91,18 +93,18 @@ def test_what_is_given_stays_and_its_padding_counts_for_nothing(
 ) -> None:
     ids = torch.tensor([[0, 7, 8], [0, 9, 0]])  # decoding may start with padding
     batch = {**tiny_batch(2, 5, model_type="bart"), "decoder_input_ids": ids}
-    noted = with_decoder_tokens(model, batch)
-    assert noted["decoder_input_ids"] is ids
-    assert decoder_tokens(noted).tolist() == [[True, True, True], [True, True, False]]
+    prepared = add_decoder_inputs(model, batch)
+    assert prepared["decoder_input_ids"] is ids
+    assert decoder_token_mask(prepared).tolist() == [[True, True, True], [True, True, False]]
     given = {**batch, "decoder_attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}
-    assert decoder_tokens(with_decoder_tokens(model, given)).sum() == 3
+    assert decoder_token_mask(add_decoder_inputs(model, given)).sum() == 3
 
 
 def test_a_language_model_without_anything_to_write_is_refused(
     model: Any, tiny_batch: Tiny
 ) -> None:
     with pytest.raises(UserError, match="has a decoder, which needs decoder_input_ids"):
-        with_decoder_tokens(model, tiny_batch(model_type="bart"))
+        add_decoder_inputs(model, tiny_batch(model_type="bart"))
 
 
 def first(output: Any) -> Tensor:
@@ -123,8 +125,8 @@ def test_the_decoder_replayed_is_the_full_forward_pass(
     net = compact(model, layout, masks)
     written = tiny_batch(4, 6, seed=5)["input_ids"]
     batch = tiny_batch(padding=padding, model_type="bart")
-    batch = dict(with_decoder_tokens(net, {**batch, "decoder_input_ids": written}))
-    tokens = decoder_tokens(batch)
+    batch = dict(add_decoder_inputs(net, {**batch, "decoder_input_ids": written}))
+    tokens = decoder_token_mask(batch)
     assert not tokens.all()
     leaving: list[Tensor] = []
     handles = [
@@ -135,7 +137,7 @@ def test_the_decoder_replayed_is_the_full_forward_pass(
         net(**model_inputs(batch))
         for handle in handles:
             handle.remove()
-        given = with_encoder_output(batch, encoder_output(net, batch))
+        given = inputs_with_encoder_output(batch, encoder_output(net, batch))
         hidden, calls = layer_calls(net, layout, batch, decoder_inputs=given)
         for number in layout.stack(decoder=True):
             hidden = unpack(pack(hidden, tokens), tokens)

@@ -17,22 +17,18 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rfprune.errors import UserError
+from rfprune.model.batch import first_tokens, model_inputs, pack, token_mask, unpack
 from rfprune.model.compact import compact
 from rfprune.model.layerwise import (
-    check_layer_outputs,
-    first_tokens,
+    add_image_token_mask,
     layer_calls,
-    model_inputs,
-    output_scale,
-    pack,
+    layer_scale,
     run_layer,
-    token_mask,
     trace_block,
-    unpack,
-    with_tokens,
 )
 from rfprune.model.layout import Block, layout_of
 from rfprune.model.masks import full_masks, masked
+from rfprune.model.validation import check_layer_outputs
 from tests.conftest import ALL_TYPES
 
 Tiny = Callable[..., Any]
@@ -81,11 +77,11 @@ def test_images_have_as_many_tokens_as_the_model_makes_of_them(
     with pytest.raises(UserError, match="pixel_values"):
         token_mask(batch)
     labelled = {**batch, "labels": torch.zeros(3)}
-    noted = with_tokens(model, layout_of(model), labelled)
-    assert token_mask(noted).tolist() == [[True] * 6] * 3  # four patches and two more
-    assert list(model_inputs(noted)) == ["pixel_values"]
-    assert noted["labels"] is labelled["labels"]
-    assert with_tokens(model, layout_of(model), noted) is noted
+    prepared = add_image_token_mask(model, layout_of(model), labelled)
+    assert token_mask(prepared).tolist() == [[True] * 6] * 3  # four patches and two more
+    assert list(model_inputs(prepared)) == ["pixel_values"]
+    assert prepared["labels"] is labelled["labels"]
+    assert add_image_token_mask(model, layout_of(model), prepared) is prepared
 
 
 def test_layers_of_different_kinds_have_their_own_calls(tiny_model: Tiny, tiny_batch: Tiny) -> None:
@@ -157,7 +153,7 @@ def test_a_trace_is_consistent_with_the_block(
             assert trace.features is not None
             assert trace.features.shape[-1] == block.num_units * block.unit_width
             output = model.get_submodule(block.consumer)(trace.features)
-            scale = output_scale(model, block)
+            scale = layer_scale(model, block)
             assert (scale is not None) == model_type.startswith(("beit", "dinov2"))
             output = output if scale is None else scale * output
             assert torch.equal(output.view(hidden.shape), trace.output)
@@ -283,7 +279,7 @@ def test_layers_beyond_the_second_are_called_as_in_a_full_pass(
     with torch.no_grad():
         model(**batch)
         handle.remove()
-        batch = with_tokens(model, layout, batch)
+        batch = add_image_token_mask(model, layout, batch)
         hidden, calls = layer_calls(model, layout, batch)
         for number in order:
             hidden = run_layer(model, layout.layers[number], hidden, calls)
@@ -300,5 +296,5 @@ def test_a_row_that_is_wrong_about_what_layers_return_is_refused(
     model, batch = tiny_model("mpnet", num_hidden_layers=6), tiny_batch(model_type="mpnet")
     layout = layout_of(model)
     check_layer_outputs(model, layout, batch)
-    with pytest.raises(UserError, match=r"return a tuple of 1, .* has a t.*; correct `returns`"):
+    with pytest.raises(UserError, match=r"return a tuple of 1, .* says a t.*; correct `returns`"):
         check_layer_outputs(model, replace(layout, returns=wrong), batch)

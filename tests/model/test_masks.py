@@ -13,8 +13,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from rfprune.model.frozen import frozen
 from rfprune.model.layout import layout_of
-from rfprune.model.masks import frozen, full_masks, masked, num_kept
+from rfprune.model.masks import full_masks, masked, num_kept
 
 Tiny = Callable[..., Any]
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from rfprune.model.compact import compact
+from rfprune.model.frozen import frozen
 from rfprune.model.layout import Block, layout_of
-from rfprune.model.masks import frozen, full_masks
+from rfprune.model.masks import full_masks
 from rfprune.stages.align import apply_regression_map, fit_regression_map
 from rfprune.stages.least_squares import Moments, NumericalFailure
 from rfprune.stages.reconstruct import reconstruct

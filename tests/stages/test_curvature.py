@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from rfprune.errors import UserError
+from rfprune.model.frozen import frozen
 from rfprune.model.layout import layout_of
-from rfprune.model.masks import frozen
 from rfprune.stages.curvature import DEPTH_WEIGHT, KroneckerFactors, collect_curvature, error_curves
 from rfprune.stages.objective import LABELLED, fisher_factors
 from rfprune.stages.optimal_brain_surgeon import removal_curve

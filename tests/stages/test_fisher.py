@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from rfprune.errors import UserError
+from rfprune.model.frozen import frozen
 from rfprune.model.layout import layout_of
-from rfprune.model.masks import frozen, full_masks, masked
+from rfprune.model.masks import full_masks, masked
 from rfprune.stages.fisher import block_fisher, collect_gradients, diagonal_fisher
 from rfprune.stages.objective import LABELLED, PREDICTIONS, Objective
 

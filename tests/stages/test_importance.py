@@ -17,8 +17,9 @@ from torch import Tensor
 from rfprune.errors import UserError
 from rfprune.families.schema import LINEAR_MAPS
 from rfprune.model.compact import compact
+from rfprune.model.frozen import frozen
 from rfprune.model.layout import Block, layout_of
-from rfprune.model.masks import frozen, full_masks, masked
+from rfprune.model.masks import full_masks, masked
 from rfprune.settings import CRITERIA
 from rfprune.stages.fisher import collect_gradients, diagonal_fisher
 from rfprune.stages.importance import (

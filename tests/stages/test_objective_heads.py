@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rfprune.embeddings import POOLING_ENTRY, embed
 from rfprune.errors import UserError
+from rfprune.model.frozen import frozen
 from rfprune.model.layout import layout_of
-from rfprune.model.masks import frozen, masked
+from rfprune.model.masks import masked
 from rfprune.stages.fisher import collect_gradients
 from rfprune.stages.objective import PREDICTIONS, fisher_factors, label_losses, objective_values
 

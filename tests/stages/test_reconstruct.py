@@ -13,18 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from rfprune.model.batch import DECODER_TOKEN_MASK, Batch, model_inputs, token_mask
 from rfprune.model.compact import compact
-from rfprune.model.encoder_decoder import tokens_of, with_decoder_tokens
-from rfprune.model.layerwise import (
-    DECODER_TOKENS,
-    Batch,
-    model_inputs,
-    output_scale,
-    token_mask,
-    with_tokens,
-)
+from rfprune.model.encoder_decoder import add_decoder_inputs, block_token_mask
+from rfprune.model.frozen import frozen
+from rfprune.model.layerwise import add_image_token_mask, layer_scale
 from rfprune.model.layout import Block, Layout, layout_of
-from rfprune.model.masks import frozen, full_masks, masked
+from rfprune.model.masks import full_masks, masked
 from rfprune.stages.least_squares import Moments, NumericalFailure, solve_weights
 from rfprune.stages.reconstruct import reconstruct
 from tests.conftest import IMAGE_TYPES
@@ -69,7 +64,7 @@ def hidden_of(model: Any, batch: Batch) -> Tensor:
     """Last hidden states of the real tokens, (tokens, d)."""
     with torch.no_grad():
         states = model.base_model(**model_inputs(batch)).last_hidden_state
-    tokens = batch.get(DECODER_TOKENS, token_mask(batch))
+    tokens = batch.get(DECODER_TOKEN_MASK, token_mask(batch))
     return states[tokens]  # type: ignore[no-any-return]
 
 
@@ -86,8 +81,8 @@ def batches_of(
 
 def noted(model: Any, batch: Batch) -> Batch:
     if model.config.is_encoder_decoder:
-        return with_decoder_tokens(model, batch)
-    return with_tokens(model, layout_of(model), batch)
+        return add_decoder_inputs(model, batch)
+    return add_image_token_mask(model, layout_of(model), batch)
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])
@@ -104,7 +99,7 @@ def test_an_equal_student_has_no_error(
     assert run(teacher, student, layout, batches, spy) == []
     assert list(spy.errors) == [block.name for block in layout.blocks]
     for block in layout.blocks:
-        tokens = sum(int(tokens_of(layout, block, batch).sum()) for batch in batches)
+        tokens = sum(int(block_token_mask(layout, block, batch).sum()) for batch in batches)
         moments = spy.moments[block.name]
         assert moments.count == layout.runs_of(block) * tokens
         assert spy.errors[block.name] < 1e-5 * moments.target_energy / moments.count
@@ -239,7 +234,7 @@ def test_an_emptied_block_still_gets_its_bias(
     bias = student.get_submodule(layout.blocks[0].consumer).bias
     if bias is None:  # nothing there can make up for anything
         return
-    scale = output_scale(student, layout.blocks[0])
+    scale = layer_scale(student, layout.blocks[0])
     torch.testing.assert_close(bias if scale is None else scale * bias, mean, rtol=1e-4, atol=1e-5)
     if scale is not None:
         return

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from rfprune.model.compact import compact
+from rfprune.model.frozen import frozen
 from rfprune.model.layout import Layout, layout_of
-from rfprune.model.masks import frozen, full_masks
+from rfprune.model.masks import full_masks
 from rfprune.stages.tune import classifies_first_token, last_ffn, tune_scales
 
 Tiny = Callable[..., Any]

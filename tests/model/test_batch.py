@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from rfprune.model import checks
-from rfprune.model.checks import cut_to_size
+from rfprune.model import batch as batch_module
+from rfprune.model.batch import split_batch
 
 Tiny = Callable[..., Any]
 
@@ -22,16 +22,16 @@ def test_batches_of_language_models_are_cut(
     most: float, sizes: list[int], tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model("llama", "causal-lm")
-    monkeypatch.setattr(checks, "MOST_LOGITS", int(most * 7 * model.config.vocab_size))
+    monkeypatch.setattr(batch_module, "MAX_LOGITS", int(most * 7 * model.config.vocab_size))
     ids = torch.arange(35).view(5, 7) % model.config.vocab_size
     batch = {"input_ids": ids, "attention_mask": ids % 3}
-    parts = cut_to_size(model, batch)
+    parts = split_batch(model, batch)
     assert [len(part["input_ids"]) for part in parts] == sizes
     for name, values in batch.items():
         assert torch.equal(torch.cat([part[name] for part in parts]), values)
 
 
 def test_others_have_few_logits(tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "MOST_LOGITS", 1)
+    monkeypatch.setattr(batch_module, "MAX_LOGITS", 1)
     batch = {"input_ids": torch.ones(5, 7, dtype=torch.long)}
-    assert cut_to_size(tiny_model("bert"), batch) == [batch]
+    assert split_batch(tiny_model("bert"), batch) == [batch]

@@ -1,0 +1,64 @@
+"""Checks of a model before any work is done with it."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from rfprune.errors import UserError
+from rfprune.model.batch import Batch, model_inputs
+from rfprune.model.layout import Layout
+
+
+def check_finite_weights(model: PreTrainedModel) -> None:
+    """Check that all parameters are in memory and finite.
+
+    Raises:
+        UserError: names the first parameter that is offloaded, or holds NaN or infinity.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise UserError(
+                f"parameter '{name}' is offloaded, but pruning needs every weight in memory; load "
+                "the model onto devices that hold all of it"
+            )
+        if not torch.isfinite(parameter).all():
+            raise UserError(
+                f"parameter '{name}' holds NaN or infinity; save or download the checkpoint again"
+            )
+
+
+def check_layer_outputs(model: PreTrainedModel, layout: Layout, batch: Batch) -> None:
+    """Check that the layers of a model return what the row of its family says.
+
+    `rfprune.model.layerwise.layer_calls` replaces layers by stand-ins, which must return the same
+    kind of value. A wrong row would fail late in a run, and only in models of four layers or more.
+
+    Args:
+        batch: the model runs on its first example.
+
+    Raises:
+        UserError: a layer returns a tensor where the row has a tuple, or the other way round.
+    """
+
+    def check(_: nn.Module, __: Any, output: Any) -> None:
+        length = len(output) if isinstance(output, tuple) else None
+        if (length is None) != (layout.returns is None) or (length or 0) < (layout.returns or 0):
+            found, expected = (
+                "a tensor" if number is None else f"a tuple of {number}"
+                for number in (length, layout.returns)
+            )
+            raise UserError(
+                f"the layers of this {layout.model_type} model return {found}, but the row of its "
+                f"family says {expected}; correct `returns` in rfprune/families/architectures.py, "
+                "or install a release of transformers that this version was tested with"
+            )
+
+    with ExitStack() as stack, torch.no_grad():
+        for path in layout.layers:
+            stack.callback(model.get_submodule(path).register_forward_hook(check).remove)
+        model(**{name: value[:1] for name, value in model_inputs(batch).items()})
