@@ -19,10 +19,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
+from rfprune.cli.exit_codes import RESUMABLE, script
 from rfprune.settings import ALLOCATIONS, CRITERIA
 from scripts.ablation_table import SELECT, full_table
 from scripts.bench import Conditions, Variants
-from scripts.entry import GOES_ON, script
 from scripts.summarise import cells_of
 from scripts.sweep import complete, default_output, measurements, parser_of, read_lines
 
@@ -52,7 +52,7 @@ def variants() -> Variants:
     return both
 
 
-@script(GOES_ON)
+@script(RESUMABLE)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process): 0 done, 1 something was not to be
     measured, 2 user error, 130 stopped."""

@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
+from rfprune.cli.exit_codes import NOTHING_WRITTEN, script
 from rfprune.errors import UserError
 from rfprune.settings import METHODS
 from rfprune.tasks.registry import TASKS, Task, get_task
-from scripts.entry import NOTHING, script
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +57,7 @@ class Bench:
     settings: Settings
 
 
-@script(NOTHING)
+@script(NOTHING_WRITTEN)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process): 0 done, 1 a compact model differs from
     the masked one, 2 user error, 130 stopped."""

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
+from rfprune.cli.exit_codes import NOTHING_WRITTEN, script
 from rfprune.cli.flag_values import check_exports
 from rfprune.errors import UserError
 from rfprune.settings import METHODS
 from rfprune.tasks.registry import TASKS, Task, get_task
-from scripts.entry import NOTHING, script
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -40,7 +40,7 @@ LONG = 128
 """Tokens of the last shape that is timed."""
 
 
-@script(NOTHING)
+@script(NOTHING_WRITTEN)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process): 0 done, 2 user error, 130 stopped."""
     options = _parser().parse_args(argv)

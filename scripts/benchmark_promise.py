@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
+from rfprune.cli.exit_codes import RESUMABLE, script
 from rfprune.errors import UserError
 from scripts.bench import say
-from scripts.entry import GOES_ON, script
 from scripts.speedup_models import SYNTHETIC, load_dense
 from scripts.sweep import append_line, model_name, read_lines
 
@@ -40,7 +40,7 @@ TOLERANCE = 0.007
 KEY = ("model", "device", "dtype", "batch_size", "length", "constraint")
 
 
-@script(GOES_ON)
+@script(RESUMABLE)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process): 0 done, 2 user error, 130 stopped."""
     options = _parser().parse_args(argv)

@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
+from rfprune.cli.exit_codes import NOTHING_WRITTEN, script
 from rfprune.errors import UserError
 from rfprune.settings import METHODS
 from rfprune.tasks.registry import TASKS, get_task
-from scripts.entry import NOTHING, script
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +46,7 @@ TOKENS = 64
 """Of a random example."""
 
 
-@script(NOTHING)
+@script(NOTHING_WRITTEN)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process); 0 done, 2 user error, 130 stopped."""
     arguments = list(sys.argv[1:] if argv is None else argv)

@@ -22,10 +22,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
+from rfprune.cli.exit_codes import RESUMABLE, script
 from rfprune.errors import UserError
 from rfprune.settings import METHODS
 from scripts.bench import say
-from scripts.entry import GOES_ON, script
 from scripts.sweep import append_line, read_lines
 
 SIZES: Mapping[str, Mapping[str, int]] = {
@@ -43,7 +43,7 @@ SECONDS_BETWEEN = 0.02
 """How often memory is looked at."""
 
 
-@script(GOES_ON)
+@script(RESUMABLE)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process): 0 done, 2 user error, 130 stopped."""
     options = _parser().parse_args(argv)

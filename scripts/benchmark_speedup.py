@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
+from rfprune.cli.exit_codes import RESUMABLE, script
 from rfprune.cli.flag_values import check_exports
 from rfprune.errors import UserError
 from scripts.bench import say
-from scripts.entry import GOES_ON, script
 from scripts.speedup_models import RUNTIMES, SYNTHETIC
 from scripts.sweep import append_line, model_name, read_lines
 
@@ -48,7 +48,7 @@ MAX_ROUNDS = 50
 Cell = dict[str, Any]
 
 
-@script(GOES_ON)
+@script(RESUMABLE)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process): 0 done, 2 user error, 130 stopped."""
     options = parser().parse_args(argv)

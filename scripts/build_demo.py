@@ -23,13 +23,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
+from rfprune.cli.exit_codes import script
 from rfprune.demo import DEMO_TASK, demo_data_dir, demo_path
 from rfprune.errors import UserError
 from rfprune.tasks.calibration import sample
 from rfprune.tasks.data import load_split
 from rfprune.tasks.evaluation import Evaluation, evaluate_model, prepare_evaluation
 from rfprune.tasks.registry import get_task
-from scripts.entry import script
 
 TRAIN_ROWS = 3000
 SEED = 0
@@ -45,7 +45,6 @@ Written by `scripts/build_demo.py`; do not edit.
 all-MiniLM-L6-v2 (sentence-transformers, Apache-2.0; from Microsoft's MiniLM, MIT), fine-tuned on
 44,800 sentences of SST-2. Weights in half precision, to be used in float32. The vocabulary is cut
 from {source_tokens} to {kept_tokens} pieces: those that the sentences beside it use, and all
-from scripts.entry import script
 single characters. These sentences are tokenised exactly as by the full model; other text too,
 if into more pieces. The weights are under the Apache License 2.0, as the rest of this repository.
 

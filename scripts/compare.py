@@ -13,11 +13,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
+from rfprune.cli.exit_codes import script
 from rfprune.errors import UserError
 from rfprune.report.html import write_runs_page
 from rfprune.report.output import REPORT_FILE
 from rfprune.report.report_json import read_report
-from scripts.entry import script
 
 DEFAULT = Path("compare.html")
 

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
+from rfprune.cli.exit_codes import NOTHING_WRITTEN, script
 from rfprune.errors import UserError
 from rfprune.tasks.registry import TASKS, get_task
-from scripts.entry import NOTHING, script
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +41,7 @@ RATIOS = (0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25)
 _NEVER_LOWER = 100  # times that a budget is lowered
 
 
-@script(NOTHING)
+@script(NOTHING_WRITTEN)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process); 0 done, 2 user error."""
     options = _parser().parse_args(argv)

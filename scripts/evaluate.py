@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
 from rfprune.cli.data_flags import add_columns, check_data
+from rfprune.cli.exit_codes import NOTHING_WRITTEN, script
 from rfprune.cli.flag_values import check_task
 from rfprune.errors import UserError
 from rfprune.tasks.registry import TASK_NAMES, default_batch_size
-from scripts.entry import NOTHING, script
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rfprune.tasks.evaluation import Evaluation
 
 
-@script(NOTHING)
+@script(NOTHING_WRITTEN)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process); 0 done, 2 user error, 130 stopped."""
     options = _parser().parse_args(argv)

@@ -13,9 +13,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
 from rfprune.cli.data_flags import add_columns, check_data
+from rfprune.cli.exit_codes import script
 from rfprune.errors import UserError
 from rfprune.tasks.registry import CUSTOM, get_task
-from scripts.entry import script
 
 
 @script("nothing was finished.")

@@ -19,10 +19,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
+from rfprune.cli.exit_codes import script
 from rfprune.errors import UserError
 from rfprune.families.architectures import ARCHITECTURES
 from rfprune.families.suggest import as_text, suggest
-from scripts.entry import script
 
 
 @script("nothing was finished.")

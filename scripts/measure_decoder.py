@@ -15,9 +15,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
 from rfprune.cache import default_folder
+from rfprune.cli.exit_codes import RESUMABLE, script
 from rfprune.tasks.registry import LANGUAGE_MODELING
 from scripts.bench import Variants
-from scripts.entry import GOES_ON, script
 from scripts.sweep import complete, default_output, measurements, parser_of
 
 VARIANTS: Variants = {
@@ -36,7 +36,7 @@ PROMPTS = (
 )
 
 
-@script(GOES_ON)
+@script(RESUMABLE)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process): 0 done, 1 something was not to be
     measured, 2 user error, 130 stopped."""

@@ -21,16 +21,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
 from rfprune.cli import flag_values
+from rfprune.cli.exit_codes import RESUMABLE, script
 from rfprune.settings import METRICS
 from scripts.bench import say
-from scripts.entry import GOES_ON, script
 from scripts.sweep import append_line, default_output, model_name, read_lines
 
 CONDITIONS = ("model", "task", "metric", "points", "seed", "requested_samples", "eval_limit")
 """Two lines that agree in all of these are the same measurement."""
 
 
-@script(GOES_ON)
+@script(RESUMABLE)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process): 0 done, 1 a run was refused, as for
     a limit that no size keeps, 2 user error, 130 stopped."""

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
+from rfprune.cli.exit_codes import NOTHING_WRITTEN, script
 from rfprune.errors import UserError
-from scripts.entry import NOTHING, script
 from scripts.speedup_models import SYNTHETIC
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ SHOWN = (1.0, 0.75, 0.5, 0.25, 0.0)
 """Fractions of all units that are shown."""
 
 
-@script(NOTHING)
+@script(NOTHING_WRITTEN)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process): 0 done, 2 user error, 130 stopped."""
     options = _parser().parse_args(argv)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
+from rfprune.cli.exit_codes import RESUMABLE, script
 from rfprune.hub.upload import (
     check_access,
     check_folder,
@@ -21,10 +22,9 @@ from rfprune.hub.upload import (
     plan_of,
     push,
 )
-from scripts.entry import script
 
 
-@script("the same command goes on where it stopped.")
+@script(RESUMABLE)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process); 0 done, 2 user error, 130 stopped."""
     options = _parser().parse_args(argv)

@@ -21,12 +21,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
+from rfprune.cli.exit_codes import RESUMABLE, script
 from rfprune.cli.flag_values import check_task
 from rfprune.errors import UserError
 from rfprune.settings import DTYPES, METRICS
 from rfprune.tasks.registry import TASK_NAMES
 from scripts.bench import Bench, Conditions, NotMeasured, Variants, calibrate, measure, prepare, say
-from scripts.entry import GOES_ON, script
 
 VARIANTS: Variants = {
     "kwon-search": {"method": "kwon", "rearrange": False, "tune": False},
@@ -53,7 +53,7 @@ CONDITIONS = (
 """Two lines that agree in all of these are the same measurement."""
 
 
-@script(GOES_ON)
+@script(RESUMABLE)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process): 0 done, 1 something was not to be
     measured, 2 user error, 130 stopped."""

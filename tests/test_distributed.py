@@ -36,7 +36,7 @@ Tiny = Callable[..., Any]
 LAUNCHER = """
 import contextlib, importlib, json, os, signal, socket, sys
 import accelerate, torch
-import rfprune.main, rfprune.cli.run
+import rfprune.cli.exit_codes, rfprune.main, rfprune.cli.run
 from rfprune.main import main
 
 for case in json.load(sys.stdin):
@@ -53,7 +53,7 @@ for case in json.load(sys.stdin):
                            "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
                            "MASTER_PORT": str(port), "RFPRUNE_CACHE": "cache"}
             sys.modules["rfprune.latency.speedup"].MAX_ROUNDS = 1
-            rfprune.main.COURTESY_SECONDS = 0  # no launcher stops the others here
+            rfprune.cli.exit_codes.GRACE_SECONDS = 0  # no launcher stops the others here
             rfprune.cli.run.write_for_people = rfprune.cli.run.write_family = lambda *_: None
             for number, stream in ((1, "out"), (2, "err")):
                 file = os.open(f"{stream}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -603,7 +603,7 @@ def test_ctrl_c_while_libraries_are_imported_is_not_swallowed(tmp_path: Path) ->
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
     )
     assert done.returncode == 130
-    assert done.stderr == "rfprune: interrupted; nothing half-written was left behind.\n"
+    assert done.stderr == "rfprune: interrupted; no partial output was left behind.\n"
     assert not (tmp_path / "out").exists()
 
 
