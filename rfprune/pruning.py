@@ -33,7 +33,7 @@ from rfprune.cost.params import total_params
 from rfprune.cost.rounding import restrict_to_multiples
 from rfprune.errors import UserError
 from rfprune.latency.measured import measured_ratio, table_for, timed_batch
-from rfprune.latency.promise import Promise, broken, keep_promise
+from rfprune.latency.promise import LatencyPromise, missed_latency_warnings, meet_latency
 from rfprune.latency.table import LatencyTable
 from rfprune.methods.budget import cost_model, mean_decoder_tokens, mean_tokens
 from rfprune.methods.selection import Selection, check_possible, collect_statistics
@@ -227,7 +227,7 @@ class _Step:
     student: PreTrainedModel
     masks: Masks
     warnings: Sequence[str] = ()
-    promise: Promise | None = None
+    promise: LatencyPromise | None = None
 
 
 def _round(
@@ -242,7 +242,7 @@ def _round(
     with timer.stage("compact"):
         student = compact(student, layout, kept)
         masks = _composed(job.layout, step.masks, layout, kept)
-    warnings = broken(promise)
+    warnings = missed_latency_warnings(promise)
     if not job.settings.tune:
         return _Step(student, masks, warnings, promise)
     with timer.stage("tune"), frozen(job.model), frozen(student):
@@ -264,7 +264,7 @@ def _choose(
     selection: Selection,
     constraint: Constraint,
     timer: StageTimer,
-) -> tuple[Masks, Promise | None]:
+) -> tuple[Masks, LatencyPromise | None]:
     """Masks of the student's units, of which `layout` is; a latency is measured as well."""
     costs = job.costs(constraint.metric)
     consumers = [block.consumer for block in job.layout.blocks]
@@ -287,7 +287,7 @@ def _choose(
     def kept_by(kept: Masks) -> tuple[int, ...]:
         return num_kept(_composed(job.layout, step.masks, layout, kept))
 
-    return keep_promise(costs, constraint, choose, measure, kept_by)
+    return meet_latency(costs, constraint, choose, measure, kept_by)
 
 
 def _teacher(

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rfprune.cost.constraint import Constraint
-from rfprune.latency.promise import Promise
+from rfprune.latency.promise import LatencyPromise
 from rfprune.model.layout import Block, Layout
 from rfprune.model.masks import Masks
 from rfprune.stages.optimal_brain_surgeon import ErrorCurve
@@ -50,7 +50,7 @@ class PruneResult:
     importance: tuple[Tensor, ...] | None = None
     curves: tuple[ErrorCurve, ...] | None = None
     cached: tuple[str, ...] = ()
-    promise: Promise | None = None
+    promise: LatencyPromise | None = None
 
 
 def kind_of_units(block: Block) -> str:

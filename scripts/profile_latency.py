@@ -23,7 +23,7 @@ from scripts.speedup_models import SYNTHETIC
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rfprune.latency.table import Curve, LatencyTable
+    from rfprune.latency.table import LatencyCurve, LatencyTable
     from rfprune.model.layout import Layout
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -209,7 +209,7 @@ def _print(table: LatencyTable, layout: Layout, path: Path) -> None:
     console.print(f"Written to {path}")
 
 
-def _allowed(curve: Curve, num_units: int, fraction: float) -> int:
+def _allowed(curve: LatencyCurve, num_units: int, fraction: float) -> int:
     """About that fraction of the units, in allowed multiples."""
     if fraction == 1:
         return num_units

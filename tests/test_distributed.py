@@ -101,7 +101,7 @@ run.save_pruned = full
 """,
 }
 NOTHING_WITHIN = """
-from rfprune.max_drop.rules import search
+from rfprune.max_drop import search
 from rfprune.tasks.bootstrap import Drop
 search.paired_drop = lambda *_: Drop(9.0, 1.0, 0.0)
 """

@@ -32,7 +32,7 @@ from rfprune.cost.constraint import Constraint
 from rfprune.export.exports import ExportJob, write_exports
 from rfprune.hub.upload import plan_of, push
 from rfprune.latency.measured import table_for
-from rfprune.max_drop.search import asked_for, smallest
+from rfprune.max_drop.search import constraints_to_try, find_smallest_model
 from rfprune.methods.selection import check_possible
 from rfprune.model.checkpoint import save_pruned
 from rfprune.model.layout import layout_of
@@ -135,7 +135,7 @@ def _outcomes(
     if options.max_drop is None:
         yield from map(Outcome, _family(options, prepared, _constraints(options, left), progress))
         return
-    yield smallest(
+    yield find_smallest_model(
         options.max_drop,
         options.metric,
         prepared,
@@ -166,7 +166,7 @@ def _help(options: Options, prepared: Prepared, left: Sequence[float | None]) ->
     if not left:
         return
     if options.max_drop is not None:
-        for _ in _family(options, prepared, asked_for(options.metric)):
+        for _ in _family(options, prepared, constraints_to_try(options.metric)):
             pass  # the main one decides what comes next
         distributed.barrier()
         return

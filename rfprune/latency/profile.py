@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from rfprune.errors import UserError
 from rfprune.latency.conditions import Conditions, conditions_of
-from rfprune.latency.table import Curve, LatencyTable, scaled, shape_of
+from rfprune.latency.table import LatencyCurve, LatencyTable, scaled, shape_of
 from rfprune.latency.timing import Timing, time_interleaved
 from rfprune.model.batch import Batch, model_inputs
 from rfprune.model.compact import compact
@@ -223,7 +223,7 @@ def _table(
             if variant.block.layer == block.layer and variant.size == 0
         )
         curves.append(
-            Curve(
+            LatencyCurve(
                 kind=block.kind,
                 hidden_size=layout.hidden_size,
                 unit_width=block.unit_width,

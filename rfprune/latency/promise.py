@@ -29,7 +29,7 @@ _LEAST_SHARE = 0.05  # of a predicted saving, so that one bad measurement does n
 
 
 @dataclass(frozen=True)
-class Attempt:
+class LatencyAttempt:
     """One choice of sizes: fractions of the original's latency.
 
     Attributes:
@@ -45,11 +45,11 @@ class Attempt:
 
 
 @dataclass(frozen=True)
-class Promise:
+class LatencyPromise:
     """What was promised, and the attempts to keep it; `chosen` is the one that was pruned to."""
 
     promised: float
-    attempts: tuple[Attempt, ...]
+    attempts: tuple[LatencyAttempt, ...]
     chosen: int
 
     @property
@@ -65,13 +65,13 @@ class Promise:
         return abs(self.measured / self.promised - 1) <= TOLERANCE
 
 
-def keep_promise(
+def meet_latency(
     costs: CostModel,
     constraint: Constraint,
     choose: Callable[[CostModel, float], Masks],
     measure: Callable[[Masks], tuple[float, float]],
     kept_by: Callable[[Masks], tuple[int, ...]] = num_kept,
-) -> tuple[Masks, Promise]:
+) -> tuple[Masks, LatencyPromise]:
     """Masks whose measured latency is the promised fraction of the original's, as near as it gets.
 
     Args:
@@ -84,7 +84,7 @@ def keep_promise(
     Raises:
         UserError: by the table the constraint cannot be met.
     """
-    corrected, budget, found = costs, costs.budget(constraint), list[tuple[Masks, Attempt]]()
+    corrected, budget, found = costs, costs.budget(constraint), list[tuple[Masks, LatencyAttempt]]()
     for _ in range(1 + CORRECTIONS):
         try:
             masks = choose(corrected, budget)
@@ -96,7 +96,7 @@ def keep_promise(
         if any(kept == attempt.kept for _, attempt in found):
             break
         predicted = corrected.total(kept) / costs.original
-        attempt = Attempt(kept, predicted, *measure(masks))
+        attempt = LatencyAttempt(kept, predicted, *measure(masks))
         found.append((masks, attempt))
         if abs(attempt.measured / constraint.ratio - 1) <= AIM:
             break
@@ -108,16 +108,16 @@ def keep_promise(
             corrected, budget = costs, (costs.total(kept) - costs.constant + costs.least) / 2
     attempts = tuple(attempt for _, attempt in found)
     chosen = min(range(len(found)), key=lambda i: _miss(attempts[i], constraint.ratio))
-    return found[chosen][0], Promise(constraint.ratio, attempts, chosen)
+    return found[chosen][0], LatencyPromise(constraint.ratio, attempts, chosen)
 
 
-def _miss(attempt: Attempt, promised: float) -> tuple[bool, float]:
+def _miss(attempt: LatencyAttempt, promised: float) -> tuple[bool, float]:
     """Too slow is worse than too fast."""
     miss = attempt.measured / promised - 1
     return miss > TOLERANCE, abs(miss)
 
 
-def broken(promise: Promise | None) -> list[str]:
+def missed_latency_warnings(promise: LatencyPromise | None) -> list[str]:
     """A sentence where a promise is not kept."""
     if promise is None or promise.is_kept:
         return []
@@ -128,7 +128,7 @@ def broken(promise: Promise | None) -> list[str]:
     ]
 
 
-def _why(promise: Promise) -> str:
+def _why(promise: LatencyPromise) -> str:
     if promise.measured > promise.promised:
         return "on this device pruning gains less than that; ask for less, or time larger batches"
     return "the next larger sizes are slower than promised"

@@ -57,7 +57,7 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
-class Curve:
+class LatencyCurve:
     """What a sublayer takes by its size, without the norm and the residual, which always stay.
 
     Attributes:
@@ -103,7 +103,7 @@ class LatencyTable:
     """Milliseconds of a forward pass: `rest_ms` + what every sublayer takes.
 
     Attributes:
-        total_ms: of the model as it is, end to end. total_spread: as `Curve.spreads`.
+        total_ms: of the model as it is, end to end. total_spread: as `LatencyCurve.spreads`.
         rest_ms: of the model with all sublayers emptied: embeddings, norms, head, Python.
         curves: one for each shape of sublayer; those of all full sublayers and the rest add up to
             `total_ms`.
@@ -117,11 +117,11 @@ class LatencyTable:
     total_ms: float
     total_spread: float
     rest_ms: float
-    curves: tuple[Curve, ...]
+    curves: tuple[LatencyCurve, ...]
     scale: float
     rounds: int
 
-    def curve_of(self, block: Block, hidden_size: int) -> Curve:
+    def curve_of(self, block: Block, hidden_size: int) -> LatencyCurve:
         """The curve for a block.
 
         Raises:
@@ -151,7 +151,7 @@ class LatencyTable:
         return load_table(path)
 
 
-def scaled(curve: Curve, factor: float) -> Curve:
+def scaled(curve: LatencyCurve, factor: float) -> LatencyCurve:
     """A curve of which every time is `factor` times as long."""
     return replace(curve, ms=tuple(factor * ms for ms in curve.ms))
 
@@ -364,7 +364,7 @@ def _check(table: LatencyTable) -> None:
         raise ValueError(f"its parts add up to {total:.6g} ms, not to {table.total_ms:.6g}")
 
 
-def _check_curve(curve: Curve) -> None:
+def _check_curve(curve: LatencyCurve) -> None:
     name = f"the curve of {curve.kind}s"
     if not len(curve.sizes) == len(curve.ms) == len(curve.spreads) >= 2:
         raise ValueError(f"{name} has too few numbers")

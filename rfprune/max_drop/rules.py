@@ -1,6 +1,6 @@
 """`--max-drop`: the smallest model that loses at most so many points, by a search over ratios.
 
-A probe prunes to a ratio and looks at two numbers: how many points the score drops, which is what
+A trial prunes to a ratio and looks at two numbers: how many points the score drops, which is what
 was asked about and noisy (one example more or less), and the KL divergence of the predictions from
 the original's, which is smooth and grows as the ratio falls. The rules are:
 
@@ -9,11 +9,11 @@ the original's, which is smooth and grows as the ratio falls. The rules are:
    (isotonic regression of the drop on the divergence).
 2. A model is within the limit if its own drop is, and the drop that it counts with is, too.
 3. Between a size that is within and one that is not, the drop is interpolated along the
-   divergence, and the logarithm of the divergence along the ratio. Where a probe does not halve
+   divergence, and the logarithm of the divergence along the ratio. Where a trial does not halve
    what is left to search, the next one is in its middle, as in Brent's method.
 
 The search ends when the two sizes are RESOLUTION apart, when they are NEAR and the rest is not
-expected to gain more than RESOLUTION, or after MOST_PROBES.
+expected to gain more than RESOLUTION, or after MAX_TRIALS.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ NEAR = 0.1
 LEAST_GAIN = 0.05
 """Of what can be pruned at all: where even that much costs too many points, nothing is pruned."""
 
-MOST_PROBES = 6
+MAX_TRIALS = 6
 
 _STEEPNESS = 7.0
-"""By how much the logarithm of the divergence falls over the whole ratio, where one probe says
+"""By how much the logarithm of the divergence falls over the whole ratio, where one trial says
 nothing of it; measured on four checkpoints between 0.2 and 0.7 of the MACs (5 to 8)."""
 
 _MOST_GROWTH = 8.0  # of the divergence, from the last size that was within the limit
-_ONE_SIDED = 3  # probes, all with the same answer, after which the extreme is tried
+_ONE_SIDED = 3  # trials, all with the same answer, after which the extreme is tried
 _ROUNDING = 1e-9  # of scores that are 100 x a fraction
 
 
 @dataclass(frozen=True)
-class Probe:
+class Trial:
     """One size that was tried.
 
     Attributes:
@@ -55,15 +55,15 @@ class Probe:
     standard_error: float = 0.0
 
 
-def counted_drops(probes: Sequence[Probe]) -> dict[float, float]:
-    """The drop that every probe counts with, by its ratio, the nearest to the original first.
+def monotone_drops(trials: Sequence[Trial]) -> dict[float, float]:
+    """The drop that every trial counts with, by its ratio, the nearest to the original first.
 
-    Isotonic regression by pooling adjacent violators; a divergence of two probes that is equal is
+    Isotonic regression by pooling adjacent violators; a divergence of two trials that is equal is
     told apart by the ratio.
     """
     pools: list[tuple[float, list[float]]] = []  # a mean drop, and the ratios it is of
-    for probe in sorted(probes, key=lambda probe: (probe.divergence, -probe.ratio)):
-        mean, ratios = probe.drop, [probe.ratio]
+    for trial in sorted(trials, key=lambda trial: (trial.divergence, -trial.ratio)):
+        mean, ratios = trial.drop, [trial.ratio]
         while pools and pools[-1][0] > mean:
             before, others = pools.pop()
             mean = (before * len(others) + mean * len(ratios)) / (len(others) + len(ratios))
@@ -72,17 +72,17 @@ def counted_drops(probes: Sequence[Probe]) -> dict[float, float]:
     return {ratio: mean for mean, ratios in pools for ratio in ratios}
 
 
-def smallest_within(probes: Sequence[Probe], points: float) -> Probe | None:
-    """The probe of the smallest ratio that is within the limit; None where none is."""
-    counted = counted_drops(probes)
+def smallest_within_limit(trials: Sequence[Trial], points: float) -> Trial | None:
+    """The trial of the smallest ratio that is within the limit; None where none is."""
+    counted = monotone_drops(trials)
     within = [
-        probe for probe in probes if max(probe.drop, counted[probe.ratio]) <= points + _ROUNDING
+        trial for trial in trials if max(trial.drop, counted[trial.ratio]) <= points + _ROUNDING
     ]
-    return min(within, key=lambda probe: probe.ratio, default=None)
+    return min(within, key=lambda trial: trial.ratio, default=None)
 
 
-def next_ratio(probes: Sequence[Probe], points: float, least: float) -> float | None:
-    """The ratio to try after these probes, in their order; None where the search is at its end.
+def next_ratio(trials: Sequence[Trial], points: float, least: float) -> float | None:
+    """The ratio to try after these trials, in their order; None where the search is at its end.
 
     Args:
         points: the largest drop that is allowed.
@@ -92,26 +92,26 @@ def next_ratio(probes: Sequence[Probe], points: float, least: float) -> float | 
         A ratio that has not been tried, from `least` to `largest_ratio`.
     """
     largest = largest_ratio(least)
-    if not probes:
+    if not trials:
         return _middle(least)
-    above, below = _bracket(probes, points)
+    above, below = _bracket(trials, points)
     if above is None:
         if below is None or below.ratio >= largest:
             return None  # even the largest loses too much
-        if len(probes) >= _ONE_SIDED or below.ratio + RESOLUTION >= largest:
+        if len(trials) >= _ONE_SIDED or below.ratio + RESOLUTION >= largest:
             return largest
-    elif above.ratio <= least or len(probes) >= MOST_PROBES:
+    elif above.ratio <= least or len(trials) >= MAX_TRIALS:
         return None
-    elif below is None and (len(probes) >= _ONE_SIDED or above.ratio - RESOLUTION <= least):
+    elif below is None and (len(trials) >= _ONE_SIDED or above.ratio - RESOLUTION <= least):
         return least
     low = least if below is None else below.ratio
     high = largest if above is None else above.ratio
-    wanted = _ratio_at(_divergence_wanted(probes, points, above, below), probes, above, below)
+    wanted = _ratio_at(_divergence_wanted(trials, points, above, below), trials, above, below)
     if above is not None and below is not None:
         gain = high - wanted if high - low <= NEAR else high - low
         if min(gain, high - low) <= RESOLUTION + _ROUNDING:
             return None
-        if high - low <= 2 * RESOLUTION or _is_slow(probes, points):
+        if high - low <= 2 * RESOLUTION or _is_slow(trials, points):
             return _rounded((low + high) / 2, low, high)
     lowest = low if below is None else low + RESOLUTION
     highest = high if above is None else high - RESOLUTION
@@ -127,31 +127,31 @@ def _middle(least: float) -> float:
     return max(math.floor(50 * (1 + least)) / 100, least)
 
 
-def _bracket(probes: Sequence[Probe], points: float) -> tuple[Probe | None, Probe | None]:
+def _bracket(trials: Sequence[Trial], points: float) -> tuple[Trial | None, Trial | None]:
     """The smallest that is within the limit, and the largest below it that is not."""
-    above = smallest_within(probes, points)
+    above = smallest_within_limit(trials, points)
     ceiling = math.inf if above is None else above.ratio
-    failed = [probe for probe in probes if probe.ratio < ceiling]
-    return above, max(failed, key=lambda probe: probe.ratio, default=None)
+    failed = [trial for trial in trials if trial.ratio < ceiling]
+    return above, max(failed, key=lambda trial: trial.ratio, default=None)
 
 
-def _is_slow(probes: Sequence[Probe], points: float) -> bool:
-    """Whether the last probe left more than half of what there was between two sizes."""
-    above, below = _bracket(probes, points)
-    earlier_above, earlier_below = _bracket(probes[:-1], points)
+def _is_slow(trials: Sequence[Trial], points: float) -> bool:
+    """Whether the last trial left more than half of what there was between two sizes."""
+    above, below = _bracket(trials, points)
+    earlier_above, earlier_below = _bracket(trials[:-1], points)
     if not (above and below and earlier_above and earlier_below):
         return False
     return above.ratio - below.ratio > (earlier_above.ratio - earlier_below.ratio) / 2
 
 
 def _divergence_wanted(
-    probes: Sequence[Probe], points: float, above: Probe | None, below: Probe | None
+    trials: Sequence[Trial], points: float, above: Trial | None, below: Trial | None
 ) -> float:
     """The divergence at which the drop should be `points`; an unpruned model has none, and no drop.
 
     Where nothing has lost too much yet, the drop is taken to be proportional to the divergence.
     """
-    counted = counted_drops(probes)
+    counted = monotone_drops(trials)
     near = 0.0 if above is None else above.divergence
     drop = 0.0 if above is None else counted[above.ratio]
     if below is None:
@@ -163,9 +163,9 @@ def _divergence_wanted(
 
 
 def _ratio_at(
-    divergence: float, probes: Sequence[Probe], above: Probe | None, below: Probe | None
+    divergence: float, trials: Sequence[Trial], above: Trial | None, below: Trial | None
 ) -> float:
-    """Where the divergence should be that, its logarithm linear between or past two probes."""
+    """Where the divergence should be that, its logarithm linear between or past two trials."""
     if above is not None and below is not None:
         first, second = above, below
     else:
@@ -174,8 +174,8 @@ def _ratio_at(
         first, second = (
             edge,
             min(
-                (probe for probe in probes if probe is not edge),
-                key=lambda probe: abs(probe.ratio - edge.ratio),
+                (trial for trial in trials if trial is not edge),
+                key=lambda trial: abs(trial.ratio - edge.ratio),
                 default=edge,
             ),
         )

@@ -1,4 +1,4 @@
-"""`--max-drop` on a model: prune, score, decide what to try next; what is learnt serves all probes.
+"""`--max-drop` on a model: prune, score, decide what to try next; what is learnt serves all trials.
 
 The rules of the search are in max_drop.py. The divergence that leads it is measured on calibration
 batches held out from the fits, the drop on all validation examples, since it is what is promised.
@@ -15,12 +15,12 @@ from rfprune import distributed
 from rfprune.checkpoints.precision import rounded_to
 from rfprune.cost.constraint import Constraint
 from rfprune.errors import UserError
-from rfprune.max_drop.rules import Probe, next_ratio, smallest_within
+from rfprune.max_drop.rules import Trial, next_ratio, smallest_within_limit
 from rfprune.methods.budget import cost_model
 from rfprune.methods.selection import least_possible
 from rfprune.model.layout import layout_of
 from rfprune.report.measure import Batches, Outcome, Prepared
-from rfprune.report.search_text import probe_line, shown_points
+from rfprune.report.search_text import trial_line, shown_points
 from rfprune.report.table import METRIC_NAMES
 from rfprune.result import PruneResult
 from rfprune.stages.reconstruct import HELD_OUT_EVERY
@@ -37,16 +37,16 @@ Prune = Callable[[Iterable[Constraint]], Iterator[PruneResult]]
 
 @dataclass(frozen=True)
 class _Tried:
-    """A probe, and the model where it may be the one that is wanted."""
+    """A trial, and the model where it may be the one that is wanted."""
 
-    probe: Probe
+    trial: Trial
     score: float
     drop: Drop
     result: PruneResult | None
     pruned: Evaluation | None
 
 
-def asked_for(
+def constraints_to_try(
     metric: str, decide: Callable[[], float | None] = lambda: None
 ) -> Iterator[Constraint]:
     """Constraints as they are wanted; of several processes the main one's `decide` is asked."""
@@ -54,7 +54,7 @@ def asked_for(
         yield Constraint(metric, ratio)
 
 
-def smallest(
+def find_smallest_model(
     points: float,
     metric: str,
     prepared: Prepared,
@@ -84,16 +84,16 @@ def smallest(
     tried: list[_Tried] = []
 
     def decide() -> float | None:
-        return next_ratio([one.probe for one in tried], points, least)
+        return next_ratio([one.trial for one in tried], points, least)
 
-    for result in prune(asked_for(metric, decide)):
+    for result in prune(constraints_to_try(metric, decide)):
         one = _try(result, points, prepared, original, held_out, reference, progress)
         tried.append(one)
-        tell(f"Tried {probe_line(_summary_of(one))}")
-    best = smallest_within([one.probe for one in tried], points)
+        tell(f"Tried {trial_line(_summary_of(one))}")
+    best = smallest_within_limit([one.trial for one in tried], points)
     if best is None:
         raise UserError(_too_much(tried, points, metric))
-    chosen = next(one for one in tried if one.probe is best)
+    chosen = next(one for one in tried if one.trial is best)
     assert chosen.result is not None
     return Outcome(
         chosen.result,
@@ -124,7 +124,7 @@ def _try(
     data = prepared.evaluation_set
     pruned = evaluate_model(result.model, data, progress=progress)
     drop = paired_drop(data, original, pruned, points)
-    probe = Probe(
+    trial = Trial(
         result.constraint.ratio,
         drop.points,
         divergence_of_logits(
@@ -132,21 +132,21 @@ def _try(
         ),
         drop.standard_error,
     )
-    within = smallest_within([probe], points) is not None
-    return _Tried(probe, pruned.score, drop, result if within else None, pruned if within else None)
+    within = smallest_within_limit([trial], points) is not None
+    return _Tried(trial, pruned.score, drop, result if within else None, pruned if within else None)
 
 
 def _summary_of(one: _Tried) -> dict[str, float]:
     return {
-        "ratio": one.probe.ratio,
+        "ratio": one.trial.ratio,
         "score": one.score,
-        "drop": one.probe.drop,
-        "divergence": one.probe.divergence,
+        "drop": one.trial.drop,
+        "divergence": one.trial.divergence,
     }
 
 
 def _too_much(tried: Sequence[_Tried], points: float, metric: str) -> str:
-    largest = max((one.probe for one in tried), key=lambda probe: probe.ratio)
+    largest = max((one.trial for one in tried), key=lambda trial: trial.ratio)
     return (
         f"No model loses at most {shown_points(points)}: with {largest.ratio:g} of the "
         f"{METRIC_NAMES[metric]} kept, the most that was tried, it is {largest.drop:.2f} "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rfprune.report.figures import COLOURS, WIDTH_INCHES, Report, Sketch, listed, scale_axis
-from rfprune.report.search_text import probe_line, shown_points
+from rfprune.report.search_text import trial_line, shown_points
 from rfprune.report.table import METRIC_NAMES
 
 if TYPE_CHECKING:
@@ -29,9 +29,9 @@ def search_path(report: Report) -> Sketch | None:
         above.set_title(f"{metric} (dotted: {shown_points(found['points'])} below the original)")
         below.set_title("divergence from the original (calibration)")
         below.set_xlabel(f"{METRIC_NAMES[report['metric']]} kept (%)")
-        scale_axis(below, [probe["divergence"] for probe in path])
+        scale_axis(below, [trial["divergence"] for trial in path])
 
-    spoken = listed(f"{number}. {probe_line(probe)}" for number, probe in enumerate(path, 1))
+    spoken = listed(f"{number}. {trial_line(trial)}" for number, trial in enumerate(path, 1))
     return Sketch(
         "search",
         "The search for the smallest model",
@@ -46,13 +46,13 @@ def search_path(report: Report) -> Sketch | None:
 
 def _paint(axis: Axes, report: Report, key: str) -> None:
     path = report["max_drop"]["path"]
-    by_size = sorted(path, key=lambda probe: float(probe["ratio"]))
-    shares = [100 * probe["ratio"] for probe in by_size]
-    values = [probe[key] for probe in by_size]
+    by_size = sorted(path, key=lambda trial: float(trial["ratio"]))
+    shares = [100 * trial["ratio"] for trial in by_size]
+    values = [trial[key] for trial in by_size]
     axis.plot(shares, values, color=COLOURS["grid"], linewidth=1.0, zorder=1)
-    for number, probe in enumerate(path, 1):
-        place = (100 * probe["ratio"], probe[key])
-        chosen = probe["ratio"] == report["constraint"]
+    for number, trial in enumerate(path, 1):
+        place = (100 * trial["ratio"], trial[key])
+        chosen = trial["ratio"] == report["constraint"]
         axis.plot(
             *place,
             "o",

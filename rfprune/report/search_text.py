@@ -11,11 +11,11 @@ def shown_points(points: float) -> str:
     return f"{points:g} point" + ("" if points == 1 else "s")
 
 
-def probe_line(probe: Mapping[str, float]) -> str:
+def trial_line(trial: Mapping[str, float]) -> str:
     """One size that was tried: what was kept, its score and its distance from the original."""
     return (
-        f"{100 * probe['ratio']:.6g}%: {probe['score']:.2f} ({_change(probe['drop'])}), divergence "
-        f"{probe['divergence']:.4f}"
+        f"{100 * trial['ratio']:.6g}%: {trial['score']:.2f} ({_change(trial['drop'])}), divergence "
+        f"{trial['divergence']:.4f}"
     )
 
 
@@ -25,7 +25,7 @@ def search_lines(report: Mapping[str, Any]) -> list[str]:
     if not found:
         return []
     path = ", ".join(
-        f"{100 * probe['ratio']:.6g}% ({_change(probe['drop'])})" for probe in found["path"]
+        f"{100 * trial['ratio']:.6g}% ({_change(trial['drop'])})" for trial in found["path"]
     )
     allowed = shown_points(found["points"])
     drop = round(found["drop"], 2)

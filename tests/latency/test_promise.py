@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from rfprune.cost.constraint import Constraint, CostModel
 from rfprune.errors import UserError
-from rfprune.latency.promise import CORRECTIONS, TOLERANCE, broken, keep_promise
+from rfprune.latency.promise import CORRECTIONS, TOLERANCE, missed_latency_warnings, meet_latency
 from rfprune.model.masks import Masks, num_kept
 from rfprune.stages.allocate import allocate
 
@@ -64,16 +64,16 @@ def test_it_converges_where_the_table_is_wrong_by_a_factor_and_a_constant(
     full = prunable(tuple(len(table) - 1 for table in TABLES))
     assume(ratio > 1.1 * constant / (constant + factor * full))  # else no choice keeps it
     assume(ratio * COSTS.original > 1.1 * COSTS.constant)
-    masks, promise = keep_promise(COSTS, Constraint("latency", ratio), choose, simulated(true_ms))
+    masks, promise = meet_latency(COSTS, Constraint("latency", ratio), choose, simulated(true_ms))
     assert promise.is_kept
-    assert not broken(promise)
+    assert not missed_latency_warnings(promise)
     assert promise.measured == pytest.approx(simulated(true_ms)(masks)[0])
     assert promise.measured == pytest.approx(ratio, rel=TOLERANCE)
     assert len(promise.attempts) <= 3  # the second is right but for steps of the table
 
 
 def test_a_table_that_is_right_needs_one_attempt() -> None:
-    _, promise = keep_promise(COSTS, Constraint("latency", 0.5), choose, simulated(COSTS.total))
+    _, promise = meet_latency(COSTS, Constraint("latency", 0.5), choose, simulated(COSTS.total))
     assert len(promise.attempts) == 1
     assert promise.predicted == pytest.approx(promise.measured)
 
@@ -82,7 +82,7 @@ def test_a_table_that_is_wrong_breaks_the_promise_unless_it_is_corrected() -> No
     def true_ms(kept: tuple[int, ...]) -> float:
         return 20.0 + prunable(kept)
 
-    _, promise = keep_promise(COSTS, Constraint("latency", 0.6), choose, simulated(true_ms))
+    _, promise = meet_latency(COSTS, Constraint("latency", 0.6), choose, simulated(true_ms))
     first, last = promise.attempts[0], promise.attempts[promise.chosen]
     assert first.measured > 0.6 * (1 + TOLERANCE)
     assert last.measured == pytest.approx(0.6, rel=TOLERANCE)
@@ -93,20 +93,20 @@ def test_what_no_size_can_keep_ends_with_the_nearest_and_says_so() -> None:
     def true_ms(kept: tuple[int, ...]) -> float:
         return 100.0 + prunable(kept)  # nearly all of it stays whatever is pruned
 
-    _, promise = keep_promise(COSTS, Constraint("latency", 0.5), choose, simulated(true_ms))
+    _, promise = meet_latency(COSTS, Constraint("latency", 0.5), choose, simulated(true_ms))
     assert not promise.is_kept
     measured = [attempt.measured for attempt in promise.attempts]
     assert len(measured) > 2
     assert measured == sorted(measured, reverse=True)
     assert promise.measured == measured[-1]
-    (sentence,) = broken(promise)
+    (sentence,) = missed_latency_warnings(promise)
     assert "0.5 of the original's was asked for" in sentence
     assert "pruning gains less than that" in sentence
 
 
 def test_one_bad_measurement_does_not_end_it() -> None:
     measured = iter([0.95, 0.36, 0.3])
-    _, promise = keep_promise(
+    _, promise = meet_latency(
         COSTS, Constraint("latency", 0.3), choose, lambda masks: (next(measured), 0.001)
     )
     assert promise.is_kept
@@ -114,7 +114,7 @@ def test_one_bad_measurement_does_not_end_it() -> None:
 
 def test_noise_does_not_go_on_for_ever() -> None:
     generator = np.random.default_rng(0)
-    _, promise = keep_promise(
+    _, promise = meet_latency(
         COSTS,
         Constraint("latency", 0.5),
         choose,
@@ -125,7 +125,7 @@ def test_noise_does_not_go_on_for_ever() -> None:
 
 def test_of_two_misses_the_faster_is_taken() -> None:
     measured = iter([0.6, 0.42, 0.57, 0.43])
-    _, promise = keep_promise(
+    _, promise = meet_latency(
         COSTS, Constraint("latency", 0.5), choose, lambda masks: (next(measured), 0.001)
     )
     assert promise.measured == 0.43
@@ -136,4 +136,4 @@ def test_what_the_table_forbids_is_said_before_anything_is_measured() -> None:
         raise AssertionError("measured")
 
     with pytest.raises(UserError, match="cannot be met"):
-        keep_promise(COSTS, Constraint("latency", 0.05), choose, measure)
+        meet_latency(COSTS, Constraint("latency", 0.05), choose, measure)

@@ -25,7 +25,7 @@ from rfprune.errors import RfpruneWarning, UserError
 from rfprune.latency.conditions import Conditions, conditions_of
 from rfprune.latency.table import (
     BlockShape,
-    Curve,
+    LatencyCurve,
     LatencyTable,
     ModelShape,
     check_table,
@@ -49,8 +49,8 @@ CONDITIONS = Conditions(
     threads=2,
     padded=False,
 )
-HEADS = Curve("head", 16, 4, 1, (0, 1, 2, 3, 4), (0.0, 2.0, 3.0, 5.5, 5.0), (0.01,) * 5)
-NEURONS = Curve("neuron", 16, 1, 2, (0, 4, 8, 12), (0.0, 2.0, 1.8, 3.0), (0.02,) * 4)
+HEADS = LatencyCurve("head", 16, 4, 1, (0, 1, 2, 3, 4), (0.0, 2.0, 3.0, 5.5, 5.0), (0.01,) * 5)
+NEURONS = LatencyCurve("neuron", 16, 1, 2, (0, 4, 8, 12), (0.0, 2.0, 1.8, 3.0), (0.02,) * 4)
 BLOCKS = tuple(
     BlockShape(layer, kind, units, width)
     for layer in (0, 1)
@@ -100,18 +100,18 @@ def test_heads_are_as_measured_and_a_dip_between_neurons_is_noise() -> None:
 
 
 @st.composite
-def curves(draw: st.DrawFn) -> Curve:
+def curves(draw: st.DrawFn) -> LatencyCurve:
     """Some sizes of up to 60, not all of them, and any times."""
     num_units = draw(st.integers(4, 60))
     inner = draw(st.sets(st.integers(1, num_units - 1), max_size=num_units - 2))
     sizes = (0, *sorted(inner), num_units)
     ms = (0.0, *(draw(st.floats(0, 100)) for _ in sizes[1:]))
     round_to = draw(st.integers(1, num_units))
-    return Curve("neuron", 16, 1, round_to, sizes, ms, (0.0,) * len(sizes))
+    return LatencyCurve("neuron", 16, 1, round_to, sizes, ms, (0.0,) * len(sizes))
 
 
 @given(curves())
-def test_between_sizes_times_are_monotone_and_at_both_ends_exact(curve: Curve) -> None:
+def test_between_sizes_times_are_monotone_and_at_both_ends_exact(curve: LatencyCurve) -> None:
     costs = curve.costs(curve.num_units)
     assert costs.shape == (curve.num_units + 1,)
     assert (costs[0], costs[-1]) == (0, curve.ms[-1])
@@ -124,7 +124,7 @@ def test_between_sizes_times_are_monotone_and_at_both_ends_exact(curve: Curve) -
 
 
 def test_monotone_measurements_are_kept_as_they_are() -> None:
-    curve = Curve("neuron", 16, 1, 1, (0, 4, 5, 12), (0.0, 1.0, 3.0, 3.0), (0.0,) * 4)
+    curve = LatencyCurve("neuron", 16, 1, 1, (0, 4, 5, 12), (0.0, 1.0, 3.0, 3.0), (0.0,) * 4)
     assert curve.costs(12)[[0, 4, 5, 12]].tolist() == [0, 1, 3, 3]
 
 

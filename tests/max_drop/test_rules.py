@@ -15,13 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rfprune.max_drop.rules import (
-    MOST_PROBES,
+    MAX_TRIALS,
     RESOLUTION,
-    Probe,
-    counted_drops,
+    Trial,
+    monotone_drops,
     largest_ratio,
     next_ratio,
-    smallest_within,
+    smallest_within_limit,
 )
 
 LEAST = 0.01
@@ -33,19 +33,19 @@ def divergence(ratio: float) -> float:
     return 0.002 * math.exp(7 * (0.7 - ratio))
 
 
-def search(drop: Curve, points: float, least: float = LEAST) -> list[Probe]:
-    """All probes of a search."""
-    probes: list[Probe] = []
-    while (ratio := next_ratio(probes, points, least)) is not None:
-        assert ratio not in [probe.ratio for probe in probes]
+def search(drop: Curve, points: float, least: float = LEAST) -> list[Trial]:
+    """All trials of a search."""
+    trials: list[Trial] = []
+    while (ratio := next_ratio(trials, points, least)) is not None:
+        assert ratio not in [trial.ratio for trial in trials]
         assert least <= ratio <= largest_ratio(least) < 1
-        probes.append(Probe(ratio, drop(ratio), divergence(ratio)))
-        assert len(probes) <= MOST_PROBES + 1
-    return probes
+        trials.append(Trial(ratio, drop(ratio), divergence(ratio)))
+        assert len(trials) <= MAX_TRIALS + 1
+    return trials
 
 
 def found(drop: Curve, points: float, least: float = LEAST) -> float | None:
-    best = smallest_within(search(drop, points, least), points)
+    best = smallest_within_limit(search(drop, points, least), points)
     return None if best is None else best.ratio
 
 
@@ -63,13 +63,13 @@ CURVES: dict[str, Curve] = {
 @pytest.mark.parametrize("name", CURVES)
 def test_smooth_curves_are_followed_in_a_few_probes(name: str, points: float) -> None:
     curve = CURVES[name]
-    probes = search(curve, points)
-    best = smallest_within(probes, points)
+    trials = search(curve, points)
+    best = smallest_within_limit(trials, points)
     assert best is not None
     assert best.drop <= points + 1e-9
     truth = min(r / 1000 for r in range(10, 951) if curve(r / 1000) <= points + 1e-6)
     assert best.ratio - truth <= 3 * RESOLUTION
-    assert len(probes) <= MOST_PROBES
+    assert len(trials) <= MAX_TRIALS
 
 
 def test_the_usual_case_takes_three_probes() -> None:
@@ -85,24 +85,24 @@ def test_a_cliff_is_closed_in_on(edge: float) -> None:
 
 
 def test_what_loses_nothing_ends_at_the_least_that_is_possible() -> None:
-    probes = search(lambda _: 0.0, 1.0)
-    assert probes[-1].ratio == LEAST
-    assert len(probes) == 3
-    assert smallest_within(probes, 1.0) == probes[-1]
+    trials = search(lambda _: 0.0, 1.0)
+    assert trials[-1].ratio == LEAST
+    assert len(trials) == 3
+    assert smallest_within_limit(trials, 1.0) == trials[-1]
 
 
 def test_what_always_loses_too_much_ends_at_the_largest() -> None:
     for drop in (1.5, 5.0, 50.0):
-        probes = search(lambda _, drop=drop: drop, 1.0)  # type: ignore[misc]
-        assert probes[-1].ratio == 0.95
-        assert len(probes) <= 4
-        assert smallest_within(probes, 1.0) is None
+        trials = search(lambda _, drop=drop: drop, 1.0)  # type: ignore[misc]
+        assert trials[-1].ratio == 0.95
+        assert len(trials) <= 4
+        assert smallest_within_limit(trials, 1.0) is None
 
 
 def test_where_most_is_never_pruned_there_is_still_something_to_try() -> None:
     assert found(lambda _: 0.0, 1.0, least=0.97) == 0.97
-    probes = search(lambda _: 5.0, 1.0, least=0.97)
-    assert [probe.ratio for probe in probes] == [0.98, 0.99]
+    trials = search(lambda _: 5.0, 1.0, least=0.97)
+    assert [trial.ratio for trial in trials] == [0.98, 0.99]
 
 
 def test_no_point_at_all_may_be_asked_for() -> None:
@@ -123,19 +123,19 @@ def test_the_least_is_asked_for_as_it_is_said() -> None:
             st.floats(-3, 30, allow_nan=False),
             st.floats(0, 5, allow_nan=False),
         ),
-        unique_by=lambda probe: probe[0],
+        unique_by=lambda trial: trial[0],
     )
 )
 def test_counted_drops_rise_with_the_divergence_and_keep_their_mean(
     numbers: list[tuple[float, float, float]],
 ) -> None:
-    probes = [Probe(*values) for values in numbers]
-    counted = counted_drops(probes)
-    by_divergence = sorted(probes, key=lambda probe: (probe.divergence, -probe.ratio))
-    values = [counted[probe.ratio] for probe in by_divergence]
+    trials = [Trial(*values) for values in numbers]
+    counted = monotone_drops(trials)
+    by_divergence = sorted(trials, key=lambda trial: (trial.divergence, -trial.ratio))
+    values = [counted[trial.ratio] for trial in by_divergence]
     assert values == sorted(values)
-    assert sum(values) == pytest.approx(sum(probe.drop for probe in probes), abs=1e-6)
-    drops = [probe.drop for probe in by_divergence]
+    assert sum(values) == pytest.approx(sum(trial.drop for trial in trials), abs=1e-6)
+    drops = [trial.drop for trial in by_divergence]
     if drops == sorted(drops):
         assert values == drops
 
@@ -156,39 +156,39 @@ def test_noise_never_breaks_the_promise_or_the_search(
     def noisy(ratio: float) -> float:
         return CURVES[name](ratio) + generator.gauss(0, noise)
 
-    probes = search(noisy, points, least)
-    best = smallest_within(probes, points)
+    trials = search(noisy, points, least)
+    best = smallest_within_limit(trials, points)
     if best is None:
-        assert max(probe.ratio for probe in probes) == largest_ratio(least)
+        assert max(trial.ratio for trial in trials) == largest_ratio(least)
     else:
         assert best.drop <= points + 1e-9
 
 
 def test_a_score_that_is_better_further_from_the_original_is_taken_for_luck() -> None:
     """0.4 looks good enough, but 0.5, nearer to the original, is not: together they lose 1.4."""
-    unlucky, lucky = Probe(0.5, 1.9, 0.01), Probe(0.4, 0.9, 0.02)
-    near = Probe(0.7, 0.2, 0.002)
-    assert counted_drops([lucky, near, unlucky]) == {0.7: 0.2, 0.5: 1.4, 0.4: 1.4}
-    assert smallest_within([near, unlucky, lucky], 1.0) == near
-    assert smallest_within([near, lucky], 1.0) == lucky
-    assert smallest_within([near, unlucky, lucky], 1.4) == lucky
+    unlucky, lucky = Trial(0.5, 1.9, 0.01), Trial(0.4, 0.9, 0.02)
+    near = Trial(0.7, 0.2, 0.002)
+    assert monotone_drops([lucky, near, unlucky]) == {0.7: 0.2, 0.5: 1.4, 0.4: 1.4}
+    assert smallest_within_limit([near, unlucky, lucky], 1.0) == near
+    assert smallest_within_limit([near, lucky], 1.0) == lucky
+    assert smallest_within_limit([near, unlucky, lucky], 1.4) == lucky
 
 
 def test_the_search_is_led_by_counted_drops() -> None:
     """0.36 scores higher than 0.5: the divergence says that neither is as good as it looks."""
-    probes = [Probe(0.5, 0.8, divergence(0.5)), Probe(0.36, 0.0, divergence(0.36))]
-    honest = [Probe(0.5, 0.4, divergence(0.5)), Probe(0.36, 0.4, divergence(0.36))]
-    assert next_ratio(probes, 1.0, LEAST) == next_ratio(honest, 1.0, LEAST)
-    alone = [Probe(0.5, 0.0, divergence(0.5)), Probe(0.36, 0.0, divergence(0.36))]
+    trials = [Trial(0.5, 0.8, divergence(0.5)), Trial(0.36, 0.0, divergence(0.36))]
+    honest = [Trial(0.5, 0.4, divergence(0.5)), Trial(0.36, 0.4, divergence(0.36))]
+    assert next_ratio(trials, 1.0, LEAST) == next_ratio(honest, 1.0, LEAST)
+    alone = [Trial(0.5, 0.0, divergence(0.5)), Trial(0.36, 0.0, divergence(0.36))]
     assert next_ratio(alone, 1.0, LEAST) != next_ratio(honest, 1.0, LEAST)
 
 
 @pytest.mark.parametrize("kl", [lambda _: 0.0, lambda ratio: ratio], ids=["zero", "falling"])
 def test_divergences_that_say_nothing_do_no_harm(kl: Curve) -> None:
-    probes: list[Probe] = []
-    while (ratio := next_ratio(probes, 1.0, LEAST)) is not None:
-        probes.append(Probe(ratio, 0.0 if ratio >= 0.4 else 3.0, kl(ratio)))
-        assert len(probes) <= MOST_PROBES + 1
-    best = smallest_within(probes, 1.0)
+    trials: list[Trial] = []
+    while (ratio := next_ratio(trials, 1.0, LEAST)) is not None:
+        trials.append(Trial(ratio, 0.0 if ratio >= 0.4 else 3.0, kl(ratio)))
+        assert len(trials) <= MAX_TRIALS + 1
+    best = smallest_within_limit(trials, 1.0)
     assert best is None or best.ratio >= 0.4
     assert kl(1.0) > 0 or best is not None

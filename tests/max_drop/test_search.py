@@ -1,7 +1,7 @@
 """`--max-drop` from end to end on tiny models: the size it finds is within the limit, and says so.
 
 Deleting this lets the search save another model than the one it scored, collect again for every
-probe, or leave half an output when no size will do.
+trial, or leave half an output when no size will do.
 """
 
 from __future__ import annotations
@@ -88,12 +88,12 @@ def test_what_is_saved_keeps_the_limit(
     assert found["drop"] == pytest.approx(drop)
     assert drop <= points + 1e-9
     assert report["achieved"][report["metric"]] <= report["constraint"] + 1e-4
-    tried = {probe["ratio"]: probe for probe in found["path"]}
+    tried = {trial["ratio"]: trial for trial in found["path"]}
     assert len(tried) == len(found["path"]) > 1
     assert tried[report["constraint"]]["score"] == pytest.approx(report["pruned"]["score"])
-    for probe in tried.values():
-        assert probe["drop"] == pytest.approx(report["original"]["score"] - probe["score"])
-        assert probe["divergence"] > 0
+    for trial in tried.values():
+        assert trial["drop"] == pytest.approx(report["original"]["score"] - trial["score"])
+        assert trial["divergence"] > 0
     assert said.err.count("Tried ") == len(tried)
     assert "of resampled validation sets" in " ".join(said.out.split())
     assert load_pruned("out")
