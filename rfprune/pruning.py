@@ -33,7 +33,7 @@ from rfprune.cost.params import total_params
 from rfprune.cost.rounding import restrict_to_multiples
 from rfprune.errors import UserError
 from rfprune.latency.measured import measured_ratio, table_for, timed_batch
-from rfprune.latency.promise import LatencyPromise, missed_latency_warnings, meet_latency
+from rfprune.latency.promise import LatencyPromise, meet_latency, missed_latency_warnings
 from rfprune.latency.table import LatencyTable
 from rfprune.methods.budget import cost_model, mean_decoder_tokens, mean_tokens
 from rfprune.methods.selection import Selection, check_possible, collect_statistics

@@ -20,7 +20,7 @@ from rfprune.methods.budget import cost_model
 from rfprune.methods.selection import least_possible
 from rfprune.model.layout import layout_of
 from rfprune.report.measure import Batches, Outcome, Prepared
-from rfprune.report.search_text import trial_line, shown_points
+from rfprune.report.search_text import shown_points, trial_line
 from rfprune.report.table import METRIC_NAMES
 from rfprune.result import PruneResult
 from rfprune.stages.reconstruct import HELD_OUT_EVERY

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rfprune.report.figures import COLOURS, WIDTH_INCHES, Report, Sketch, listed, scale_axis
-from rfprune.report.search_text import trial_line, shown_points
+from rfprune.report.search_text import shown_points, trial_line
 from rfprune.report.table import METRIC_NAMES
 
 if TYPE_CHECKING:

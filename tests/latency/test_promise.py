@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from rfprune.cost.constraint import Constraint, CostModel
 from rfprune.errors import UserError
-from rfprune.latency.promise import CORRECTIONS, TOLERANCE, missed_latency_warnings, meet_latency
+from rfprune.latency.promise import CORRECTIONS, TOLERANCE, meet_latency, missed_latency_warnings
 from rfprune.model.masks import Masks, num_kept
 from rfprune.stages.allocate import allocate
 

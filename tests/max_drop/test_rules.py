@@ -18,8 +18,8 @@ from rfprune.max_drop.rules import (
     MAX_TRIALS,
     RESOLUTION,
     Trial,
-    monotone_drops,
     largest_ratio,
+    monotone_drops,
     next_ratio,
     smallest_within_limit,
 )
