@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from rfprune.errors import UserError
 
 if TYPE_CHECKING:
-    from rfprune.checkpoints.loading import Loaded
+    from rfprune.checkpoints.loading import LoadedCheckpoint
     from rfprune.tasks.evaluation import Evaluation, EvaluationSet
 
 Conditions = dict[str, Any]
@@ -38,7 +38,7 @@ class Bench:
 
     variants: Variants
     cache: Path | None
-    loaded: Loaded
+    loaded: LoadedCheckpoint
     max_length: int
     evaluation_set: EvaluationSet
     original: Evaluation
@@ -55,10 +55,10 @@ def prepare(options: argparse.Namespace, variants: Variants, cache: Path | None 
     import torch
 
     from rfprune.checkpoints.device import pick_device
-    from rfprune.checkpoints.loading import choose_task, data_folder, length_limit, load
+    from rfprune.checkpoints.loading import load, resolve_data_dir, resolve_max_length, resolve_task
     from rfprune.tasks.evaluation import evaluate_model, prepare_evaluation
 
-    task = choose_task(
+    task = resolve_task(
         options.task,
         options.model,
         data_dir=options.data_dir,
@@ -68,11 +68,11 @@ def prepare(options: argparse.Namespace, variants: Variants, cache: Path | None 
     with _collected_warnings() as heard:
         device = pick_device(options.device)
         loaded = load(options.model, task, device=device, dtype=getattr(torch, options.dtype))
-        max_length = length_limit(loaded, task, options.max_length)
+        max_length = resolve_max_length(loaded, task, options.max_length)
         evaluation_set = prepare_evaluation(
             task,
             loaded.tokenizer,
-            data_folder(options.model, options.data_dir),
+            resolve_data_dir(options.model, options.data_dir),
             batch_size=options.batch_size,
             max_length=max_length,
             limit=options.eval_limit,
@@ -99,14 +99,14 @@ def calibrate(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """A seed's batches and the warnings so far; with labels only where a variant needs them,
     since they change nothing for the others."""
-    from rfprune.checkpoints.loading import data_folder
+    from rfprune.checkpoints.loading import resolve_data_dir
     from rfprune.tasks.calibration import calibration_batches
 
     with _collected_warnings() as heard:
         batches = calibration_batches(
             bench.evaluation_set.task,
             bench.loaded.tokenizer,
-            data_folder(options.model, options.data_dir),
+            resolve_data_dir(options.model, options.data_dir),
             num_samples=options.samples,
             batch_size=options.batch_size,
             max_length=bench.max_length,

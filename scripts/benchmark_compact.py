@@ -31,7 +31,7 @@ from rfprune.tasks.registry import TASKS, Task, get_task
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rfprune.checkpoints.loading import Loaded
+    from rfprune.checkpoints.loading import LoadedCheckpoint
     from rfprune.result import PruneResult
     from rfprune.settings import Settings
 
@@ -50,7 +50,7 @@ WARM_UP_ROUNDS = 3
 class Bench:
     """What all constraints share; `long` is a batch of `LONG` tokens, if the model has them."""
 
-    loaded: Loaded
+    loaded: LoadedCheckpoint
     calibration: Sequence[Batch]
     sentences: Sequence[Batch]
     long: Batch
@@ -142,19 +142,19 @@ def _prepare(options: argparse.Namespace, task: Task) -> Bench:
     import torch
 
     from rfprune.checkpoints.device import pick_device
-    from rfprune.checkpoints.loading import data_folder, length_limit, load
+    from rfprune.checkpoints.loading import load, resolve_data_dir, resolve_max_length
     from rfprune.settings import Settings
     from rfprune.tasks.calibration import calibration_batches
 
     device = pick_device(options.device)
     loaded = load(options.model, task, device=device, dtype=torch.float32)
-    max_length = length_limit(loaded, task, None)
+    max_length = resolve_max_length(loaded, task, None)
 
     def batches(num_samples: int) -> list[dict[str, Tensor]]:
         drawn = calibration_batches(
             task,
             loaded.tokenizer,
-            data_folder(options.model, options.data_dir),
+            resolve_data_dir(options.model, options.data_dir),
             num_samples=num_samples,
             batch_size=options.batch_size,
             max_length=max_length,

@@ -30,7 +30,7 @@ from rfprune.tasks.registry import TASKS, Task, get_task
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from rfprune.checkpoints.loading import Loaded
+    from rfprune.checkpoints.loading import LoadedCheckpoint
 
 Batch = Mapping[str, "Tensor"]
 
@@ -87,7 +87,12 @@ def _measure(options: argparse.Namespace, task: Task) -> dict[str, Any]:
     import torch
     from rich.console import Console
 
-    from rfprune.checkpoints.loading import data_folder, length_limit, load, quiet_transformers
+    from rfprune.checkpoints.loading import (
+        load,
+        quiet_transformers,
+        resolve_data_dir,
+        resolve_max_length,
+    )
     from rfprune.cli.console import collected_warnings
     from rfprune.cost.constraint import Constraint
     from rfprune.pruning import prune
@@ -103,10 +108,10 @@ def _measure(options: argparse.Namespace, task: Task) -> dict[str, Any]:
     if options.rounds < 1:
         raise UserError(f"--rounds {options.rounds} times nothing: give 1 or more.")
     constraint = Constraint("mac", options.constraint)
-    data_dir = data_folder(options.model, options.data_dir)
+    data_dir = resolve_data_dir(options.model, options.data_dir)
     with collected_warnings(Console(stderr=True, highlight=False), verbose=False) as heard:
         loaded = load(options.model, task, device=torch.device("cpu"), dtype=torch.float32)
-        length = length_limit(loaded, task, None)
+        length = resolve_max_length(loaded, task, None)
         batches = calibration_batches(
             task,
             loaded.tokenizer,
@@ -159,7 +164,7 @@ def _onnx_versions() -> dict[str, str]:
 
 
 def _export(
-    loaded: Loaded, pruned: Any, batches: Sequence[Batch], folder: Path
+    loaded: LoadedCheckpoint, pruned: Any, batches: Sequence[Batch], folder: Path
 ) -> tuple[dict[str, nn.Module], dict[str, int]]:
     """Six models by name ("original", "original-onnx", "original-onnx-int8", ...), their bytes."""
     from rfprune.export.onnx import OnnxModel, export_onnx, quantize_onnx
@@ -194,7 +199,7 @@ def _score(models: Mapping[str, nn.Module], evaluation_set: Any) -> dict[str, di
     }
 
 
-def _shapes(loaded: Loaded, batches: Sequence[Batch]) -> list[Batch]:
+def _shapes(loaded: LoadedCheckpoint, batches: Sequence[Batch]) -> list[Batch]:
     """A single typical example, a typical batch, and a long one, whose tokens change no time."""
     import torch
 

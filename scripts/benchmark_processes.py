@@ -154,7 +154,7 @@ def _process(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from rfprune import distributed
-    from rfprune.checkpoints.loading import data_folder, length_limit, load
+    from rfprune.checkpoints.loading import load, resolve_data_dir, resolve_max_length
     from rfprune.cost.constraint import Constraint
     from rfprune.pruning import prune
     from rfprune.settings import Settings
@@ -166,10 +166,10 @@ def _process(options: argparse.Namespace) -> dict[str, Any]:
         batches = calibration_batches(
             task,
             loaded.tokenizer,
-            data_folder(options.model, options.data_dir),
+            resolve_data_dir(options.model, options.data_dir),
             num_samples=options.samples,
             batch_size=BATCH_SIZE,
-            max_length=length_limit(loaded, task, None),
+            max_length=resolve_max_length(loaded, task, None),
             seed=0,
             with_labels=False,
         )

@@ -33,7 +33,7 @@ from rfprune.tasks.registry import TASKS, get_task
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rfprune.checkpoints.loading import Loaded
+    from rfprune.checkpoints.loading import LoadedCheckpoint
 
 Batches = Sequence[Mapping[str, "Tensor"]]
 
@@ -156,7 +156,7 @@ def _conditions(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _load(options: argparse.Namespace) -> Loaded:
+def _load(options: argparse.Namespace) -> LoadedCheckpoint:
     import torch
 
     from rfprune.checkpoints.loading import load
@@ -165,18 +165,18 @@ def _load(options: argparse.Namespace) -> Loaded:
     return load(options.model, get_task(options.task), device=cpu, dtype=torch.float32)
 
 
-def _batches(options: argparse.Namespace, loaded: Loaded, num_samples: int) -> Batches:
-    from rfprune.checkpoints.loading import data_folder, length_limit
+def _batches(options: argparse.Namespace, loaded: LoadedCheckpoint, num_samples: int) -> Batches:
+    from rfprune.checkpoints.loading import resolve_data_dir, resolve_max_length
     from rfprune.tasks.calibration import calibration_batches
 
     task = get_task(options.task)
     return calibration_batches(
         task,
         loaded.tokenizer,
-        data_folder(options.model, options.data_dir),
+        resolve_data_dir(options.model, options.data_dir),
         num_samples=num_samples,
         batch_size=BATCH_SIZE,
-        max_length=length_limit(loaded, task, None),
+        max_length=resolve_max_length(loaded, task, None),
         seed=0,
         with_labels=True,  # for the training step; pruning does not look at them
     )

@@ -27,9 +27,9 @@ from rfprune.cli.exit_codes import script
 from rfprune.demo import DEMO_TASK, demo_data_dir, demo_path
 from rfprune.errors import UserError
 from rfprune.tasks.calibration import sample
-from rfprune.tasks.data import load_split
 from rfprune.tasks.evaluation import Evaluation, evaluate_model, prepare_evaluation
 from rfprune.tasks.registry import get_task
+from rfprune.tasks.splits import load_split
 
 TRAIN_ROWS = 3000
 SEED = 0

@@ -120,7 +120,7 @@ def _learn(options: argparse.Namespace, task: Any) -> tuple[Layout, dict[str, Er
     """The errors of keeping n units, of both kinds: additive importance, and curves."""
     import torch
 
-    from rfprune.checkpoints.loading import data_folder, length_limit, load
+    from rfprune.checkpoints.loading import load, resolve_data_dir, resolve_max_length
     from rfprune.methods.selection import collect_statistics
     from rfprune.model.layout import layout_of
     from rfprune.result import StageTimer
@@ -132,10 +132,10 @@ def _learn(options: argparse.Namespace, task: Any) -> tuple[Layout, dict[str, Er
     batches = calibration_batches(
         task,
         loaded.tokenizer,
-        data_folder(options.model, options.data_dir),
+        resolve_data_dir(options.model, options.data_dir),
         num_samples=options.samples,
         batch_size=32,
-        max_length=length_limit(loaded, task, None),
+        max_length=resolve_max_length(loaded, task, None),
         seed=options.seed,
         with_labels=False,
     )

@@ -49,7 +49,7 @@ def diagnose(options: argparse.Namespace) -> dict[str, Any]:
     """Search one model; predicted errors in nats an example, times two, of every block."""
     import torch
 
-    from rfprune.checkpoints.loading import data_folder, load
+    from rfprune.checkpoints.loading import load, resolve_data_dir
     from rfprune.cost.constraint import Constraint
     from rfprune.cost.macs import mac_costs
     from rfprune.methods.budget import mean_tokens
@@ -65,7 +65,7 @@ def diagnose(options: argparse.Namespace) -> dict[str, Any]:
     batches = calibration_batches(
         task,
         loaded.tokenizer,
-        data_folder(options.model, options.data_dir),
+        resolve_data_dir(options.model, options.data_dir),
         num_samples=options.samples,
         batch_size=32,
         max_length=None,

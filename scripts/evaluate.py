@@ -66,13 +66,13 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
     from rich.console import Console
 
     from rfprune.checkpoints.device import pick_device
-    from rfprune.checkpoints.loading import choose_task, data_folder, length_limit, load
+    from rfprune.checkpoints.loading import load, resolve_data_dir, resolve_max_length, resolve_task
     from rfprune.cli.console import collected_warnings
     from rfprune.report.report_json import versions
     from rfprune.tasks.evaluation import evaluate_model, prepare_evaluation
 
     with collected_warnings(Console(stderr=True, highlight=False), verbose=False) as heard:
-        task = choose_task(
+        task = resolve_task(
             options.task,
             options.model,
             data_dir=options.data_dir,
@@ -81,14 +81,14 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
         )
         device = pick_device(options.device)
         loaded = load(options.model, task, device=device, dtype=getattr(torch, options.dtype))
-        max_length = length_limit(loaded, task, options.max_length)
+        max_length = resolve_max_length(loaded, task, options.max_length)
         batch_size = options.batch_size
         if batch_size is None:
             batch_size = default_batch_size(task.name)
         evaluation_set = prepare_evaluation(
             task,
             loaded.tokenizer,
-            data_folder(options.model, options.data_dir),
+            resolve_data_dir(options.model, options.data_dir),
             batch_size=batch_size,
             max_length=max_length,
             limit=options.limit,

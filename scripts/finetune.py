@@ -47,8 +47,9 @@ def finetune(options: argparse.Namespace) -> None:
     from transformers import Trainer, set_seed
 
     from rfprune.tasks.calibration import sample
-    from rfprune.tasks.data import encode, load_split
+    from rfprune.tasks.encoding import encode
     from rfprune.tasks.evaluation import evaluate_model, prepare_evaluation
+    from rfprune.tasks.splits import load_split
 
     task = choose_task(options)
     set_seed(options.seed)  # before the model: its head starts out random
@@ -74,10 +75,10 @@ def choose_task(options: argparse.Namespace) -> Any:
     """A known task, or what the labels of somebody's own data make."""
     if options.task != CUSTOM:
         return get_task(options.task)
-    from rfprune.tasks.custom import task_to_learn
+    from rfprune.tasks.own_data import task_from_training_data
 
     columns = options.text_columns, options.label_column
-    return task_to_learn(options.data_dir, *columns, regression=options.regression)
+    return task_from_training_data(options.data_dir, *columns, regression=options.regression)
 
 
 def check(options: argparse.Namespace) -> None:
@@ -102,7 +103,7 @@ def load(name: str, task: Any) -> tuple[Any, Any]:
         AutoTokenizer,
     )
 
-    from rfprune.tasks.hub import cached_when_unreachable
+    from rfprune.tasks.offline import cached_when_unreachable
 
     head: dict[str, Any] = {}
     model_class = AutoModelForQuestionAnswering

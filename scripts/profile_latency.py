@@ -116,11 +116,12 @@ def _load(options: argparse.Namespace, dtype: Any) -> Any:
         config = transformers.BertConfig(**SYNTHETIC[options.synthetic])
         return transformers.BertForSequenceClassification(config).to(dtype).eval()
     from rfprune.checkpoints.inspection import read_config, reason
-    from rfprune.checkpoints.loading import locate, quiet_transformers
+    from rfprune.checkpoints.loading import quiet_transformers, resolve_model
     from rfprune.model.checkpoint import load_pruned
     from rfprune.tasks.registry import get_task
 
-    source = locate(options.model, get_task("sst2"))  # an alias has the same shapes for every task
+    # an alias has the same shapes for every task
+    source = resolve_model(options.model, get_task("sst2"))
     with quiet_transformers():
         try:
             config = read_config(source)
@@ -146,7 +147,7 @@ def _batch(model: Any, options: argparse.Namespace) -> dict[str, Tensor]:
     """
     import torch
 
-    from rfprune.checkpoints.loading import Loaded, length_limit
+    from rfprune.checkpoints.loading import LoadedCheckpoint, resolve_max_length
     from rfprune.tasks.registry import get_task
 
     if model.main_input_name == "pixel_values":
@@ -154,7 +155,9 @@ def _batch(model: Any, options: argparse.Namespace) -> dict[str, Tensor]:
         return {"pixel_values": torch.randn(options.batch_size, *size).to(model.dtype)}
     source = options.model or options.synthetic
     try:
-        length_limit(Loaded(model, None, source), get_task("sst2"), options.sequence_length)
+        resolve_max_length(
+            LoadedCheckpoint(model, None, source), get_task("sst2"), options.sequence_length
+        )
     except UserError as error:
         raise UserError(str(error).replace("--max-length", "--sequence-length")) from error
     shape = (options.batch_size, options.sequence_length)

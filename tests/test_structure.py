@@ -129,7 +129,7 @@ def test_no_modules_import_each_other() -> None:
         ("rfprune.stages.search", "from rfprune.pruning import prune", "rfprune.pruning"),
         ("rfprune.stages.search", "import rfprune.methods.kwon", "rfprune.methods.kwon"),
         ("rfprune.cli.run", "from rfprune import __version__", "rfprune"),
-        ("rfprune.tasks.data", "from rfprune.model.layout import Layout", "rfprune.model.layout"),
+        ("rfprune.tasks.splits", "from rfprune.model.layout import Layout", "rfprune.model.layout"),
     ],
 )
 def test_the_direction_test_sees_a_wrong_import(module: str, line: str, wrong: str) -> None:

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from rfprune.errors import UserError
-from rfprune.tasks.custom import HEADS
+from rfprune.tasks.label_order import check_labels
+from rfprune.tasks.own_data import HEADS
 from rfprune.tasks.registry import (
     AUTO_CLASSES,
     CUSTOM,
+    KINDS_WITH_LABEL_NAMES,
     LANGUAGE_MODELING,
-    WITH_CLASSES,
     Kind,
     Task,
-    check_labels,
 )
 
-WAYS_OUT = "give a folder that holds the checkpoint, or try --model demo"
+OTHER_CHECKPOINTS = "give a folder that holds the checkpoint, or try --model demo"
 _SAVE_AGAIN = "save the model again with save_pretrained()"
 _LONGEST_REASON = 200
 
@@ -35,11 +35,11 @@ def read_config(source: str) -> dict[str, Any]:
 
         found: dict[str, Any] = PretrainedConfig.get_config_dict(source)[0]
         if not found:
-            raise UserError(f"'{source}' on the hub has no config.json: {WAYS_OUT}.")
+            raise UserError(f"'{source}' on the hub has no config.json: {OTHER_CHECKPOINTS}.")
         return found
     folder = Path(source)
     if not any(folder.iterdir()):
-        raise UserError(f"Model folder '{source}' is empty: {WAYS_OUT}.")
+        raise UserError(f"Model folder '{source}' is empty: {OTHER_CHECKPOINTS}.")
     path = folder / "config.json"
     if (folder / "adapter_config.json").is_file():
         raise UserError(
@@ -107,8 +107,8 @@ def check_config(config: Mapping[str, Any], source: str, task: Task) -> None:
     head = AUTO_CLASSES[task.kind].removeprefix("AutoModel")
     known = (head, "LMHeadModel") if task.kind == "language-modeling" else (head,)
     if names and not any(name.endswith(known) for name in names) and head:
-        raise no_head(source, task, f"it is a {names[0]}, not a ...{head}")
-    if task.kind in (*WITH_CLASSES, "regression"):
+        raise missing_head_error(source, task, f"it is a {names[0]}, not a ...{head}")
+    if task.kind in (*KINDS_WITH_LABEL_NAMES, "regression"):
         check_labels(labels_of(config, source), task)
 
 
@@ -157,7 +157,7 @@ def labels_of(config: Mapping[str, Any], source: str) -> Any:
         ) from error
 
 
-def no_head(source: str, task: Task, why: str) -> UserError:
+def missing_head_error(source: str, task: Task, why: str) -> UserError:
     """The error for a checkpoint that was never trained for a task of this kind."""
     data = "your data" if task.name == CUSTOM else task.name
     return UserError(

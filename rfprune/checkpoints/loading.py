@@ -19,28 +19,32 @@ from torch import nn
 
 from rfprune.checkpoints.aliases import resolve_checkpoint
 from rfprune.checkpoints.inspection import (
-    WAYS_OUT,
+    OTHER_CHECKPOINTS,
     check_config,
     kind_of,
     labels_of,
-    no_head,
+    missing_head_error,
     read_config,
     reason,
 )
-from rfprune.checkpoints.sentence_transformers import Embedder, read_embedder, transformer_folder
+from rfprune.checkpoints.sentence_transformers import (
+    SentenceTransformerFiles,
+    read_sentence_transformer,
+    transformer_folder,
+)
 from rfprune.demo import DEMO_TASK, demo_data_dir, demo_path
 from rfprune.embeddings import POOLING_ENTRY
 from rfprune.errors import UserError
 from rfprune.families.architectures import ARCHITECTURES
 from rfprune.model.validation import check_finite_weights
-from rfprune.tasks.custom import (
+from rfprune.tasks.max_length import tokenizer_limit
+from rfprune.tasks.own_data import (
+    blank_custom_task,
     custom_task,
     language_task,
     similarity_task,
-    unread,
     with_columns,
 )
-from rfprune.tasks.lengths import tokenizer_limit
 from rfprune.tasks.registry import (
     AUTO_CLASSES,
     CUSTOM,
@@ -55,7 +59,7 @@ DEMO = "demo"
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedCheckpoint:
     """A checkpoint ready for a task: in eval mode, on its device, all weights finite.
 
     `source` is the folder or hub id that it came from; the `tokenizer` of a model of images is its
@@ -65,10 +69,10 @@ class Loaded:
     model: Any
     tokenizer: Any
     source: str
-    embedder: Embedder = field(default_factory=Embedder)
+    sentence_transformer: SentenceTransformerFiles = field(default_factory=SentenceTransformerFiles)
 
 
-def choose_task(
+def resolve_task(
     name: str,
     model: str,
     *,
@@ -86,8 +90,8 @@ def choose_task(
     if name not in OWN_DATA:
         return get_task(name)
     known = {LANGUAGE_MODELING: language_task, SIMILARITY: similarity_task}
-    task = known[name]() if name in known else unread()
-    source = locate(model, task)
+    task = known[name]() if name in known else blank_custom_task()
+    source = resolve_model(model, task)
     with quiet_transformers(), _hub_errors(model, source):
         config = read_config(source)
         if name == CUSTOM:
@@ -97,30 +101,34 @@ def choose_task(
     return with_columns(task, data_dir, text_columns, label_column)
 
 
-def load(name: str, task: Task, *, device: torch.device, dtype: torch.dtype) -> Loaded:
+def load(name: str, task: Task, *, device: torch.device, dtype: torch.dtype) -> LoadedCheckpoint:
     """Load the checkpoint that `name` (folder, hub id, alias or demo) has for a task.
 
     Raises:
         UserError: there is none, it is damaged, of an unsupported type, without a trained head
             for the task, or with weights that are not finite; the sentence says which.
     """
-    source = locate(name, task)
+    source = resolve_model(name, task)
     with quiet_transformers(), _hub_errors(name, source):
         config = read_config(source)
         check_config(config, source, task)
-        embedder = read_embedder(source) if task.kind == "similarity" else Embedder()
+        beside = (
+            read_sentence_transformer(source)
+            if task.kind == "similarity"
+            else SentenceTransformerFiles()
+        )
         model = _load_pruned(source, dtype) if "rfprune" in config else _load(source, task, dtype)
         images = task.kind == "image-classification"
         tokenizer = _load_processor(source) if images else _load_tokenizer(source, model)
-    if embedder.pooling is not None:
-        setattr(model.config, POOLING_ENTRY, embedder.pooling)
-    if embedder.max_tokens is not None:
-        tokenizer.model_max_length = min(tokenizer.model_max_length, embedder.max_tokens)
+    if beside.pooling is not None:
+        setattr(model.config, POOLING_ENTRY, beside.pooling)
+    if beside.max_tokens is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, beside.max_tokens)
     check_finite_weights(model)
-    return Loaded(model.to(device).eval(), tokenizer, source, embedder)
+    return LoadedCheckpoint(model.to(device).eval(), tokenizer, source, beside)
 
 
-def locate(name: str, task: Task) -> str:
+def resolve_model(name: str, task: Task) -> str:
     """The folder or hub id behind a name.
 
     Raises:
@@ -139,12 +147,12 @@ def locate(name: str, task: Task) -> str:
     return str(transformer_folder(path)) if path.is_dir() else resolve_checkpoint(name, task)
 
 
-def data_folder(name: str, data_dir: Path | None) -> Path | None:
+def resolve_data_dir(name: str, data_dir: Path | None) -> Path | None:
     """Where the data is: the folder that was given, the demo's own, or None for the hub."""
     return demo_data_dir() if name == DEMO and data_dir is None else data_dir
 
 
-def length_limit(loaded: Loaded, task: Task, requested: int | None) -> int:
+def resolve_max_length(loaded: LoadedCheckpoint, task: Task, requested: int | None) -> int:
     """Tokens an example: what was asked for, or the task's length if model and tokenizer have it.
 
     Raises:
@@ -255,7 +263,7 @@ def _check_missing(missing: Iterable[str], model: Any, source: str, task: Task) 
     if model.base_model is model:  # no head; the pooler, if it has one, plays no part in embeddings
         inside = names = [name for name in names if not name.startswith("pooler.")]
     if names and not inside:
-        raise no_head(source, task, f"{names[0]} is missing")
+        raise missing_head_error(source, task, f"{names[0]} is missing")
     if inside:
         number = "a weight" if len(inside) == 1 else f"{len(inside)} weights"
         raise UserError(
@@ -329,7 +337,7 @@ def _hub_errors(name: str, source: str) -> Iterator[None]:
     if Path(source).is_dir():
         yield
         return
-    from rfprune.tasks.hub import cached_when_unreachable
+    from rfprune.tasks.offline import cached_when_unreachable
 
     with cached_when_unreachable():
         try:
@@ -338,5 +346,6 @@ def _hub_errors(name: str, source: str) -> Iterator[None]:
             wanted = f"'{source}'" if name == source else f"'{source}' (for --model {name})"
             raise UserError(
                 f"The checkpoint {wanted} is neither a folder here nor to be had from the Hugging "
-                f"Face hub ({reason(error)}): check the name and the connection, {WAYS_OUT}."
+                f"Face hub ({reason(error)}): check the name and the connection, "
+                f"{OTHER_CHECKPOINTS}."
             ) from error

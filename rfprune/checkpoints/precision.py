@@ -62,7 +62,7 @@ def round_weights(model: nn.Module, dtype: torch.dtype) -> bool:
     return True
 
 
-def rounded_to(dtype: torch.dtype, model: nn.Module) -> torch.dtype:
+def round_to_stored_dtype(dtype: torch.dtype, model: nn.Module) -> torch.dtype:
     """Round the weights to what will be stored of them, so that this is what is measured."""
     if dtype == next(model.parameters()).dtype or round_weights(model, dtype):
         return dtype

@@ -35,7 +35,7 @@ _SAVE_AGAIN = "save it again with sentence-transformers, or copy or download it 
 
 
 @dataclass(frozen=True)
-class Embedder:
+class SentenceTransformerFiles:
     """What stands beside the model of an embedder.
 
     `pooling`: one of `POOLINGS`, None where nothing says. `max_tokens`: that sentence-transformers
@@ -65,7 +65,7 @@ def transformer_folder(folder: Path) -> Path:
     return folder / _modules(folder)[0].path
 
 
-def read_embedder(source: str) -> Embedder:
+def read_sentence_transformer(source: str) -> SentenceTransformerFiles:
     """What a folder or hub repository says of its embeddings; warns of what is not done here.
 
     Raises:
@@ -74,7 +74,7 @@ def read_embedder(source: str) -> Embedder:
     """
     folder = _folder_of(source)
     if folder is None:
-        return Embedder(_pooling_alone(Path(source)))
+        return SentenceTransformerFiles(_pooling_alone(Path(source)))
     modules = _modules(folder)
     _check_kinds(modules, folder)
     pooling = _pooling(folder / modules[1].path / "config.json")
@@ -84,10 +84,12 @@ def read_embedder(source: str) -> Embedder:
     _warn_of_differences(folder, modules, limit)
     tokens = limit.get("max_seq_length")
     files = _files(folder, modules, settings)
-    return Embedder(pooling, tokens if isinstance(tokens, int) and tokens > 0 else None, files)
+    return SentenceTransformerFiles(
+        pooling, tokens if isinstance(tokens, int) and tokens > 0 else None, files
+    )
 
 
-def write_files(files: Mapping[str, bytes] | None, folder: Path) -> bool:
+def write_sentence_transformer_files(files: Mapping[str, bytes] | None, folder: Path) -> bool:
     """Put the files of an embedder beside its pruned model; whether there are any."""
     for name, content in (files or {}).items():
         path = folder / name

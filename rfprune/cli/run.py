@@ -18,14 +18,14 @@ from rfprune import distributed
 from rfprune.cache import default_folder
 from rfprune.checkpoints.device import pick_device
 from rfprune.checkpoints.loading import (
-    choose_task,
-    data_folder,
-    length_limit,
     load,
     quiet_transformers,
+    resolve_data_dir,
+    resolve_max_length,
+    resolve_task,
 )
-from rfprune.checkpoints.precision import rounded_to, stored_dtype
-from rfprune.checkpoints.sentence_transformers import write_files
+from rfprune.checkpoints.precision import round_to_stored_dtype, stored_dtype
+from rfprune.checkpoints.sentence_transformers import write_sentence_transformer_files
 from rfprune.cli.console import collected_warnings, out_of_memory_is_said
 from rfprune.cli.data_flags import check_kind
 from rfprune.cost.constraint import Constraint
@@ -45,8 +45,8 @@ from rfprune.report.table import LOG_WIDTH, print_report, write_log
 from rfprune.result import PruneResult
 from rfprune.settings import Options, Settings
 from rfprune.tasks.calibration import calibration_batches
-from rfprune.tasks.custom import warn_of_cuts
 from rfprune.tasks.evaluation import Evaluation, prepare_evaluation
+from rfprune.tasks.own_data import warn_about_truncation
 from rfprune.tasks.registry import CUSTOM, Task
 
 LATENCY_TABLE_FILE = "latency_table.json"
@@ -82,7 +82,7 @@ def _run(options: Options, arguments: Sequence[str], device: torch.device) -> No
         collected_warnings(told, verbose=options.verbose) as heard,
         out_of_memory_is_said(options.batch_size),
     ):
-        task = choose_task(
+        task = resolve_task(
             options.task,
             options.model,
             data_dir=options.data_dir,
@@ -104,7 +104,7 @@ def _run(options: Options, arguments: Sequence[str], device: torch.device) -> No
         told.print("Pruning")
         for outcome in _outcomes(options, prepared, original, left, told, progress):
             result = outcome.result
-            stored = rounded_to(prepared.stored, result.model)
+            stored = round_to_stored_dtype(prepared.stored, result.model)
             if outcome.pruned is None:
                 told.print(f"Scoring and timing the model pruned to {result.constraint.ratio:g}")
             report = {
@@ -189,7 +189,9 @@ def _save(
         tokenizer = prepared.loaded.tokenizer
         save_pruned(result.model, result.layout, result.masks, temporary, tokenizer, dtype=stored)
         report["pruned"]["bytes"] = weight_bytes(temporary)
-        report["embedder"] = write_files(prepared.loaded.embedder.files, temporary)
+        report["embedder"] = write_sentence_transformer_files(
+            prepared.loaded.sentence_transformer.files, temporary
+        )
         if options.export:
             report["exports"] = write_exports(
                 options.export,
@@ -312,8 +314,8 @@ def _prepare(options: Options, task: Task, device: torch.device, told: Console) 
     dtype = getattr(torch, options.dtype or "float32")
     loaded = load(options.model, task, device=device, dtype=dtype)
     stored = stored_dtype(loaded.source) if options.dtype is None else dtype
-    max_length = length_limit(loaded, task, options.max_length)
-    data_dir = data_folder(options.model, options.data_dir)
+    max_length = resolve_max_length(loaded, task, options.max_length)
+    data_dir = resolve_data_dir(options.model, options.data_dir)
     batches = calibration_batches(
         task,
         loaded.tokenizer,
@@ -338,7 +340,7 @@ def _prepare(options: Options, task: Task, device: torch.device, told: Console) 
         limit=options.eval_limit,
     )
     if task.name == CUSTOM and options.max_length is None and "pixel_values" not in batches[0]:
-        warn_of_cuts(evaluation_set.batches, max_length)
+        warn_about_truncation(evaluation_set.batches, max_length)
     seconds = time.perf_counter() - start
     inputs = inputs_digest(loaded.model, batches, evaluation_set)
     return Prepared(loaded, _settings(options), stored, batches, evaluation_set, seconds, inputs)

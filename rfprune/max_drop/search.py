@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rfprune import distributed
-from rfprune.checkpoints.precision import rounded_to
+from rfprune.checkpoints.precision import round_to_stored_dtype
 from rfprune.cost.constraint import Constraint
 from rfprune.errors import UserError
 from rfprune.max_drop.rules import Trial, next_ratio, smallest_within_limit
@@ -29,7 +29,7 @@ from rfprune.tasks.evaluation import (
     Evaluation,
     divergence_of_logits,
     evaluate_model,
-    logits_on,
+    logits_of_batches,
 )
 
 Prune = Callable[[Iterable[Constraint]], Iterator[PruneResult]]
@@ -76,7 +76,7 @@ def find_smallest_model(
     started = time.perf_counter()
     model, batches = prepared.loaded.model, prepared.batches
     held_out = batches[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] or batches
-    reference = logits_on(model, prepared.evaluation_set.task, held_out)
+    reference = logits_of_batches(model, prepared.evaluation_set.task, held_out)
     table = prepared.latency_table
     layout = layout_of(model)
     costs = cost_model(metric, model, layout, batches, table)
@@ -120,7 +120,7 @@ def _try(
     progress: bool,
 ) -> _Tried:
     """Score a pruned model as it would be stored."""
-    rounded_to(prepared.stored, result.model)
+    round_to_stored_dtype(prepared.stored, result.model)
     data = prepared.evaluation_set
     pruned = evaluate_model(result.model, data, progress=progress)
     drop = paired_drop(data, original, pruned, points)
@@ -128,7 +128,7 @@ def _try(
         result.constraint.ratio,
         drop.points,
         divergence_of_logits(
-            reference, logits_on(result.model, data.task, held_out), data.task.kind
+            reference, logits_of_batches(result.model, data.task, held_out), data.task.kind
         ),
         drop.standard_error,
     )

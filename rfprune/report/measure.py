@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rfprune.cache import Key, circumstances, data_digest, model_digest, remembering
-from rfprune.checkpoints.loading import Loaded
+from rfprune.checkpoints.loading import LoadedCheckpoint
 from rfprune.cost.macs import total_macs
 from rfprune.cost.params import total_params
 from rfprune.latency.measured import timed_batch
@@ -33,8 +33,8 @@ from rfprune.tasks.evaluation import (
     divergence,
     evaluate_model,
 )
-from rfprune.tasks.forward import batch_size
 from rfprune.tasks.generation import continuations
+from rfprune.tasks.inference import batch_size
 
 Batches = Sequence[Mapping[str, Tensor]]
 
@@ -47,7 +47,7 @@ class Prepared:
     `latency_table`: where latency is the metric.
     """
 
-    loaded: Loaded
+    loaded: LoadedCheckpoint
     settings: Settings
     stored: torch.dtype
     batches: Batches

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from rfprune.errors import UserError
-from rfprune.tasks.images import IMAGE, pixels
-from rfprune.tasks.windows import POSITIONS
+from rfprune.tasks.image_classification import IMAGE, pixels
+from rfprune.tasks.question_answering import POSITIONS
 
 TOKEN_LABELS = "token_labels"
 """The column with a label for every token; in a batch it is `labels`, -100 where there is none."""

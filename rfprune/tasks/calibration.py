@@ -9,8 +9,9 @@ from torch import Tensor
 
 from rfprune.errors import RfpruneWarning, UserError
 from rfprune.tasks.batching import make_batches
-from rfprune.tasks.data import check_not_single, encode, load_split
+from rfprune.tasks.encoding import encode
 from rfprune.tasks.registry import Task
+from rfprune.tasks.splits import check_more_than_one_row, load_split
 
 _WITHOUT_LABELS = ("language-modeling", "similarity")
 
@@ -58,7 +59,7 @@ def calibration_batches(
             f"predicts: leave it out."
         )
     train = load_split(task, task.train_split, data_dir, labels_required=with_labels)
-    check_not_single(task, task.train_split, train)
+    check_more_than_one_row(task, task.train_split, train)
     running = task.kind == "language-modeling"
     drawn = train if running else sample(train, num_samples, seed)
     encoded = encode(task, tokenizer, drawn, max_length)

@@ -7,9 +7,9 @@ from types import MappingProxyType
 from typing import Any
 
 from rfprune.errors import UserError
-from rfprune.tasks.choices import LISTED
 from rfprune.tasks.files import Table
 from rfprune.tasks.labels import class_ids, class_ids_of_lists
+from rfprune.tasks.multiple_choice import LISTED
 from rfprune.tasks.registry import OWN_DATA, Kind, Task
 
 _Check = Callable[[Task, Sequence[Any], str], Any]

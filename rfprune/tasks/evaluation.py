@@ -12,9 +12,10 @@ from torch import nn
 from rfprune.errors import UserError
 from rfprune.tasks.batching import Batch
 from rfprune.tasks.divergence import Logits, divergence_of_logits
-from rfprune.tasks.forward import batch_size as size_of
-from rfprune.tasks.forward import class_logits, embeddings, span_logits, token_logits
-from rfprune.tasks.language import perplexity, token_likelihoods
+from rfprune.tasks.evaluation_set import EvaluationSet, Questions, prepare_evaluation
+from rfprune.tasks.inference import batch_size as size_of
+from rfprune.tasks.inference import class_logits, embeddings, span_logits, token_logits
+from rfprune.tasks.language_modeling import perplexity, token_likelihoods
 from rfprune.tasks.metrics import (
     NO_ANSWER_THRESHOLD,
     score_function,
@@ -22,11 +23,10 @@ from rfprune.tasks.metrics import (
     squad_scores,
     squad_v2_scores,
 )
-from rfprune.tasks.preparation import EvaluationSet, Questions, prepare_evaluation
+from rfprune.tasks.question_answering import Windows, best_answers, null_scores
 from rfprune.tasks.registry import Kind, Task
 from rfprune.tasks.similarity import cosines
-from rfprune.tasks.squad import Windows, best_answers, null_scores
-from rfprune.tasks.tokens import tagging_scores
+from rfprune.tasks.token_classification import tagging_scores
 
 __all__ = [
     "Evaluation",
@@ -38,7 +38,7 @@ __all__ = [
     "divergence",
     "divergence_of_logits",
     "evaluate_model",
-    "logits_on",
+    "logits_of_batches",
     "predicted",
     "prepare_evaluation",
 ]
@@ -127,7 +127,7 @@ def divergence(reference: Evaluation, other: Evaluation) -> float:
     return other.from_reference
 
 
-def logits_on(model: nn.Module, task: Task, batches: Sequence[Batch]) -> Logits:
+def logits_of_batches(model: nn.Module, task: Task, batches: Sequence[Batch]) -> Logits:
     """The logits of padded inputs that nothing is known of, such as calibration batches.
 
     Rows are in the order of the batches; else as in `Evaluation`, but that answers may be at any

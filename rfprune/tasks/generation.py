@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from rfprune.tasks.batching import Batch
-from rfprune.tasks.forward import evaluating
+from rfprune.tasks.inference import eval_mode
 
 PROMPT_TOKENS = 24
 NEW_TOKENS = 32
@@ -26,7 +26,7 @@ def continuations(
     prompt = prompt[:, : max(1, prompt.shape[1] // 2)] if _is_short(batches) else prompt
     written = {"prompt": _decoded(tokenizer, prompt[0])}
     for name, model in models.items():
-        with torch.inference_mode(), evaluating(model):
+        with torch.inference_mode(), eval_mode(model):
             ids = prompt.to(model.device)
             found = model.generate(
                 input_ids=ids,

@@ -3,14 +3,12 @@
 Lengths are those of Kwon et al. 2022; columns and label ids are those of the hub's datasets.
 """
 
-import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
-from rfprune.errors import RfpruneWarning, UserError
+from rfprune.errors import UserError
 
 Kind = Literal[
     "classification",
@@ -39,7 +37,7 @@ AUTO_CLASSES: Mapping[Kind, str] = MappingProxyType(
 )
 """The class of transformers that loads a checkpoint for each kind of task."""
 
-WITH_CLASSES: tuple[Kind, ...] = (
+KINDS_WITH_LABEL_NAMES: tuple[Kind, ...] = (
     "classification",
     "multi-label",
     "token-classification",
@@ -128,7 +126,7 @@ CUSTOM = "custom"
 LANGUAGE_MODELING = "language-modeling"
 SIMILARITY = "similarity"
 OWN_DATA = (CUSTOM, LANGUAGE_MODELING, SIMILARITY)
-"""Tasks that a checkpoint and a data folder make, see `rfprune.tasks.custom`."""
+"""Tasks that a checkpoint and a data folder make, see `rfprune.tasks.own_data`."""
 
 TASK_NAMES = (*TASKS, *OWN_DATA)
 
@@ -148,25 +146,6 @@ def default_samples(task_name: str) -> int:
 def default_batch_size(task_name: str) -> int:
     """Examples in a batch of a task, where nobody asks for another number."""
     return _OF_TASK.get(task_name, (_SAMPLES, _BATCH_SIZE))[1]
-
-
-# Other names that checkpoints give to a class, in normal form (see _normal_form).
-_SYNONYMS: Mapping[str, tuple[str, ...]] = {
-    "not_equivalent": (
-        "notparaphrase", "nonparaphrase", "noparaphrase", "notduplicate", "nonduplicate",
-        "inequivalent", "nonequivalent", "unequivalent", "different", "no", "false",
-    ),
-    "equivalent": ("paraphrase", "isparaphrase", "duplicate", "isduplicate", "same", "yes", "true"),
-    "negative": ("neg", "bad", "1star"),
-    "positive": ("pos", "good", "2star", "2stars", "5star", "5stars"),
-    "unacceptable": ("notacceptable", "ungrammatical", "notgrammatical", "no", "false"),
-    "acceptable": ("isacceptable", "grammatical", "yes", "true"),
-    "entailment": ("entailed", "entails", "entail", "isentailment"),
-    "not_entailment": ("nonentailment", "noentailment", "notentailed", "notentails", "notentail"),
-    "neutral": (),
-    "contradiction": ("contradictory", "contradicts", "contradict"),
-}  # fmt: skip
-_SAME_AS = {"not_duplicate": "not_equivalent", "duplicate": "equivalent"}
 
 
 def get_task(name: str) -> Task:
@@ -200,82 +179,3 @@ def check_columns(
                 f"Column {name!r} is named twice: a text, a second text and the label are "
                 f"different columns."
             )
-
-
-def check_labels(config: Any, task: Task) -> None:
-    """Check that a checkpoint's head (its config's `id2label`) answers what the task asks.
-
-    `LABEL_0` and `0` are taken to be in the task's order. Names in another order, or names of
-    another task, are a UserError; names nobody knows are taken in order with a RfpruneWarning.
-    """
-    names = names_in_order(config)
-    if len(names) != task.num_labels:
-        raise UserError(
-            f"Task {task.name} needs a head with {_outputs(task)}, but the checkpoint's has "
-            f"{len(names)} ({', '.join(names)}): choose a checkpoint fine-tuned on {task.name}."
-        )
-    if task.kind != "classification" or task.name == CUSTOM:
-        return  # the labels of `custom` are those of the checkpoint
-    ids = _label_ids(task)
-    found = [ids.get(_normal_form(name)) for name in names]
-    if any(label not in (None, position) for position, label in enumerate(found)):
-        raise UserError(
-            f"The checkpoint's label order is ({', '.join(names)}) but task {task.name} has "
-            f"({', '.join(task.label_names)}): its head must be reordered, in weights and "
-            f"id2label, or another checkpoint chosen."
-        )
-    if any(label is None for label in found):
-        _unknown_names(names, task)
-
-
-def _unknown_names(names: list[str], task: Task) -> None:
-    """Refuse the names of another task; warn of names that no task has."""
-    for other in TASKS.values():
-        ids = _label_ids(other)
-        if other.kind == "classification" and all(_normal_form(name) in ids for name in names):
-            raise UserError(
-                f"The checkpoint's labels ({', '.join(names)}) are those of task {other.name}, "
-                f"not of {task.name} ({', '.join(task.label_names)}): choose a checkpoint "
-                f"fine-tuned on {task.name}."
-            )
-    warnings.warn(
-        f"The checkpoint's labels ({', '.join(names)}) are not known names of task {task.name}: "
-        f"they are taken to mean ({', '.join(task.label_names)}), in this order.",
-        RfpruneWarning,
-        stacklevel=3,
-    )
-
-
-def names_in_order(config: Any) -> list[str]:
-    """The checkpoint's label names by label id; UserError where the ids have gaps."""
-    named = {int(key): str(name) for key, name in dict(config.id2label).items()}
-    if sorted(named) != list(range(len(named))):
-        raise UserError(
-            f"The checkpoint's id2label has the ids {sorted(named)}: they must run from 0 without "
-            f"gaps; mend its config.json."
-        )
-    return [named[label] for label in range(len(named))]
-
-
-def _outputs(task: Task) -> str:
-    """The outputs of the task's head, in words."""
-    if task.kind == "regression":
-        return "1 output (a regression)"
-    if task.kind == "question-answering":
-        return "2 outputs (start and end of a span)"
-    return f"{task.num_labels} labels ({', '.join(task.label_names)})"
-
-
-def _label_ids(task: Task) -> dict[str, int]:
-    """Every known name of the task's classes, in normal form, with its label id."""
-    ids: dict[str, int] = {}
-    for label, name in enumerate(task.label_names):
-        synonyms = _SYNONYMS[_SAME_AS.get(name, name)]
-        official = (_normal_form(name), _normal_form(_SAME_AS.get(name, name)))
-        ids |= dict.fromkeys((*official, *synonyms, f"label{label}", str(label)), label)
-    return ids
-
-
-def _normal_form(name: str) -> str:
-    """Lower case, letters and digits alone: NOT_ENTAILMENT and not-entailment are one name."""
-    return re.sub(r"[^0-9a-z]", "", name.lower())

@@ -5,13 +5,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rfprune.tasks.lengths import checked_length
+from rfprune.tasks.max_length import checked_length
 from rfprune.tasks.registry import Task
 
 
-def embedding_rows(
-    task: Task, tokenizer: Any, chunk: Any, max_length: int | None
-) -> dict[str, Any]:
+def encode_pairs(task: Task, tokenizer: Any, chunk: Any, max_length: int | None) -> dict[str, Any]:
     """Columns of tokenised texts, two rows a pair: the first one and the second one."""
     length = checked_length(task, tokenizer, max_length, texts=1)
     texts = [text for pair in zip(*(chunk[name] for name in task.text_columns), strict=True)

@@ -16,10 +16,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rfprune.checkpoints.loading import choose_task, data_folder, length_limit, load, locate
+from rfprune.checkpoints.loading import (
+    load,
+    resolve_data_dir,
+    resolve_max_length,
+    resolve_model,
+    resolve_task,
+)
 from rfprune.embeddings import pooling_of
 from rfprune.errors import UserError
-from rfprune.tasks.custom import similarity_task
+from rfprune.tasks.own_data import similarity_task
 from rfprune.tasks.registry import get_task
 
 MRPC, SQUAD = get_task("mrpc"), get_task("squad")
@@ -265,11 +271,11 @@ def test_no_more_is_read_than_sentence_transformers_reads(folder: Path) -> None:
     task = similarity_task()
     loaded = load(str(folder), task, device=CPU, dtype=torch.float32)
     assert pooling_of(loaded.model.config) == "cls"
-    assert length_limit(loaded, task, None) == 11
-    assert loaded.embedder.files is not None
+    assert resolve_max_length(loaded, task, None) == 11
+    assert loaded.sentence_transformer.files is not None
     (folder / "sentence_bert_config.json").write_text('{"max_seq_length": null}')
     loaded = load(str(folder), task, device=CPU, dtype=torch.float32)
-    assert length_limit(loaded, task, None) > 11
+    assert resolve_max_length(loaded, task, None) > 11
 
 
 def test_the_number_of_labels_must_fit(tiny_folder: Callable[..., Path]) -> None:
@@ -319,14 +325,14 @@ def test_remote_code_is_not_run(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["bert-base", "owner/model"])
 def test_what_is_not_on_the_hub_says_what_was_wanted_and_the_ways_out(name: str) -> None:
     sentence = refused(Path(name))
-    assert locate(name, MRPC) in sentence
+    assert resolve_model(name, MRPC) in sentence
     assert "--model demo" in sentence
     assert "folder" in sentence
 
 
 def test_the_demo_has_one_task() -> None:
     assert "--task sst2" in refused(Path("demo"))
-    assert (Path(locate("demo", get_task("sst2"))) / "config.json").is_file()
+    assert (Path(resolve_model("demo", get_task("sst2"))) / "config.json").is_file()
 
 
 @pytest.fixture
@@ -340,21 +346,21 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_a_known_task_is_chosen_by_its_name() -> None:
-    assert choose_task("mrpc", "/no/such/model") is MRPC
+    assert resolve_task("mrpc", "/no/such/model") is MRPC
     with pytest.raises(UserError, match="Unknown task"):
-        choose_task("mprc", "demo")
+        resolve_task("mprc", "demo")
 
 
 def test_custom_is_what_checkpoint_and_data_make(
     data: Path, tiny_folder: Callable[..., Path]
 ) -> None:
-    demo = choose_task("custom", "demo", data_dir=data)
+    demo = resolve_task("custom", "demo", data_dir=data)
     assert (demo.label_names, demo.text_columns) == (("negative", "positive"), ("text",))
     loaded = load("demo", demo, device=CPU, dtype=torch.float32)
-    assert length_limit(loaded, demo, None) == 128
+    assert resolve_max_length(loaded, demo, None) == 128
     loaded.tokenizer.model_max_length = 100
-    assert length_limit(loaded, demo, None) == 100
-    number = choose_task("custom", str(tiny_folder(num_labels=1)), data_dir=data)
+    assert resolve_max_length(loaded, demo, None) == 100
+    number = resolve_task("custom", str(tiny_folder(num_labels=1)), data_dir=data)
     assert number.kind == "regression"
 
 
@@ -363,13 +369,13 @@ def test_custom_is_refused_before_weights_are_read(
 ) -> None:
     def told(model: Path | str) -> str:
         with pytest.raises(UserError) as caught:
-            choose_task("custom", str(model), data_dir=data)
+            resolve_task("custom", str(model), data_dir=data)
         return str(caught.value)
 
     (folder / "model.safetensors").write_bytes(b"never read")
-    assert choose_task("custom", str(folder), data_dir=data).num_labels == 2
+    assert resolve_task("custom", str(folder), data_dir=data).num_labels == 2
     change_config(folder, problem_type="multi_label_classification")
-    assert choose_task("custom", str(folder), data_dir=data).kind == "multi-label"
+    assert resolve_task("custom", str(folder), data_dir=data).kind == "multi-label"
     change_config(folder, architectures=["GPT2LMHeadModel"])
     assert "--task language-modeling" in told(folder)
     change_config(folder, architectures=["BertForSequenceClassification"])
@@ -383,11 +389,11 @@ def test_custom_is_refused_before_weights_are_read(
 
 
 def test_the_demo_brings_its_data(tmp_path: Path) -> None:
-    found = data_folder("demo", None)
+    found = resolve_data_dir("demo", None)
     assert found is not None
     assert (found / "sst2").is_dir()
-    assert data_folder("demo", tmp_path) == tmp_path
-    assert data_folder("other", None) is None
+    assert resolve_data_dir("demo", tmp_path) == tmp_path
+    assert resolve_data_dir("other", None) is None
 
 
 @pytest.mark.parametrize(
@@ -399,10 +405,10 @@ def test_no_more_tokens_than_positions(
     """The longest that is allowed runs; one token more would fail inside the model."""
     path = tiny_folder(model_type, max_position_embeddings=20)
     loaded = load(str(path), MRPC, device=CPU, dtype=torch.float32)
-    assert length_limit(loaded, MRPC, None) == positions
-    assert length_limit(loaded, MRPC, 12) == 12
+    assert resolve_max_length(loaded, MRPC, None) == positions
+    assert resolve_max_length(loaded, MRPC, 12) == 12
     with pytest.raises(UserError, match=f"{positions} positions"):
-        length_limit(loaded, MRPC, positions + 1)
+        resolve_max_length(loaded, MRPC, positions + 1)
     longest = torch.full((1, positions), 7)
     loaded.model(input_ids=longest)
     with pytest.raises((IndexError, RuntimeError)):
@@ -411,5 +417,5 @@ def test_no_more_tokens_than_positions(
 
 def test_the_task_s_length_where_there_is_room(tiny_folder: Callable[..., Path]) -> None:
     loaded = load(str(tiny_folder()), MRPC, device=CPU, dtype=torch.float32)
-    assert length_limit(loaded, MRPC, None) == MRPC.max_length
-    assert length_limit(loaded, SQUAD, None) == SQUAD.max_length
+    assert resolve_max_length(loaded, MRPC, None) == MRPC.max_length
+    assert resolve_max_length(loaded, SQUAD, None) == SQUAD.max_length

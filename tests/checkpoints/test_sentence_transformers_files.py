@@ -17,9 +17,9 @@ from safetensors.torch import load, save_file
 
 from rfprune.checkpoints.sentence_transformers import (
     MODULES_FILE,
-    read_embedder,
+    read_sentence_transformer,
     transformer_folder,
-    write_files,
+    write_sentence_transformer_files,
 )
 from rfprune.errors import RfpruneWarning, UserError
 
@@ -81,9 +81,9 @@ def dense(folder: Path, name: str = "model.safetensors") -> dict[str, torch.Tens
 )
 def test_pooling_is_that_of_the_folder(tmp_path: Path, settings: Any, pooling: str) -> None:
     embedder(tmp_path, pooling=settings)
-    assert read_embedder(str(tmp_path)).pooling == pooling
+    assert read_sentence_transformer(str(tmp_path)).pooling == pooling
     (tmp_path / MODULES_FILE).unlink()
-    alone = read_embedder(str(tmp_path))
+    alone = read_sentence_transformer(str(tmp_path))
     assert (alone.pooling, alone.files) == (pooling, None)
 
 
@@ -98,13 +98,13 @@ def test_pooling_is_that_of_the_folder(tmp_path: Path, settings: Any, pooling: s
 )
 def test_another_pooling_is_refused(tmp_path: Path, settings: Any) -> None:
     with pytest.raises(UserError, match="max.* but embeddings are made here by one of mean, cls"):
-        read_embedder(str(embedder(tmp_path, pooling=settings)))
+        read_sentence_transformer(str(embedder(tmp_path, pooling=settings)))
 
 
 def test_a_model_alone_has_nothing_beside_it(tmp_path: Path) -> None:
-    found = read_embedder(str(tmp_path))
+    found = read_sentence_transformer(str(tmp_path))
     assert (found.pooling, found.max_tokens, found.files) == (None, None, None)
-    assert not write_files(found.files, tmp_path)
+    assert not write_sentence_transformer_files(found.files, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -113,9 +113,9 @@ def test_all_that_loads_it_is_taken_along_and_nothing_else(tmp_path: Path) -> No
     folder = embedder(tmp_path / "given", "Normalize")
     (folder / "README.md").write_text("of the original")
     (folder / "1_Pooling" / "notes.txt").write_text("mine")
-    found = read_embedder(str(folder))
+    found = read_sentence_transformer(str(folder))
     assert found.max_tokens == 20
-    assert write_files(found.files, tmp_path / "out")
+    assert write_sentence_transformer_files(found.files, tmp_path / "out")
     names = {
         path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*")
     }
@@ -137,7 +137,7 @@ def test_a_model_of_its_own_folder_moves_up(tmp_path: Path) -> None:
     (folder / "0_Transformer" / "sentence_roberta_config.json").write_text('{"max_seq_length": 9}')
     (folder / "0_Transformer" / "sentence_bert_config.json").unlink()
     assert transformer_folder(folder) == folder / "0_Transformer"
-    found = read_embedder(str(transformer_folder(folder)))
+    found = read_sentence_transformer(str(transformer_folder(folder)))
     assert found.max_tokens == 9
     assert found.files is not None and "sentence_roberta_config.json" in found.files
     assert [entry["path"] for entry in json.loads(found.files[MODULES_FILE])] == ["", "1_Pooling"]
@@ -146,8 +146,8 @@ def test_a_model_of_its_own_folder_moves_up(tmp_path: Path) -> None:
 def test_a_model_that_lies_within_another_is_not_that_one(tmp_path: Path) -> None:
     folder = embedder(tmp_path, model="0_Transformer")
     (folder / "pruned").mkdir()
-    assert read_embedder(str(folder / "pruned")).files is None
-    assert read_embedder(str(folder / "0_Transformer")).files is not None
+    assert read_sentence_transformer(str(folder / "pruned")).files is None
+    assert read_sentence_transformer(str(folder / "0_Transformer")).files is not None
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
@@ -155,7 +155,7 @@ def test_a_dense_module_goes_along_as_safetensors_and_is_told_of(tmp_path: Path,
     folder = embedder(tmp_path, "Dense")
     weights = dense(folder, name)
     with pytest.warns(RfpruneWarning, match="ends in a Dense module: it is pruned and scored by"):
-        found = read_embedder(str(folder))
+        found = read_sentence_transformer(str(folder))
     assert found.files is not None
     assert {name for name in found.files if name.startswith("2_")} == {
         *("2_Dense/config.json", "2_Dense/model.safetensors"),
@@ -179,13 +179,13 @@ def test_what_the_library_does_and_we_do_not_is_told(
     tmp_path: Path, changes: Any, sentence: str
 ) -> None:
     with pytest.warns(RfpruneWarning, match=sentence):
-        read_embedder(str(embedder(tmp_path, **changes)))
+        read_sentence_transformer(str(embedder(tmp_path, **changes)))
 
 
 def test_prompts_that_nobody_asked_for_are_not_told_of(tmp_path: Path) -> None:
     """Warnings are errors in these tests."""
     library = {"prompts": {"q": "query: ", "none": ""}, "default_prompt_name": "none"}
-    read_embedder(str(embedder(tmp_path, library=library)))
+    read_sentence_transformer(str(embedder(tmp_path, library=library)))
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_prompts_that_nobody_asked_for_are_not_told_of(tmp_path: Path) -> None:
 )
 def test_other_modules_are_refused(tmp_path: Path, kinds: tuple[str, ...], named: str) -> None:
     with pytest.raises(UserError, match=f"makes its embeddings by .*{named}"):
-        read_embedder(str(embedder(tmp_path, *kinds)))
+        read_sentence_transformer(str(embedder(tmp_path, *kinds)))
 
 
 def rewrite(folder: Path, place: int, **changes: Any) -> None:
@@ -210,7 +210,7 @@ def rewrite(folder: Path, place: int, **changes: Any) -> None:
 def test_code_of_its_own_is_refused(tmp_path: Path) -> None:
     rewrite(embedder(tmp_path), 1, type="custom_pooling.Pooling")
     with pytest.raises(UserError, match="'custom_pooling.Pooling'"):
-        read_embedder(str(tmp_path))
+        read_sentence_transformer(str(tmp_path))
 
 
 @pytest.mark.parametrize("place", [0, 1])
@@ -220,7 +220,7 @@ def test_code_of_its_own_is_refused(tmp_path: Path) -> None:
 def test_no_path_leads_out_of_the_folder(tmp_path: Path, place: int, path: Any) -> None:
     folder = embedder(tmp_path / "given")
     rewrite(folder, place, path=path)
-    for read in (read_embedder, lambda given: transformer_folder(Path(given))):
+    for read in (read_sentence_transformer, lambda given: transformer_folder(Path(given))):
         with pytest.raises(UserError, match="leads out of its folder"):
             read(str(folder))
 
@@ -234,7 +234,7 @@ def test_no_link_leads_out_of_the_folder(tmp_path: Path, name: str) -> None:
     (folder / name).rename(tmp_path / "elsewhere")
     (folder / name).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="link that leads out of its folder"):
-        read_embedder(str(folder))
+        read_sentence_transformer(str(folder))
 
 
 def test_links_into_the_hubs_cache_are_followed(
@@ -254,11 +254,11 @@ def test_links_into_the_hubs_cache_are_followed(
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(os.path.relpath(blob, link.parent))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    found = read_embedder("someone/embedder")
+    found = read_sentence_transformer("someone/embedder")
     assert found.pooling == "cls"
     assert found.files is not None and "1_Pooling/config.json" in found.files
     with pytest.warns(RfpruneWarning, match="cannot be asked how 'someone/other' pools"):
-        assert read_embedder("someone/other").files is None
+        assert read_sentence_transformer("someone/other").files is None
 
 
 @pytest.mark.parametrize(
@@ -282,10 +282,10 @@ def test_what_is_damaged_is_said_before_the_work(
 ) -> None:
     folder = embedder(tmp_path, "Dense")
     dense(folder)
-    assert read_embedder(str(folder)).files
+    assert read_sentence_transformer(str(folder)).files
     (folder / name).unlink() if content is None else (folder / name).write_text(content)
     with pytest.raises(UserError, match=sentence):
-        read_embedder(str(folder))
+        read_sentence_transformer(str(folder))
 
 
 @pytest.mark.parametrize("content", ["{", "[]"])

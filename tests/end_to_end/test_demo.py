@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from rfprune.demo import DEMO_TASK, demo_data_dir, demo_path
-from rfprune.tasks.data import load_split
-from rfprune.tasks.registry import check_labels, get_task
+from rfprune.tasks.label_order import check_labels
+from rfprune.tasks.registry import get_task
+from rfprune.tasks.splits import load_split
 
 TASK = get_task(DEMO_TASK)
 README = (demo_path() / "README.md").read_text(encoding="utf-8")

@@ -16,8 +16,8 @@ from scipy.stats import spearmanr
 from rfprune import load_pruned
 from rfprune.main import main
 from rfprune.report.report_json import read_report
-from rfprune.tasks.custom import similarity_task, with_columns
-from rfprune.tasks.data import load_split
+from rfprune.tasks.own_data import similarity_task, with_columns
+from rfprune.tasks.splits import load_split
 from tests.end_to_end.test_tasks import embedder
 
 LIBRARY: Any = pytest.importorskip("sentence_transformers", reason="needs sentence-transformers")

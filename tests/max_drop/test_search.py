@@ -207,7 +207,9 @@ def test_calibration_inputs_have_logits_and_a_divergence(
         tiny_model("bert", head, seed=s, num_labels=1 if task == "stsb" else 2) for s in (0, 1)
     ]
     batches = batches_of(tiny_batch)
-    first, second = (evaluation.logits_on(model, get_task(task), batches) for model in models)
+    first, second = (
+        evaluation.logits_of_batches(model, get_task(task), batches) for model in models
+    )
     with torch.no_grad():
         expected = models[0](**batches[1])[0].numpy()
     rows = first[0][6:12]

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
-from rfprune.checkpoints.loading import choose_task
-from rfprune.tasks.registry import check_labels, get_task
+from rfprune.checkpoints.loading import resolve_task
+from rfprune.tasks.label_order import check_labels
+from rfprune.tasks.registry import get_task
 
 TinyFolder = Any
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "finetune.py"
@@ -98,7 +99,7 @@ def test_somebody_s_own_table_makes_a_checkpoint_for_it(
     score = "spearmanr" if more else "accuracy"
     assert f"custom {score}: " in capsys.readouterr().out
     folder = str(arguments["output-dir"])
-    task = choose_task("custom", folder, data_dir=data, text_columns=["review"])
+    task = resolve_task("custom", folder, data_dir=data, text_columns=["review"])
     assert task.kind == ("regression" if more else "classification")
     assert AutoConfig.from_pretrained(folder).id2label == names
 

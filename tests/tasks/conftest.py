@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from rfprune.errors import UserError
-from rfprune.tasks.data import load_split
 from rfprune.tasks.registry import get_task
+from rfprune.tasks.splits import load_split
 
 Rows = Sequence[dict[str, Any]]
 

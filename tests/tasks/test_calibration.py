@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rfprune.errors import RfpruneWarning, UserError
 from rfprune.tasks.calibration import calibration_batches, sample
-from rfprune.tasks.data import encode
+from rfprune.tasks.encoding import encode
 from rfprune.tasks.registry import get_task
 
 NUMBERS = Dataset.from_dict({"number": list(range(100))})

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from rfprune.errors import UserError
-from rfprune.tasks.data import load_split
 from rfprune.tasks.registry import get_task
+from rfprune.tasks.splits import load_split
 
 SST2, STSB, SQUAD_V2 = (get_task(name) for name in ("sst2", "stsb", "squad_v2"))
 Write = Callable[..., Path]

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from rfprune.errors import UserError
 from rfprune.tasks.batching import collate, length_sorted_rows, make_batches
-from rfprune.tasks.data import encode, load_split
+from rfprune.tasks.encoding import encode
+from rfprune.tasks.question_answering import tokenize_windows
 from rfprune.tasks.registry import get_task
-from rfprune.tasks.windows import question_windows
+from rfprune.tasks.splits import load_split
 
 SST2, STSB, SQUAD, SQUAD_V2 = (get_task(name) for name in ("sst2", "stsb", "squad", "squad_v2"))
 MRPC = get_task("mrpc")
@@ -46,7 +47,7 @@ def test_many_rows_are_encoded_in_order(
 ) -> None:
     rows = plain(["the " * number for number in range(1, 10)])
     at_once = encode(SST2, tiny_tokenizer(), rows)["input_ids"][:]
-    monkeypatch.setattr("rfprune.tasks.data.ROWS_AT_A_TIME", 4)
+    monkeypatch.setattr("rfprune.tasks.encoding.ROWS_AT_A_TIME", 4)
     assert encode(SST2, tiny_tokenizer(), rows)["input_ids"][:] == at_once
     assert [len(row) for row in at_once] == list(range(3, 12))
 
@@ -120,7 +121,7 @@ def test_windows_together_hold_the_whole_context_behind_the_question(
 ) -> None:
     tokenizer = tiny_tokenizer()
     context = " ".join(f"film {number}" for number in range(60))
-    windows = question_windows(SQUAD, tokenizer, [" what ? "], [context], 40)
+    windows = tokenize_windows(SQUAD, tokenizer, [" what ? "], [context], 40)
     assert len(windows["input_ids"]) > 3
     covered = np.zeros(len(context), dtype=bool)
     for window, spans in enumerate(windows["offset_mapping"]):
@@ -164,7 +165,7 @@ def test_questions_need_a_fast_tokenizer(tiny_tokenizer: Tokenizers) -> None:
         is_fast = False
 
     with pytest.raises(UserError, match="fast tokenizer"):
-        question_windows(SQUAD, Slow(), ["what ?"], ["the film"])
+        tokenize_windows(SQUAD, Slow(), ["what ?"], ["the film"])
 
 
 # Batches

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import QuestionAnsweringModelOutput, SequenceClassifierOutput
 
 from rfprune.errors import UserError
-from rfprune.tasks.data import encode, load_split
+from rfprune.tasks.encoding import encode
 from rfprune.tasks.evaluation import (
     Evaluation,
     EvaluationSet,
@@ -27,6 +27,7 @@ from rfprune.tasks.evaluation import (
 )
 from rfprune.tasks.metrics import glue_scores
 from rfprune.tasks.registry import get_task
+from rfprune.tasks.splits import load_split
 from tests.conftest import MODEL_TYPES
 
 TinyModel = Callable[..., Any]

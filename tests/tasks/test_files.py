@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from rfprune.errors import UserError
-from rfprune.tasks.data import load_split
 from rfprune.tasks.files import EXTENSIONS
 from rfprune.tasks.registry import get_task
+from rfprune.tasks.splits import load_split
 
 SST2 = get_task("sst2")
 Write = Callable[..., Path]

@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 import transformers
 
-from rfprune.checkpoints.loading import locate
+from rfprune.checkpoints.loading import resolve_model
 from rfprune.errors import UserError
 from rfprune.tasks.batching import make_batches
-from rfprune.tasks.choices import choice_columns
 from rfprune.tasks.columns import checked_columns
-from rfprune.tasks.custom import custom_task, similarity_task, with_columns
-from rfprune.tasks.data import encode
 from rfprune.tasks.divergence import divergence_of_logits
+from rfprune.tasks.encoding import encode
+from rfprune.tasks.evaluation_set import prepare_evaluation
 from rfprune.tasks.files import Table
 from rfprune.tasks.metrics import f1_labels, f1_micro
-from rfprune.tasks.preparation import prepare_evaluation
+from rfprune.tasks.multiple_choice import choice_columns
+from rfprune.tasks.own_data import custom_task, similarity_task, with_columns
 from rfprune.tasks.similarity import cosines
 from tests.conftest import make_tiny_tokenizer
 
@@ -154,6 +154,6 @@ def test_pairs_are_two_rows_and_one_cosine(tmp_path: Path) -> None:
 def test_the_model_may_be_in_a_folder_of_its_own(tmp_path: Path) -> None:
     modules = [{"type": "x", "path": "0_Transformer"}, {"type": "y", "path": "1_P"}]
     (tmp_path / "modules.json").write_text(json.dumps(modules))
-    assert locate(str(tmp_path), similarity_task()) == str(tmp_path / "0_Transformer")
+    assert resolve_model(str(tmp_path), similarity_task()) == str(tmp_path / "0_Transformer")
     (tmp_path / "config.json").write_text("{}")
-    assert locate(str(tmp_path), similarity_task()) == str(tmp_path)
+    assert resolve_model(str(tmp_path), similarity_task()) == str(tmp_path)

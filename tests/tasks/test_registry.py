@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rfprune.errors import RfpruneWarning, UserError
-from rfprune.tasks.custom import custom_task
-from rfprune.tasks.registry import CUSTOM, TASK_NAMES, TASKS, check_labels, get_task
+from rfprune.tasks.label_order import check_labels
+from rfprune.tasks.own_data import custom_task
+from rfprune.tasks.registry import CUSTOM, TASK_NAMES, TASKS, get_task
 
 CLASSIFICATION = [task for task in TASKS.values() if task.kind == "classification"]
 
@@ -166,7 +167,7 @@ def test_label_ids_with_gaps_are_refused() -> None:
 
 def test_no_name_means_two_classes() -> None:
     """A synonym that two classes share would make the order check arbitrary."""
-    from rfprune.tasks.registry import _SYNONYMS, _label_ids
+    from rfprune.tasks.label_order import _SYNONYMS, _label_ids
 
     for task in CLASSIFICATION:
         lists = [_SYNONYMS.get(name, ()) for name in task.label_names]

@@ -4,14 +4,12 @@ Local data is read into memory and checked as a whole before anything else happe
 with it is a UserError that names the file and the row (counted from 1).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from rfprune.errors import UserError
-from rfprune.tasks import hub
-from rfprune.tasks.choices import choice_rows
+from rfprune.tasks import offline
 from rfprune.tasks.columns import checked_columns, label_columns
 from rfprune.tasks.files import (
     EXTENSIONS,
@@ -21,13 +19,8 @@ from rfprune.tasks.files import (
     read_table,
     table_of,
 )
-from rfprune.tasks.images import image_rows, load_images
-from rfprune.tasks.language import block_rows
-from rfprune.tasks.lengths import checked_length
-from rfprune.tasks.registry import LANGUAGE_MODELING, OWN_DATA, Kind, Task
-from rfprune.tasks.similarity import embedding_rows
-from rfprune.tasks.tokens import token_rows
-from rfprune.tasks.windows import question_rows
+from rfprune.tasks.image_classification import load_images
+from rfprune.tasks.registry import LANGUAGE_MODELING, OWN_DATA, Task
 
 # Rows tokenised at a time: enough for the tokenizer's threads, little as Python objects.
 ROWS_AT_A_TIME = 4096
@@ -73,7 +66,7 @@ def load_split(
         ) from error
 
 
-def check_not_single(task: Task, split: str, dataset: Any) -> None:
+def check_more_than_one_row(task: Task, split: str, dataset: Any) -> None:
     """UserError for a split of one row, which must be a mistake."""
     if len(dataset) == 1 and task.kind != "language-modeling":
         raise UserError(
@@ -87,7 +80,7 @@ def _from_hub(task: Task, split: str, wanted: Iterable[str]) -> Table:
     import datasets
 
     name = task.hub_path + (f" ({task.hub_config})" if task.hub_config else "")
-    with hub.cached_when_unreachable() as may_ask:
+    with offline.cached_when_unreachable() as may_ask:
         try:
             dataset = datasets.load_dataset(task.hub_path, task.hub_config, split=split)
         except Exception as error:  # network, hub, cache and disk each have their own
@@ -151,55 +144,3 @@ def _what_for(task: Task, split: str) -> str:
 
 def _is_saved_dataset(folder: Path) -> bool:
     return (folder / "state.json").is_file()
-
-
-RowsOf = Callable[[Task, Any, Any, int | None], dict[str, Any]]
-"""From a task, its tokenizer or image processor, a chunk of data and the tokens a row to columns of
-model inputs."""
-
-
-def encode(task: Task, tokenizer: Any, dataset: Any, max_length: int | None = None) -> Any:
-    """Tokenise into a `datasets.Dataset`, truncated and not padded, one row an example.
-
-    Question answering gives one row a window of the context (see `question_windows`), similarity
-    one row a text, language modelling one row a block. Columns: input_ids, attention_mask,
-    token_type_ids where the tokenizer makes them, and, where the dataset has them, labels
-    (question answering: start_positions and end_positions, token indices; both the CLS token where
-    the window has no answer; token classification: token_labels). Images are a column `image`.
-    `max_length` in tokens; the task's own if None. UserError where the tokenizer does not allow it.
-    """
-    from datasets import Dataset, concatenate_datasets
-
-    if task.kind == "language-modeling":
-        length = checked_length(task, tokenizer, max_length)
-        return Dataset.from_dict(block_rows(tokenizer, dataset[task.text_columns[0]][:], length))
-    rows_of = ROWS_OF[task.kind]
-    chunks = []
-    for first in range(0, len(dataset), ROWS_AT_A_TIME):
-        chunk = dataset[first : first + ROWS_AT_A_TIME]
-        chunks.append(Dataset.from_dict(rows_of(task, tokenizer, chunk, max_length)))
-    return concatenate_datasets(chunks)
-
-
-def sentence_rows(task: Task, tokenizer: Any, chunk: Any, max_length: int | None) -> dict[str, Any]:
-    """Columns of tokenised sentences or sentence pairs."""
-    length = checked_length(task, tokenizer, max_length)
-    texts = [chunk[name] for name in task.text_columns]
-    columns = dict(tokenizer(*texts, truncation=True, max_length=length))
-    if task.label_column in chunk:
-        columns["labels"] = chunk[task.label_column]
-    return columns
-
-
-ROWS_OF: Mapping[Kind, RowsOf] = MappingProxyType(
-    {
-        "classification": sentence_rows,
-        "regression": sentence_rows,
-        "multi-label": sentence_rows,
-        "multiple-choice": choice_rows,
-        "token-classification": token_rows,
-        "image-classification": image_rows,
-        "question-answering": question_rows,
-        "similarity": embedding_rows,
-    }
-)

@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 
 from rfprune.errors import UserError
 from rfprune.tasks.batching import TOKEN_LABELS, Batch, LazyBatches, length_sorted_rows
-from rfprune.tasks.data import check_not_single, encode, load_split
-from rfprune.tasks.images import IMAGE
+from rfprune.tasks.encoding import encode
+from rfprune.tasks.image_classification import IMAGE
+from rfprune.tasks.question_answering import Windows, make_windows
 from rfprune.tasks.registry import Task
-from rfprune.tasks.squad import Windows, make_windows
-from rfprune.tasks.tokens import IGNORED
+from rfprune.tasks.splits import check_more_than_one_row, load_split
+from rfprune.tasks.token_classification import IGNORED
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +75,7 @@ def prepare_evaluation(
     splits = {}
     for split in task.validation_splits:
         dataset = load_split(task, split, data_dir)
-        check_not_single(task, split, dataset)
+        check_more_than_one_row(task, split, dataset)
         splits[split] = dataset if task.kind == "language-modeling" else _draw(dataset, limit, seed)
     sizes = {split: len(dataset) for split, dataset in splits.items()}
     if task.kind == "question-answering":

@@ -104,9 +104,9 @@ def _outputs(
 
     device = next(model.parameters()).device
     accepted = _accepted_names(model, batches[0])
-    check_fits(model, batches)
+    check_embeddings_exist(model, batches)
     # not inference_mode: what a model caches for itself in it can never be differentiated again
-    with evaluating(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         bar = tqdm(batches, desc="scoring", unit="batch", disable=not progress, leave=False)
         for batch in bar:
             output = model(**{name: batch[name].to(device) for name in accepted})
@@ -120,7 +120,7 @@ def _outputs(
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """The model in eval mode; every module is back in its own mode afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -144,7 +144,7 @@ def _accepted_names(model: nn.Module, batch: Mapping[str, Tensor]) -> list[str]:
     return list(batch)
 
 
-def check_fits(model: nn.Module, batches: Batches) -> None:
+def check_embeddings_exist(model: nn.Module, batches: Batches) -> None:
     """Tokens that the model has no embedding for are a UserError here, a crash in the model."""
     config = getattr(model, "config", None)
     if "input_ids" not in batches[0]:

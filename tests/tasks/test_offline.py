@@ -8,9 +8,9 @@ import huggingface_hub.constants
 import pytest
 
 from rfprune.errors import UserError
-from rfprune.tasks import hub
-from rfprune.tasks.data import load_split
+from rfprune.tasks import offline
 from rfprune.tasks.registry import get_task
+from rfprune.tasks.splits import load_split
 
 SST2, MRPC, SQUAD = (get_task(name) for name in ("sst2", "mrpc", "squad"))
 
@@ -29,7 +29,7 @@ def test_what_the_hub_raises_is_shown_short(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(datasets, "load_dataset", failing)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub, "is_reachable", lambda: True)
+    monkeypatch.setattr(offline, "is_reachable", lambda: True)
     with pytest.raises(UserError, match=r"\(no route\)"):
         load_split(MRPC, "train", None)
 
@@ -51,11 +51,11 @@ def test_what_the_hub_has_is_checked_like_a_file(monkeypatch: pytest.MonkeyPatch
 def test_a_hub_that_cannot_be_reached_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub, "is_reachable", lambda: False)
+    monkeypatch.setattr(offline, "is_reachable", lambda: False)
     seen = []
 
     def failing_within() -> None:
-        with hub.cached_when_unreachable() as may_ask:
+        with offline.cached_when_unreachable() as may_ask:
             seen.append(may_ask)
             seen.append(huggingface_hub.constants.HF_HUB_OFFLINE)
             seen.append(datasets.config.HF_HUB_OFFLINE)
@@ -66,8 +66,8 @@ def test_a_hub_that_cannot_be_reached_is_not_asked(monkeypatch: pytest.MonkeyPat
     assert seen == [False, True, True]
     assert not huggingface_hub.constants.HF_HUB_OFFLINE
     assert not datasets.config.HF_HUB_OFFLINE
-    monkeypatch.setattr(hub, "is_reachable", lambda: True)
-    with hub.cached_when_unreachable() as may_ask:
+    monkeypatch.setattr(offline, "is_reachable", lambda: True)
+    with offline.cached_when_unreachable() as may_ask:
         assert may_ask
         assert not huggingface_hub.constants.HF_HUB_OFFLINE
 
@@ -75,16 +75,16 @@ def test_a_hub_that_cannot_be_reached_is_not_asked(monkeypatch: pytest.MonkeyPat
 def test_whether_the_hub_is_reachable_is_found_by_connecting(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(hub, "getproxies", dict)
+    monkeypatch.setattr(offline, "getproxies", dict)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
-        assert hub.is_reachable()
-    assert not hub.is_reachable()
-    monkeypatch.setattr(hub, "getproxies", lambda: {"no": "localhost"})
-    assert not hub.is_reachable()
-    monkeypatch.setattr(hub, "getproxies", lambda: {"https": "http://proxy"})
-    assert hub.is_reachable(), "behind a proxy a connection of our own says nothing"
+        assert offline.is_reachable()
+    assert not offline.is_reachable()
+    monkeypatch.setattr(offline, "getproxies", lambda: {"no": "localhost"})
+    assert not offline.is_reachable()
+    monkeypatch.setattr(offline, "getproxies", lambda: {"https": "http://proxy"})
+    assert offline.is_reachable(), "behind a proxy a connection of our own says nothing"
 
 
 @pytest.mark.network

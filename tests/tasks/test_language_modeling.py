@@ -15,11 +15,11 @@ import torch
 import transformers
 
 from rfprune.errors import UserError
-from rfprune.tasks import language
-from rfprune.tasks.custom import language_task, with_columns
+from rfprune.tasks import language_modeling
 from rfprune.tasks.evaluation import divergence, evaluate_model, prepare_evaluation
 from rfprune.tasks.generation import continuations
-from rfprune.tasks.language import block_rows, perplexity, token_likelihoods
+from rfprune.tasks.language_modeling import encode_blocks, perplexity, token_likelihoods
+from rfprune.tasks.own_data import language_task, with_columns
 from tests.conftest import WORDS, make_tiny_model, make_tiny_tokenizer, vocabulary
 
 Tiny = Callable[..., Any]
@@ -62,7 +62,7 @@ def test_likelihoods_are_those_of_the_next_token() -> None:
 @pytest.mark.parametrize("entries", [1, 300, 2**24])
 def test_divergence_beside_another_model(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """KL(reference || model), averaged over all tokens that are predicted, however it is cut up."""
-    monkeypatch.setattr(language, "_ENTRIES_AT_A_TIME", entries)
+    monkeypatch.setattr(language_modeling, "_ENTRIES_AT_A_TIME", entries)
     model, reference = language_model().eval(), language_model(1).eval()
     batches, rows = batches_of(2, 3)
     _, found = token_likelihoods(model, batches, rows, reference)
@@ -95,10 +95,10 @@ def test_a_validation_text_from_file_to_perplexity(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("piece", [1, 40, 10**6])
 def test_blocks_are_the_text_cut_up(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(language, "_PIECE", piece)
+    monkeypatch.setattr(language_modeling, "_PIECE", piece)
     tokenizer = make_tiny_tokenizer()
     whole = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
-    blocks = block_rows(tokenizer, [TEXT], 16)["input_ids"]
+    blocks = encode_blocks(tokenizer, [TEXT], 16)["input_ids"]
     assert {len(block) for block in blocks} == {16}
     joined = [token for block in blocks for token in block]
     assert joined == whole[: len(joined)]
@@ -108,16 +108,16 @@ def test_blocks_are_the_text_cut_up(piece: int, monkeypatch: pytest.MonkeyPatch)
 def test_blocks_begin_as_the_tokenizer_begins() -> None:
     """Of a tokenizer with a BOS token; CLS is none."""
     tokenizer = make_tiny_tokenizer()
-    plain = block_rows(tokenizer, [TEXT], 8)["input_ids"]
+    plain = encode_blocks(tokenizer, [TEXT], 8)["input_ids"]
     tokenizer.bos_token = tokenizer.cls_token
-    begun = block_rows(tokenizer, [TEXT], 8)["input_ids"]
+    begun = encode_blocks(tokenizer, [TEXT], 8)["input_ids"]
     assert all(block[0] == tokenizer.cls_token_id for block in begun)
     assert begun[0][1:] == plain[0][:7] and begun[1][1] == plain[0][7]
 
 
 def test_too_short_a_text_is_refused() -> None:
     with pytest.raises(UserError, match=r"has 3 tokens, which do not fill one block of 16"):
-        block_rows(make_tiny_tokenizer(), ["the film was"], 16)
+        encode_blocks(make_tiny_tokenizer(), ["the film was"], 16)
 
 
 def test_a_model_without_a_vocabulary_is_refused() -> None:
@@ -153,7 +153,7 @@ def test_models_go_on_with_the_same_words() -> None:
         torch.manual_seed(0)
         one, other = transformers.GPT2LMHeadModel(config), transformers.GPT2LMHeadModel(config)
     tokenizer = make_tiny_tokenizer("gpt2")
-    blocks = torch.tensor(block_rows(tokenizer, [TEXT], 28)["input_ids"])
+    blocks = torch.tensor(encode_blocks(tokenizer, [TEXT], 28)["input_ids"])
     written = continuations({"one": one, "other": other}, tokenizer, [{"input_ids": blocks}])
     assert one.training
     assert written["prompt"] == TEXT.replace("\n\n", " ")[: len(written["prompt"])]
@@ -174,7 +174,7 @@ def test_rows_are_scored_a_few_at_a_time(tiny_model: Any, monkeypatch: pytest.Mo
     model.register_forward_pre_hook(
         lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    monkeypatch.setattr(language, "_ENTRIES_AT_A_TIME", 9 * model.config.vocab_size)
+    monkeypatch.setattr(language_modeling, "_ENTRIES_AT_A_TIME", 9 * model.config.vocab_size)
     parts, same = token_likelihoods(model, batches, rows, other)
     assert sizes == [2, 2, 1]
     np.testing.assert_allclose(parts, whole, atol=1e-5)

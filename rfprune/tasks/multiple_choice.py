@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rfprune.errors import UserError
-from rfprune.tasks.lengths import checked_length
+from rfprune.tasks.max_length import checked_length
 from rfprune.tasks.registry import Task
 
 LISTED = "choices"
@@ -23,7 +23,9 @@ def choice_columns(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(found[number] for number in sorted(found)) if len(found) > 1 else ()
 
 
-def choice_rows(task: Task, tokenizer: Any, chunk: Any, max_length: int | None) -> dict[str, Any]:
+def encode_choices(
+    task: Task, tokenizer: Any, chunk: Any, max_length: int | None
+) -> dict[str, Any]:
     """Columns of which a row is C lists of tokens: the question with each of its choices.
 
     Of two columns of a question, as in SWAG, the second is the beginning of each choice. UserError

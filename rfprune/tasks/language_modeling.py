@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rfprune.errors import UserError
-from rfprune.tasks.forward import check_fits, evaluating
+from rfprune.tasks.inference import check_embeddings_exist, eval_mode
 from rfprune.tasks.registry import LANGUAGE_MODELING
 
 PARAGRAPH = "\n\n"
@@ -29,7 +29,7 @@ _ENTRIES_AT_A_TIME = 2**24  # of logits
 _LINE_END = re.compile(r"\n+")
 
 
-def block_rows(tokenizer: Any, texts: Sequence[str], max_length: int) -> dict[str, Any]:
+def encode_blocks(tokenizer: Any, texts: Sequence[str], max_length: int) -> dict[str, Any]:
     """The texts one after the other, cut into blocks of `max_length` tokens: {input_ids: rows}.
 
     Blocks begin as the tokenizer begins a text (with its BOS token, if it has one). What is left
@@ -79,13 +79,13 @@ def token_likelihoods(
     """
     from tqdm import tqdm
 
-    check_fits(model, batches)
+    check_embeddings_exist(model, batches)
     width = max(batch["input_ids"].shape[1] for batch in batches) - 1
     likelihoods = np.zeros((sum(len(numbers) for numbers in rows), width), dtype=np.float32)
     divergence, count = 0.0, 0
     bar = tqdm(batches, desc="scoring", unit="batch", disable=not progress, leave=False)
     models = (model,) if reference is None else (model, reference)
-    with torch.no_grad(), evaluating(model), evaluating(models[-1]):
+    with torch.no_grad(), eval_mode(model), eval_mode(models[-1]):
         for batch, numbers in zip(bar, rows, strict=True):
             size = _rows_at_a_time(model, batch)
             for first in range(0, len(numbers), size):

@@ -17,11 +17,17 @@ from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
 from rfprune.errors import RfpruneWarning, UserError
-from rfprune.tasks.custom import custom_task, task_to_learn, unread, warn_of_cuts, with_columns
-from rfprune.tasks.data import load_split
 from rfprune.tasks.evaluation import evaluate_model, prepare_evaluation
 from rfprune.tasks.labels import class_ids, label_names
+from rfprune.tasks.own_data import (
+    blank_custom_task,
+    custom_task,
+    task_from_training_data,
+    warn_about_truncation,
+    with_columns,
+)
 from rfprune.tasks.registry import Task
+from rfprune.tasks.splits import load_split
 
 Write = Callable[..., Path]
 TinyModel = Callable[..., Any]
@@ -304,10 +310,10 @@ def test_texts_that_fill_the_default_length_are_told_of() -> None:
     mask = torch.ones(10, 8)
     mask[1:, 7:] = 0  # one row in ten is as long as 8
     with pytest.warns(RfpruneWarning, match="1 of 10 .* 8 tokens .*--max-length"):
-        warn_of_cuts([{"attention_mask": mask}], 8)
+        warn_about_truncation([{"attention_mask": mask}], 8)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_of_cuts([{"attention_mask": mask}], 9)
+        warn_about_truncation([{"attention_mask": mask}], 9)
 
 
 @pytest.mark.parametrize(
@@ -326,13 +332,17 @@ def test_labels_to_learn_name_the_classes(labels: list[Any], names: Any) -> None
 
 def test_what_is_to_be_learned_is_read_from_the_training_labels(made: Callable[..., Path]) -> None:
     data = made(rows(2, 4, 2), rows(4, 2))
-    assert task_to_learn(data, None, None).label_names == ("2", "4")
-    assert task_to_learn(data, None, None, regression=True).kind == "regression"
+    assert task_from_training_data(data, None, None).label_names == ("2", "4")
+    assert task_from_training_data(data, None, None, regression=True).kind == "regression"
     data = made([{"sentence": "a"}], rows(4, 2))
-    assert "nothing can be learned" in refusal(task_to_learn, data, None, None)
+    assert "nothing can be learned" in refusal(task_from_training_data, data, None, None)
     data = made(rows("a", "a"), rows("a", "a"))
-    assert "nothing to tell apart" in refusal(task_to_learn, data, None, None)
+    assert "nothing to tell apart" in refusal(task_from_training_data, data, None, None)
 
 
 def test_before_anything_is_read_there_is_a_name_only() -> None:
-    assert (unread().name, unread().text_columns, unread().label_names) == ("custom", (), ())
+    assert (
+        blank_custom_task().name,
+        blank_custom_task().text_columns,
+        blank_custom_task().label_names,
+    ) == ("custom", (), ())

@@ -17,10 +17,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from rfprune.errors import UserError
-from rfprune.tasks.data import encode, load_split
+from rfprune.tasks.encoding import encode
 from rfprune.tasks.metrics import squad_scores
-from rfprune.tasks.registry import get_task
-from rfprune.tasks.squad import (
+from rfprune.tasks.question_answering import (
     Windows,
     best_answers,
     best_spans,
@@ -28,6 +27,8 @@ from rfprune.tasks.squad import (
     null_scores,
     stack_rows,
 )
+from rfprune.tasks.registry import get_task
+from rfprune.tasks.splits import load_split
 
 Array = NDArray[Any]
 SHORT = dataclasses.replace(get_task("squad"), max_length=40, stride=8)
@@ -133,7 +134,7 @@ def test_chunks_of_windows_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> Non
     start, end = generator.normal(size=(2, *shape))
     whole = best_spans(start, end, windows)
     assert len(set(whole[0])) == 7
-    monkeypatch.setattr("rfprune.tasks.squad._WINDOWS_AT_A_TIME", 3)
+    monkeypatch.setattr("rfprune.tasks.question_answering._WINDOWS_AT_A_TIME", 3)
     for first, second in zip(whole, best_spans(start, end, windows), strict=True):
         np.testing.assert_array_equal(first, second)
 
@@ -198,7 +199,7 @@ def test_many_questions_are_tokenised_as_few(
     contexts = ["red green " * (5 + 7 * row) for row in range(5)]
     questions = [f"what {row} ?" for row in range(5)]
     inputs, windows = make_windows(SHORT, tokenizer, questions, contexts)
-    monkeypatch.setattr("rfprune.tasks.squad._QUESTIONS_AT_A_TIME", 2)
+    monkeypatch.setattr("rfprune.tasks.question_answering._QUESTIONS_AT_A_TIME", 2)
     chunked_inputs, chunked = make_windows(SHORT, tokenizer, questions, contexts)
     assert len(windows.question) > 5
     for name in ("question", "in_context", "offsets", "null_position"):

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from rfprune.errors import UserError
 from rfprune.tasks.batching import make_batches
 from rfprune.tasks.columns import checked_columns
-from rfprune.tasks.custom import custom_task
-from rfprune.tasks.data import encode
+from rfprune.tasks.encoding import encode
 from rfprune.tasks.files import Table
-from rfprune.tasks.forward import token_logits
-from rfprune.tasks.tokens import names_entities, spans, tagging_scores
+from rfprune.tasks.inference import token_logits
+from rfprune.tasks.own_data import custom_task
+from rfprune.tasks.token_classification import names_entities, spans, tagging_scores
 from tests.conftest import make_tiny_model, make_tiny_tokenizer
 
 NAMES = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC", "E-LOC", "S-PER")

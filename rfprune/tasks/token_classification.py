@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from rfprune.errors import UserError
 from rfprune.tasks.batching import TOKEN_LABELS
-from rfprune.tasks.lengths import checked_length
+from rfprune.tasks.max_length import checked_length
 from rfprune.tasks.registry import Task
 
 IGNORED = -100
@@ -21,7 +21,7 @@ Span = tuple[int, int, int, str]
 """Of an entity: its row, its first and its last word, its type."""
 
 
-def token_rows(task: Task, tokenizer: Any, chunk: Any, max_length: int | None) -> dict[str, Any]:
+def encode_words(task: Task, tokenizer: Any, chunk: Any, max_length: int | None) -> dict[str, Any]:
     """Columns of tokenised words; `token_labels` (-100 but at the first token of a word) where
     there are labels. Words beyond `max_length` tokens are cut off, with their labels."""
     words = [list(row) for row in chunk[task.text_columns[0]]]

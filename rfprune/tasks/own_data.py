@@ -13,11 +13,11 @@ from typing import Any
 from torch import Tensor
 
 from rfprune.errors import RfpruneWarning, UserError
-from rfprune.tasks.choices import choice_columns
-from rfprune.tasks.data import find_split
 from rfprune.tasks.files import Table, read_table
-from rfprune.tasks.images import IMAGE
+from rfprune.tasks.image_classification import IMAGE
+from rfprune.tasks.label_order import label_names_by_id
 from rfprune.tasks.labels import label_names
+from rfprune.tasks.multiple_choice import choice_columns
 from rfprune.tasks.registry import (
     BLOCK_TOKENS,
     CUSTOM,
@@ -27,9 +27,9 @@ from rfprune.tasks.registry import (
     Kind,
     Task,
     check_columns,
-    names_in_order,
 )
-from rfprune.tasks.tokens import names_entities
+from rfprune.tasks.splits import find_split
+from rfprune.tasks.token_classification import names_entities
 
 USUAL_TEXTS = (("sentence1", "sentence2"), ("sentence",), ("text",))
 """Columns that are taken for the text, or the two texts, where none are named."""
@@ -62,7 +62,7 @@ HEADS: Mapping[str, Kind] = {
 """What the class of a checkpoint is called at its end, and what `custom` makes of it."""
 
 
-def unread() -> Task:
+def blank_custom_task() -> Task:
     """The task before checkpoint and data are looked at: no columns, no labels yet."""
     return Task(CUSTOM, "classification", "", None, (), "", (), "accuracy")
 
@@ -90,13 +90,13 @@ def custom_task(labels: Any, problem_type: Any, source: str, kind: Kind = "class
         UserError: several regressions, one class, or gaps in the ids.
     """
     if kind == "multiple-choice":
-        return replace(unread(), kind=kind)
-    names = names_in_order(labels)
+        return replace(blank_custom_task(), kind=kind)
+    names = label_names_by_id(labels)
     if kind == "token-classification":
         metric = "f1" if names_entities(names) else "accuracy"
-        return replace(unread(), kind=kind, label_names=tuple(names), metric_name=metric)
+        return replace(blank_custom_task(), kind=kind, label_names=tuple(names), metric_name=metric)
     if kind == "image-classification":
-        return replace(unread(), kind=kind, label_names=tuple(names))
+        return replace(blank_custom_task(), kind=kind, label_names=tuple(names))
     regression = problem_type == "regression" or (not problem_type and len(names) == 1)
     if problem_type not in (None, "", "regression", _SINGLE_LABEL, _MULTI_LABEL):
         raise UserError(
@@ -109,17 +109,20 @@ def custom_task(labels: Any, problem_type: Any, source: str, kind: Kind = "class
             f"{CUSTOM} takes one number an example: choose another checkpoint."
         )
     if regression:
-        return replace(unread(), kind="regression", metric_name="spearmanr")
+        return replace(blank_custom_task(), kind="regression", metric_name="spearmanr")
     if problem_type == _MULTI_LABEL:
         return replace(
-            unread(), kind="multi-label", label_names=tuple(names), metric_name="f1_micro"
+            blank_custom_task(),
+            kind="multi-label",
+            label_names=tuple(names),
+            metric_name="f1_micro",
         )
     if len(names) < 2:
         raise UserError(
             f"The checkpoint '{source}' tells apart {len(names)} class, which is nothing to "
             f"score: choose one with two or more, or with problem_type regression."
         )
-    return replace(unread(), label_names=tuple(names))
+    return replace(blank_custom_task(), label_names=tuple(names))
 
 
 def with_columns(
@@ -191,7 +194,7 @@ def _choices_of(table: Table) -> tuple[str, ...]:
     return choices
 
 
-def task_to_learn(
+def task_from_training_data(
     data_dir: Path | None,
     text_columns: Sequence[str] | None,
     label_column: str | None,
@@ -206,7 +209,7 @@ def task_to_learn(
     Raises:
         UserError: as `with_columns`, or no labels, or one class only, in the training data.
     """
-    task = with_columns(unread(), data_dir, text_columns, label_column)
+    task = with_columns(blank_custom_task(), data_dir, text_columns, label_column)
     assert data_dir is not None
     table = read_table(find_split(task, "train", data_dir), [task.label_column])
     labels = table.columns.get(task.label_column)
@@ -226,7 +229,7 @@ def task_to_learn(
     return replace(task, label_names=names)
 
 
-def warn_of_cuts(batches: Sequence[Mapping[str, Tensor]], max_length: int) -> None:
+def warn_about_truncation(batches: Sequence[Mapping[str, Tensor]], max_length: int) -> None:
     """Say so where many rows are as long as the length that nobody has chosen."""
     masks = [batch["attention_mask"] for batch in batches if "attention_mask" in batch]
     lengths = [int(length) for mask in masks for length in mask.sum(dim=-1).flatten()]

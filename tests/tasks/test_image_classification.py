@@ -17,9 +17,10 @@ from PIL import Image
 
 from rfprune.errors import UserError
 from rfprune.tasks.batching import LazyBatches, make_batches
-from rfprune.tasks.custom import custom_task, with_columns
-from rfprune.tasks.data import encode, load_split
-from rfprune.tasks.preparation import prepare_evaluation
+from rfprune.tasks.encoding import encode
+from rfprune.tasks.evaluation_set import prepare_evaluation
+from rfprune.tasks.own_data import custom_task, with_columns
+from rfprune.tasks.splits import load_split
 
 
 class Halves:

@@ -102,7 +102,7 @@ def _one_of(wanted: Sequence[str], names: Sequence[str], folder: Path, what: str
     )
 
 
-def image_rows(task: Task, _: Any, chunk: Any, __: int | None) -> dict[str, Any]:
+def encode_images(task: Task, _: Any, chunk: Any, __: int | None) -> dict[str, Any]:
     """Columns of images that can be opened; what cannot is a UserError now, not in an hour."""
     for image in chunk[IMAGE]:
         with _opened(image):
