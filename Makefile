@@ -1,7 +1,8 @@
 # Every target sets up what it needs in .venv; nothing has to be installed first but Python 3.10 or newer.
-#   make demo    prune the embedded model; no network needed once the packages are there
-#   make test    the test suite
-#   make check   what a change must pass: format, lint, types, tests
+#   make demo      prune the embedded model; no network needed once the packages are there
+#   make test      the test suite
+#   make check     what a change must pass: format, lint, types, tables, tests
+#   make coverage  the test suite again, and which lines of rfprune/ it reaches
 PYTHON ?= python3
 VENV ?= .venv
 # Options for pytest, such as PYTEST_OPTIONS="-x tests/test_main.py".
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format lint types clean
+.PHONY: help demo test check coverage format lint types clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -34,6 +35,12 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -n auto $(PYTEST_OPTIONS)
+
+coverage: $(VENV)/installed-dev
+	rm -f .coverage .coverage.*
+	$(TEST_ENVIRONMENT) $(BIN)/python -m coverage run -m pytest -n auto $(PYTEST_OPTIONS)
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
