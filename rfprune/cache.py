@@ -253,7 +253,7 @@ def code_digest() -> str:
     digest = hashlib.sha256()
     folders = ("families", "methods", "model", "stages")
     sources = (path for folder in folders for path in package.glob(f"{folder}/*.py"))
-    outside = ("embeddings.py", "tasks/forward.py", "tasks/language.py")
+    outside = ("embeddings.py", "tasks/inference.py", "tasks/language_modeling.py")
     others = (package / name for name in outside)
     for path in sorted((*sources, *others)):
         digest.update(f"{path.name}\n".encode() + path.read_bytes())
