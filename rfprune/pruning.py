@@ -148,7 +148,7 @@ def prune_family(
 
 def add_token_mask(model: PreTrainedModel, layout: Layout, batch: Batch) -> Batch:
     """A batch and which of its tokens are real, also where a model makes them itself."""
-    if layout.decoder is not None:
+    if layout.is_encoder_decoder:
         return add_decoder_inputs(model, batch)
     return add_image_token_mask(model, layout, batch)
 

@@ -63,7 +63,7 @@ def units_of_layers(layout: Layout, counts: Sequence[int]) -> list[dict[str, int
 
     What was emptied by an earlier pruning has none.
     """
-    decoder = range(0) if layout.decoder is None else layout.stack(decoder=True)
+    decoder = layout.layer_indices(decoder=True)
     layers = [
         {"heads": 0, **({"cross_heads": 0} if place in decoder else {}), "neurons": 0}
         for place in range(len(layout.layers))

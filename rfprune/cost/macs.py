@@ -19,12 +19,12 @@ def unit_macs(
 ) -> float:
     """MACs of one unit of `block` on one sequence of `sequence_length` tokens (a mean: a float),
     where it reads an encoder on what that made of `encoder_length` others."""
-    projections = sequence_length * hidden_size * (block.token_rows + block.unit_width)
+    projections = sequence_length * hidden_size * (block.rows_from("tokens") + block.unit_width)
     if block.kind == "neuron":
         return projections
-    projections += encoder_length * hidden_size * block.encoder_rows
-    positions = block.positions * block.position_rows * (hidden_size + sequence_length)
-    keys = encoder_length if block.encoder_rows else sequence_length
+    projections += encoder_length * hidden_size * block.rows_from("encoder")
+    positions = block.num_positions * block.rows_from("positions") * (hidden_size + sequence_length)
+    keys = encoder_length if block.rows_from("encoder") else sequence_length
     return projections + positions + 2 * sequence_length * keys * block.unit_width
 
 
@@ -41,7 +41,7 @@ def mac_costs(
     return linear_costs(
         "mac",
         [
-            layout.runs_of(block)
+            layout.num_runs(block)
             * unit_macs(
                 block,
                 layout.hidden_size,

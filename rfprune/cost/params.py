@@ -33,9 +33,9 @@ def unit_params(model: nn.Module, block: Block, size: Size = _one) -> int:
 
 def _distances(model: nn.Module, block: Block, size: Size) -> int:
     """Numbers that a head has in the block's table of position biases."""
-    if block.bias_table is None:
+    if block.sublayer.position_bias_table is None:
         return 0
-    table = model.get_parameter(f"{block.bias_table}.weight")
+    table = model.get_parameter(f"{block.sublayer.position_bias_table}.weight")
     return int(table.shape[0]) * size(table)
 
 
@@ -44,21 +44,21 @@ def _added_params(model: nn.Module, block: Block, size: Size) -> int:
 
     Each gets a table of its own; a unit's share of that is in `unit_params`, and goes with it.
     """
-    table = block.bias_table
-    if table is None or table.startswith(f"{block.inner}."):
+    table = block.sublayer.position_bias_table
+    if table is None or table.startswith(f"{block.sublayer.module}."):
         return 0
     return block.num_units * _distances(model, block, size)
 
 
 def shared_params(model: nn.Module, block: Block, size: Size = _one) -> int:
     """Parameters that go with the last unit of a block: norms of queries and keys, say."""
-    if block.bypass != "plain":  # what else is inside stays
+    if block.sublayer.includes_residual or block.sublayer.returns_position_bias:
         return 0
     projections = (*(producer.path for producer in block.producers), block.consumer)
-    inner = model.get_submodule(block.inner)
+    inner = model.get_submodule(block.sublayer.module)
     return sum(
         parameter.numel() * size(parameter)
-        for name, parameter in inner.named_parameters(block.inner)
+        for name, parameter in inner.named_parameters(block.sublayer.module)
         if name.rpartition(".")[0] not in projections
     )
 

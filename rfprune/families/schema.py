@@ -1,100 +1,152 @@
-"""The schema of a row of `rfprune.families.architectures`."""
+"""The schema of a family's row in `rfprune.families.architectures`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import nn
+from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 LINEAR_MAPS = (nn.Linear, Conv1D)
-"""GPT-2 keeps the weights of its linear maps as (inputs, outputs), in a Conv1D."""
+"""The classes of linear maps. A Conv1D (GPT-2) stores its weight as (inputs, outputs)."""
 
 BlockKind = Literal["head", "neuron"]
-
-Bypass = Literal["plain", "normed", "biased"]
-"""What the inner module of a sublayer does beside computing units: nothing, or ("normed") the
-residual sum and the norm after it, which it holds, or ("biased") handing a position bias to the
-next layer, with one slice a head."""
 
 
 @dataclass(frozen=True)
 class Sublayer:
-    """One attention or one FFN of every layer of a family.
+    """One attention or one FFN of every layer of a family; module paths are relative to the layer.
 
     Attributes:
-        kind: what its units are, heads or neurons. Where several query heads share a key and a
-            value head, they are one unit together.
+        kind: whether its units are heads or neurons. In grouped-query attention a unit is a
+            key-value head with all query heads that share it.
         producers: linear maps whose output rows make the units.
-        consumer: the linear map whose input columns are the units (the out-projection).
-        inner: the module that computes the units; it is bypassed when no unit is left.
-        residual_sum: the module whose input is the consumer's output plus the residual; None where
-            that is the layer's output.
-        fused: how many times each producer holds all units, one after the other: 3 for queries,
-            keys and values in one map, 2 for the two halves of a gated FFN.
-        inner_returns_tuple: whether `inner` returns a tuple (attention does).
-        head_bias: argument of `inner` with one slice a head, such as a position bias.
-        scale: a vector (d,) that multiplies what leaves the consumer before the residual is added.
-        label: of the block's name; "heads" or "neurons" where there is no other of that kind.
-        bypass: what `inner` does beside computing units; see `Bypass`.
-        positions: linear maps that read the embeddings of relative positions, and make rows of the
-            units of them, where they are; not in `producers`.
-        from_encoder: those of `producers` that read what comes out of the encoder.
-        gated: the producers where the configuration says that the FFN is gated.
-        bias_table: an embedding of relative positions, one number a head, which is that of the
-            first layer in all others.
+        consumer: the output projection: the linear map whose input columns are the units.
+        module: the attention or FFN module that computes the units, or, where there is none, the
+            linear map. It is bypassed when no unit is left.
+        next_norm: the norm whose input is the consumer's output plus the residual; None where that
+            sum is the layer's output.
+        fused: how many copies of the units each producer holds, one after the other: 3 for fused
+            queries, keys and values, 2 for the two halves of a gated FFN.
+        returns_tuple: whether `module` returns a tuple (attentions return their weights too).
+        head_bias: the argument of `module` with one slice per head, such as a position bias.
+        layer_scale: a vector (d,) that multiplies the consumer's output (LayerScale).
+        label: the last part of the block's name; "heads" or "neurons" unless two sublayers of a
+            layer have the same kind.
+        includes_residual: whether `module` also adds the residual and applies the norm (ALBERT).
+        returns_position_bias: whether `module` also returns a position bias with one slice per
+            head, which later layers use (T5).
+        position_producers: linear maps of relative position embeddings, where the configuration
+            has them; not in `producers`.
+        encoder_producers: those of `producers` that take the encoder's output (cross-attention).
+        gated_producers: replace `producers` if the configuration has `is_gated_act`.
+        position_bias_table: an embedding of relative positions with one number per head. Only the
+            first layer has one; it serves all layers.
     """
 
     kind: BlockKind
     producers: tuple[str, ...]
     consumer: str
-    inner: str
-    residual_sum: str | None
+    module: str
+    next_norm: str | None
     fused: int = 1
-    inner_returns_tuple: bool = False
+    returns_tuple: bool = False
     head_bias: str | None = None
-    scale: str | None = None
+    layer_scale: str | None = None
     label: str = ""
-    bypass: Bypass = "plain"
-    positions: tuple[str, ...] = ()
-    from_encoder: tuple[str, ...] = ()
-    gated: tuple[str, ...] = ()
-    bias_table: str | None = None
+    includes_residual: bool = False
+    returns_position_bias: bool = False
+    position_producers: tuple[str, ...] = ()
+    encoder_producers: tuple[str, ...] = ()
+    gated_producers: tuple[str, ...] = ()
+    position_bias_table: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The last part of a block's name, such as "heads"."""
+        return self.label or f"{self.kind}s"
+
+    @property
+    def num_extra_outputs(self) -> int:
+        """How many values `module` returns after the hidden states."""
+        return self.returns_tuple + self.returns_position_bias
+
+    def in_layer(self, layer_path: str, config: PretrainedConfig) -> Sublayer:
+        """The row of one layer: with the producers of a configuration and paths from the root."""
+
+        def full(paths: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(f"{layer_path}.{path}" for path in paths)
+
+        gated = self.gated_producers and getattr(config, "is_gated_act", False)
+        return replace(
+            self,
+            producers=full(self.gated_producers if gated else self.producers),
+            consumer=f"{layer_path}.{self.consumer}",
+            module=f"{layer_path}.{self.module}",
+            next_norm=self.next_norm and f"{layer_path}.{self.next_norm}",
+            layer_scale=self.layer_scale and f"{layer_path}.{self.layer_scale}",
+            position_producers=full(self.position_producers),
+            encoder_producers=full(self.encoder_producers),
+            gated_producers=(),
+            position_bias_table=self.position_bias_table
+            and f"{layer_path}.{self.position_bias_table}",
+        )
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers that run one after the other, and their sublayers in the order in which they run.
+    """A list of layers, and the sublayers of each layer in execution order.
 
     Attributes:
-        layers: path of the list of layers.
-        pre_norm: whether a sublayer's residual is its layer's hidden state as it is, and norms
-            come only before what reads it; else a norm comes after every residual sum.
-        shared: whether fewer layers than the configuration's `num_hidden_layers` are there, each
-            of which runs several times in a row.
-        returns: length of the tuple that a layer returns, hidden states first; None where it
-            returns the hidden states alone, as a tensor.
+        layers: path of the list of layers, relative to the base model.
+        sublayers: the prunable sublayers.
+        pre_norm: whether norms precede the sublayers (pre-norm), or follow the residual sums
+            (post-norm).
+        shared: whether layers share weights (ALBERT): there are fewer of them than
+            `num_hidden_layers`, and each runs several times in a row.
+        layer_output_length: length of the tuple that a layer returns, hidden states first; None
+            where a layer returns the hidden states as a tensor.
     """
 
     layers: str
     sublayers: tuple[Sublayer, ...]
     pre_norm: bool = False
     shared: bool = False
-    returns: int | None = None
+    layer_output_length: int | None = None
+
+
+@dataclass(frozen=True)
+class SizeEntries:
+    """The entries of a family's configuration that hold the sizes that pruning changes.
+
+    Attributes:
+        neurons: the number of FFN neurons of every layer.
+        heads: first the number of attention units of every layer, then the entries that stay in
+            proportion to it. Empty where the configuration has no entry for the width of a head,
+            since fewer heads would then become wider ones.
+    """
+
+    neurons: str = "intermediate_size"
+    heads: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A family.
+    """A family of models.
 
     Attributes:
-        stacks: one for encoders and for decoders; two where a decoder reads an encoder.
-        causal: whether a token sees none that comes later, and heads read the last one.
-        needed: entries of the configuration, and the only values for which the row is right.
+        stacks: one for encoders and decoders, two (encoder first) for encoder-decoders.
+        causal: whether attention is causal, in which case heads of models use the last token.
+        required_config: configuration entries and the only values that the row is right for.
+        size_entries: configuration entries for plain models (see `rfprune.model.plain`); None
+            where there is no single entry for the number of neurons, or two of them, one for the
+            encoder and one for the decoder.
     """
 
     stacks: tuple[Stack, ...]
     causal: bool = False
-    needed: Mapping[str, Any] = field(default_factory=dict)
+    required_config: Mapping[str, Any] = field(default_factory=dict)
+    size_entries: SizeEntries | None = None

@@ -103,7 +103,7 @@ def _arguments(sublayer: Sublayer) -> list[str]:
     return [
         f"{name}={value!r}"
         for name, value in vars(sublayer).items()
-        if name in ("kind", "residual_sum") or value != getattr(defaults, name)
+        if name in ("kind", "next_norm") or value != getattr(defaults, name)
     ]
 
 
@@ -201,8 +201,8 @@ def _sublayers(
     left_over |= {path: maps[path] for path in pending}
     for number, each in enumerate(found):
         others = (other.consumer for other in found if other is not each)
-        if any(path.startswith(f"{each.inner}.") for path in others):  # it holds another one too
-            found[number] = replace(each, inner=each.producers[0])
+        if any(path.startswith(f"{each.module}.") for path in others):  # it holds another one too
+            found[number] = replace(each, module=each.producers[0])
     return found, left_over
 
 
@@ -213,17 +213,17 @@ def _sublayer(
     alone = len(producers) == 1 and rows[0] % features == 0
     fused = rows[0] // features if alone else 1
     is_attention = len(producers) > 2 or fused > 2 or bool(_ATTENTION.search(producers[0]))
-    inner = producers[0].rpartition(".")[0]
-    while inner and not all(path.startswith(f"{inner}.") for path in producers):
-        inner = inner.rpartition(".")[0]
+    module = producers[0].rpartition(".")[0]
+    while module and not all(path.startswith(f"{module}.") for path in producers):
+        module = module.rpartition(".")[0]
     return Sublayer(
         kind="head" if is_attention else "neuron",
         producers=tuple(producers),
         consumer=consumer,
-        inner=inner or producers[0],
-        residual_sum=None,
+        module=module or producers[0],
+        next_norm=None,
         fused=fused,
-        inner_returns_tuple=is_attention,
+        returns_tuple=is_attention,
     )
 
 
@@ -239,4 +239,4 @@ def _with_norm(sublayer: Sublayer, ran: Sequence[str]) -> Sublayer:
     """With the norm that runs next after the consumer; after the last one of a layer none does."""
     after = ran[ran.index(sublayer.consumer) + 1 :]
     following = next((path for path in after if _is_norm(path)), None)
-    return replace(sublayer, residual_sum=following)
+    return replace(sublayer, next_norm=following)

@@ -74,7 +74,7 @@ def profile(
         raise UserError("this model has no heads or neurons left, so there is nothing to measure")
     if round_to is not None and round_to < 1:
         raise UserError(f"neurons cannot be kept in multiples of {round_to}; give 1 or more")
-    if layout.decoder is not None:
+    if layout.is_encoder_decoder:
         raise UserError(
             "no latency table can be made of an encoder-decoder, which takes as long as it writes; "
             "choose another metric (mac, params or memory)"
@@ -131,7 +131,7 @@ def _repeat(call: Callable[[], object], times: int) -> None:
 
 
 def _repeats(model: PreTrainedModel, layout: Layout) -> int:
-    return 1 if model.device.type == "cpu" else max(len(layout.layers), len(layout.order))
+    return 1 if model.device.type == "cpu" else max(len(layout.layers), len(layout.execution_order))
 
 
 def _largest(layout: Layout) -> list[Block]:
@@ -249,7 +249,7 @@ def _table(
 def _adding_up(table: LatencyTable, layout: Layout) -> LatencyTable:
     """Scale what sublayers take so that they and the rest make the total."""
     full = sum(
-        layout.runs_of(block)
+        layout.num_runs(block)
         * float(table.curve_of(block, layout.hidden_size).costs(block.num_units)[-1])
         for block in layout.blocks
     )

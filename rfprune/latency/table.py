@@ -166,7 +166,7 @@ def latency_costs(table: LatencyTable, layout: Layout) -> CostModel:
         UserError: the table has no times for a block of the layout.
     """
     tables = tuple(
-        layout.runs_of(block) * table.curve_of(block, layout.hidden_size).costs(block.num_units)
+        layout.num_runs(block) * table.curve_of(block, layout.hidden_size).costs(block.num_units)
         for block in layout.blocks
     )
     return CostModel("latency", tables, table.rest_ms)
@@ -178,7 +178,7 @@ def shape_of(layout: Layout) -> ModelShape:
     blocks = tuple(
         BlockShape(block.layer, block.kind, block.num_units, block.unit_width)
         for block in layout.blocks
-        for _ in range(layout.runs_of(block))
+        for _ in range(layout.num_runs(block))
     )
     return ModelShape(layout.model_type, layout.hidden_size, blocks)
 

@@ -51,7 +51,7 @@ def mean_tokens(batches: Sequence[Batch]) -> float:
 
 def mean_decoder_tokens(layout: Layout, batches: Sequence[Batch]) -> float | None:
     """The same of a decoder that reads an encoder; None without one."""
-    if layout.decoder is None:
+    if not layout.is_encoder_decoder:
         return None
     return _mean_length([decoder_token_mask(batch) for batch in batches])
 

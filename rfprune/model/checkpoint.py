@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 
 from rfprune.errors import UserError
 from rfprune.families.architectures import ARCHITECTURES
-from rfprune.families.plain_config import ENTRIES, said_by
+from rfprune.families.schema import SizeEntries
+from rfprune.model.compact import family_entries
 from rfprune.model.layout import Layout
 from rfprune.model.modeling_rfprune import check_description, pruned_class
 
@@ -163,8 +164,8 @@ def _check_masks(masks: dict[str, Tensor], path: Path) -> None:
     """Compare what the masks keep with what config.json says that there is."""
     config = _read_config(path.parent)
     if _is_plain(config, path.parent):
-        said = said_by(config)
-        kept = {name: said.get(name.rpartition(".")[2]) for name in masks}
+        sizes = _plain_sizes(config)
+        kept = {name: sizes.get(name.rpartition(".")[2]) for name in masks}
     else:
         blocks = _described_blocks(config, path.parent)
         kept = {block["name"]: block["num_units"] for block in blocks}
@@ -181,13 +182,22 @@ def _check_masks(masks: dict[str, Tensor], path: Path) -> None:
 
 def _is_plain(config: dict[str, Any], folder: Path) -> bool:
     """Whether a folder holds a plain model that we have saved: its masks say so."""
-    if "rfprune" in config or config.get("model_type") not in ENTRIES:
+    row = ARCHITECTURES.get(str(config.get("model_type")))
+    if "rfprune" in config or row is None or row.size_entries is None:
         return False
     try:
         with safe_open(folder / MASKS_FILE, framework="pt") as file:
             return (file.metadata() or {}).get("plain") == "true"
     except (OSError, SafetensorError):
         return False
+
+
+def _plain_sizes(config: dict[str, Any]) -> dict[str, Any]:
+    """The sizes in the config.json of a plain model, by the last part of a block's name."""
+    entries = ARCHITECTURES[config["model_type"]].size_entries or SizeEntries()
+    names = (*entries.heads, "num_attention_heads", "n_heads", "n_head", "num_heads")
+    heads = next((config[name] for name in names if config.get(name) is not None), None)
+    return {"heads": heads, "cross_heads": heads, "neurons": config.get(entries.neurons)}
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -224,13 +234,7 @@ def _check_family(blocks: list[dict[str, Any]], model_type: str, folder: Path) -
         place = re.compile(
             rf"(.*\.)?{re.escape(stack.layers)}\.\d+\.{re.escape(sublayer.consumer)}"
         )
-        known = {
-            "kind": sublayer.kind,
-            "inner_returns_tuple": sublayer.inner_returns_tuple,
-            "head_bias": sublayer.head_bias,
-            "bypass": sublayer.bypass,
-            "has_bias_table": sublayer.bias_table is not None,
-        }
+        known = {"kind": sublayer.kind, **family_entries(sublayer)}
         for block in (block for block in blocks if place.fullmatch(block["consumer"])):
             for field in (field for field in known if block[field] != known[field]):
                 raise UserError(

@@ -124,7 +124,10 @@ def with_joined_tables(
 ) -> dict[str, Tensor]:
     """A state in which the position biases of all layers are in the one table that they had."""
     others, joined = dict(state), dict[str, Tensor]()
-    owners = {block.inner: f"{block.bias_table}.weight" for block in layout_of(dense).blocks}
+    owners = {
+        block.sublayer.module: f"{block.sublayer.position_bias_table}.weight"
+        for block in layout_of(dense).blocks
+    }
     for block in blocks:
         own = others.pop(f"{block['inner']}.{BIAS_TABLE}.weight", None)
         if not block["has_bias_table"]:

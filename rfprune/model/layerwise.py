@@ -89,7 +89,7 @@ def layer_calls(
     hidden: list[Tensor] = []
     calls: dict[str, LayerCall] = {}
     handed_on: list[Tensor | None] = []
-    paths = [layout.layers[i] for i in layout.stack(decoder=decoder_inputs is not None)]
+    paths = [layout.layers[i] for i in layout.layer_indices(decoder=decoder_inputs is not None)]
 
     def stand_in(path: str) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -99,11 +99,13 @@ def layer_calls(
             calls[path] = LayerCall(tuple(_no_cache(value) for value in args[1:]), named)
             if path == paths[-1]:
                 raise _Stop
-            if layout.returns is None:
+            if layout.layer_output_length is None:
                 return states
             if path == paths[0]:
                 handed_on.append(_first_bias(model.get_submodule(path), states.shape[1]))
-            return (states, *handed_on, *[None] * (layout.returns - 2))[: layout.returns]
+            return (states, *handed_on, *[None] * (layout.layer_output_length - 2))[
+                : layout.layer_output_length
+            ]
 
         return forward
 
@@ -170,9 +172,9 @@ def trace_block(
 
 def layer_scale(model: nn.Module, block: Block) -> Tensor | None:
     """What multiplies what leaves the consumer before the residual is added, (d,)."""
-    if block.scale is None:
+    if block.sublayer.layer_scale is None:
         return None
-    parent, _, name = block.scale.rpartition(".")
+    parent, _, name = block.sublayer.layer_scale.rpartition(".")
     scale = getattr(model.get_submodule(parent), name)
     return scale if isinstance(scale, Tensor) else None  # BEiT has 1.0 where it does not scale
 
@@ -189,7 +191,7 @@ def block_input(
     """What the producers of `block` read (B, S, d); nothing is run beyond; see `run_layer`."""
     with _skipped(model, done, hidden):
         return _what_enters(
-            model.get_submodule(block.readers[0]),
+            model.get_submodule(block.input_projections[0]),
             lambda: _output_of(model, layer, hidden, calls),
         )
 
@@ -219,17 +221,21 @@ def _skipped(model: nn.Module, done: Sequence[Block], total: Tensor) -> Iterator
     """
     with ExitStack() as stack:
         for block in done:
-            inside = block.consumer.startswith(block.inner + ".")
+            inside = block.consumer.startswith(block.sublayer.module + ".")
             output = total.new_zeros(1) if block.pre_norm else total
             # masks of the consumer may multiply what enters it
             features = output if inside else total.new_zeros(1, 1, 1)
-            if block.bypass == "normed":
-                features = model.get_submodule(block.residual_sum or "")(total)
-            inner = (features, *[None] * block.num_others) if block.num_others else features
-            stack.enter_context(_returning(model, block.inner, inner))
+            if block.sublayer.includes_residual:
+                features = model.get_submodule(block.sublayer.next_norm or "")(total)
+            inner = (
+                (features, *[None] * block.sublayer.num_extra_outputs)
+                if block.sublayer.num_extra_outputs
+                else features
+            )
+            stack.enter_context(_returning(model, block.sublayer.module, inner))
             stack.enter_context(_returning(model, block.consumer, output))
         if done and not done[-1].pre_norm:
-            residual_sum = model.get_submodule(done[-1].residual_sum or "")
+            residual_sum = model.get_submodule(done[-1].sublayer.next_norm or "")
             handle = residual_sum.register_forward_pre_hook(lambda *_: (total,))
             stack.callback(handle.remove)
         yield
@@ -270,7 +276,7 @@ def _watched(model: nn.Module, block: Block) -> Iterator[dict[str, Tensor]]:
     with ExitStack() as stack:
         consumer = model.get_submodule(block.consumer)
         stack.callback(consumer.register_forward_hook(after_consumer).remove)
-        if block.residual_sum is not None:
-            residual_sum = model.get_submodule(block.residual_sum)
+        if block.sublayer.next_norm is not None:
+            residual_sum = model.get_submodule(block.sublayer.next_norm)
             stack.callback(residual_sum.register_forward_pre_hook(before_sum).remove)
         yield seen

@@ -1,31 +1,29 @@
 """A Transformer as prunable blocks.
 
-Every unit (head or neuron) is a run of input features of one out-projection, the block's consumer,
-made by rows of its producers. Masking multiplies those features, folding scales the consumer's
-columns, removing drops columns of the consumer and rows of the producers: all that pruning needs to
-know of an architecture.
+A block holds the units (heads or neurons) of one sublayer. Each unit is a run of input features of
+the output projection, the block's consumer, made by rows of its producers. Masking multiplies those
+features, folding scales the consumer's columns, removing drops columns of the consumer and rows of
+the producers. Nothing else about an architecture matters to pruning.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rfprune.errors import UserError
-from rfprune.families.architectures import ARCHITECTURES, REFUSED
-from rfprune.families.schema import Architecture, BlockKind, Bypass, Stack, Sublayer
-from rfprune.model.linear import is_empty, linear
-from rfprune.model.shapes import (
-    bias_table,
-    head_width,
-    original_units,
-    positional_maps,
-    producers_of,
-    shapes,
-)
+from rfprune.families.schema import Architecture, BlockKind, Stack, Sublayer
+from rfprune.families.support import check_supported
+from rfprune.model.linear import is_empty, linear, weight_of
+
+InputSource = Literal["tokens", "positions", "encoder"]
+"""What a producer is applied to: the hidden states of the block's own tokens, embeddings of
+relative positions, or the encoder's output."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +32,17 @@ class Producer:
 
     Attributes:
         path: from the model's root.
-        parts: how many times it holds all units, one part after the other (queries, keys, values).
-        width: rows of one unit in one part; where query heads share keys and values, there are
-            fewer rows of these.
+        parts: how many copies of the units it holds, one after the other (fused queries, keys and
+            values).
+        width: rows of one unit in one part; in grouped-query attention keys and values have fewer
+            than queries.
+        inputs: what it is applied to.
     """
 
     path: str
     parts: int
     width: int
+    inputs: tuple[InputSource, ...] = ("tokens",)
 
     @property
     def unit_rows(self) -> int:
@@ -49,87 +50,86 @@ class Producer:
         return self.parts * self.width
 
     def rows_of(self, units: Tensor, num_units: int) -> Tensor:
-        """Indices of the rows of `units` (n,), of which there are `num_units`."""
+        """Row indices of `units` (n,) out of `num_units`."""
         starts = torch.arange(self.parts, device=units.device) * (num_units * self.width)
         return (starts[:, None] + unit_features(units, self.width)).flatten()
 
 
 def unit_features(units: Tensor, unit_width: int) -> Tensor:
-    """Indices of the features of `units` (n,) -> (n * width,)."""
+    """Feature indices of `units`: (n,) -> (n * width,)."""
     offsets = torch.arange(unit_width, device=units.device)
     return (units[:, None] * unit_width + offsets).flatten()
 
 
 @dataclass(frozen=True)
 class Block:
-    """The prunable units of one sublayer; module paths are full, from the model's root.
+    """The prunable units of one sublayer.
 
     Attributes:
-        kind: heads or neurons.
-        layer: index of the Transformer layer.
-        name: such as "layer.0.heads".
+        layer: index of the Transformer layer in `Layout.layers`.
+        sublayer: the family's row for this sublayer, with module paths from the model's root.
         producers: the linear maps whose output rows make the units.
-        consumer: path of the out-projection whose input columns are the units.
-        inner: path of the module that computes the units from the hidden states.
-        residual_sum: path of the module whose input is the consumer's output plus the residual;
-            None where that is the layer's output.
-        pre_norm: whether the residual is the hidden state itself; see `Stack`.
-        inner_returns_tuple: whether `inner` returns a tuple (attention does).
-        head_bias: argument of `inner` with one slice a head, such as a position bias.
-        scale: path of a vector (d,) that multiplies what leaves the consumer.
-        num_units: how many heads or neurons there are now; query heads that share a key and a
-            value are one.
+        num_units: how many units there are now.
         unit_width: input features of the consumer per unit (1 for a neuron).
-        units: of each head, its index in the model before any pruning; neurons are numbered as
-            they are now.
-        bypass: what `inner` does beside computing units; see `rfprune.families.schema.Bypass`.
-        readers: paths of the producers that read the hidden state and nothing else.
-        token_rows: how many rows of a unit in the producers the block's own tokens enter, and
-            position_rows: how many the embeddings of relative positions, of which there are
-            `positions`, and encoder_rows: how many what comes out of the encoder.
-        bias_table: path of an embedding with a number for each head, which may be that of another
-            layer in a model that was never pruned.
+        original_units: for each head, its index in the model before any pruning; neurons are
+            numbered as they are now.
+        pre_norm: whether norms precede the sublayers of this stack.
+        num_positions: how many embeddings of relative positions enter the producers.
     """
 
-    kind: BlockKind
     layer: int
-    name: str
+    sublayer: Sublayer
     producers: tuple[Producer, ...]
-    consumer: str
-    inner: str
-    residual_sum: str | None
-    pre_norm: bool
-    inner_returns_tuple: bool
-    head_bias: str | None
-    scale: str | None
     num_units: int
     unit_width: int
-    units: tuple[int, ...]
-    bypass: Bypass = "plain"
-    readers: tuple[str, ...] = ()
-    token_rows: int = 0
-    position_rows: int = 0
-    positions: int = 0
-    encoder_rows: int = 0
-    bias_table: str | None = None
+    original_units: tuple[int, ...]
+    pre_norm: bool = False
+    num_positions: int = 0
 
     @property
-    def num_others(self) -> int:
-        """How many things `inner` returns beside the hidden states."""
-        return self.inner_returns_tuple + (self.bypass == "biased")
+    def kind(self) -> BlockKind:
+        """Whether the units are heads or neurons."""
+        return self.sublayer.kind
+
+    @property
+    def name(self) -> str:
+        """Such as "layer.0.heads"."""
+        return f"layer.{self.layer}.{self.sublayer.name}"
+
+    @property
+    def consumer(self) -> str:
+        """Path of the output projection."""
+        return self.sublayer.consumer
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Paths of the producers and the consumer."""
+        return (*(producer.path for producer in self.producers), self.consumer)
+
+    @property
+    def input_projections(self) -> tuple[str, ...]:
+        """Paths of the producers that are applied to the block's hidden states alone."""
+        return tuple(each.path for each in self.producers if each.inputs == ("tokens",))
+
+    def rows_from(self, source: InputSource) -> int:
+        """Rows of one unit in the producers that are applied to `source`."""
+        return sum(each.unit_rows for each in self.producers if source in each.inputs)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """All blocks of a model in the order in which they run; a sublayer without units has none.
+    """All blocks of a model in execution order. A sublayer without units has no block.
 
     Attributes:
-        layers: paths of all layers, of one stack after the other.
-        causal: whether a token sees none that comes later.
-        order: numbers of the layers in the order in which they run, where some run several times
-            (their blocks are pruned once, and cost as often as they run); else empty.
-        returns: length of the tuple that a layer returns, hidden states first; None: a tensor.
-        decoder: number of the first layer of a decoder that reads an encoder; None without one.
+        model_type: of the configuration.
+        hidden_size: features of a hidden state, d.
+        layers: paths of all layers, the encoder's before the decoder's.
+        blocks: of all layers.
+        causal: whether attention is causal.
+        execution_order: indices of the layers in execution order where some run several times
+            (their blocks are pruned once, and cost as many times as they run); else empty.
+        layer_output_length: length of the tuple that a layer returns; None: a tensor.
+        first_decoder_layer: index of it in an encoder-decoder; None otherwise.
     """
 
     model_type: str
@@ -137,51 +137,61 @@ class Layout:
     layers: tuple[str, ...]
     blocks: tuple[Block, ...]
     causal: bool = False
-    order: tuple[int, ...] = ()
-    returns: int | None = None
-    decoder: int | None = None
+    execution_order: tuple[int, ...] = ()
+    layer_output_length: int | None = None
+    first_decoder_layer: int | None = None
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether there are two stacks."""
+        return self.first_decoder_layer is not None
 
     def in_decoder(self, block: Block) -> bool:
-        """Whether a block is in a decoder that reads an encoder."""
-        return self.decoder is not None and block.layer >= self.decoder
+        """Whether a block is in the decoder of an encoder-decoder."""
+        return self.first_decoder_layer is not None and block.layer >= self.first_decoder_layer
 
-    def stack(self, *, decoder: bool = False) -> range:
-        """Numbers of the layers of an encoder, or, of an encoder-decoder, of the decoder."""
-        split = len(self.layers) if self.decoder is None else self.decoder
+    def layer_indices(self, *, decoder: bool = False) -> range:
+        """Indices of the layers of the only stack or the encoder, or of the decoder."""
+        split = self.first_decoder_layer
+        split = len(self.layers) if split is None else split
         return range(split, len(self.layers)) if decoder else range(split)
 
-    def runs_of(self, block: Block) -> int:
+    def num_runs(self, block: Block) -> int:
         """How many times a block runs in one forward pass."""
-        return self.order.count(block.layer) if self.order else 1
+        return self.execution_order.count(block.layer) if self.execution_order else 1
 
     def blocks_of_layer(self, layer: int) -> tuple[Block, ...]:
+        """The blocks of a layer in execution order."""
         return tuple(block for block in self.blocks if block.layer == layer)
 
 
 def layout_of(model: PreTrainedModel) -> Layout:
-    """See a model as blocks, whatever has already been pruned from it.
+    """Find the blocks of a model, pruned or not.
+
+    Args:
+        model: of a supported family (see `rfprune.families`), with any head.
 
     Raises:
-        UserError: the model type is not supported, its modules are not where the architecture has
+        UserError: the model type is not supported, its modules are not where the family's row has
             them, or they are not plain linear maps (adapters, quantisation, shared layers).
     """
     if not isinstance(model, PreTrainedModel):
         raise UserError(
             f"a {type(model).__name__} is not a model of transformers; "
-            "give the model itself, not what wraps it"
+            "pass the model itself, not its wrapper"
         )
     architecture = check_supported(model.config)
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     layers: list[str] = []
-    order: list[int] = []
-    starts: list[int] = []
+    execution_order: list[int] = []
+    first_layers: list[int] = []
     blocks: list[Block] = []
     for stack in _stacks(model, architecture):
         num_layers = _num_layers(model, prefix + stack.layers)
-        starts.append(len(layers))
+        first_layers.append(len(layers))
         if stack.shared:
             runs = model.config.num_hidden_layers
-            order += [int(run / (runs / num_layers)) for run in range(runs)]
+            execution_order += [int(run / (runs / num_layers)) for run in range(runs)]
         for number in range(num_layers):
             path = f"{prefix}{stack.layers}.{number}"
             found = (_block(model, stack, each, path, len(layers)) for each in stack.sublayers)
@@ -195,61 +205,14 @@ def layout_of(model: PreTrainedModel) -> Layout:
         tuple(layers),
         tuple(blocks),
         architecture.causal,
-        tuple(order),
-        architecture.stacks[0].returns,
-        starts[1] if len(starts) > 1 else None,
+        tuple(execution_order),
+        architecture.stacks[0].layer_output_length,
+        first_layers[1] if len(first_layers) > 1 else None,
     )
 
 
-def check_supported(config: PretrainedConfig) -> Architecture:
-    """The architecture row of a configuration.
-
-    Raises:
-        UserError: the model type has no row (the supported types are named), or the configuration
-            asks for something that pruning does not handle.
-    """
-    model_type = str(config.model_type)
-    if model_type in REFUSED:
-        raise UserError(
-            f"model type '{model_type}' is not supported: {REFUSED[model_type]}; choose another "
-            "model"
-        )
-    if model_type not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise UserError(
-            f"model type '{model_type}' is not supported; the supported types are {known}: "
-            "choose such a model, or add a row to rfprune/families/architectures.py "
-            f"('python scripts/inspect_architecture.py {model_type}' suggests it)"
-        )
-    architecture = ARCHITECTURES[model_type]
-    if getattr(config, "add_cross_attention", False):
-        raise UserError(
-            f"this {model_type} model has cross-attention (add_cross_attention=true), which is not "
-            "supported; use an encoder or a decoder without it"
-        )
-    for entry, value in architecture.needed.items():
-        found = getattr(config, entry, value)
-        if found != value:
-            raise UserError(
-                f"this {model_type} model has {entry}={found} in its config.json, which is not "
-                f"supported; choose a model with {entry}={value}"
-            )
-    if getattr(config, "chunk_size_feed_forward", 0):
-        raise UserError(
-            f"this {model_type} model runs its FFNs in chunks (chunk_size_feed_forward="
-            f"{config.chunk_size_feed_forward}), which is not supported; load it with "
-            "chunk_size_feed_forward=0, which computes the same"
-        )
-    if config.num_attention_heads < 1:
-        raise UserError(
-            f"this {model_type} model has num_attention_heads={config.num_attention_heads} in its "
-            "config.json, which is no number of heads; save or download it again"
-        )
-    return architecture
-
-
 def _stacks(model: PreTrainedModel, architecture: Architecture) -> tuple[Stack, ...]:
-    """Those that a model has: of an encoder-decoder it may be the encoder alone."""
+    """The stacks that a model has: that of an encoder-decoder may be the encoder alone."""
     decoder = getattr(model.base_model, "decoder", None)
     return architecture.stacks[: 1 if decoder is None else None]
 
@@ -268,63 +231,109 @@ def _num_layers(model: nn.Module, path: str) -> int:
 
 
 def _block(
-    model: PreTrainedModel, stack: Stack, sublayer: Sublayer, layer_path: str, layer: int
+    model: PreTrainedModel, stack: Stack, row: Sublayer, layer_path: str, layer: int
 ) -> Block | None:
-    def full(path: str | None) -> str | None:
-        return None if path is None else f"{layer_path}.{path}"
-
-    consumer = f"{layer_path}.{sublayer.consumer}"
-    if is_empty(model, consumer):
+    sublayer = row.in_layer(layer_path, model.config)
+    if is_empty(model, sublayer.consumer):
         return None
-    inner = f"{layer_path}.{sublayer.inner}"
-    own = [f"{layer_path}.{path}" for path in producers_of(sublayer, model.config)]
-    positional, positions = positional_maps(model, sublayer, layer_path, own)
-    from_encoder = [f"{layer_path}.{path}" for path in sublayer.from_encoder]
-    paths = [*own, *(path for path in positional if path not in own)]
-    width = 1
-    if sublayer.kind == "head":  # those of a decoder may be of another width than the encoder's
-        width = getattr(model.get_submodule(inner), "head_dim", None) or head_width(model.config)
-    num_units, features, rows = shapes(model, sublayer, consumer, paths, width)
-    producers = tuple(
-        Producer(path, sublayer.fused, size // (sublayer.fused * num_units))
-        for path, size in zip(paths, rows, strict=True)
-    )
-
-    def rows_of(chosen: set[str]) -> int:
-        return sum(each.unit_rows for each in producers if each.path in chosen)
-
+    if sublayer.position_bias_table is not None:
+        table = _position_bias_table(model, sublayer.position_bias_table, layer_path)
+        sublayer = replace(sublayer, position_bias_table=table)
+    inputs, num_positions = _producer_inputs(model, sublayer)
+    unit_width = 1
+    if sublayer.kind == "head":  # a decoder's heads may have another width than the encoder's
+        own_width = getattr(model.get_submodule(sublayer.module), "head_dim", None)
+        unit_width = own_width or _head_width(model.config)
+    num_units, features, rows = _sizes(model, sublayer, tuple(inputs), unit_width)
     return Block(
-        kind=sublayer.kind,
         layer=layer,
-        name=f"layer.{layer}.{sublayer.label or sublayer.kind + 's'}",
-        producers=producers,
-        consumer=consumer,
-        inner=inner,
-        residual_sum=full(sublayer.residual_sum),
-        pre_norm=stack.pre_norm,
-        inner_returns_tuple=sublayer.inner_returns_tuple,
-        head_bias=sublayer.head_bias,
-        scale=full(sublayer.scale),
+        sublayer=sublayer,
+        producers=tuple(
+            Producer(path, sublayer.fused, size // (sublayer.fused * num_units), inputs[path])
+            for path, size in zip(inputs, rows, strict=True)
+        ),
         num_units=num_units,
         unit_width=features // num_units,
-        units=original_units(model.config, consumer, num_units),
-        bypass=sublayer.bypass,
-        readers=tuple(path for path in own if path not in (*positional, *from_encoder)),
-        token_rows=rows_of(set(own) - set(from_encoder)),
-        position_rows=rows_of(set(positional)),
-        encoder_rows=rows_of(set(from_encoder)),
-        positions=positions,
-        bias_table=bias_table(model, sublayer, layer_path),
+        original_units=_original_units(model.config, sublayer.consumer, num_units),
+        pre_norm=stack.pre_norm,
+        num_positions=num_positions,
     )
+
+
+def _position_bias_table(model: nn.Module, own: str, layer_path: str) -> str:
+    """Path of the embedding that a layer's position bias comes from: its own or the first's."""
+    if own in dict(model.named_modules()):
+        return own
+    return layer_path.rpartition(".")[0] + ".0" + own.removeprefix(layer_path)
+
+
+def _producer_inputs(
+    model: nn.Module, sublayer: Sublayer
+) -> tuple[dict[str, tuple[InputSource, ...]], int]:
+    """What each producer is applied to, by path, and how many relative positions there are.
+
+    Without linear maps of their own, relative positions enter those of the queries and keys.
+    """
+    inputs: dict[str, tuple[InputSource, ...]] = {
+        path: ("encoder",) if path in sublayer.encoder_producers else ("tokens",)
+        for path in sublayer.producers
+    }
+    module = model.get_submodule(sublayer.module)
+    size = 2 * getattr(module, "pos_ebd_size", 0) if sublayer.position_producers else 0
+    if size:
+        own = dict(model.named_modules()).keys() & set(sublayer.position_producers)
+        for path in sorted(own) or sublayer.producers[:2]:
+            inputs[path] = (*inputs.get(path, ()), "positions")
+    return inputs, size
+
+
+def _head_width(config: PretrainedConfig) -> int:
+    """Features of one attention head."""
+    for entry in ("head_dim", "d_kv"):
+        width = getattr(config, entry, None)
+        if isinstance(width, int) and width > 0:
+            return width
+    return int(config.hidden_size // config.num_attention_heads)
+
+
+def _sizes(
+    model: nn.Module, sublayer: Sublayer, producers: Sequence[str], unit_width: int
+) -> tuple[int, int, list[int]]:
+    """The number of units, the consumer's input features, and the rows of each producer.
+
+    In grouped-query attention keys and values have fewer rows than queries, and their number of
+    heads is the number of units.
+    """
+    features = weight_of(linear(model, sublayer.consumer)).shape[1]
+    rows = [weight_of(linear(model, path)).shape[0] for path in producers]
+    sizes = [size / sublayer.fused for size in (*rows, sublayer.fused * features)]
+    num_units = int(min(sizes) // unit_width)
+    sound = num_units > 0 and all(size % (num_units * unit_width) == 0 for size in sizes)
+    if not sound or (sublayer.kind == "neuron" and len(set(sizes)) > 1):
+        found = dict(zip(producers, rows, strict=True))
+        raise UserError(
+            f"'{sublayer.consumer}' has {features} input features but its producers have the "
+            f"output features {found}, which do not fit together; save or download the checkpoint "
+            "again"
+        )
+    return num_units, features, rows
+
+
+def _original_units(config: PretrainedConfig, consumer: str, num_units: int) -> tuple[int, ...]:
+    """The units' indices before any pruning, as far as an earlier pruning has recorded them."""
+    for entry in (getattr(config, "rfprune", None) or {}).get("blocks", []):
+        if entry["consumer"] == consumer and entry["units"] is not None:
+            return tuple(entry["units"])
+    return tuple(range(num_units))
 
 
 def _check_unshared(model: nn.Module, blocks: list[Block]) -> None:
     owners: dict[int, str] = {}
     for block in blocks:
-        for path in (*(producer.path for producer in block.producers), block.consumer):
+        for path in block.projections:
             other = owners.setdefault(id(linear(model, path).weight), path)
             if other != path:
                 raise UserError(
-                    f"'{path}' and '{other}' share their weights, which cannot be pruned apart; "
+                    f"'{path}' and '{other}' share their weights, and cannot be pruned separately; "
                     "give every layer weights of its own"
                 )

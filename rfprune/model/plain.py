@@ -14,7 +14,8 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rfprune.errors import UserError
-from rfprune.families.plain_config import ENTRIES, Entries
+from rfprune.families.architectures import ARCHITECTURES
+from rfprune.families.schema import SizeEntries
 from rfprune.model.dense import share_buffers, tie_as, with_joined_tables
 from rfprune.model.layout import Layout, layout_of
 
@@ -74,13 +75,14 @@ def to_plain(model: PreTrainedModel) -> PreTrainedModel:
     return plain.train(model.training)
 
 
-def _entries(config: PretrainedConfig) -> Entries:
-    if config.model_type not in ENTRIES:
+def _entries(config: PretrainedConfig) -> SizeEntries:
+    entries = ARCHITECTURES[config.model_type].size_entries
+    if entries is None:
         raise UserError(
             f"the configuration of a {config.model_type} model has no single entry for the number "
             "of its neurons, so --uniform (uniform=True) cannot make a plain one; leave it out"
         )
-    return ENTRIES[config.model_type]
+    return entries
 
 
 def _counts(layout: Layout, kind: str) -> set[int]:
@@ -100,7 +102,7 @@ def _counts(layout: Layout, kind: str) -> set[int]:
 
 def _with_sizes(config: PretrainedConfig, heads: int, neurons: int) -> PretrainedConfig:
     """A copy that says other sizes, and nothing of the pruning."""
-    entries, said = ENTRIES[config.model_type], copy.deepcopy(config)
+    entries, said = _entries(config), copy.deepcopy(config)
     for entry in ("rfprune", "auto_map"):
         if hasattr(said, entry):
             delattr(said, entry)

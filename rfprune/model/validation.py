@@ -46,16 +46,18 @@ def check_layer_outputs(model: PreTrainedModel, layout: Layout, batch: Batch) ->
     """
 
     def check(_: nn.Module, __: Any, output: Any) -> None:
+        expected = layout.layer_output_length
         length = len(output) if isinstance(output, tuple) else None
-        if (length is None) != (layout.returns is None) or (length or 0) < (layout.returns or 0):
-            found, expected = (
+        if (length is None) != (expected is None) or (length or 0) < (expected or 0):
+            returned, in_row = (
                 "a tensor" if number is None else f"a tuple of {number}"
-                for number in (length, layout.returns)
+                for number in (length, expected)
             )
             raise UserError(
-                f"the layers of this {layout.model_type} model return {found}, but the row of its "
-                f"family says {expected}; correct `returns` in rfprune/families/architectures.py, "
-                "or install a release of transformers that this version was tested with"
+                f"the layers of this {layout.model_type} model return {returned}, but the row of "
+                f"its family says {in_row}; correct `layer_output_length` in "
+                "rfprune/families/architectures.py, or install a release of transformers that this "
+                "version was tested with"
             )
 
     with ExitStack() as stack, torch.no_grad():

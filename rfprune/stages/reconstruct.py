@@ -95,7 +95,7 @@ class _Walk:
     ) -> tuple[Tensor, list[Block]]:
         """Hidden states (B, S, d) of batch i in layer `until`, and its blocks that are done."""
         hidden = unpack(self.states[i], tokens)
-        layer, done = self.layout.stack(decoder=bool(self.memory))[0], list[Block]()
+        layer, done = self.layout.layer_indices(decoder=bool(self.memory))[0], list[Block]()
         if self.last is not None:
             layer, blocks = self.last.layer, self.layout.blocks_of_layer(self.last.layer)
             done = [*blocks[: blocks.index(self.last)], self.last]
@@ -133,7 +133,7 @@ def reconstruct(
     bar = tqdm(tried, desc="reconstruction", unit="block", disable=not progress, leave=False)
     with torch.no_grad():
         batches = distributed.shard(batches)
-        if layout.order:
+        if layout.execution_order:
             for block in bar:
                 moments = _collect_runs(teacher, student, layout, batches, block)
                 failures += _apply(fit, student, block, *moments)
@@ -239,7 +239,7 @@ def _collect_runs(
     for i, batch in enumerate(batches):
         tokens = token_mask(batch)
         hidden, calls = layer_calls(teacher, layout, batch)
-        for layer in layout.order:
+        for layer in layout.execution_order:
             path, block_input = layout.layers[layer], hidden
             if layer == block.layer:
                 if before:
@@ -281,7 +281,7 @@ def _align(teacher: _Walk, student: _Walk, batches: Sequence[Batch], block: Bloc
     """Let the student's producers read the teacher's hidden states, as far as they can tell."""
     if is_empty(student.model, block.consumer):
         return []
-    readers = [linear(student.model, path) for path in block.readers]
+    readers = [linear(student.model, path) for path in block.input_projections]
     size = weight_of(readers[0]).shape[1]
     parts = _parts(size, size, student.states[0].device)
     for i, batch in enumerate(batches):

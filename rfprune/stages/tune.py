@@ -67,7 +67,7 @@ def tune_scales(
     first_heads = [
         block.consumer
         for block in layout.blocks
-        if block.layer == 0 and block.kind == "head" and layout.runs_of(block) == 1
+        if block.layer == 0 and block.kind == "head" and layout.num_runs(block) == 1
     ]
     failures = reconstruct(
         teacher,
@@ -122,7 +122,7 @@ def classifies_first_token(model: PreTrainedModel, layout: Layout) -> bool:
 
     Those of decoders read the last one.
     """
-    if layout.decoder is not None:  # those of encoder-decoders read an end of sequence
+    if layout.is_encoder_decoder:  # those of encoder-decoders read an end of sequence
         return False
     if getattr(model.config, "classifier_pooling", "cls") != "cls":  # ModernBERT's may be the mean
         return False

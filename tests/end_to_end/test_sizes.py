@@ -23,7 +23,7 @@ from torch import Tensor
 from rfprune.cost.constraint import Constraint
 from rfprune.cost.macs import mac_costs
 from rfprune.errors import UserError
-from rfprune.families.plain_config import ENTRIES
+from rfprune.families.architectures import ARCHITECTURES
 from rfprune.main import main
 from rfprune.methods.budget import cost_model, mean_tokens
 from rfprune.methods.selection import least_possible
@@ -72,7 +72,9 @@ def test_uniform_gives_a_plain_model_that_anything_loads(
     result.model.save_pretrained(tmp_path)
     assert not list(tmp_path.glob("*.py"))
     again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
-    assert getattr(again.config, ENTRIES[model_type].neurons) == kept[0]
+    entries = ARCHITECTURES[model_type].size_entries
+    assert entries is not None
+    assert getattr(again.config, entries.neurons) == kept[0]
     assert torch.equal(logits_of(again, batches[0]), logits_of(result.model, batches[0]))
     assert not torch.allclose(logits_of(again, batches[0]), logits_of(model, batches[0]), atol=1e-3)
     smaller = prune(again, batches, Constraint("mac", 0.5), Settings(method=method))

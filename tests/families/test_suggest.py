@@ -15,8 +15,7 @@ from rfprune.errors import UserError
 from rfprune.families.architectures import ARCHITECTURES
 from rfprune.families.schema import Architecture, Stack, Sublayer
 from rfprune.families.suggest import as_text, suggest
-from rfprune.model.layout import check_supported
-from rfprune.model.shapes import producers_of
+from rfprune.families.support import check_supported
 from scripts import inspect_architecture
 from tests.conftest import ALL_TYPES, tiny_config
 
@@ -33,16 +32,21 @@ def test_known_rows_are_suggested(model_type: str) -> None:
         assert len(each.stack.sublayers) == len(stack.sublayers)
         for ours, theirs in zip(each.stack.sublayers, stack.sublayers, strict=True):
             assert visible(ours, config) == visible(theirs, config)
-    scaled = any(sublayer.scale or sublayer.bias_table for sublayer in expected[0].sublayers)
+    scaled = any(
+        sublayer.layer_scale or sublayer.position_bias_table for sublayer in expected[0].sublayers
+    )
     assert bool(found[0].others) == scaled, "what modules alone do not tell is named"
 
 
 def visible(sublayer: Sublayer, config: Any) -> dict[str, object]:
     """What the modules of a layer tell."""
-    producers = producers_of(sublayer, config)
-    hidden = ("head_bias", "scale", "bypass", "positions", "from_encoder", "gated", "bias_table")
-    seen = {n: v for n, v in vars(sublayer).items() if n not in hidden}
-    return seen | {"producers": {*producers, *sublayer.positions}}
+    hidden = {
+        *("head_bias", "layer_scale", "includes_residual", "returns_position_bias"),
+        *("position_producers", "encoder_producers", "gated_producers", "position_bias_table"),
+    }
+    in_layer = sublayer.in_layer("layer", config)
+    seen = {name: value for name, value in vars(in_layer).items() if name not in hidden}
+    return seen | {"producers": {*in_layer.producers, *in_layer.position_producers}}
 
 
 def test_the_text_is_the_row() -> None:

@@ -326,7 +326,7 @@ def test_layers_replayed_are_the_full_forward_pass(
         with torch.no_grad():
             entering, leaving = states_of(net, layout, batch)
             hidden, calls = layer_calls(net, layout, batch)
-            order = layout.order or layout.stack()
+            order = layout.execution_order or layout.layer_indices()
             for run, layer in enumerate(order):
                 path = layout.layers[layer]
                 assert_close(pack(hidden, tokens), pack(entering[run], tokens))

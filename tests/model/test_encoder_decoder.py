@@ -139,7 +139,7 @@ def test_the_decoder_replayed_is_the_full_forward_pass(
             handle.remove()
         given = inputs_with_encoder_output(batch, encoder_output(net, batch))
         hidden, calls = layer_calls(net, layout, batch, decoder_inputs=given)
-        for number in layout.stack(decoder=True):
+        for number in layout.layer_indices(decoder=True):
             hidden = unpack(pack(hidden, tokens), tokens)
             hidden = run_layer(net, layout.layers[number], hidden, calls)
             expected = pack(leaving[number], tokens)

@@ -167,7 +167,7 @@ def test_a_trace_is_consistent_with_the_block(
 
 def after_norm(model: Any, block: Block, total: torch.Tensor) -> torch.Tensor:
     """What goes on after a residual sum."""
-    norm = None if block.pre_norm else model.get_submodule(block.residual_sum)
+    norm = None if block.pre_norm else model.get_submodule(block.sublayer.next_norm)
     return total if norm is None else norm(total)
 
 
@@ -248,7 +248,7 @@ def test_what_others_have_wrapped_stays_wrapped(tiny_model: Tiny, tiny_batch: Ti
     with pytest.raises(RuntimeError):
         run_layer(model, layout.layers[0], hidden[..., :3], calls, done=[heads])
     assert consumer.forward is wrapped
-    assert "forward" not in vars(model.get_submodule(heads.inner))
+    assert "forward" not in vars(model.get_submodule(heads.sublayer.module))
 
 
 def test_a_traced_pass_goes_no_further_than_its_block(tiny_model: Tiny, tiny_batch: Tiny) -> None:
@@ -272,8 +272,12 @@ def test_layers_beyond_the_second_are_called_as_in_a_full_pass(
     """Two layers hide a stand-in that returns the wrong kind of value."""
     model, batch = tiny_model(model_type, num_hidden_layers=6), tiny_batch(model_type=model_type)
     layout = layout_of(model)
-    order = [number for number in layout.order or layout.stack() if number in layout.stack()]
-    last = layout.layers[layout.stack()[-1]]
+    order = [
+        number
+        for number in layout.execution_order or layout.layer_indices()
+        if number in layout.layer_indices()
+    ]
+    last = layout.layers[layout.layer_indices()[-1]]
     leaving: list[Any] = []
     handle = model.get_submodule(last).register_forward_hook(lambda *args: leaving.append(args[2]))
     with torch.no_grad():
@@ -283,7 +287,7 @@ def test_layers_beyond_the_second_are_called_as_in_a_full_pass(
         hidden, calls = layer_calls(model, layout, batch)
         for number in order:
             hidden = run_layer(model, layout.layers[number], hidden, calls)
-    assert len(layout.stack()) == 6
+    assert len(layout.layer_indices()) == 6
     expected = leaving[-1][0] if isinstance(leaving[-1], tuple) else leaving[-1]
     tokens = token_mask(batch)
     torch.testing.assert_close(pack(hidden, tokens), pack(expected, tokens), rtol=1e-4, atol=1e-5)
@@ -296,5 +300,7 @@ def test_a_row_that_is_wrong_about_what_layers_return_is_refused(
     model, batch = tiny_model("mpnet", num_hidden_layers=6), tiny_batch(model_type="mpnet")
     layout = layout_of(model)
     check_layer_outputs(model, layout, batch)
-    with pytest.raises(UserError, match=r"return a tuple of 1, .* says a t.*; correct `returns`"):
-        check_layer_outputs(model, replace(layout, returns=wrong), batch)
+    with pytest.raises(
+        UserError, match=r"return a tuple of 1, .* says a t.*; correct `layer_output_length`"
+    ):
+        check_layer_outputs(model, replace(layout, layer_output_length=wrong), batch)

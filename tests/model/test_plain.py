@@ -18,7 +18,6 @@ from torch import Tensor
 
 from rfprune.errors import UserError
 from rfprune.families.architectures import ARCHITECTURES
-from rfprune.families.plain_config import ENTRIES
 from rfprune.model.checkpoint import load_masks, load_pruned, save_pruned
 from rfprune.model.compact import compact
 from rfprune.model.layout import Layout, layout_of
@@ -28,7 +27,10 @@ from tests.conftest import ALL_TYPES, DECODING_TYPES
 
 Tiny = Callable[..., Any]
 
-FAMILIES = [model_type for model_type in ALL_TYPES if model_type in ENTRIES]
+SIZE_ENTRIES = {
+    model_type: row.size_entries for model_type, row in ARCHITECTURES.items() if row.size_entries
+}
+FAMILIES = [model_type for model_type in ALL_TYPES if model_type in SIZE_ENTRIES]
 
 
 def masks_of(layout: Layout, heads: int | None, neurons: int) -> tuple[Tensor, ...]:
@@ -54,7 +56,7 @@ def test_a_plain_model_computes_what_the_pruned_one_does_and_carries_nothing_of_
 ) -> None:
     model, batch = tiny_model(model_type), tiny_batch(model_type=model_type)
     layout = layout_of(model)
-    masks = masks_of(layout, 2 if ENTRIES[model_type].heads else None, 5)
+    masks = masks_of(layout, 2 if SIZE_ENTRIES[model_type].heads else None, 5)
     pruned = compact(model, layout, masks)
     plain = to_plain(pruned)
     expected = logits(pruned, batch)
@@ -69,7 +71,7 @@ def test_a_plain_model_computes_what_the_pruned_one_does_and_carries_nothing_of_
     config = json.loads((tmp_path / "config.json").read_text())
     assert not {"rfprune", "auto_map"} & config.keys()
     assert not list(tmp_path.glob("*.py"))
-    assert config[ENTRIES[model_type].neurons] == 5
+    assert config[SIZE_ENTRIES[model_type].neurons] == 5
     again = type(model).from_pretrained(tmp_path)
     assert torch.equal(logits(again, batch), expected)
     loaded = load_pruned(tmp_path)
@@ -167,18 +169,15 @@ def test_sizes_that_no_configuration_can_say_are_refused(tiny_model: Tiny) -> No
         plain_sizes(without, layout_of(without))
 
 
-def test_a_family_without_a_row_is_refused_by_name(
-    tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delitem(ENTRIES, "bert")
-    model = tiny_model()
-    with pytest.raises(UserError, match="configuration of a bert model has no single entry"):
+def test_a_family_without_size_entries_is_refused_by_name(tiny_model: Tiny) -> None:
+    model = tiny_model("dinov2")
+    with pytest.raises(UserError, match=r"dinov2 model has no .*neurons.*--uniform.*leave it out"):
         plain_sizes(model, layout_of(model))
 
 
-def test_every_supported_family_has_a_row_or_a_reason() -> None:
+def test_every_supported_family_has_size_entries_or_a_reason() -> None:
     without = {"dinov2", "dinov2_with_registers", *DECODING_TYPES} - {"t5", "mt5"}
-    assert set(ARCHITECTURES) - set(ENTRIES) <= without, (
+    assert set(ARCHITECTURES) - set(SIZE_ENTRIES) <= without, (
         "neurons are a ratio of the width, or two numbers"
     )
 

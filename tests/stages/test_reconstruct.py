@@ -101,7 +101,7 @@ def test_an_equal_student_has_no_error(
     for block in layout.blocks:
         tokens = sum(int(block_token_mask(layout, block, batch).sum()) for batch in batches)
         moments = spy.moments[block.name]
-        assert moments.count == layout.runs_of(block) * tokens
+        assert moments.count == layout.num_runs(block) * tokens
         assert spy.errors[block.name] < 1e-5 * moments.target_energy / moments.count
         assert moments.target_energy > 1
 
@@ -166,8 +166,8 @@ def test_the_target_makes_up_for_the_residual(tiny_model: Tiny, tiny_batch: Tiny
 
     neurons = layout.blocks[1]
     watches = [
-        watch("teacher total", teacher, neurons.residual_sum),
-        watch("student total", student, neurons.residual_sum),
+        watch("teacher total", teacher, neurons.sublayer.next_norm),
+        watch("student total", student, neurons.sublayer.next_norm),
         watch("features", student, neurons.consumer),
     ]
     tokens = batch["attention_mask"].bool()

@@ -21,6 +21,7 @@ from rfprune.cost.constraint import Constraint, CostModel, linear_costs
 from rfprune.cost.macs import mac_costs
 from rfprune.cost.params import param_costs
 from rfprune.errors import UserError
+from rfprune.families.schema import Sublayer
 from rfprune.model.layout import Block, Layout, layout_of
 from rfprune.model.masks import num_kept
 from rfprune.stages.search import additive_errors, keep_most_important, search
@@ -34,22 +35,8 @@ def made_layout(heads: list[int], neurons: list[int]) -> Layout:
     blocks = []
     for layer, sizes in enumerate(itertools.zip_longest(heads, neurons, fillvalue=0)):
         for kind, size in zip(("head", "neuron"), sizes, strict=True):
-            block = Block(
-                kind=kind,  # type: ignore[arg-type]
-                layer=layer,
-                name=f"layer.{layer}.{kind}s",
-                producers=(),
-                consumer=f"{layer}.{kind}",
-                inner="",
-                residual_sum="",
-                pre_norm=False,
-                inner_returns_tuple=False,
-                head_bias=None,
-                scale=None,
-                num_units=size,
-                unit_width=1,
-                units=tuple(range(size)),
-            )
+            row = Sublayer(kind, (), f"{layer}.{kind}", "", None)  # type: ignore[arg-type]
+            block = Block(layer, row, (), size, 1, tuple(range(size)))
             if size:
                 blocks.append(block)
     return Layout("made", 4, tuple(f"layer.{i}" for i in range(len(heads))), tuple(blocks))
