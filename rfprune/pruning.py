@@ -32,9 +32,11 @@ from rfprune.cost.memory import total_bytes
 from rfprune.cost.params import total_params
 from rfprune.cost.rounding import restrict_to_multiples
 from rfprune.errors import UserError
-from rfprune.latency.measured import measured_ratio, table_for, timed_batch
+from rfprune.latency.profile import load_or_profile
 from rfprune.latency.promise import LatencyPromise, meet_latency, missed_latency_warnings
+from rfprune.latency.speedup import measure_ratio
 from rfprune.latency.table import LatencyTable
+from rfprune.latency.timed_batch import timed_batch
 from rfprune.methods.budget import cost_model, mean_decoder_tokens, mean_tokens
 from rfprune.methods.selection import Selection, check_possible, collect_statistics
 from rfprune.model.batch import LABEL_NAMES, Batch, split_batch, to_device, token_mask
@@ -130,7 +132,7 @@ def prune_family(
     ]
     if isinstance(constraints, Sequence):
         if latency_table is None and any(wanted.metric == "latency" for wanted in constraints):
-            latency_table = table_for(
+            latency_table = load_or_profile(
                 None, model, inputs, round_to=settings.round_to, progress=progress
             )
         check_possible(model, inputs, constraints, settings, latency_table)
@@ -281,7 +283,7 @@ def _choose(
         with timer.stage("verify"), frozen(job.model):
             small = compact(step.student, layout, kept)
             return distributed.broadcast_from_main(
-                lambda: measured_ratio(job.model, small, timed_batch(job.inputs, job.table))
+                lambda: measure_ratio(job.model, small, timed_batch(job.inputs, job.table))
             )
 
     def kept_by(kept: Masks) -> tuple[int, ...]:

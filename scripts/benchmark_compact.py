@@ -104,7 +104,7 @@ def _measure(options: argparse.Namespace, task: Task) -> dict[str, Any]:
 
     from rfprune.cli.console import collected_warnings
     from rfprune.cost.constraint import Constraint
-    from rfprune.latency.measured import typical_batch
+    from rfprune.latency.timed_batch import typical_batch
     from rfprune.pruning import prune_family
     from rfprune.report.report_json import versions
 

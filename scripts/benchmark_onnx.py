@@ -168,7 +168,7 @@ def _export(
 ) -> tuple[dict[str, nn.Module], dict[str, int]]:
     """Six models by name ("original", "original-onnx", "original-onnx-int8", ...), their bytes."""
     from rfprune.export.onnx import OnnxModel, export_onnx, quantize_onnx
-    from rfprune.latency.measured import typical_batch
+    from rfprune.latency.timed_batch import typical_batch
 
     models: dict[str, nn.Module] = {}
     sizes = {}
@@ -203,7 +203,7 @@ def _shapes(loaded: LoadedCheckpoint, batches: Sequence[Batch]) -> list[Batch]:
     """A single typical example, a typical batch, and a long one, whose tokens change no time."""
     import torch
 
-    from rfprune.latency.measured import typical_batch
+    from rfprune.latency.timed_batch import typical_batch
 
     typical = typical_batch(batches)
     positions = loaded.model.config.max_position_embeddings - 2  # RoBERTa's start at 2
@@ -217,10 +217,10 @@ def _shapes(loaded: LoadedCheckpoint, batches: Sequence[Batch]) -> list[Batch]:
 
 def _time(models: Mapping[str, nn.Module], batch: Batch, rounds: int, clock: str) -> dict[str, Any]:
     from rfprune.export.exports import time_on_cpu
+    from rfprune.latency.timing import TimingBudget
 
-    milliseconds, conditions = time_on_cpu(
-        models, batch, seconds=1e9, max_rounds=rounds, clock=CLOCKS[clock]
-    )
+    budget = TimingBudget(1e9, max_rounds=rounds, tolerance=0)
+    milliseconds, conditions = time_on_cpu(models, batch, budget=budget, timer=CLOCKS[clock])
     return conditions | {"ms": milliseconds}
 
 

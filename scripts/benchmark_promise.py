@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,7 +123,7 @@ def _measured(options: argparse.Namespace, missing: Sequence[float]) -> Iterator
     import torch
 
     from rfprune.cost.constraint import Constraint
-    from rfprune.latency.profile import profile
+    from rfprune.latency.profile import BUDGET, profile_latency
     from rfprune.model.layout import layout_of
     from rfprune.pruning import prune_family
     from rfprune.settings import Settings
@@ -132,11 +133,11 @@ def _measured(options: argparse.Namespace, missing: Sequence[float]) -> Iterator
     model = load_dense(options.synthetic, options.model)
     model = model.to(options.device, getattr(torch, options.dtype))
     batch = _batch(model, options)
-    table = profile(
+    table = profile_latency(
         model,
         layout_of(model),
         batch,
-        seconds=options.profile_seconds,
+        budget=replace(BUDGET, seconds=options.profile_seconds),
         progress=sys.stderr.isatty(),
     )
     settings = Settings(method="importance", importance="magnitude-l2", tune=False)
@@ -168,17 +169,14 @@ def _afresh(
 
     import torch
 
-    from rfprune.latency.timing import time_ratio
+    from rfprune.latency.timing import TimingBudget, time_ratio
 
     with torch.inference_mode():
         found = time_ratio(
             partial(model, **batch),
             partial(result.model.eval(), **batch),
             model.device,
-            seconds=seconds,
-            min_rounds=min(MIN_ROUNDS, MAX_ROUNDS),
-            max_rounds=MAX_ROUNDS,
-            tolerance=TOLERANCE,
+            TimingBudget(seconds, min(MIN_ROUNDS, MAX_ROUNDS), MAX_ROUNDS, TOLERANCE),
         )
     return {
         "measured": found.ratio,

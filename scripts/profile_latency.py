@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,7 @@ def _measure(options: argparse.Namespace) -> tuple[LatencyTable, Layout]:
     import torch
 
     from rfprune.checkpoints.device import pick_device
-    from rfprune.latency.profile import profile
+    from rfprune.latency.profile import BUDGET, profile_latency
     from rfprune.model.layout import layout_of
 
     device = pick_device(options.device)
@@ -87,12 +88,12 @@ def _measure(options: argparse.Namespace) -> tuple[LatencyTable, Layout]:
     layout = layout_of(model)
     batch = _batch(model, options)
     try:
-        table = profile(
+        table = profile_latency(
             model,
             layout,
             batch,
             round_to=options.round_to,
-            seconds=options.seconds,
+            budget=replace(BUDGET, seconds=options.seconds),
             progress=sys.stderr.isatty(),
         )
     except torch.cuda.OutOfMemoryError as error:

@@ -18,7 +18,7 @@ import torch
 from rfprune.cost.macs import mac_costs
 from rfprune.errors import UserError
 from rfprune.latency.conditions import device_name
-from rfprune.latency.timing import Ratio, time_ratios
+from rfprune.latency.timing import Ratio, TimingBudget, time_ratios
 from rfprune.model.layout import Layout, layout_of
 from rfprune.report.report_json import versions
 from scripts.speedup_models import (
@@ -110,10 +110,7 @@ def time_field(
             calls[0],
             calls[1:],
             field.dense.device,
-            seconds=seconds,
-            max_rounds=max_rounds,
-            tolerance=TOLERANCE,
-            warm_up_rounds=0,
+            TimingBudget(seconds, max_rounds=max_rounds, tolerance=TOLERANCE, warm_up_rounds=0),
         )
 
 

@@ -31,7 +31,7 @@ from rfprune.cli.data_flags import check_kind
 from rfprune.cost.constraint import Constraint
 from rfprune.export.exports import ExportJob, write_exports
 from rfprune.hub.upload import plan_of, push
-from rfprune.latency.measured import table_for
+from rfprune.latency.profile import load_or_profile
 from rfprune.max_drop.search import constraints_to_try, find_smallest_model
 from rfprune.methods.selection import check_possible
 from rfprune.model.checkpoint import save_pruned
@@ -236,7 +236,7 @@ def _with_latency_table(
         told.print("Measuring what heads and neurons take on this device")
     round_to = prepared.settings.round_to
     table = distributed.broadcast_from_main(
-        lambda: table_for(path, model, batches, round_to=round_to, progress=progress)
+        lambda: load_or_profile(path, model, batches, round_to=round_to, progress=progress)
     )
     check_possible(model, batches, _constraints(options, ratios), prepared.settings, table)
     return replace(prepared, latency_table=table)

@@ -7,7 +7,7 @@ onnx/:  model.onnx, and with `--quantize` model_quantized.onnx with int8 weights
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,9 +25,9 @@ from rfprune.export.onnx import (
     quantize_onnx,
     varied_inputs,
 )
-from rfprune.latency import speedup
-from rfprune.latency.measured import typical_batch
-from rfprune.latency.timing import time_interleaved
+from rfprune.latency.speedup import report_budget
+from rfprune.latency.timed_batch import typical_batch
+from rfprune.latency.timing import Timer, TimingBudget, time_interleaved
 from rfprune.model.dense import save_dense
 from rfprune.result import PruneResult
 from rfprune.tasks.evaluation import Evaluation, EvaluationSet, divergence, evaluate_model
@@ -118,9 +118,8 @@ def time_on_cpu(
     models: Mapping[str, nn.Module],
     batch: Batch,
     *,
-    seconds: float | None = None,
-    max_rounds: int | None = None,
-    clock: Callable[[], float] = time.perf_counter,
+    budget: TimingBudget | None = None,
+    timer: Timer = time.perf_counter,
 ) -> tuple[dict[str, float], dict[str, int]]:
     """Median milliseconds of a forward pass by model, all in turn, and the conditions."""
     inputs = model_inputs(next(iter(models.values())), batch)
@@ -128,10 +127,8 @@ def time_on_cpu(
         timings = time_interleaved(
             [partial(model.eval(), **inputs) for model in models.values()],
             "cpu",
-            seconds=speedup.SECONDS if seconds is None else seconds,
-            max_rounds=speedup.MAX_ROUNDS if max_rounds is None else max_rounds,
-            tolerance=0,
-            clock=clock,
+            budget or report_budget(),
+            timer=timer,
         )
     shape = next(iter(inputs.values())).shape
     conditions = {"batch_size": shape[0], "sequence_length": shape[-1]}

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from statistics import fmean
 
 import torch
@@ -21,21 +22,20 @@ from transformers import PreTrainedModel
 
 from rfprune.errors import UserError
 from rfprune.latency.conditions import Conditions, conditions_of
-from rfprune.latency.table import LatencyCurve, LatencyTable, scaled, shape_of
-from rfprune.latency.timing import Timing, time_interleaved
+from rfprune.latency.table import LatencyCurve, LatencyTable, check_table, scaled, shape_of
+from rfprune.latency.timed_batch import timed_batch, typical_batch
+from rfprune.latency.timing import Timing, TimingBudget, time_interleaved
 from rfprune.model.batch import Batch, model_inputs
 from rfprune.model.compact import compact
 from rfprune.model.frozen import frozen
 from rfprune.model.layerwise import layer_calls
-from rfprune.model.layout import Block, Layout
+from rfprune.model.layout import Block, Layout, layout_of
 
-SECONDS = 120.0
-"""What measuring takes at most, unless the least rounds alone take longer."""
+BUDGET = TimingBudget(seconds=120.0, min_rounds=3, warm_up_rounds=1)
 
 ROUND_TO = 32
 """Numbers of neurons that are multiples of this suit the vector units of most machines."""
 
-MIN_ROUNDS = 3
 MAX_POINTS = 24
 
 
@@ -48,39 +48,67 @@ class _Variant:
     call: Callable[[], object]
 
 
-def profile(
+def load_or_profile(
+    path: Path | None,
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    *,
+    round_to: int | None = None,
+    progress: bool = False,
+) -> LatencyTable:
+    """Load the latency table of a model from a file, or measure one on the typical batch.
+
+    Raises:
+        UserError: the file is not a latency table, or it was measured on another model or under
+            other conditions.
+    """
+    layout = layout_of(model)
+    if path is None:
+        batch = typical_batch(batches)
+        return profile_latency(model, layout, batch, round_to=round_to, progress=progress)
+    table = LatencyTable.load(path)
+    check_table(table, model, layout, conditions_of(model, layout, timed_batch(batches, table)))
+    return table
+
+
+def profile_latency(
     model: PreTrainedModel,
     layout: Layout,
     batch: Batch,
     *,
     round_to: int | None = None,
-    seconds: float = SECONDS,
-    min_rounds: int = MIN_ROUNDS,
+    budget: TimingBudget | None = None,
     progress: bool = False,
 ) -> LatencyTable:
-    """Measure what a model takes on a batch by the sizes of its sublayers, on its own device.
+    """Measure the milliseconds of a model by the sizes of its sublayers, on its own device.
 
     Args:
-        model: left untouched, also after an error or an interruption.
-        batch: inputs (B, S); their shape counts, and whether there is padding.
-        round_to: which numbers of neurons are to be allowed, multiples of it (default: 32, or the
-            power of two that leaves a narrow FFN about as many); of heads any number is.
-        seconds: begins no round of measurements that would end later, beyond the least.
+        model: not changed, also after an error or an interruption.
+        layout: of `model`.
+        batch: inputs (B, S); only their shape matters, and whether there is padding.
+        round_to: numbers of neurons to allow: multiples of it (default: 32, or the power of two
+            that gives a narrow FFN about as many sizes). Every number of heads is allowed.
+        budget: when to stop (default: `BUDGET`).
+        progress: whether to show a bar.
 
     Raises:
-        UserError: there is nothing to prune in the model, or `round_to` is not positive.
+        UserError: the model has nothing to prune or is an encoder-decoder, or `round_to` is not
+            positive.
     """
     if not layout.blocks:
-        raise UserError("this model has no heads or neurons left, so there is nothing to measure")
+        raise UserError(
+            "this model has no heads or neurons left, so there is nothing to measure; profile the "
+            "model that it was pruned from"
+        )
     if round_to is not None and round_to < 1:
         raise UserError(f"neurons cannot be kept in multiples of {round_to}; give 1 or more")
     if layout.is_encoder_decoder:
         raise UserError(
-            "no latency table can be made of an encoder-decoder, which takes as long as it writes; "
-            "choose another metric (mac, params or memory)"
+            "the latency of an encoder-decoder depends on the length of its output, so it has no "
+            "latency table; choose another metric (mac, params or memory)"
         )
     inputs = {name: value.to(model.device) for name, value in model_inputs(batch).items()}
-    # no inference mode: tensors that a model keeps for later would be of no use in training
+    # Not in inference mode: tensors that a model caches could not be used in training later.
     with torch.inference_mode(False), torch.no_grad(), frozen(model):
         conditions = conditions_of(model, layout, inputs)
         emptied = compact(model, layout, [torch.zeros(b.num_units) for b in layout.blocks])
@@ -92,10 +120,8 @@ def profile(
                 *(variant.call for variant in variants),
             ],
             model.device,
-            seconds=seconds,
-            min_rounds=min_rounds,
-            warm_up_rounds=1,
-            level=True,
+            budget or BUDGET,
+            normalise_rounds=True,
             progress=progress,
         )
     timings = [*timings[:2], *(_each(timing, _repeats(model, layout)) for timing in timings[2:])]

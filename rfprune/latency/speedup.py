@@ -1,4 +1,4 @@
-"""Wall-clock time of two models on the same batch, measured side by side."""
+"""Time a pruned model and its original on the same batch, side by side."""
 
 from __future__ import annotations
 
@@ -9,17 +9,35 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from rfprune.latency import timing
-from rfprune.latency.timing import time_interleaved
+from rfprune.latency.timing import TimingBudget, time_interleaved, time_ratio
+from rfprune.model.batch import Batch
+from rfprune.model.frozen import frozen
 
-SECONDS = timing.SECONDS
-MAX_ROUNDS = timing.MAX_ROUNDS
+SECONDS = 6.0
+MAX_ROUNDS = 50
+
+RATIO_BUDGET = TimingBudget(seconds=20.0, min_rounds=7, max_rounds=200, tolerance=0.007)
+"""Steady enough to decide whether a promised latency is met within 3%."""
+
+
+def report_budget() -> TimingBudget:
+    """How long the times of a report are measured: `MAX_ROUNDS` rounds, at most `SECONDS`."""
+    return TimingBudget(SECONDS, max_rounds=MAX_ROUNDS, tolerance=0)
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Median milliseconds of a forward pass, and the conditions under which they hold."""
+    """Median milliseconds of a forward pass, and the conditions under which they hold.
+
+    Attributes:
+        original_ms, pruned_ms: of the two models.
+        batch_size: rows of the batch.
+        sequence_length: tokens, or width in pixels of images.
+        rounds: number of times that each model was timed.
+        threads: of PyTorch on the CPU.
+    """
 
     original_ms: float
     pruned_ms: float
@@ -33,14 +51,14 @@ def measure_latency(
     original: Any,
     pruned: Any,
     batch: Mapping[str, Tensor],
-    *,
-    seconds: float | None = None,
-    max_rounds: int | None = None,
+    budget: TimingBudget | None = None,
 ) -> Latency:
-    """Time both models on one batch (B, S), or of images, in turn, and take the medians.
+    """Time both models on one batch in turn, and take the medians.
 
-    They alternate, and swap places every round; see `rfprune.latency.timing`. Stops after
-    `max_rounds` (default: `MAX_ROUNDS`) or `seconds` (`SECONDS`), but not before a few rounds.
+    Args:
+        original, pruned: models on the same device; put into eval mode.
+        batch: of texts (B, S) or images; labels are left out.
+        budget: when to stop (default: `report_budget()`).
     """
     inputs = {
         name: value.to(original.device)
@@ -51,17 +69,35 @@ def measure_latency(
         before, after = time_interleaved(
             [partial(model, **inputs) for model in (original.eval(), pruned.eval())],
             original.device,
-            seconds=SECONDS if seconds is None else seconds,
-            max_rounds=MAX_ROUNDS if max_rounds is None else max_rounds,
-            tolerance=0,
+            budget or report_budget(),
         )
-    read = inputs.get("input_ids", inputs.get("pixel_values"))
-    assert read is not None
+    main_input = inputs.get("input_ids", inputs.get("pixel_values"))
+    assert main_input is not None
     return Latency(
         original_ms=before.median_ms,
         pruned_ms=after.median_ms,
-        batch_size=len(read),
-        sequence_length=read.shape[-1],
+        batch_size=len(main_input),
+        sequence_length=main_input.shape[-1],
         rounds=before.rounds,
         threads=torch.get_num_threads(),
     )
+
+
+def measure_ratio(
+    original: PreTrainedModel, pruned: PreTrainedModel, batch: Batch
+) -> tuple[float, float]:
+    """Time both models on one batch in turn.
+
+    Returns:
+        The time of `pruned` as a fraction of the original's, and the standard error of that
+        fraction, as a fraction of it.
+    """
+
+    def run(model: Any) -> None:
+        model(**batch)
+
+    with torch.no_grad(), frozen(pruned):
+        found = time_ratio(
+            partial(run, original), partial(run, pruned), original.device, RATIO_BUDGET
+        )
+    return found.ratio, found.error

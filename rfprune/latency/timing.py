@@ -1,8 +1,8 @@
 """Wall-clock time of several callables, measured side by side.
 
-All are called in turn, round after round, each round in another order, so that a machine that slows
-down or heats up slows all alike. Medians are taken over the rounds, and rounds go on until the
-medians are steady or the time is up.
+All are called in turn, round after round, each round in another order: a machine that slows down or
+heats up slows all of them alike. Medians are taken over the rounds. Rounds go on until the medians
+are steady or the budget is spent.
 """
 
 from __future__ import annotations
@@ -20,20 +20,38 @@ import torch
 from tqdm.auto import tqdm
 
 Call = Callable[[], object]
-Clock = Callable[[], float]
-
-# Few enough to end in seconds, enough for a steady median.
-SECONDS = 6.0
-MIN_ROUNDS = 5
-MAX_ROUNDS = 50
-WARM_UP_ROUNDS = 2
-
-TOLERANCE = 0.01
-"""Medians are steady when their standard error is less than this fraction of them."""
+Timer = Callable[[], float]
+"""Returns seconds since an arbitrary start, as `time.perf_counter` does."""
 
 # Standard error of a median: 1.2533 sigma / sqrt(n), and sigma is 1.4826 times half the
 # interquartile range, both for a normal distribution.
 _ERROR_OF_SPREAD = 1.2533 * 1.4826
+
+
+@dataclass(frozen=True)
+class TimingBudget:
+    """When a measurement stops.
+
+    The defaults take seconds and give a steady median.
+
+    Attributes:
+        seconds: no round starts that would end later than this, warm-up included. The first
+            `min_rounds` rounds are exempt.
+        min_rounds: rounds to run in any case.
+        max_rounds: rounds to run at most.
+        tolerance: stop once the standard error of every result is below this fraction of it; 0
+            never stops early.
+        warm_up_rounds: rounds to run first and not count.
+    """
+
+    seconds: float = 6.0
+    min_rounds: int = 5
+    max_rounds: int = 50
+    tolerance: float = 0.01
+    warm_up_rounds: int = 2
+
+
+DEFAULT_BUDGET = TimingBudget()
 
 
 @dataclass(frozen=True)
@@ -43,7 +61,7 @@ class Timing:
     Attributes:
         median_ms: median of all rounds, in milliseconds.
         spread: half the interquartile range, as a fraction of the median.
-        rounds: how often it was called, the warm-up left out.
+        rounds: number of rounds, without the warm-up.
     """
 
     median_ms: float
@@ -58,13 +76,14 @@ class Timing:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How much longer one call takes than another.
+    """How long one call takes as a fraction of another.
 
     Attributes:
-        ratio: median over the rounds of pruned / original of the same round: what slows a machine
-            down for a while slows both, and cancels.
+        ratio: median over the rounds of pruned / original of the same round. A phase in which the
+            machine is slow slows both and cancels.
         spread: half the interquartile range of these ratios, as a fraction of their median.
-        original, pruned: the two apart.
+        original: time of the original alone.
+        pruned: time of the pruned model alone.
     """
 
     ratio: float
@@ -81,67 +100,53 @@ class Ratio:
 def time_interleaved(
     calls: Sequence[Call],
     device: torch.device | str,
+    budget: TimingBudget = DEFAULT_BUDGET,
     *,
-    seconds: float = SECONDS,
-    min_rounds: int = MIN_ROUNDS,
-    max_rounds: int = MAX_ROUNDS,
-    tolerance: float = TOLERANCE,
-    warm_up_rounds: int = WARM_UP_ROUNDS,
-    level: bool = False,
+    normalise_rounds: bool = False,
     progress: bool = False,
-    clock: Clock = time.perf_counter,
+    timer: Timer = time.perf_counter,
 ) -> list[Timing]:
     """Time every one of `calls`, all in turn.
 
     Args:
-        device: where they do their work; on a GPU their work is timed to its end.
-        seconds: no round is begun that would end later than that, the warm-up included, but for
-            `min_rounds`.
-        tolerance: stop earlier, once the standard error of every median is below this fraction of
-            it, or of the mean of all medians where that is more; 0: never.
-        level: divide by how slow each round was as a whole, so that slow phases of the machine
-            cancel; for many calls, of which no single one makes a round slow.
-        clock: seconds now; not used where the device has a clock of its own (CUDA).
+        calls: callables without arguments; their results are dropped.
+        device: where the calls compute; on a GPU each is timed until its work is done.
+        budget: when to stop. A median that is below the mean of all medians has to be as steady in
+            milliseconds as one at that mean.
+        normalise_rounds: divide every time by how slow its round was, so that slow phases of the
+            machine cancel. For many calls, none of which makes up most of a round.
+        progress: whether to show a bar.
+        timer: replaces the wall clock; on CUDA only the budget's seconds are taken from it.
+
+    Returns:
+        One `Timing` a call, in their order.
     """
-    times: list[list[float]] = [[] for _ in calls]
-    timings: list[Timing] = []
-    rounds = _rounds(calls, device, seconds, warm_up_rounds, progress, clock)
-    for number, (milliseconds, is_late) in enumerate(rounds, start=1):
-        for own, value in zip(times, milliseconds, strict=True):
-            own.append(value)
-        timings = [_timing(own) for own in (_levelled(times) if level else times)]
-        steady = number >= min_rounds and _are_steady(timings, tolerance)
-        if steady or number >= max_rounds or (is_late and number >= min_rounds):
-            break
-    return timings
+
+    def timings_of(times: list[list[float]]) -> list[Timing]:
+        return [_timing(own) for own in (_normalised(times) if normalise_rounds else times)]
+
+    def is_steady(times: list[list[float]]) -> bool:
+        timings = timings_of(times)
+        mean = statistics.fmean(timing.median_ms for timing in timings)
+        return all(
+            timing.error * timing.median_ms < budget.tolerance * max(timing.median_ms, mean)
+            for timing in timings
+        )
+
+    return timings_of(_time_rounds(calls, device, budget, is_steady, progress, timer))
 
 
 def time_ratio(
     original: Call,
     pruned: Call,
     device: torch.device | str,
+    budget: TimingBudget = DEFAULT_BUDGET,
     *,
-    seconds: float = SECONDS,
-    min_rounds: int = MIN_ROUNDS,
-    max_rounds: int = MAX_ROUNDS,
-    tolerance: float = TOLERANCE,
-    warm_up_rounds: int = WARM_UP_ROUNDS,
     progress: bool = False,
-    clock: Clock = time.perf_counter,
+    timer: Timer = time.perf_counter,
 ) -> Ratio:
-    """How long `pruned` takes, as a fraction of `original`; see `time_ratios`."""
-    (ratio,) = time_ratios(
-        original,
-        [pruned],
-        device,
-        seconds=seconds,
-        min_rounds=min_rounds,
-        max_rounds=max_rounds,
-        tolerance=tolerance,
-        warm_up_rounds=warm_up_rounds,
-        progress=progress,
-        clock=clock,
-    )
+    """Time `pruned` as a fraction of `original`; see `time_ratios`."""
+    (ratio,) = time_ratios(original, [pruned], device, budget, progress=progress, timer=timer)
     return ratio
 
 
@@ -149,37 +154,33 @@ def time_ratios(
     original: Call,
     pruned: Sequence[Call],
     device: torch.device | str,
+    budget: TimingBudget = DEFAULT_BUDGET,
     *,
-    seconds: float = SECONDS,
-    min_rounds: int = MIN_ROUNDS,
-    max_rounds: int = MAX_ROUNDS,
-    tolerance: float = TOLERANCE,
-    warm_up_rounds: int = WARM_UP_ROUNDS,
     progress: bool = False,
-    clock: Clock = time.perf_counter,
+    timer: Timer = time.perf_counter,
 ) -> list[Ratio]:
-    """How long each of `pruned` takes, as a fraction of `original`; see `time_interleaved`.
+    """Time each of `pruned` as a fraction of `original`, all in turn; see `time_interleaved`.
 
-    `tolerance` is that of the ratios, which are steadier than the times.
+    The tolerance of `budget` applies to the ratios, which are steadier than the times.
     """
-    found: list[list[float]] = []
-    ratios: list[Timing] = []
-    calls = [original, *pruned]
-    rounds = _rounds(calls, device, seconds, warm_up_rounds, progress, clock)
-    for number, (milliseconds, is_late) in enumerate(rounds, start=1):
-        found.append(milliseconds)
-        by_call = [
-            [each[which] / each[0] if each[0] else math.nan for each in found]
-            for which in range(1, len(calls))
+
+    def ratios_of(times: list[list[float]]) -> list[Timing]:
+        first, *others = times
+        return [
+            _timing(
+                [own / base if base else math.nan for own, base in zip(each, first, strict=True)]
+            )
+            for each in others
         ]
-        ratios = [_timing(own) for own in by_call]
-        steady = number >= min_rounds and all(ratio.error < tolerance for ratio in ratios)
-        if steady or number >= max_rounds or (is_late and number >= min_rounds):
-            break
-    first, *others = (_timing([each[which] for each in found]) for which in range(len(calls)))
+
+    def is_steady(times: list[list[float]]) -> bool:
+        return all(ratio.error < budget.tolerance for ratio in ratios_of(times))
+
+    times = _time_rounds([original, *pruned], device, budget, is_steady, progress, timer)
+    first, *others = (_timing(own) for own in times)
     return [
         Ratio(ratio.median_ms, ratio.spread, first, own)
-        for ratio, own in zip(ratios, others, strict=True)
+        for ratio, own in zip(ratios_of(times), others, strict=True)
     ]
 
 
@@ -194,10 +195,11 @@ def _timing(values: Sequence[float]) -> Timing:
     return Timing(median, (high - low) / (2 * median) if median else 0.0, len(values))
 
 
-def _levelled(times: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Times by call and round, divided by how slow the round was beside the median round.
+def _normalised(times: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Times by call and round, divided by how slow the round was relative to the median round.
 
-    The median over the calls says that: a hiccup in one of them is not the round's.
+    A round's slowness is the median over its calls, so that one slow call does not count as a slow
+    round.
     """
     usual = [statistics.geometric_mean([max(value, 1e-9) for value in own]) for own in times]
     slow = [
@@ -208,26 +210,18 @@ def _levelled(times: Sequence[Sequence[float]]) -> list[list[float]]:
     return [[value * median / by for value, by in zip(own, slow, strict=True)] for own in times]
 
 
-def _are_steady(timings: Sequence[Timing], tolerance: float) -> bool:
-    """What takes less time than the others need not be known any better, in milliseconds."""
-    mean = statistics.fmean(timing.median_ms for timing in timings)
-    return all(
-        timing.error * timing.median_ms < tolerance * max(timing.median_ms, mean)
-        for timing in timings
-    )
-
-
-def _rounds(
+def _time_rounds(
     calls: Sequence[Call],
     device: torch.device | str,
-    seconds: float,
-    warm_up_rounds: int,
+    budget: TimingBudget,
+    is_steady: Callable[[list[list[float]]], bool],
     progress: bool,
-    clock: Clock,
-) -> Iterator[tuple[list[float], bool]]:
-    """Milliseconds of each call, and whether the time is up, round after round without end."""
-    device, start = torch.device(device), clock()
-    limit = max(1, round(seconds))
+    timer: Timer,
+) -> list[list[float]]:
+    """Milliseconds by call and round, until `is_steady` is true or the budget is spent."""
+    device, start = torch.device(device), timer()
+    times: list[list[float]] = [[] for _ in calls]
+    limit = max(1, round(budget.seconds))
     shape = "{desc} {percentage:3.0f}%|{bar}| {elapsed}, at most {total} s"
     with (
         _no_garbage_collection(),
@@ -237,39 +231,49 @@ def _rounds(
     ):
 
         def advance() -> None:
-            bar.update(min(limit, clock() - start) - bar.n)
+            bar.update(min(limit, timer() - start) - bar.n)
 
-        for number in count(-warm_up_rounds):
-            begun = clock()
+        for number in count(-budget.warm_up_rounds):
+            round_start = timer()
             order = _order(number, len(calls))
-            found = _time_all([calls[which] for which in order], device, clock, advance)
-            if number >= 0:
-                by_call = dict(zip(order, found, strict=True))
-                is_late = 2 * clock() - begun - start > seconds  # by the end of another like it
-                yield [by_call[which] for which in range(len(calls))], is_late
+            found = _time_all([calls[which] for which in order], device, timer, advance)
+            if number < 0:
+                continue
+            for which, milliseconds in zip(order, found, strict=True):
+                times[which].append(milliseconds)
+            now, rounds = timer(), number + 1
+            is_late = now + (now - round_start) - start > budget.seconds
+            if rounds >= budget.max_rounds or (
+                rounds >= budget.min_rounds and (is_late or is_steady(times))
+            ):
+                return times
+    raise AssertionError("unreachable")
 
 
 def _order(number: int, size: int) -> list[int]:
-    """Each round starts with another call, and each call comes after another one than before: what
-    one leaves behind in caches and allocator does not always fall on the same other."""
+    """The order of the calls in a round.
+
+    Each round starts with another call and changes which call follows which, since a call leaves
+    traces in caches and allocator.
+    """
     strides = [stride for stride in range(1, size + 1) if math.gcd(stride, size) == 1]
     stride = strides[number % len(strides)]
     return [(number + position * stride) % size for position in range(size)]
 
 
 def _time_all(
-    calls: Sequence[Call], device: torch.device, clock: Clock, advance: Callable[[], None]
+    calls: Sequence[Call], device: torch.device, timer: Timer, advance: Callable[[], None]
 ) -> list[float]:
     """Milliseconds of each call; `advance` is called after each."""
     if device.type == "cuda":
         return _time_by_events(calls, device, advance)
     milliseconds = []
     for call in calls:
-        start = clock()
+        start = timer()
         call()
         if device.type == "mps":
             torch.mps.synchronize()
-        milliseconds.append(1000 * (clock() - start))
+        milliseconds.append(1000 * (timer() - start))
         advance()
     return milliseconds
 
@@ -277,10 +281,10 @@ def _time_all(
 def _time_by_events(
     calls: Sequence[Call], device: torch.device, advance: Callable[[], None]
 ) -> list[float]:
-    """The GPU notes when it starts and ends each call.
+    """Milliseconds of each call by CUDA events.
 
-    Each begins when the work of the one before it is done: what a call spends on asking for its
-    work would else hide behind the work of a longer one, and look faster than it is alone.
+    The device is synchronised before each call: otherwise the kernel-launch overhead of a call
+    would overlap with the work of the one before, and the call would look faster than it is alone.
     """
     events = []
     with torch.cuda.device(device):
@@ -298,7 +302,7 @@ def _time_by_events(
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """It takes as long as a short call, and would be counted to whichever it interrupts."""
+    """A collection takes as long as a short call, and would be counted to the one it interrupts."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -34,7 +34,7 @@ def cost_model(
         if table is None:
             raise UserError(
                 "a constraint on latency needs a latency table; give one that "
-                "rfprune.latency.profile.profile has made"
+                "rfprune.latency.profile.profile_latency has made"
             )
         return latency_costs(table, layout)
     if metric == "memory":

@@ -17,9 +17,9 @@ from rfprune.cache import Key, circumstances, data_digest, model_digest, remembe
 from rfprune.checkpoints.loading import LoadedCheckpoint
 from rfprune.cost.macs import total_macs
 from rfprune.cost.params import total_params
-from rfprune.latency.measured import timed_batch
 from rfprune.latency.speedup import Latency, measure_latency
 from rfprune.latency.table import LatencyTable
+from rfprune.latency.timed_batch import timed_batch
 from rfprune.methods.budget import mean_decoder_tokens
 from rfprune.model.layout import layout_of
 from rfprune.report.report_json import ratios, stage_seconds, versions

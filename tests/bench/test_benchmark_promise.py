@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from rfprune.latency.timing import TimingBudget
 from scripts import benchmark_promise, promise_table, speedup_models
 
 TINY = {
@@ -25,9 +26,7 @@ TINY = {
 @pytest.fixture
 def flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setitem(speedup_models.SYNTHETIC, "minilm", TINY)
-    monkeypatch.setattr("rfprune.latency.measured.SECONDS", 0.0)
-    monkeypatch.setattr("rfprune.latency.measured.MIN_ROUNDS", 2)
-    monkeypatch.setattr("rfprune.latency.measured.MAX_ROUNDS", 2)
+    monkeypatch.setattr("rfprune.latency.speedup.RATIO_BUDGET", TimingBudget(0.0, 2, 2))
     monkeypatch.setattr(benchmark_promise, "MAX_ROUNDS", 2)
     output = str(tmp_path / "promise_minilm.jsonl")
     return ["--synthetic", "minilm", "--batch-size", "2", "--length", "6", "--output", output]

@@ -24,8 +24,9 @@ from transformers import AutoModelForSequenceClassification
 
 from rfprune import load_pruned, run
 from rfprune.errors import RfpruneWarning, UserError
-from rfprune.latency.profile import profile
+from rfprune.latency.profile import profile_latency
 from rfprune.latency.table import LatencyTable
+from rfprune.latency.timing import TimingBudget
 from rfprune.main import main
 from rfprune.model.checkpoint import load_masks
 from rfprune.model.layout import layout_of
@@ -169,9 +170,8 @@ def test_the_report_has_the_schema_of_the_plan(flags: Callable[..., list[str]]) 
 @pytest.fixture
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times are not what these tests are about."""
-    monkeypatch.setattr("rfprune.latency.profile.SECONDS", 0.0)
-    monkeypatch.setattr("rfprune.latency.measured.SECONDS", 0.0)
-    monkeypatch.setattr("rfprune.latency.measured.MIN_ROUNDS", 2)
+    monkeypatch.setattr("rfprune.latency.profile.BUDGET", TimingBudget(0.0, 3))
+    monkeypatch.setattr("rfprune.latency.speedup.RATIO_BUDGET", TimingBudget(0.0, 2))
 
 
 @pytest.mark.usefixtures("quickly")
@@ -200,13 +200,13 @@ def test_a_latency_table_is_used_at_its_own_shape(
 ) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(tiny_folder())
     batch = {name: torch.ones(3, 11, dtype=torch.long) for name in ("input_ids", "attention_mask")}
-    profile(model, layout_of(model), batch).save(Path("table.json"))
+    profile_latency(model, layout_of(model), batch).save(Path("table.json"))
     arguments = flags(metric="latency", constraint=0.9, latency_table="table.json")
     assert main(arguments) == 0
     latency = read_report(Path("out"))["latency"]
     assert (latency["batch_size"], latency["sequence_length"]) == (3, 11)
     assert "Measuring" not in capsys.readouterr().err
-    other = profile(model.bfloat16(), layout_of(model), batch)
+    other = profile_latency(model.bfloat16(), layout_of(model), batch)
     other.save(Path("table.json"))
     assert main([*arguments, "--overwrite"]) == 2
     assert "dtype bfloat16, not float32" in capsys.readouterr().err

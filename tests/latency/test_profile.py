@@ -17,9 +17,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from rfprune.errors import UserError
-from rfprune.latency.profile import measured_sizes, profile, rounding
+from rfprune.latency.profile import measured_sizes, profile_latency, rounding
 from rfprune.latency.table import LatencyTable, check_table, latency_costs
-from rfprune.latency.timing import Timing
+from rfprune.latency.timing import Timing, TimingBudget
 from rfprune.model.compact import compact
 from rfprune.model.layout import layout_of
 from tests.conftest import ALL_TYPES, DECODING_TYPES
@@ -57,7 +57,7 @@ def test_a_table_predicts_what_the_pruned_model_does(
 ) -> None:
     model, batch = eager(tiny_model(model_type)), tiny_batch(model_type=model_type)
     layout = layout_of(model)
-    table = profile(model, layout, batch)
+    table = profile_latency(model, layout, batch)
     costs = latency_costs(table, layout)
     assert costs.original == pytest.approx(flops(lambda: model(**batch)) / 1000)
     assert table.scale == pytest.approx(1), "sublayers and the rest are all there is"
@@ -81,7 +81,7 @@ def test_a_pruned_model_is_profiled_too(tiny_model: Tiny, tiny_batch: Tiny) -> N
     masks[0][:] = masks[1][:4] = masks[2][1:] = masks[5][:] = 0
     model = compact(dense, layout_of(dense), masks)
     layout = layout_of(model)
-    table = profile(model, layout, batch)
+    table = profile_latency(model, layout, batch)
     assert [(curve.kind, curve.num_units) for curve in table.curves] == [
         ("neuron", 12),
         ("head", 4),
@@ -100,7 +100,7 @@ def test_every_size_is_measured_and_the_model_stays_as_it_was(
     layout = layout_of(model)
     before = state_of(model)
     with torch.inference_mode():
-        table = profile(model, layout, batch, seconds=0, min_rounds=1)
+        table = profile_latency(model, layout, batch, budget=TimingBudget(0, min_rounds=1))
     output = model(**batch)
     output.logits.sum().backward()  # nothing of the measuring is in its way
     model.zero_grad()
@@ -131,7 +131,7 @@ def test_an_interruption_leaves_the_model_as_it_was(
     model = tiny_model().train()
     before = state_of(model)
     with pytest.raises(KeyboardInterrupt):
-        profile(model, layout_of(model), tiny_batch())
+        profile_latency(model, layout_of(model), tiny_batch())
     assert state_of(model) == before
 
 
@@ -164,8 +164,8 @@ def state_of(model: Any) -> list[Any]:
 def test_it_can_be_called_in_any_gradient_mode(tiny_model: Tiny, tiny_batch: Tiny) -> None:
     model = tiny_model()
     with torch.inference_mode():
-        inside = profile(model, layout_of(model), tiny_batch())
-    assert inside == profile(model, layout_of(model), tiny_batch())
+        inside = profile_latency(model, layout_of(model), tiny_batch())
+    assert inside == profile_latency(model, layout_of(model), tiny_batch())
 
 
 def test_sublayers_that_take_no_time_to_be_seen_leave_all_to_the_rest(
@@ -179,7 +179,7 @@ def test_sublayers_that_take_no_time_to_be_seen_leave_all_to_the_rest(
     monkeypatch.setattr("rfprune.latency.profile.time_interleaved", constant)
     model = tiny_model()
     layout = layout_of(model)
-    table = profile(model, layout, tiny_batch())
+    table = profile_latency(model, layout, tiny_batch())
     costs = latency_costs(table, layout)
     assert (table.rest_ms, table.total_ms, costs.original) == (5, 5, 5)
     assert costs.total([1, 2, 3, 4]) == 5
@@ -204,7 +204,7 @@ def test_multiples_that_were_asked_for_are_those_that_are_allowed(
     tiny_model: Tiny, tiny_batch: Tiny
 ) -> None:
     model = tiny_model()
-    table = profile(model, layout_of(model), tiny_batch(), round_to=5)
+    table = profile_latency(model, layout_of(model), tiny_batch(), round_to=5)
     assert table.curves[1].sizes == (0, 5, 10, 12)
     assert [curve.round_to for curve in table.curves] == [1, 5]
 
@@ -212,18 +212,18 @@ def test_multiples_that_were_asked_for_are_those_that_are_allowed(
 def test_nothing_to_measure_is_said(tiny_model: Tiny, tiny_batch: Tiny) -> None:
     model = tiny_model()
     with pytest.raises(UserError, match="multiples of 0"):
-        profile(model, layout_of(model), tiny_batch(), round_to=0)
+        profile_latency(model, layout_of(model), tiny_batch(), round_to=0)
     empty = compact(
         model, layout_of(model), [torch.zeros(b.num_units) for b in layout_of(model).blocks]
     )
     with pytest.raises(UserError, match="no heads or neurons left"):
-        profile(empty, layout_of(empty), tiny_batch())
+        profile_latency(empty, layout_of(empty), tiny_batch())
 
 
 def test_an_encoder_and_its_decoder_have_no_table(tiny_model: Tiny, tiny_batch: Tiny) -> None:
     model = tiny_model("bart")
     with pytest.raises(UserError, match="encoder-decoder"):
-        profile(model, layout_of(model), tiny_batch(model_type="bart"))
+        profile_latency(model, layout_of(model), tiny_batch(model_type="bart"))
 
 
 @pytest.mark.cuda
@@ -231,7 +231,9 @@ def test_profiling_on_a_gpu(tiny_model: Tiny, tiny_batch: Tiny) -> None:
     model = tiny_model().to("cuda")
     layout = layout_of(model)
     before = state_of(model)
-    table: LatencyTable = profile(model, layout, tiny_batch(), seconds=1)
+    table: LatencyTable = profile_latency(
+        model, layout, tiny_batch(), budget=TimingBudget(1, min_rounds=3)
+    )
     assert state_of(model) == before
     assert table.conditions.device == "cuda"
     assert table.conditions.device_name == torch.cuda.get_device_name()

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from rfprune.latency.measured import typical_batch
 from rfprune.latency.speedup import measure_latency
-from rfprune.latency.timing import MIN_ROUNDS, WARM_UP_ROUNDS
+from rfprune.latency.timed_batch import typical_batch
+from rfprune.latency.timing import DEFAULT_BUDGET, TimingBudget
 
 
 class Recorded(nn.Module):
@@ -35,8 +35,8 @@ def batch(rows: int, tokens: int) -> dict[str, torch.Tensor]:
 def test_models_alternate_and_swap_places() -> None:
     calls: list[str] = []
     models = Recorded("original", calls), Recorded("pruned", calls)
-    measured = measure_latency(*models, batch(2, 3), max_rounds=6)
-    timed = calls[2 * WARM_UP_ROUNDS :]
+    measured = measure_latency(*models, batch(2, 3), TimingBudget(max_rounds=6, tolerance=0))
+    timed = calls[2 * DEFAULT_BUDGET.warm_up_rounds :]
     assert timed == ["original", "pruned", "pruned", "original"] * 3
     assert (measured.rounds, measured.batch_size, measured.sequence_length) == (6, 2, 3)
     assert models[0].inputs == {"input_ids", "attention_mask"}, "labels are not timed"
@@ -45,9 +45,9 @@ def test_models_alternate_and_swap_places() -> None:
 def test_slow_models_stop_early() -> None:
     calls: list[str] = []
     measured = measure_latency(
-        Recorded("original", calls), Recorded("pruned", calls), batch(1, 1), seconds=-1.0
+        Recorded("original", calls), Recorded("pruned", calls), batch(1, 1), TimingBudget(-1.0)
     )
-    assert measured.rounds == MIN_ROUNDS
+    assert measured.rounds == DEFAULT_BUDGET.min_rounds
 
 
 def test_the_typical_batch_is_full_and_of_median_length() -> None:

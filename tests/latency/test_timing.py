@@ -1,7 +1,7 @@
-"""Timing several callables in turn: order, medians, when it stops. A fake clock: no time is judged.
+"""Calls are timed in turn, with medians and a budget; on a simulated clock, so no time is judged.
 
-Deleting this lets a slow phase of the machine fall on one of the models that are compared, and one
-hiccup count as its speed.
+Without these tests, a slow phase of the machine could be counted to one of the models compared, and
+one slow call could pass for a model's speed.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import gc
 import math
 from collections.abc import Callable, Iterator
 from itertools import cycle, repeat
+from typing import Any
 
 import pytest
 import torch
@@ -17,24 +18,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rfprune.latency.timing import (
-    MAX_ROUNDS,
-    MIN_ROUNDS,
-    WARM_UP_ROUNDS,
+    DEFAULT_BUDGET,
+    Ratio,
     Timing,
+    TimingBudget,
     time_interleaved,
     time_ratio,
     time_ratios,
 )
 
+MIN_ROUNDS, MAX_ROUNDS = DEFAULT_BUDGET.min_rounds, DEFAULT_BUDGET.max_rounds
+WARM_UP = DEFAULT_BUDGET.warm_up_rounds
+ENDLESS = 1e9
+"""Seconds that no budget here runs out of."""
+
 
 class Machine:
-    """A clock, and callables that move it on by what they are said to take, in milliseconds."""
+    """A simulated clock, and calls that advance it by given milliseconds."""
 
     def __init__(self) -> None:
         self.seconds = 100.0
         self.calls: list[str] = []
 
-    def clock(self) -> float:
+    def timer(self) -> float:
         return self.seconds
 
     def call(self, name: str, milliseconds: Iterator[float]) -> Callable[[], object]:
@@ -44,25 +50,30 @@ class Machine:
 
         return run
 
+    def time(self, *calls: Callable[[], object], **budget: Any) -> list[Timing]:
+        return time_interleaved(calls, "cpu", TimingBudget(**budget), timer=self.timer)
 
-def test_all_are_called_in_turn_and_each_round_starts_with_another() -> None:
+    def ratio(
+        self, original: Iterator[float], pruned: Iterator[float], budget: TimingBudget
+    ) -> Ratio:
+        calls = self.call("original", original), self.call("pruned", pruned)
+        return time_ratio(*calls, "cpu", budget, timer=self.timer)
+
+
+@pytest.mark.parametrize(("names", "timed"), [("abc", "abcbaccabacb"), ("ab", "abbaabba")])
+def test_all_are_called_in_turn_and_each_round_starts_with_another(names: str, timed: str) -> None:
     machine = Machine()
-    calls = [machine.call(name, cycle([1.0, 9.0])) for name in "abc"]
-    timings = time_interleaved(calls, "cpu", max_rounds=4, min_rounds=1, clock=machine.clock)
-    timed = "".join(machine.calls[3 * WARM_UP_ROUNDS :])
-    assert timed == "abcbaccabacb"
-    assert [timing.rounds for timing in timings] == [4, 4, 4]
+    calls = [machine.call(name, cycle([1.0, 9.0])) for name in names]
+    timings = machine.time(*calls, max_rounds=4, min_rounds=4)
+    assert "".join(machine.calls[len(names) * WARM_UP :]) == timed
+    assert [timing.rounds for timing in timings] == [4] * len(names)
 
 
-def test_with_two_they_take_turns_and_with_many_none_always_follows_the_same() -> None:
-    machine = Machine()
-    calls = [machine.call(name, repeat(1.0)) for name in "ab"]
-    time_interleaved(calls, "cpu", max_rounds=3, min_rounds=3, clock=machine.clock)
-    assert "".join(machine.calls[2 * WARM_UP_ROUNDS :]) == "abbaab"
+def test_no_call_always_follows_the_same_one() -> None:
     machine = Machine()
     calls = [machine.call(name, repeat(1.0)) for name in "abcdefg"]
-    time_interleaved(calls, "cpu", max_rounds=6, min_rounds=6, clock=machine.clock)
-    timed = "".join(machine.calls[7 * WARM_UP_ROUNDS :])
+    machine.time(*calls, max_rounds=6, min_rounds=6)
+    timed = "".join(machine.calls[7 * WARM_UP :])
     rounds = [timed[start : start + 7] for start in range(0, 42, 7)]
     assert all(sorted(one) == list("abcdefg") for one in rounds)
     assert "".join(one[0] for one in rounds) == "abcdef"
@@ -70,88 +81,71 @@ def test_with_two_they_take_turns_and_with_many_none_always_follows_the_same() -
     assert len(set(before)) == len(before) == 6
 
 
-def test_times_belong_to_their_calls_whatever_the_order() -> None:
+def test_times_are_those_of_their_calls_in_any_order() -> None:
     machine = Machine()
     calls = [machine.call(str(ms), repeat(ms)) for ms in (1.0, 20.0, 300.0)]
-    timings = time_interleaved(calls, "cpu", max_rounds=5, clock=machine.clock)
+    timings = machine.time(*calls, max_rounds=5)
     assert [timing.median_ms for timing in timings] == pytest.approx([1, 20, 300])
     assert [timing.spread for timing in timings] == pytest.approx([0, 0, 0], abs=1e-9)
 
 
-def test_one_hiccup_does_not_count_nor_does_the_warm_up() -> None:
+def test_neither_the_warm_up_nor_a_single_slow_round_counts() -> None:
     machine = Machine()
-    call = machine.call("a", iter([*repeat(90.0, WARM_UP_ROUNDS), 3.0, 3.0, 100.0, 3.0, 3.0]))
-    (timing,) = time_interleaved([call], "cpu", max_rounds=5, clock=machine.clock)
+    call = machine.call("a", iter([*repeat(90.0, WARM_UP), 3.0, 3.0, 100.0, 3.0, 3.0]))
+    (timing,) = machine.time(call, max_rounds=5)
     assert timing.median_ms == pytest.approx(3)
 
 
 def test_the_spread_is_half_the_interquartile_range_over_the_median() -> None:
     machine = Machine()
     call = machine.call("a", cycle([8.0, 9.0, 10.0, 11.0, 12.0]))
-    (timing,) = time_interleaved([call], "cpu", max_rounds=5, warm_up_rounds=0, clock=machine.clock)
+    (timing,) = machine.time(call, max_rounds=5, warm_up_rounds=0)
     assert timing.median_ms == pytest.approx(10)
     assert timing.spread == pytest.approx(0.1)
     assert timing.error == pytest.approx(1.858 * 0.1 / math.sqrt(5), rel=1e-3)
+    assert Timing(5.0, 0.0, 1).error == math.inf, "one round does not show its error"
 
 
-def test_steady_medians_end_it_at_once_and_unsteady_ones_go_on() -> None:
+def test_steady_medians_stop_at_once_and_unsteady_ones_continue() -> None:
     machine = Machine()
     steady = machine.call("a", repeat(5.0))
-    (timing,) = time_interleaved([steady], "cpu", clock=machine.clock)
-    assert timing.rounds == MIN_ROUNDS
+    assert machine.time(steady)[0].rounds == MIN_ROUNDS
+    assert machine.time(steady, tolerance=0, max_rounds=20)[0].rounds == 20
     unsteady = machine.call("b", cycle([5.0, 6.0, 7.0]))
-    (timing,) = time_interleaved([unsteady], "cpu", seconds=1e9, clock=machine.clock)
-    assert timing.rounds == MAX_ROUNDS
-    (timing,) = time_interleaved(
-        [unsteady], "cpu", seconds=1e9, max_rounds=10**6, clock=machine.clock
-    )
+    assert machine.time(unsteady, seconds=ENDLESS)[0].rounds == MAX_ROUNDS
+    (timing,) = machine.time(unsteady, seconds=ENDLESS, max_rounds=10**6)
     assert MAX_ROUNDS < timing.rounds < 10**4
     assert timing.error < 0.01
 
 
-def test_no_tolerance_uses_all_rounds() -> None:
-    machine = Machine()
-    call = machine.call("a", repeat(5.0))
-    (timing,) = time_interleaved([call], "cpu", tolerance=0, max_rounds=20, clock=machine.clock)
-    assert timing.rounds == 20
-
-
-def test_a_short_call_beside_long_ones_need_not_be_steadier_than_they() -> None:
+def test_a_short_call_need_not_be_steadier_than_the_long_ones() -> None:
     machine = Machine()
     short = machine.call("short", cycle([1.0, 2.0, 3.0]))
-    calls = [short, machine.call("long", repeat(1000.0))]
-    timings = time_interleaved(calls, "cpu", seconds=1e9, clock=machine.clock)
+    timings = machine.time(short, machine.call("long", repeat(1000.0)), seconds=ENDLESS)
     assert timings[0].rounds == MIN_ROUNDS
     assert timings[0].error > 0.1
 
 
-def test_no_round_begins_that_would_end_too_late_except_the_least() -> None:
+def test_no_round_starts_that_would_end_too_late_except_the_first() -> None:
     machine = Machine()
     call = machine.call("a", cycle([900.0, 1100.0]))
-    (timing,) = time_interleaved([call], "cpu", seconds=20, clock=machine.clock)
-    assert timing.rounds == 20 - WARM_UP_ROUNDS
-    (timing,) = time_interleaved([call], "cpu", seconds=-1, clock=machine.clock)
-    assert timing.rounds == MIN_ROUNDS
+    assert machine.time(call, seconds=20)[0].rounds == 20 - WARM_UP
+    assert machine.time(call, seconds=-1)[0].rounds == MIN_ROUNDS
 
 
 @given(st.floats(1.5, 20))
-def test_phases_of_the_machine_cancel_in_the_ratio(slowdown: float) -> None:
-    """Half of the rounds on a machine that others use too: the medians apart say nothing."""
-    machine = Machine()
-    original = machine.call("original", cycle([10.0, 10.0 * slowdown]))
-    pruned = machine.call("pruned", cycle([4.0, 4.0 * slowdown]))
-    ratio = time_ratio(original, pruned, "cpu", min_rounds=6, clock=machine.clock)
+def test_slow_phases_of_the_machine_cancel_in_the_ratio(slowdown: float) -> None:
+    """Every other round is slow, so the medians of the two models say nothing."""
+    original, pruned = cycle([10.0, 10.0 * slowdown]), cycle([4.0, 4.0 * slowdown])
+    ratio = Machine().ratio(original, pruned, TimingBudget(min_rounds=6))
     assert ratio.ratio == pytest.approx(0.4)
     assert ratio.spread == pytest.approx(0, abs=1e-6)
     assert ratio.original.spread > 0.1
     assert ratio.original.rounds == ratio.pruned.rounds == 6
 
 
-def test_an_unsteady_ratio_takes_its_time() -> None:
-    machine = Machine()
-    original = machine.call("original", cycle([10.0, 12.0, 9.0]))
-    pruned = machine.call("pruned", repeat(5.0))
-    ratio = time_ratio(original, pruned, "cpu", seconds=1e9, clock=machine.clock)
+def test_an_unsteady_ratio_uses_the_whole_budget() -> None:
+    ratio = Machine().ratio(cycle([10.0, 12.0, 9.0]), repeat(5.0), TimingBudget(ENDLESS))
     assert ratio.pruned.rounds == MAX_ROUNDS
     assert ratio.ratio == pytest.approx(0.5)
     assert 0 < ratio.error < ratio.spread
@@ -162,7 +156,8 @@ def test_several_are_compared_with_one_in_the_same_rounds() -> None:
     original = machine.call("original", cycle([10.0, 30.0]))
     halves = machine.call("halves", cycle([5.0, 15.0]))
     unsteady = machine.call("unsteady", cycle([2.0, 3.0, 4.0]))
-    ratios = time_ratios(original, [halves, unsteady], "cpu", seconds=1e9, clock=machine.clock)
+    budget = TimingBudget(ENDLESS)
+    ratios = time_ratios(original, [halves, unsteady], "cpu", budget, timer=machine.timer)
     assert ratios[0].ratio == pytest.approx(0.5)
     assert ratios[0].spread == pytest.approx(0)
     assert ratios[1].ratio == pytest.approx(2 / 10, abs=0.12)
@@ -172,44 +167,34 @@ def test_several_are_compared_with_one_in_the_same_rounds() -> None:
 
 
 @given(st.floats(1.5, 20), st.integers(0, 4))
-def test_slow_rounds_can_be_levelled_among_many_calls(slowdown: float, hiccup: int) -> None:
-    """Half of the rounds are slow, and one of the calls stumbles in each."""
+def test_slow_rounds_can_be_normalised(slowdown: float, slow_call: int) -> None:
+    """Every other round is slow, and one call in each round is slow on its own."""
     machine = Machine()
     own = [1.0, 2.0, 3.0, 4.0, 50.0]
 
     def times(call: int) -> Iterator[float]:
         for number in range(100):
             pace = slowdown if number % 2 else 1.0
-            yield own[call] * pace * (30 if (number + call) % 5 == hiccup else 1)
+            yield own[call] * pace * (30 if (number + call) % 5 == slow_call else 1)
 
-    def calls() -> list[Callable[[], object]]:
-        return [machine.call(str(i), times(i)) for i in range(len(own))]
-
-    def measured(*, level: bool) -> list[Timing]:
+    def measured(*, normalise_rounds: bool) -> list[Timing]:
         return time_interleaved(
-            calls(),
+            [machine.call(str(i), times(i)) for i in range(len(own))],
             "cpu",
-            seconds=1e9,
-            max_rounds=20,
-            warm_up_rounds=0,
-            level=level,
-            tolerance=0,
-            clock=machine.clock,
+            TimingBudget(ENDLESS, max_rounds=20, tolerance=0, warm_up_rounds=0),
+            normalise_rounds=normalise_rounds,
+            timer=machine.timer,
         )
 
-    levelled, plain = measured(level=True), measured(level=False)
-    medians = [timing.median_ms for timing in levelled]
+    normalised, plain = measured(normalise_rounds=True), measured(normalise_rounds=False)
+    medians = [timing.median_ms for timing in normalised]
     assert [ms / medians[0] for ms in medians] == pytest.approx(own)
-    assert plain[0].spread > 0.1 > levelled[0].spread
+    assert plain[0].spread > 0.1 > normalised[0].spread
     assert 1 <= medians[0] * (1 + 1e-6)
     assert medians[0] <= slowdown * (1 + 1e-6)
 
 
-def test_one_round_says_nothing_about_its_error() -> None:
-    assert Timing(5.0, 0.0, 1).error == math.inf
-
-
-def test_the_garbage_collector_rests_meanwhile_and_goes_on_also_after_an_error() -> None:
+def test_garbage_collection_is_off_meanwhile_and_on_again_after_an_error() -> None:
     seen = []
 
     def call() -> None:
@@ -218,27 +203,27 @@ def test_the_garbage_collector_rests_meanwhile_and_goes_on_also_after_an_error()
             raise KeyboardInterrupt
 
     assert gc.isenabled()
-    time_interleaved([call], "cpu", max_rounds=3)
+    time_interleaved([call], "cpu", TimingBudget(max_rounds=3))
     assert gc.isenabled()
     with pytest.raises(KeyboardInterrupt):
-        time_interleaved([call], "cpu", max_rounds=50, tolerance=0)
+        time_interleaved([call], "cpu", TimingBudget(tolerance=0))
     assert gc.isenabled()
     assert set(seen) == {False}
 
 
-def test_a_bar_goes_on_with_the_clock(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bar_shows_the_seconds(capsys: pytest.CaptureFixture[str]) -> None:
     machine = Machine()
     call = machine.call("a", cycle([900.0, 1100.0]))
-    time_interleaved([call], "cpu", seconds=20, progress=True, clock=machine.clock)
+    time_interleaved([call], "cpu", TimingBudget(20), progress=True, timer=machine.timer)
     assert "at most 20 s" in capsys.readouterr().err
 
 
 @pytest.mark.cuda
-def test_the_gpu_is_timed_to_the_end_of_its_work() -> None:
-    """Without waiting both would take as long as it takes to ask for them."""
+def test_a_gpu_is_timed_until_its_work_is_done() -> None:
+    """Without synchronisation both would take as long as a kernel launch."""
     small, large = (torch.randn(size, size, device="cuda") for size in (64, 4096))
     calls = [lambda: small @ small, lambda: large @ large]
-    short, long = time_interleaved(calls, "cuda", max_rounds=20)
+    budget = TimingBudget(max_rounds=20)
+    short, long = time_interleaved(calls, "cuda", budget)
     assert 0 < short.median_ms < long.median_ms
-    ratio = time_ratio(calls[0], calls[1], "cuda", max_rounds=20)
-    assert ratio.ratio > 1
+    assert time_ratio(calls[0], calls[1], "cuda", budget).ratio > 1
