@@ -291,13 +291,14 @@ def _curves(options: argparse.Namespace) -> dict[str, float]:
     """Seconds and memory of all error curves of one random model."""
     from rfprune.model.frozen import frozen
     from rfprune.model.layout import layout_of
+    from rfprune.stages.calibration import Calibration
     from rfprune.stages.curvature import collect_curvature, error_curves
 
     width, depth = options.curves
     model, batches = _random_model(width, depth), _random_batches(options.samples[0])
     layout = layout_of(model)
     with frozen(model):
-        collected = collect_curvature(model, layout, batches)
+        collected = collect_curvature(Calibration(model, layout, batches))
     collected_peak, start = _peak_bytes(), time.perf_counter()
     error_curves(model, layout, collected)
     return {

@@ -55,6 +55,7 @@ def diagnose(options: argparse.Namespace) -> dict[str, Any]:
     from rfprune.methods.budget import mean_tokens
     from rfprune.model.frozen import frozen
     from rfprune.model.layout import layout_of
+    from rfprune.stages.calibration import Calibration
     from rfprune.stages.fisher import block_fisher, collect_gradients, diagonal_fisher
     from rfprune.stages.rearrange import quadratic_form
     from rfprune.stages.search import search
@@ -74,7 +75,7 @@ def diagnose(options: argparse.Namespace) -> dict[str, Any]:
     )
     layout = layout_of(loaded.model)
     with frozen(loaded.model):
-        gradients = collect_gradients(loaded.model, layout, batches)
+        gradients = collect_gradients(Calibration(loaded.model, layout, batches))
     importance = diagonal_fisher(gradients)
     costs = mac_costs(layout, mean_tokens(batches))
     masks = search(layout, importance, costs, costs.budget(Constraint("mac", options.constraint)))

@@ -32,6 +32,7 @@ from rfprune.model.plain import plain_sizes
 from rfprune.result import StageTimer
 from rfprune.settings import Settings
 from rfprune.stages.allocate import allocate
+from rfprune.stages.calibration import Calibration
 from rfprune.stages.curvature import collect_curvature, error_curves
 from rfprune.stages.fisher import block_fisher, collect_gradients, diagonal_fisher
 from rfprune.stages.importance import compute_importance
@@ -169,13 +170,8 @@ def _kwon(
     def collect() -> Tensors:
         with timer.stage("collect"), frozen(model):
             return collect_gradients(
-                model,
-                layout,
-                batches,
-                objective=objective,
+                Calibration(model, layout, batches, objective, settings.seed, progress),
                 per_batch=settings.gradients == "per-batch",
-                seed=settings.seed,
-                progress=progress,
             )
 
     select = _by_importance(model, layout, settings)
@@ -212,12 +208,7 @@ def _curvature(
     def collect() -> Tensors:
         with timer.stage("collect"), frozen(model):
             collected = collect_curvature(
-                model,
-                layout,
-                batches,
-                objective=objective,
-                seed=settings.seed,
-                progress=progress,
+                Calibration(model, layout, batches, objective, settings.seed, progress)
             )
         with timer.stage("search"):
             found = error_curves(model, layout, collected, progress=progress)
@@ -253,12 +244,7 @@ def _importance(
         with timer.stage("collect"), frozen(model):
             return compute_importance(
                 settings.importance,
-                model,
-                layout,
-                batches,
-                objective=objective,
-                seed=settings.seed,
-                progress=progress,
+                Calibration(model, layout, batches, objective, settings.seed, progress),
             )
 
     select = _by_importance(model, layout, settings)

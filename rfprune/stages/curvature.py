@@ -1,19 +1,24 @@
-"""Error curves of all blocks in one unit of loss: what goes past the published method.
+"""Kronecker factors of the Fisher information of out-projections, and error curves of blocks.
 
-One forward and backward pass over the calibration batches gives every block the second moments A of
-its consumer's inputs and G of the loss gradient at its consumer's outputs. Greedy removal (see
-`rfprune.stages.optimal_brain_surgeon`) turns them into a removal order and an error curve that is
-comparable between heads and neurons and between layers, with no weight to tune and no labels.
+One forward and backward pass over the calibration batches collects two second moments for each
+block: A = E[x·xᵀ] of the inputs x of its out-projection (the consumer), and G = E[g·gᵀ] of the loss
+gradients g at the outputs. Their Kronecker product approximates the Fisher information of the
+out-projection's weight (K-FAC, Martens & Grosse 2015; for pruning, LLM Surgeon, van der Ouderaa et
+al. 2024). `rfprune.stages.optimal_brain_surgeon` turns them into a removal order and an error curve
+for each block. Errors are in nats, so heads and neurons of all layers compare without a weight to
+tune, and no labels are needed.
 
-Choices of our own: A is taken about the mean where the consumer has a bias, which makes up for a
-mean at no cost; all tokens count alike in A, which did better than weighting them by their
-gradient; errors low in the model weigh more than errors above (`DEPTH_WEIGHT`).
+Choices of this project, all by measurement:
+
+- A is centred where the consumer has a bias, which can restore the mean of a removed unit.
+- All tokens have equal weight in A. Weighting them by their gradients gave larger divergences.
+- Errors in lower layers have more weight; see `DEPTH_WEIGHT`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,28 +32,35 @@ from rfprune.model.batch import Batch, pack, token_mask
 from rfprune.model.encoder_decoder import block_token_mask
 from rfprune.model.layout import Block, Layout
 from rfprune.model.linear import linear, weight_of
+from rfprune.stages.calibration import Calibration, require_finite
 from rfprune.stages.float64 import to_float64
 from rfprune.stages.least_squares import NumericalFailure
-from rfprune.stages.objective import PREDICTIONS, Objective, batch_generator
+from rfprune.stages.objective import batch_generator
 from rfprune.stages.optimal_brain_surgeon import ErrorCurve, removal_curve
-from rfprune.stages.output_gradients import output_gradients
+from rfprune.stages.output_gradients import Record, output_gradients
 
 DAMPING = 1e-2
 """Added to the diagonal of A, as a fraction of its mean diagonal."""
 
 DEPTH_WEIGHT = 1.0
-"""An error in the first layer counts exp(DEPTH_WEIGHT) times as much as one in the last: the Fisher
-information is local, and does not know that the blocks above have moved as well. Not so where norms
-come first: there errors are handed on by the residual alone, and all layers count alike."""
+"""Errors in the first layer have exp(DEPTH_WEIGHT) times the weight of errors in the last layer.
+
+The Fisher information is local: it does not include the errors that pruning causes in the layers
+above. Layers of pre-norm models have equal weights, since there errors reach the layers above
+through the residual connection only.
+"""
 
 
 @dataclass
 class KroneckerFactors:
-    """Sums over the calibration tokens, float32.
+    """Sums over calibration tokens at one out-projection, in float32.
 
     Attributes:
-        input_moment: (p, p), of x·xᵀ. input_sum: (p,). gradient_moment: (d, d), of g·gᵀ.
-        tokens: how many. examples: how many they come from.
+        input_moment: (p, p), sum of x·xᵀ over tokens.
+        input_sum: (p,), sum of x over tokens.
+        gradient_moment: (d, d), sum of g·gᵀ over tokens and objective values.
+        tokens: number of tokens in the sums; a block that runs several times counts each run.
+        examples: number of examples.
     """
 
     input_moment: Tensor
@@ -58,19 +70,23 @@ class KroneckerFactors:
     examples: int = 0
 
     def add_inputs(self, rows: Tensor) -> None:
-        """Take in what enters the consumer, (tokens, p)."""
+        """Add inputs (tokens, p) of the out-projection."""
         self.input_moment += rows.T @ rows
         self.input_sum += rows.sum(0)
         self.tokens += len(rows)
 
     def add_gradients(self, rows: Tensor) -> None:
-        """Take in the gradients at what leaves it, (tokens, d)."""
+        """Add loss gradients (tokens, d) at its outputs."""
         self.gradient_moment += rows.T @ rows
 
-    def input_covariance(self, *, about_mean: bool = True) -> Tensor:
-        """A (p, p) float64, damped; about the mean, or about zero where nothing makes up for it."""
+    def input_covariance(self, *, centred: bool = True) -> Tensor:
+        """A, with damping on its diagonal, (p, p) float64.
+
+        Args:
+            centred: whether A is about the mean of the inputs; False for a projection without bias.
+        """
         covariance = to_float64(self.input_moment) / self.tokens
-        if about_mean:
+        if centred:
             mean = to_float64(self.input_sum) / self.tokens
             covariance -= torch.outer(mean, mean)
         damping = DAMPING * float(covariance.diagonal().mean())
@@ -78,143 +94,31 @@ class KroneckerFactors:
         return covariance
 
 
-def collect_curvature(
-    model: PreTrainedModel,
-    layout: Layout,
-    batches: Sequence[Batch],
-    *,
-    objective: Objective = PREDICTIONS,
-    seed: int = 0,
-    progress: bool = False,
-) -> tuple[KroneckerFactors, ...]:
-    """Second moments at every block's consumer over the calibration batches.
+def collect_curvature(calibration: Calibration) -> tuple[KroneckerFactors, ...]:
+    """Kronecker factors of every block over the calibration batches.
+
+    With several processes, the sums of each block are complete in one of them and empty elsewhere.
 
     Args:
-        model: frozen (see `rfprune.model.masks.frozen`), so that no weight gradient is computed.
-        objective: what is differentiated, see `rfprune.stages.objective.objective_values`.
+        calibration: the model and its batches.
+
+    Returns:
+        One `KroneckerFactors` per block.
 
     Raises:
-        UserError: a moment is not finite; the block is named.
+        UserError: an activation or gradient is not finite (the block is named), or labels are
+            needed and missing.
     """
-    collected = tuple(_nothing_yet(model, block) for block in layout.blocks)
-    turns = distributed.steps(len(batches))
-    for turn in tqdm(turns, desc="curvature", unit="batch", disable=not progress, leave=False):
-        _add_turn(model, layout, batches, turn, collected, objective, seed)
-    for block, curvature in zip(layout.blocks, collected, strict=True):
-        for moment in (curvature.input_moment, curvature.gradient_moment):
-            if not torch.isfinite(moment).all():
-                raise UserError(
-                    f"the activations or gradients of {block.name} are not finite; check the "
-                    "checkpoint's weights, or calibrate in float32 (--dtype float32)"
-                )
+    blocks = calibration.layout.blocks
+    collected = tuple(_zeros(calibration.model, block) for block in blocks)
+    steps, hidden = distributed.steps(len(calibration.batches)), not calibration.progress
+    for step in tqdm(steps, desc="curvature", unit="batch", disable=hidden, leave=False):
+        _add_step(calibration, step, collected)
+    for block, factors in zip(blocks, collected, strict=True):
+        require_finite(
+            block, "activations or gradients", factors.input_moment, factors.gradient_moment
+        )
     return collected
-
-
-def _keeper(block: Block) -> int:
-    """The process that keeps a block's sums."""
-    return block.layer % distributed.world_size()
-
-
-def _nothing_yet(model: PreTrainedModel, block: Block) -> KroneckerFactors:
-    weight = weight_of(model.get_submodule(block.consumer))
-
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(*shape, device=weight.device)
-
-    outputs, features = weight.shape if _keeper(block) == distributed.rank() else (0, 0)
-    return KroneckerFactors(zeros(features, features), zeros(features), zeros(outputs, outputs))
-
-
-def _add_turn(
-    model: PreTrainedModel,
-    layout: Layout,
-    batches: Sequence[Batch],
-    turn: Sequence[int | None],
-    collected: Sequence[KroneckerFactors],
-    objective: Objective,
-    seed: int,
-) -> None:
-    """Every process runs its batch of a turn; the sums of a block are kept by one of them.
-
-    A process alone takes in what it sees as it sees it. One that has no batch left runs its first
-    one again, of which no token counts.
-    """
-    others = [None if number is None else batches[number] for number in turn]
-    own, number = others[distributed.rank()], turn[distributed.rank()]
-    batch = batches[distributed.rank() if number is None else number]
-    masks = [block_token_mask(layout, block, batch) for block in layout.blocks]
-    tokens = [torch.zeros_like(mask) if own is None else mask for mask in masks]
-    generator = batch_generator(seed, number or 0)
-    for curvature in collected:
-        curvature.examples += sum(len(token_mask(other)) for other in others if other is not None)
-    if distributed.world_size() == 1:
-        record_inputs = [(curvature.add_inputs, curvature.add_gradients) for curvature in collected]
-        _run(model, layout, batch, tokens, record_inputs, objective, generator)
-        return
-    seen: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in layout.blocks]
-    waiting = [(inputs.append, gradients.append) for inputs, gradients in seen]
-    _run(model, layout, batch, tokens, waiting, objective, generator)
-    lengths = [
-        [
-            0 if other is None else int(block_token_mask(layout, block, other).sum())
-            for other in others
-        ]
-        for block in layout.blocks
-    ]
-    _exchange(layout, collected, seen, lengths)
-
-
-Taker = Callable[[Tensor], None]
-
-
-def _run(
-    model: PreTrainedModel,
-    layout: Layout,
-    batch: Batch,
-    tokens: Sequence[Tensor],
-    record_inputs: Sequence[tuple[Taker, Taker]],
-    objective: Objective,
-    generator: torch.Generator,
-) -> None:
-    """Give the takers of every block, at its tokens (B, S), what enters its consumer, (tokens, p),
-    and by factor the gradient at what leaves it, (tokens, d); both as often as the block runs.
-    """
-
-    def packed(take: Taker, mask: Tensor) -> Taker:
-        return lambda values: take(pack(values, mask).float())
-
-    pairs = list(zip(record_inputs, tokens, strict=True))
-    entering = [packed(take_inputs, mask) for (take_inputs, _), mask in pairs]
-    leaving = [packed(take_gradients, mask) for (_, take_gradients), mask in pairs]
-    for gradients in output_gradients(
-        model, layout, batch, entering, generator, objective=objective
-    ):
-        for take, of_runs in zip(leaving, gradients, strict=True):
-            for gradient in of_runs:
-                take(gradient)
-
-
-def _exchange(
-    layout: Layout,
-    collected: Sequence[KroneckerFactors],
-    seen: Sequence[tuple[list[Tensor], list[Tensor]]],
-    lengths: Sequence[Sequence[int]],
-) -> None:
-    """Bring what was seen of every block to its keeper, which takes it in batch by batch.
-
-    First all is passed on and then all is taken in, so that the keepers work at the same time.
-    """
-    passed = [
-        [distributed.gather_rows(torch.stack(rows, 1), own, _keeper(block)) for rows in pair]
-        for block, pair, own in zip(layout.blocks, seen, lengths, strict=True)
-    ]  # each (tokens, runs or factors and runs, p or d)
-    for curvature, (inputs, gradients) in zip(collected, passed, strict=True):
-        for rows in inputs:
-            for run in rows.unbind(1):
-                curvature.add_inputs(run.contiguous())
-        for rows in gradients:
-            for factor in rows.unbind(1):
-                curvature.add_gradients(factor.contiguous())
 
 
 def error_curves(
@@ -226,37 +130,155 @@ def error_curves(
 ) -> tuple[ErrorCurve, ...]:
     """Removal order and error curve of every block.
 
-    The loss of an example grows by half of the Fisher's quadratic form, summed over its tokens; in
-    nats, before depth is weighted in (see `DEPTH_WEIGHT`).
+    The predicted increase of the loss of an example is half of the Fisher's quadratic form, summed
+    over the example's tokens.
+
+    Args:
+        model: the model whose statistics were collected.
+        layout: its blocks.
+        collected: the Kronecker factors of every block; see `collect_curvature`.
+        progress: whether to show a progress bar.
+
+    Returns:
+        One curve per block. Errors are in nats, times the weight of the block's layer (see
+        `DEPTH_WEIGHT`).
 
     Raises:
-        UserError: the moments of a block are degenerate beyond repair; the block is named.
+        UserError: the input moments of a block are not positive definite; the block is named.
     """
     curves = {}
     own = [i for i, block in enumerate(layout.blocks) if _keeper(block) == distributed.rank()]
     for i in tqdm(own, desc="error curves", unit="block", disable=not progress, leave=False):
-        block, moments = layout.blocks[i], collected[i]
+        block, factors = layout.blocks[i], collected[i]
         consumer = linear(model, block.consumer)
-        importance = _weight(block, layout) / (2 * moments.examples)
-        gradients = importance * to_float64(moments.gradient_moment)
+        scale = _depth_weight(block, layout) / (2 * factors.examples)
         try:
             curves[i] = removal_curve(
-                moments.input_covariance(about_mean=consumer.bias is not None),
+                factors.input_covariance(centred=consumer.bias is not None),
                 weight_of(consumer).detach(),
-                gradients,
+                scale * to_float64(factors.gradient_moment),
                 block.unit_width,
             )
         except NumericalFailure as failure:
             raise UserError(
-                f"no error curve can be made for {block.name}: {failure}; calibrate on more or "
-                "other examples"
+                f"the error curve of {block.name} cannot be computed: {failure}; calibrate on more "
+                "or other examples"
             ) from failure
     return tuple(distributed.all_gather(curves))
 
 
-def _weight(block: Block, layout: Layout) -> float:
-    """How much an error in this block counts; see `DEPTH_WEIGHT`."""
+def _depth_weight(block: Block, layout: Layout) -> float:
     if block.pre_norm:
         return 1.0
-    height = 1 - block.layer / max(1, len(layout.layers) - 1)  # 1 at the bottom, 0 at the top
+    height = 1 - block.layer / max(1, len(layout.layers) - 1)  # 1 in the first layer, 0 in the last
     return math.exp(DEPTH_WEIGHT * height)
+
+
+def _keeper(block: Block) -> int:
+    """Rank of the process that keeps a block's sums."""
+    return block.layer % distributed.world_size()
+
+
+def _zeros(model: PreTrainedModel, block: Block) -> KroneckerFactors:
+    weight = weight_of(model.get_submodule(block.consumer))
+    outputs, features = weight.shape if _keeper(block) == distributed.rank() else (0, 0)
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(*shape, device=weight.device)
+
+    return KroneckerFactors(zeros(features, features), zeros(features), zeros(outputs, outputs))
+
+
+def _add_step(
+    calibration: Calibration,
+    step: Sequence[int | None],
+    collected: Sequence[KroneckerFactors],
+) -> None:
+    """Add the batches of one step, one batch per process.
+
+    A single process adds rows as soon as it has them. With several processes, the keeper of a block
+    receives the rows of all of them. In the last step a process may have no batch. It then runs an
+    earlier batch and counts none of its tokens, since all processes must take part in the exchange.
+
+    Args:
+        step: number of the batch of every process; None where there is none.
+    """
+    layout, batches = calibration.layout, calibration.batches
+    own = step[distributed.rank()]
+    batch = batches[distributed.rank() if own is None else own]
+    masks = [block_token_mask(layout, block, batch) for block in layout.blocks]
+    tokens = [torch.zeros_like(mask) if own is None else mask for mask in masks]
+    generator = batch_generator(calibration.seed, own or 0)
+    step_batches = [None if number is None else batches[number] for number in step]
+    for factors in collected:
+        factors.examples += sum(len(token_mask(one)) for one in step_batches if one is not None)
+    if distributed.world_size() == 1:
+        direct = [(factors.add_inputs, factors.add_gradients) for factors in collected]
+        _record_rows(calibration, batch, tokens, generator, direct)
+        return
+    rows: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in layout.blocks]
+    stored = [(inputs.append, gradients.append) for inputs, gradients in rows]
+    _record_rows(calibration, batch, tokens, generator, stored)
+    lengths = [
+        [
+            0 if one is None else int(block_token_mask(layout, block, one).sum())
+            for one in step_batches
+        ]
+        for block in layout.blocks
+    ]
+    _exchange(layout, collected, rows, lengths)
+
+
+def _record_rows(
+    calibration: Calibration,
+    batch: Batch,
+    tokens: Sequence[Tensor],
+    generator: torch.Generator,
+    record: Sequence[tuple[Record, Record]],
+) -> None:
+    """Run one batch forward and backward, without the rows of padding.
+
+    Args:
+        tokens: per block the token mask (B, S).
+        record: per block a function for consumer inputs (tokens, p) and one for output gradients
+            (tokens, d). Each is called once for every run of the block, and the second one also
+            for every objective value.
+    """
+
+    def packed(record_rows: Record, mask: Tensor) -> Record:
+        return lambda values: record_rows(pack(values, mask).float())
+
+    pairs = list(zip(record, tokens, strict=True))
+    record_inputs = [packed(inputs, mask) for (inputs, _), mask in pairs]
+    record_gradients = [packed(gradients, mask) for (_, gradients), mask in pairs]
+    for block_gradients in output_gradients(calibration, batch, generator, record_inputs):
+        for record_one, runs in zip(record_gradients, block_gradients, strict=True):
+            for gradient in runs:
+                record_one(gradient)
+
+
+def _exchange(
+    layout: Layout,
+    collected: Sequence[KroneckerFactors],
+    rows: Sequence[tuple[list[Tensor], list[Tensor]]],
+    lengths: Sequence[Sequence[int]],
+) -> None:
+    """Send the rows of every block to its keeper, which adds them in the order of the batches.
+
+    All rows are sent before the first are added, so that the keepers add at the same time.
+
+    Args:
+        rows: per block the consumer inputs and output gradients of this process.
+        lengths: per block the number of tokens of every process.
+    """
+    received = [
+        [distributed.gather_rows(torch.stack(own, 1), counts, _keeper(block)) for own in pair]
+        for block, pair, counts in zip(layout.blocks, rows, lengths, strict=True)
+    ]  # each (tokens, runs, p) or (tokens, objective values and runs, d)
+    for factors, (inputs, gradients) in zip(collected, received, strict=True):
+        for process_rows in inputs:
+            for run in process_rows.unbind(1):
+                factors.add_inputs(run.contiguous())
+        for process_rows in gradients:
+            for gradient in process_rows.unbind(1):
+                factors.add_gradients(gradient.contiguous())

@@ -1,15 +1,15 @@
-"""Classical importance criteria: one number a unit, from its weights, its gradients, or a coin.
+"""Classical importance criteria: one number per unit, from its weights, its gradients or at random.
 
-They are the baselines that structured pruning is measured against, here behind the same search,
-compaction and refit as everything else. A unit's weights are its rows in the producers and its
-columns in the consumer; biases are left out.
+These are the baselines of structured pruning. They share the search, compaction and least-squares
+fit with the other methods. The weights of a unit are its rows in the producers and its columns in
+the consumer; biases are left out.
 
-`search` fills a budget by importance, so what a head is worth must compare with what neurons of
-the same cost are worth together. `fisher` adds up over parts that are independent, and does. The
-others count as an average over the n weights of a unit, times n. A mask gradient is a sum over n
-weights whose signs cancel, which grows as the root of n, so `taylor` counts √n times: as it was, it
-gave every neuron precedence over any head, and the model failed. Within heads and within neurons
-the order is that of the published criteria, and so is what `same_fraction` keeps.
+`rfprune.stages.search` fills a budget by importance, so the importance of a head must compare with
+that of neurons of the same cost. The criterion `fisher` is additive over independent units and
+compares as it is. All others are averages over the n weights of a unit, times n. `taylor` is
+divided by √n first: a mask gradient is a sum over n weights with varying signs, which grows with
+√n. Without that division every neuron would have precedence over every head. None of this changes
+the order within heads or within neurons, which is that of the published criteria.
 """
 
 from __future__ import annotations
@@ -20,72 +20,59 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
-from rfprune.errors import UserError
 from rfprune.model.batch import Batch
 from rfprune.model.encoder_decoder import block_token_mask
 from rfprune.model.layout import Block, Layout
 from rfprune.model.linear import linear, weight_of
+from rfprune.stages.calibration import Calibration, require_finite
 from rfprune.stages.fisher import Gradients, collect_gradients
 from rfprune.stages.float64 import to_float64
-from rfprune.stages.objective import PREDICTIONS, Objective
 from rfprune.stages.output_gradients import output_gradients
 
 Importance = tuple[Tensor, ...]
-"""Per block of a layout one float64 (U,) on the CPU, not negative; more is more important."""
+"""One float64 vector (U,) on the CPU per block; not negative, larger is more important."""
 
 
-def compute_importance(
-    criterion: str,
-    model: PreTrainedModel,
-    layout: Layout,
-    batches: Sequence[Batch],
-    *,
-    objective: Objective = PREDICTIONS,
-    seed: int = 0,
-    progress: bool = False,
-) -> Importance:
-    """The importance of every unit by one of `rfprune.settings.CRITERIA`.
+def compute_importance(criterion: str, calibration: Calibration) -> Importance:
+    """Importance of every unit by a classical criterion.
 
     Args:
-        model: frozen (see `rfprune.model.masks.frozen`), so that no weight gradient is computed.
-        batches: calibration batches; magnitudes and random numbers need none.
-        objective: what is differentiated, see `rfprune.stages.objective.objective_values`.
-        seed: of the random numbers, and of labels that are sampled.
+        criterion: one of `rfprune.settings.CRITERIA`.
+        calibration: the model and its batches; magnitudes and random numbers need no batches.
+
+    Returns:
+        A float64 vector (U,) per block.
 
     Raises:
         UserError: a gradient is not finite (the block is named), or labels are needed and missing.
     """
-    if criterion in ("taylor", "fisher"):
-        gradients = collect_gradients(
-            model, layout, batches, objective=objective, seed=seed, progress=progress
+    if criterion == "fisher":
+        return fisher(collect_gradients(calibration))
+    sizes = [num_weights(calibration.model, block) for block in calibration.layout.blocks]
+    averages = _averages_over_weights(criterion, calibration, sizes)
+    return tuple(size * values for size, values in zip(sizes, averages, strict=True))
+
+
+def _averages_over_weights(
+    criterion: str, calibration: Calibration, sizes: Sequence[int]
+) -> Importance:
+    model, layout = calibration.model, calibration.layout
+    if criterion == "taylor":
+        importance = taylor(collect_gradients(calibration))
+        return tuple(
+            values / math.sqrt(size) for size, values in zip(sizes, importance, strict=True)
         )
-        if criterion == "fisher":
-            return fisher(gradients)
-        averages = tuple(
-            values / math.sqrt(num_weights(model, block))
-            for block, values in zip(layout.blocks, taylor(gradients), strict=True)
-        )
-    elif criterion == "gradient":
-        averages = gradient(
-            collect_gradient_norms(
-                model, layout, batches, objective=objective, seed=seed, progress=progress
-            )
-        )
-    elif criterion == "random":
-        averages = random(layout, seed)
-    else:
-        average = {"magnitude-l1": magnitude_l1, "magnitude-l2": magnitude_l2}[criterion]
-        averages = tuple(average(unit_weights(model, block)).cpu() for block in layout.blocks)
-    return tuple(
-        num_weights(model, block) * values
-        for block, values in zip(layout.blocks, averages, strict=True)
-    )
+    if criterion == "gradient":
+        return gradient(collect_gradient_norms(calibration))
+    if criterion == "random":
+        return random(layout, calibration.seed)
+    magnitude = {"magnitude-l1": magnitude_l1, "magnitude-l2": magnitude_l2}[criterion]
+    return tuple(magnitude(unit_weights(model, block)).cpu() for block in layout.blocks)
 
 
 def unit_weights(model: nn.Module, block: Block) -> Tensor:
-    """All weights of each unit, (U, n): its rows in the producers, its columns in the consumer."""
+    """All weights of each unit, (U, n): rows in the producers and columns in the consumer."""
     units, columns = block.num_units, weight_of(linear(model, block.consumer)).T
     weights = [columns.reshape(units, -1)]
     for producer in block.producers:
@@ -96,13 +83,13 @@ def unit_weights(model: nn.Module, block: Block) -> Tensor:
 
 
 def num_weights(model: nn.Module, block: Block) -> int:
-    """How many weights a unit of the block has, the n of `unit_weights`."""
+    """Number of weights of one unit, the n of `unit_weights`."""
     paths = (*(producer.path for producer in block.producers), block.consumer)
     return sum(int(linear(model, path).weight.numel()) for path in paths) // block.num_units
 
 
 def magnitude_l1(weights: Tensor) -> Tensor:
-    """Mean absolute weight of each unit, (U, n) -> (U,): its L1 norm by its number of weights.
+    """Mean absolute weight of each unit, (U, n) -> (U,): its L1 norm divided by n.
 
     Li et al. 2017, "Pruning Filters for Efficient ConvNets" (arXiv 1608.08710).
     """
@@ -110,7 +97,7 @@ def magnitude_l1(weights: Tensor) -> Tensor:
 
 
 def magnitude_l2(weights: Tensor) -> Tensor:
-    """Root mean square weight of each unit, (U, n) -> (U,): its L2 norm by the root of n.
+    """Root mean square weight of each unit, (U, n) -> (U,): its L2 norm divided by √n.
 
     Han et al. 2015, "Learning both Weights and Connections" (arXiv 1506.02626), for whole units.
     """
@@ -118,33 +105,36 @@ def magnitude_l2(weights: Tensor) -> Tensor:
 
 
 def gradient(norms: Gradients) -> Importance:
-    """Mean over examples and factors, (n, U) -> (U,) a block, of what `collect_gradient_norms`
-    gives: how steeply the loss depends on a unit's weights, whatever they are."""
+    """Mean gradient norm of each unit's weights, (n, U) -> (U,) per block.
+
+    The mean is over examples and objective values; see `collect_gradient_norms`. The weights
+    themselves have no part in it.
+    """
     return tuple(to_float64(norm).mean(0) for norm in norms)
 
 
 def taylor(gradients: Gradients) -> Importance:
-    """Mean absolute mask gradient, (n, U) -> (U,) a block.
+    """Mean absolute mask gradient, (n, U) -> (U,) per block.
 
-    The mask gradient of a unit is the sum over its output of activation times gradient, the
-    first-order change of the loss when the unit goes: Molchanov et al. 2017 (arXiv 1611.06440) and
-    2019 (arXiv 1906.10771); for heads Michel et al. 2019 (arXiv 1905.10650). The absolute value is
-    taken example by example.
+    The mask gradient of a unit is activation times gradient, summed over the unit's outputs: the
+    first-order change of the loss when the unit is removed. Molchanov et al. 2017 (arXiv
+    1611.06440) and 2019 (arXiv 1906.10771); for heads Michel et al. 2019 (arXiv 1905.10650). The
+    absolute value is taken for each example.
     """
     return tuple(to_float64(gradient).abs().mean(0) for gradient in gradients)
 
 
 def fisher(gradients: Gradients) -> Importance:
-    """Mean squared mask gradient, (n, U) -> (U,) a block: the diagonal of the Fisher information.
+    """Mean squared mask gradient, (n, U) -> (U,) per block: the diagonal of the Fisher information.
 
-    The second-order change of the loss in the manner of Optimal Brain Damage (LeCun et al. 1989);
-    the first stage of Kwon et al. 2022 (arXiv 2204.09656, section 4.1).
+    The second-order change of the loss, as in Optimal Brain Damage (LeCun et al. 1989). It is the
+    first stage of Kwon et al. 2022 (arXiv 2204.09656, section 4.1).
     """
     return tuple(to_float64(gradient).square().mean(0) for gradient in gradients)
 
 
 def random(layout: Layout, seed: int) -> Importance:
-    """Uniform random numbers in [0, 1), (U,) a block: what any criterion must beat."""
+    """Uniform random numbers in [0, 1), (U,) per block: the lower bound for every criterion."""
     generator = torch.Generator().manual_seed(seed)
     return tuple(
         torch.rand(block.num_units, dtype=torch.float64, generator=generator)
@@ -152,66 +142,51 @@ def random(layout: Layout, seed: int) -> Importance:
     )
 
 
-def collect_gradient_norms(
-    model: PreTrainedModel,
-    layout: Layout,
-    batches: Sequence[Batch],
-    *,
-    objective: Objective = PREDICTIONS,
-    seed: int = 0,
-    progress: bool = False,
-) -> Gradients:
-    """Root mean square loss gradient of each unit's weights in the consumer, example by example.
+def collect_gradient_norms(calibration: Calibration) -> Gradients:
+    """Root mean square loss gradient of each unit's weights in the consumer, for each example.
 
-    The weight gradient of an example is gᵀ·x, with x (S, p) what enters the consumer and g (S, d)
-    the gradient at what leaves it. It is never made: the squared norm of its column for feature x_u
-    is x_uᵀ·(g·gᵀ)·x_u.
+    The weight gradient of an example is gᵀ·x, with inputs x (S, p) of the consumer and gradients g
+    (S, d) at its outputs. It is never computed: the squared norm of its column for feature x_u is
+    x_uᵀ·(g·gᵀ)·x_u.
 
     Args:
-        model: frozen.
+        calibration: the model and its batches.
 
     Returns:
-        Per block a float32 matrix (n, U) on the CPU, a row for each example and factor.
+        A float32 matrix (n, U) on the CPU for every block, one row per example and objective value.
 
     Raises:
         UserError: a gradient is not finite (the block is named), or labels are needed and missing.
     """
-    generator = torch.Generator().manual_seed(seed)
-    rows: list[list[Tensor]] = [[] for _ in layout.blocks]
-    bar = tqdm(batches, desc="weight gradients", unit="batch", disable=not progress, leave=False)
-    for batch in bar:
+    blocks, hidden = calibration.layout.blocks, not calibration.progress
+    generator = torch.Generator().manual_seed(calibration.seed)
+    rows: list[list[Tensor]] = [[] for _ in blocks]
+    batches = calibration.batches
+    for batch in tqdm(batches, desc="weight gradients", unit="batch", disable=hidden, leave=False):
         with torch.inference_mode(False), torch.enable_grad():
-            _add_norms(model, layout, batch, objective, generator, rows)
+            _add_norms(calibration, batch, generator, rows)
     collected = tuple(torch.cat(block_rows) for block_rows in rows)
-    for block, norms in zip(layout.blocks, collected, strict=True):
-        if not torch.isfinite(norms).all():
-            raise UserError(
-                f"the weight gradients of {block.name} are not finite; check the checkpoint's "
-                "weights, or calibrate in float32 (--dtype float32)"
-            )
+    for block, norms in zip(blocks, collected, strict=True):
+        require_finite(block, "weight gradients", norms)
     return collected
 
 
 def _add_norms(
-    model: PreTrainedModel,
-    layout: Layout,
+    calibration: Calibration,
     batch: Batch,
-    objective: Objective,
     generator: torch.Generator,
     rows: Sequence[list[Tensor]],
 ) -> None:
-    entering: list[list[Tensor]] = [[] for _ in layout.blocks]
-    record_inputs = [runs.append for runs in entering]
-    for gradients in output_gradients(
-        model, layout, batch, record_inputs, generator, objective=objective
-    ):
-        for block, block_rows, xs, gs in zip(layout.blocks, rows, entering, gradients, strict=True):
+    layout = calibration.layout
+    inputs: list[list[Tensor]] = [[] for _ in layout.blocks]
+    record_inputs = [runs.append for runs in inputs]
+    for gradients in output_gradients(calibration, batch, generator, record_inputs):
+        for block, block_rows, xs, gs in zip(layout.blocks, rows, inputs, gradients, strict=True):
             tokens = block_token_mask(layout, block, batch)
-            # a weight's gradient is the sum over the runs, as it is over the tokens of each
+            # The gradient of a weight is a sum over tokens and over the runs of its block.
             x = torch.cat([x.float().reshape(*tokens.shape, -1) for x in xs], 1)
-            # padding is no part of an example
             g = torch.cat([g.float().reshape(*tokens.shape, -1) * tokens[..., None] for g in gs], 1)
-            squares = (x * ((g @ g.transpose(1, 2)) @ x)).sum(1)  # (B, p), one a column
+            squares = (x * ((g @ g.transpose(1, 2)) @ x)).sum(1)  # (B, p), one per column
             norms = squares.unflatten(1, (block.num_units, -1)).sum(-1).clamp_min(0).sqrt()
             size = block.unit_width * g.shape[-1]
             block_rows.append((norms / math.sqrt(size)).cpu())

@@ -1,4 +1,4 @@
-"""What enters the consumers of all blocks, and the loss gradients at what leaves them."""
+"""Inputs of all out-projections on a batch, and the loss gradients at their outputs."""
 
 from __future__ import annotations
 
@@ -8,57 +8,62 @@ from itertools import islice
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from rfprune.model.batch import Batch, model_inputs
-from rfprune.model.layout import Layout
-from rfprune.stages.objective import Objective, objective_values
+from rfprune.stages.calibration import Calibration
+from rfprune.stages.objective import objective_values
+
+Record = Callable[[Tensor], None]
+"""A function that stores or sums the tensor that it is called with."""
 
 
 def output_gradients(
-    model: PreTrainedModel,
-    layout: Layout,
+    calibration: Calibration,
     batch: Batch,
-    record_inputs: Sequence[Callable[[Tensor], None]],
     generator: torch.Generator,
-    *,
-    objective: Objective,
+    record_inputs: Sequence[Record],
 ) -> Iterator[tuple[tuple[Tensor, ...], ...]]:
-    """Run a batch and differentiate it; nothing runs before the first item is asked for.
+    """Run the model on a batch and differentiate its objective at the output of every consumer.
+
+    This is a generator: the forward pass runs when the first item is requested. The caller must
+    have gradients enabled.
 
     Args:
-        model: frozen, and not under no_grad.
-        record_inputs: one a block, each given what enters its consumer, (B, S, p) or
-            (B * S, p), detached, as often as the block runs.
-        objective: what is differentiated, see `rfprune.stages.objective.objective_values`.
+        batch: one of the calibration batches.
+        generator: of sampled labels.
+        record_inputs: one function per block. It is called with the input of the block's consumer,
+            (B, S, p) or (B * S, p), detached, once for each run of the block.
 
     Yields:
-        For every factor, of every block and each of its runs, (B, S, d), or (B * S, d), padding
-        included.
+        One item for each objective value of an example (one per class, for instance). An item holds
+        for every block, and each of its runs, the gradient (B, S, d) or (B * S, d) at the
+        consumer's output, including padding.
     """
-    leaving: list[list[Tensor]] = [[] for _ in layout.blocks]
+    model, blocks = calibration.model, calibration.layout.blocks
+    outputs: list[list[Tensor]] = [[] for _ in blocks]
     with ExitStack() as stack:
-        for block, take, left in zip(layout.blocks, record_inputs, leaving, strict=True):
+        for block, record, block_outputs in zip(blocks, record_inputs, outputs, strict=True):
             consumer = model.get_submodule(block.consumer)
-            stack.callback(consumer.register_forward_hook(_watch(take, left)).remove)
-        outputs = model(**model_inputs(batch), return_dict=True)
-    factors = objective_values(outputs, batch, model.config, generator, objective=objective)
-    flat = [output for left in leaving for output in left]
-    for i, factor in enumerate(factors):
-        found = iter(torch.autograd.grad(factor.sum(), flat, retain_graph=i + 1 < len(factors)))
-        yield tuple(tuple(islice(found, len(left))) for left in leaving)
+            hook = _recording_hook(record, block_outputs)
+            stack.callback(consumer.register_forward_hook(hook).remove)
+        predictions = model(**model_inputs(batch), return_dict=True)
+    values = objective_values(
+        predictions, batch, model.config, generator, objective=calibration.objective
+    )
+    flat = [output for block_outputs in outputs for output in block_outputs]
+    for i, value in enumerate(values):
+        gradients = iter(torch.autograd.grad(value.sum(), flat, retain_graph=i + 1 < len(values)))
+        yield tuple(tuple(islice(gradients, len(block_outputs))) for block_outputs in outputs)
 
 
-def _watch(
-    take: Callable[[Tensor], None], leaving: list[Tensor]
+def _recording_hook(
+    record: Record, outputs: list[Tensor]
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    """Take in what enters a consumer, and make what leaves it a place to differentiate at."""
-
     def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        take(inputs[0].detach())
-        if not output.requires_grad:  # the first block: nothing before it is differentiated
+        record(inputs[0].detach())
+        if not output.requires_grad:  # the first block of a frozen model: its output is a leaf
             output = output.detach().requires_grad_()
-        leaving.append(output)
+        outputs.append(output)
         return output
 
     return hook

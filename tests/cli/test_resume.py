@@ -79,7 +79,7 @@ CASES: dict[str, tuple[str, str, int, bool, bool, int]] = {
     for name, method, place, call, scored, collected, finished in (
         ("loading", "curvature", "run.load", 1, False, False, 0),
         ("scoring", "curvature", "tasks.evaluation._scores", 1, True, False, 0),
-        ("collection", "curvature", "stages.curvature._add_turn", 2, True, False, 0),
+        ("collection", "curvature", "stages.curvature._add_step", 2, True, False, 0),
         ("curves", "curvature", "selection.error_curves", 1, True, False, 0),
         ("allocation", "curvature", "selection.allocate", 1, True, True, 0),
         ("compaction", "curvature", "pipeline.compact", 1, True, True, 0),

@@ -13,6 +13,7 @@ from torch import Tensor
 from rfprune.errors import UserError
 from rfprune.model.frozen import frozen
 from rfprune.model.layout import layout_of
+from rfprune.stages.calibration import Calibration
 from rfprune.stages.curvature import DEPTH_WEIGHT, KroneckerFactors, collect_curvature, error_curves
 from rfprune.stages.objective import LABELLED, fisher_factors
 from rfprune.stages.optimal_brain_surgeon import removal_curve
@@ -20,7 +21,7 @@ from rfprune.stages.optimal_brain_surgeon import removal_curve
 
 def collect(model: Any, batches: list[Any], **settings: Any) -> tuple[KroneckerFactors, ...]:
     with frozen(model):
-        return collect_curvature(model, layout_of(model), batches, **settings)
+        return collect_curvature(Calibration(model, layout_of(model), batches, **settings))
 
 
 def test_moments_are_those_of_a_loop_over_tokens(tiny_model: Any, tiny_batch: Any) -> None:
@@ -118,7 +119,7 @@ def test_a_mean_costs_nothing_only_where_a_bias_makes_up_for_it() -> None:
     curvature = KroneckerFactors(torch.zeros(3, 3), torch.zeros(3), torch.zeros(2, 2))
     curvature.add_inputs(rows)
     about_mean = curvature.input_covariance()
-    about_zero = curvature.input_covariance(about_mean=False)
+    about_zero = curvature.input_covariance(centred=False)
     assert float(about_mean[0, 0]) == pytest.approx(1.0, rel=0.3)
     assert float(about_zero[0, 0]) == pytest.approx(26.0, rel=0.2)
 
@@ -156,7 +157,7 @@ def test_low_errors_weigh_more_where_norms_come_last(
     ):
         consumer = model.get_submodule(block.consumer)
         plain = removal_curve(
-            own.input_covariance(about_mean=consumer.bias is not None),
+            own.input_covariance(centred=consumer.bias is not None),
             consumer.weight.detach(),
             own.gradient_moment.double() / (2 * own.examples),
             block.unit_width,
@@ -172,7 +173,7 @@ def test_moments_of_shared_layers_are_summed_over_their_runs(
     model, batches = tiny_model("albert", num_hidden_groups=1), [tiny_batch()]
     layout = layout_of(model)
     with frozen(model):
-        summed = collect_curvature(model, layout, batches)
+        summed = collect_curvature(Calibration(model, layout, batches))
     entering: list[Tensor] = []
     tokens = batches[0]["attention_mask"].bool()
     consumer = model.get_submodule(layout.blocks[1].consumer)

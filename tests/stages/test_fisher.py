@@ -17,6 +17,7 @@ from rfprune.errors import UserError
 from rfprune.model.frozen import frozen
 from rfprune.model.layout import layout_of
 from rfprune.model.masks import full_masks, masked
+from rfprune.stages.calibration import Calibration
 from rfprune.stages.fisher import block_fisher, collect_gradients, diagonal_fisher
 from rfprune.stages.objective import LABELLED, PREDICTIONS, Objective
 
@@ -37,9 +38,13 @@ def one_by_one(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     ]
 
 
-def collect(model: Any, batches: list[dict[str, Tensor]], **options: Any) -> tuple[Tensor, ...]:
+def collect(
+    model: Any, batches: list[dict[str, Tensor]], *, per_batch: bool = False, **options: Any
+) -> tuple[Tensor, ...]:
     with frozen(model):
-        return collect_gradients(model, layout_of(model), batches, **options)
+        return collect_gradients(
+            Calibration(model, layout_of(model), batches, **options), per_batch=per_batch
+        )
 
 
 @pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet"])

@@ -21,6 +21,7 @@ from rfprune.model.frozen import frozen
 from rfprune.model.layout import Block, layout_of
 from rfprune.model.masks import full_masks, masked
 from rfprune.settings import CRITERIA
+from rfprune.stages.calibration import Calibration
 from rfprune.stages.fisher import collect_gradients, diagonal_fisher
 from rfprune.stages.importance import (
     collect_gradient_norms,
@@ -38,7 +39,9 @@ LABELS = torch.tensor([0, 1, 1, 0])
 
 def importance(criterion: str, model: Any, batches: list[Any], **options: Any) -> list[Tensor]:
     with frozen(model):
-        return list(compute_importance(criterion, model, layout_of(model), batches, **options))
+        return list(
+            compute_importance(criterion, Calibration(model, layout_of(model), batches, **options))
+        )
 
 
 def examples_of(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -131,7 +134,9 @@ def test_batches_do_not_matter(
 def test_fisher_is_that_of_the_published_method(tiny_model: Tiny, tiny_batch: Tiny) -> None:
     model, batches = tiny_model(), [tiny_batch()]
     with frozen(model):
-        published = diagonal_fisher(collect_gradients(model, layout_of(model), batches))
+        published = diagonal_fisher(
+            collect_gradients(Calibration(model, layout_of(model), batches))
+        )
     for values, expected in zip(importance("fisher", model, batches), published, strict=True):
         torch.testing.assert_close(4 * values, expected)
 
@@ -269,7 +274,7 @@ def test_a_gradient_that_is_not_finite_names_its_block(tiny_model: Tiny, tiny_ba
         frozen(model),
         pytest.raises(UserError, match=r"weight gradients of layer\.\d\.\w+ are not finite"),
     ):
-        collect_gradient_norms(model, layout_of(model), [tiny_batch()])
+        collect_gradient_norms(Calibration(model, layout_of(model), [tiny_batch()]))
 
 
 @pytest.mark.parametrize("model_type", ALL_TYPES)

@@ -21,6 +21,7 @@ from rfprune.errors import UserError
 from rfprune.model.frozen import frozen
 from rfprune.model.layout import layout_of
 from rfprune.model.masks import masked
+from rfprune.stages.calibration import Calibration
 from rfprune.stages.fisher import collect_gradients
 from rfprune.stages.objective import PREDICTIONS, fisher_factors, label_losses, objective_values
 
@@ -188,7 +189,7 @@ def test_an_example_is_all_of_its_choices(tiny_model: Tiny, tiny_batch: Tiny) ->
     batch = {name: values.view(2, 3, -1) for name, values in flat.items()}
     layout = layout_of(model)
     with frozen(model):
-        collected = collect_gradients(model, layout, [batch])
+        collected = collect_gradients(Calibration(model, layout, [batch]))
         masks = [torch.ones(2, block.num_units, requires_grad=True) for block in layout.blocks]
         with masked(model, layout, [mask.repeat_interleave(3, 0) for mask in masks]):
             outputs = model(**batch)
