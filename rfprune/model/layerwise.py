@@ -1,11 +1,11 @@
-"""Run a model one layer or one block at a time, and watch what enters and leaves out-projections.
+"""Run a model one layer or one block at a time, and record what its blocks compute.
 
-Hidden states are kept without padding, (tokens, d) a batch, so that a pass over the layers needs
-memory for the real tokens alone. The keyword arguments of a layer (attention mask, position bias)
-are not kept: they come from the model itself, which is run up to its first layer again.
+Between calls hidden states are kept without padding (see `rfprune.model.batch.pack`), so that a
+pass over the layers needs memory for the tokens alone. The other arguments of a layer (attention
+mask, position bias) are not kept: `layer_calls` runs the model up to its first layer again.
 
-Of an encoder-decoder the two stacks are run one after the other; see
-`rfprune.model.encoder_decoder`.
+The two stacks of an encoder-decoder run one after the other; see `rfprune.model.encoder_decoder`.
+Shapes: `B` examples, `S` tokens, `d` hidden size, `U` units of a block.
 """
 
 from __future__ import annotations
@@ -25,50 +25,65 @@ from rfprune.model.layout import Block, Layout
 
 
 class _Stop(Exception):
-    """Ends a forward pass once everything that was asked for has been seen."""
+    """Ends a forward pass that has gone far enough."""
 
 
 @dataclass(frozen=True)
-class LayerCall:
-    """What a layer is called with, the hidden states apart."""
+class ModuleCall:
+    """The arguments of a module's call; for a layer without its hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
-Calls = Mapping[str, LayerCall]
-"""What each layer of a model is called with on a batch, by the layer's path."""
+LayerCalls = Mapping[str, ModuleCall]
+"""The arguments of each layer on a batch, by the layer's path."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """One sublayer at work on a batch.
+    """What one block computes on a batch.
 
     Attributes:
-        features: (B, S, U * width), what enters the consumer; None where the block has no units
-            left.
-        output: (B, S, d), what the sublayer adds to the residual: what leaves the consumer, scaled
-            where the family scales it.
-        total: (B, S, d), output plus residual.
+        features: (B, S, U * width), the consumer's input; None if the block has no units left.
+        output: (B, S, d), the consumer's output, scaled where the family has a LayerScale.
+        residual_sum: (B, S, d), output plus residual.
     """
 
     features: Tensor | None
     output: Tensor
-    total: Tensor
+    residual_sum: Tensor
+
+
+def first_call(module: nn.Module, run: Callable[[], Any]) -> ModuleCall | None:
+    """The arguments of a module's first call in `run`, which ends there; None without a call."""
+    calls: list[ModuleCall] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(ModuleCall(args, kwargs))
+        raise _Stop
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        with suppress(_Stop):
+            run()
+    finally:
+        handle.remove()
+    return calls[0] if calls else None
 
 
 def add_image_token_mask(model: PreTrainedModel, layout: Layout, batch: Batch) -> Batch:
-    """The batch, and for images which of their tokens are real: all.
+    """Add the token mask to a batch of images; other batches are returned as they are.
 
-    How many tokens an image becomes, only the model knows; it is run up to its first layer.
+    The model itself decides how many tokens an image becomes, so it runs up to its first layer.
     """
     if TOKEN_MASK in batch or "pixel_values" not in batch or "input_ids" in batch:
         return batch
     with torch.no_grad():
-        there = {name: values.to(model.device) for name, values in batch.items()}
-        hidden, _ = layer_calls(model, layout, there)
-    where = batch["pixel_values"].device
-    return {**batch, TOKEN_MASK: torch.ones(hidden.shape[:2], dtype=torch.bool, device=where)}
+        on_device = {name: values.to(model.device) for name, values in batch.items()}
+        hidden, _ = layer_calls(model, layout, on_device)
+    device = batch["pixel_values"].device
+    return {**batch, TOKEN_MASK: torch.ones(hidden.shape[:2], dtype=torch.bool, device=device)}
 
 
 def layer_calls(
@@ -77,35 +92,35 @@ def layer_calls(
     batch: Batch,
     *,
     decoder_inputs: Mapping[str, Any] | None = None,
-) -> tuple[Tensor, Calls]:
-    """The hidden states (B, S, d) that enter the first layer, and what each layer is called with;
-    of an encoder-decoder those of the encoder, or, given its `decoder_inputs` (see
-    `rfprune.model.encoder_decoder.inputs_with_encoder_output`), those of the decoder.
+) -> tuple[Tensor, LayerCalls]:
+    """The hidden states (B, S, d) that enter the first layer, and the arguments of every layer.
 
-    Layers may differ in their attention mask and in their positions. None of them is run: each
-    passes on what it gets, and the position bias where the first one makes that of all. Caches of
-    keys and values are left out.
+    No layer runs: each passes on its input, and the position bias where the first layer computes
+    it for all. Layers may differ in attention mask and positions. Key-value caches are left out.
+
+    Args:
+        decoder_inputs: see `rfprune.model.encoder_decoder.inputs_with_encoder_output`; if given,
+            the layers are those of the decoder, otherwise those of the encoder or the only stack.
     """
     hidden: list[Tensor] = []
-    calls: dict[str, LayerCall] = {}
-    handed_on: list[Tensor | None] = []
+    calls: dict[str, ModuleCall] = {}
+    position_bias: list[Tensor | None] = []
     paths = [layout.layers[i] for i in layout.layer_indices(decoder=decoder_inputs is not None)]
+    output_length = layout.layer_output_length
 
     def stand_in(path: str) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             states: Tensor = args[0] if args else kwargs.pop("hidden_states")
             hidden.append(states)
-            named = {name: _no_cache(value) for name, value in kwargs.items()}
-            calls[path] = LayerCall(tuple(_no_cache(value) for value in args[1:]), named)
+            without_cache = {name: _none_if_cache(value) for name, value in kwargs.items()}
+            calls[path] = ModuleCall(tuple(map(_none_if_cache, args[1:])), without_cache)
             if path == paths[-1]:
                 raise _Stop
-            if layout.layer_output_length is None:
+            if output_length is None:
                 return states
             if path == paths[0]:
-                handed_on.append(_first_bias(model.get_submodule(path), states.shape[1]))
-            return (states, *handed_on, *[None] * (layout.layer_output_length - 2))[
-                : layout.layer_output_length
-            ]
+                position_bias.append(_position_bias(model.get_submodule(path), states.shape[1]))
+            return (states, *position_bias, *[None] * (output_length - 2))[:output_length]
 
         return forward
 
@@ -116,8 +131,8 @@ def layer_calls(
     return hidden[0], calls
 
 
-def _first_bias(layer: nn.Module, num_tokens: int) -> Tensor | None:
-    """The position bias (1, H, S, S) of a layer that makes that of all layers; else None."""
+def _position_bias(layer: nn.Module, num_tokens: int) -> Tensor | None:
+    """The position bias (1, H, S, S) of a layer that computes it for all layers; else None."""
     for module in layer.modules():
         if getattr(module, "has_relative_attention_bias", False):
             bias: Tensor = module.compute_bias(num_tokens, num_tokens)  # type: ignore[operator]
@@ -125,7 +140,7 @@ def _first_bias(layer: nn.Module, num_tokens: int) -> Tensor | None:
     return None
 
 
-def _no_cache(value: Any) -> Any:
+def _none_if_cache(value: Any) -> Any:
     return None if isinstance(value, Cache) else value
 
 
@@ -133,45 +148,51 @@ def run_layer(
     model: nn.Module,
     layer: str,
     hidden: Tensor,
-    calls: Calls,
+    calls: LayerCalls,
     *,
-    done: Sequence[Block] = (),
+    skip: Sequence[Block] = (),
 ) -> Tensor:
-    """The output (B, S, d) of one layer.
+    """Run one layer.
 
     Args:
-        hidden: (B, S, d), what enters the layer; if there are `done` blocks, the last one's total.
-        done: blocks of this layer, from its first on, that are not to be run again.
+        layer: its path.
+        hidden: (B, S, d), the layer's input; with `skip`, the residual sum of the last block in it.
+        calls: from `layer_calls`.
+        skip: blocks of this layer, from the first on, that have run already.
+
+    Returns:
+        The layer's output (B, S, d).
     """
-    with _skipped(model, done, hidden):
-        return _output_of(model, layer, hidden, calls)
+    with _skipped(model, skip, hidden):
+        return _layer_output(model, layer, hidden, calls)
 
 
-def _output_of(model: nn.Module, layer: str, hidden: Tensor, calls: Calls) -> Tensor:
+def _layer_output(model: nn.Module, layer: str, hidden: Tensor, calls: LayerCalls) -> Tensor:
     output = model.get_submodule(layer)(hidden, *calls[layer].args, **calls[layer].kwargs)
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states
 
 
 def trace_block(
     model: nn.Module,
     layer: str,
     hidden: Tensor,
-    calls: Calls,
+    calls: LayerCalls,
     block: Block,
     *,
-    done: Sequence[Block] = (),
+    skip: Sequence[Block] = (),
 ) -> Trace:
-    """Run a layer as far as the residual sum of `block`; see `run_layer`."""
-    with _skipped(model, done, hidden), _watched(model, block) as seen, suppress(_Stop):
-        seen["total"] = _output_of(model, layer, hidden, calls)
+    """Run a layer up to the residual sum of `block`; for the arguments see `run_layer`."""
+    with _skipped(model, skip, hidden), _recorded(model, block) as seen, suppress(_Stop):
+        seen["residual_sum"] = _layer_output(model, layer, hidden, calls)
     scale = layer_scale(model, block)
     output = seen["output"] if scale is None else scale * seen["output"]
-    return Trace(seen.get("features"), output.view(hidden.shape), seen["total"].view(hidden.shape))
+    residual_sum = seen["residual_sum"].view(hidden.shape)
+    return Trace(seen.get("features"), output.view(hidden.shape), residual_sum)
 
 
 def layer_scale(model: nn.Module, block: Block) -> Tensor | None:
-    """What multiplies what leaves the consumer before the residual is added, (d,)."""
+    """The vector (d,) that multiplies the consumer's output; None where there is none."""
     if block.sublayer.layer_scale is None:
         return None
     parent, _, name = block.sublayer.layer_scale.rpartition(".")
@@ -183,73 +204,57 @@ def block_input(
     model: nn.Module,
     layer: str,
     hidden: Tensor,
-    calls: Calls,
+    calls: LayerCalls,
     block: Block,
     *,
-    done: Sequence[Block] = (),
+    skip: Sequence[Block] = (),
 ) -> Tensor:
-    """What the producers of `block` read (B, S, d); nothing is run beyond; see `run_layer`."""
-    with _skipped(model, done, hidden):
-        return _what_enters(
-            model.get_submodule(block.input_projections[0]),
-            lambda: _output_of(model, layer, hidden, calls),
-        )
-
-
-def _what_enters(module: nn.Module, run: Callable[[], Any]) -> Tensor:
-    seen: list[Tensor] = []
-
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen.append(inputs[0])
-        raise _Stop
-
-    handle = module.register_forward_pre_hook(hook)
-    try:
-        with suppress(_Stop):
-            run()
-    finally:
-        handle.remove()
-    return seen[0]
+    """The input (B, S, d) of a block's producers; for the arguments see `run_layer`."""
+    projection = model.get_submodule(block.input_projections[0])
+    with _skipped(model, skip, hidden):
+        call = first_call(projection, lambda: _layer_output(model, layer, hidden, calls))
+    assert call is not None, "a layer calls all its projections"
+    states: Tensor = call.args[0]
+    return states
 
 
 @contextmanager
-def _skipped(model: nn.Module, done: Sequence[Block], total: Tensor) -> Iterator[None]:
-    """Compute nothing in the blocks `done`; `total` (B, S, d) comes after the last one.
+def _skipped(model: nn.Module, blocks: Sequence[Block], residual_sum: Tensor) -> Iterator[None]:
+    """Bypass `blocks`; the last one's residual sum becomes `residual_sum` (B, S, d).
 
-    Where norms come first, the layer is given the total, to which the blocks add zeros. Where they
-    come after, it goes into the last block's norm.
+    In pre-norm layers the layer's input is the residual sum, to which the blocks add zeros. In
+    post-norm layers it replaces the input of the last block's norm.
     """
     with ExitStack() as stack:
-        for block in done:
-            inside = block.consumer.startswith(block.sublayer.module + ".")
-            output = total.new_zeros(1) if block.pre_norm else total
-            # masks of the consumer may multiply what enters it
-            features = output if inside else total.new_zeros(1, 1, 1)
-            if block.sublayer.includes_residual:
-                features = model.get_submodule(block.sublayer.next_norm or "")(total)
-            inner = (
-                (features, *[None] * block.sublayer.num_extra_outputs)
-                if block.sublayer.num_extra_outputs
-                else features
+        for block in blocks:
+            row = block.sublayer
+            output = residual_sum.new_zeros(1) if block.pre_norm else residual_sum
+            # a consumer that is outside of the module takes its output, which masks may multiply
+            inside = block.consumer.startswith(row.module + ".")
+            states = output if inside else residual_sum.new_zeros(1, 1, 1)
+            if row.includes_residual:
+                states = model.get_submodule(row.next_norm or "")(residual_sum)
+            others = [None] * row.num_extra_outputs
+            stack.enter_context(
+                _returns(model, row.module, (states, *others) if others else states)
             )
-            stack.enter_context(_returning(model, block.sublayer.module, inner))
-            stack.enter_context(_returning(model, block.consumer, output))
-        if done and not done[-1].pre_norm:
-            residual_sum = model.get_submodule(done[-1].sublayer.next_norm or "")
-            handle = residual_sum.register_forward_pre_hook(lambda *_: (total,))
+            stack.enter_context(_returns(model, block.consumer, output))
+        if blocks and not blocks[-1].pre_norm:
+            norm = model.get_submodule(blocks[-1].sublayer.next_norm or "")
+            handle = norm.register_forward_pre_hook(lambda *_: (residual_sum,))
             stack.callback(handle.remove)
         yield
 
 
-def _returning(model: nn.Module, path: str, value: Any) -> AbstractContextManager[None]:
-    """Have a module return a value instead of computing anything."""
+def _returns(model: nn.Module, path: str, value: Any) -> AbstractContextManager[None]:
+    """Let a module return a value instead of computing one."""
     return _forward_replaced(model, path, lambda *_, **__: value)
 
 
 @contextmanager
 def _forward_replaced(model: nn.Module, path: str, forward: Callable[..., Any]) -> Iterator[None]:
     module: Any = model.get_submodule(path)
-    own = vars(module).get("forward")  # where a library has wrapped it
+    own = vars(module).get("forward")  # set by libraries that wrap it, such as accelerate
     module.forward = forward
     try:
         yield
@@ -260,23 +265,23 @@ def _forward_replaced(model: nn.Module, path: str, forward: Callable[..., Any]) 
 
 
 @contextmanager
-def _watched(model: nn.Module, block: Block) -> Iterator[dict[str, Tensor]]:
-    """Note what enters and leaves a block's consumer and its residual sum; stop there."""
+def _recorded(model: nn.Module, block: Block) -> Iterator[dict[str, Tensor]]:
+    """Record the input and output of a block's consumer and its residual sum; stop there."""
     seen: dict[str, Tensor] = {}
 
     def after_consumer(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if isinstance(module, LINEAR_MAPS):  # else no unit is left, and what enters means nothing
+        if isinstance(module, LINEAR_MAPS):  # else no unit is left, and there are no features
             seen["features"] = inputs[0]
         seen["output"] = output
 
-    def before_sum(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen["total"] = inputs[0]
+    def before_norm(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen["residual_sum"] = inputs[0]
         raise _Stop
 
     with ExitStack() as stack:
         consumer = model.get_submodule(block.consumer)
         stack.callback(consumer.register_forward_hook(after_consumer).remove)
         if block.sublayer.next_norm is not None:
-            residual_sum = model.get_submodule(block.sublayer.next_norm)
-            stack.callback(residual_sum.register_forward_pre_hook(before_sum).remove)
+            norm = model.get_submodule(block.sublayer.next_norm)
+            stack.callback(norm.register_forward_pre_hook(before_norm).remove)
         yield seen

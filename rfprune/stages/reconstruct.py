@@ -32,7 +32,7 @@ from rfprune.model.encoder_decoder import (
     inputs_with_encoder_output,
 )
 from rfprune.model.layerwise import (
-    Calls,
+    LayerCalls,
     Trace,
     block_input,
     layer_calls,
@@ -73,25 +73,25 @@ class _Walk:
     last: Block | None = None
     memory: Sequence[Tensor] = ()
 
-    def calls(self, i: int, batch: Batch) -> Calls:
+    def calls(self, i: int, batch: Batch) -> LayerCalls:
         """What the layers are called with on batch i."""
         given = inputs_with_encoder_output(batch, self.memory[i]) if self.memory else None
         return layer_calls(self.model, self.layout, batch, decoder_inputs=given)[1]
 
-    def trace(self, i: int, tokens: Tensor, calls: Calls, block: Block) -> Trace:
+    def trace(self, i: int, tokens: Tensor, calls: LayerCalls, block: Block) -> Trace:
         """Batch i at `block`, on its way from the last one."""
         hidden, done = self._reach(i, tokens, calls, block.layer)
         path = self.layout.layers[block.layer]
-        return trace_block(self.model, path, hidden, calls, block, done=done)
+        return trace_block(self.model, path, hidden, calls, block, skip=done)
 
-    def block_input(self, i: int, tokens: Tensor, calls: Calls, block: Block) -> Tensor:
+    def block_input(self, i: int, tokens: Tensor, calls: LayerCalls, block: Block) -> Tensor:
         """What the producers of `block` read of batch i, (B, S, d)."""
         hidden, done = self._reach(i, tokens, calls, block.layer)
         path = self.layout.layers[block.layer]
-        return block_input(self.model, path, hidden, calls, block, done=done)
+        return block_input(self.model, path, hidden, calls, block, skip=done)
 
     def _reach(
-        self, i: int, tokens: Tensor, calls: Calls, until: int
+        self, i: int, tokens: Tensor, calls: LayerCalls, until: int
     ) -> tuple[Tensor, list[Block]]:
         """Hidden states (B, S, d) of batch i in layer `until`, and its blocks that are done."""
         hidden = unpack(self.states[i], tokens)
@@ -100,7 +100,7 @@ class _Walk:
             layer, blocks = self.last.layer, self.layout.blocks_of_layer(self.last.layer)
             done = [*blocks[: blocks.index(self.last)], self.last]
         for path in self.layout.layers[layer:until]:
-            hidden, done = run_layer(self.model, path, hidden, calls, done=done), []
+            hidden, done = run_layer(self.model, path, hidden, calls, skip=done), []
         return hidden, done
 
 
@@ -199,11 +199,11 @@ def _collect(
     for i, batch in enumerate(batches):
         tokens = block_token_mask(student.layout, block, batch)
         theirs, calls = _calls(teacher, student, i, batch)
-        wanted = teacher.trace(i, tokens, theirs, block).total
+        wanted = teacher.trace(i, tokens, theirs, block).residual_sum
         teacher.states[i].copy_(pack(wanted, tokens))
         trace = student.trace(i, tokens, calls, block)
         chosen = first_tokens(tokens) if first_token_only else tokens
-        residual = pack(trace.total, chosen) - pack(trace.output, chosen)
+        residual = pack(trace.residual_sum, chosen) - pack(trace.output, chosen)
         target = pack(wanted, chosen) - residual
         if trace.features is None:
             _part(parts, i).add(target.new_zeros(len(target), 0), target)
@@ -213,7 +213,7 @@ def _collect(
     return _everyones(parts[0]), _everyones(parts[1])
 
 
-def _calls(teacher: _Walk, student: _Walk, i: int, batch: Batch) -> tuple[Calls, Calls]:
+def _calls(teacher: _Walk, student: _Walk, i: int, batch: Batch) -> tuple[LayerCalls, LayerCalls]:
     """What the layers of both are called with on batch i: the same, unless they read encoders.
 
     A student can be called as its teacher is, but not the other way round: a position bias may have
@@ -243,9 +243,9 @@ def _collect_runs(
             path, block_input = layout.layers[layer], hidden
             if layer == block.layer:
                 if before:
-                    block_input = trace_block(teacher, path, hidden, calls, before[-1]).total
-                wanted = trace_block(teacher, path, block_input, calls, block, done=before)
-                found = trace_block(student, path, block_input, calls, block, done=before)
+                    block_input = trace_block(teacher, path, hidden, calls, before[-1]).residual_sum
+                wanted = trace_block(teacher, path, block_input, calls, block, skip=before)
+                found = trace_block(student, path, block_input, calls, block, skip=before)
                 target = pack(wanted.output, tokens)
                 features = target.new_zeros(len(target), 0)
                 if found.features is not None:
@@ -309,7 +309,7 @@ def _has_bias(reader: Any) -> bool:
 def _pass(walk: _Walk, batches: Sequence[Batch], block: Block) -> None:
     for i, batch in enumerate(batches):
         tokens = block_token_mask(walk.layout, block, batch)
-        total = walk.trace(i, tokens, walk.calls(i, batch), block).total
+        total = walk.trace(i, tokens, walk.calls(i, batch), block).residual_sum
         walk.states[i].copy_(pack(total, tokens))
     walk.last = block
 

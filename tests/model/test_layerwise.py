@@ -158,9 +158,11 @@ def test_a_trace_is_consistent_with_the_block(
             output = output if scale is None else scale * output
             assert torch.equal(output.view(hidden.shape), trace.output)
         close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
-        close(heads.total - heads.output, hidden)  # the residual of attention
-        close(neurons.total - neurons.output, after_norm(model, blocks[0], heads.total))
-        after = after_norm(model, blocks[1], neurons.total)
+        close(heads.residual_sum - heads.output, hidden)  # the residual of attention
+        close(
+            neurons.residual_sum - neurons.output, after_norm(model, blocks[0], heads.residual_sum)
+        )
+        after = after_norm(model, blocks[1], neurons.residual_sum)
         close(after, run_layer(model, path, hidden, calls))
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -192,7 +194,7 @@ def test_a_layer_goes_on_after_what_is_done(
     ran: list[str] = []
     with torch.no_grad():
         hidden, calls = layer_calls(model, layout, batch)
-        between = trace_block(model, path, hidden, calls, heads).total
+        between = trace_block(model, path, hidden, calls, heads).residual_sum
         expected = trace_block(model, path, hidden, calls, neurons)
         output = run_layer(model, path, hidden, calls)
         for block in (heads, neurons):
@@ -200,17 +202,17 @@ def test_a_layer_goes_on_after_what_is_done(
                 module = model.get_submodule(producer.path)
                 note = partial(note_run, ran, block.kind)
                 module.register_forward_hook(note)
-        found = trace_block(model, path, between, calls, neurons, done=[heads])
+        found = trace_block(model, path, between, calls, neurons, skip=[heads])
         assert ran == ["neuron"] * len(neurons.producers)
-        assert torch.equal(found.total, expected.total)
+        assert torch.equal(found.residual_sum, expected.residual_sum)
         assert torch.equal(found.output, expected.output)
-        assert torch.equal(run_layer(model, path, between, calls, done=[heads]), output)
+        assert torch.equal(run_layer(model, path, between, calls, skip=[heads]), output)
         ran.clear()
-        end = run_layer(model, path, expected.total, calls, done=[heads, neurons])
+        end = run_layer(model, path, expected.residual_sum, calls, skip=[heads, neurons])
         assert torch.equal(end, output)
         assert ran == []
         if not emptied or model.get_submodule(heads.consumer).bias is not None:
-            assert not torch.equal(run_layer(model, path, hidden, calls, done=[heads]), output)
+            assert not torch.equal(run_layer(model, path, hidden, calls, skip=[heads]), output)
     assert all("forward" not in vars(module) for module in model.modules())
     assert not any(module._forward_pre_hooks for module in model.get_submodule(path).children())
 
@@ -229,8 +231,8 @@ def test_masks_of_what_is_done_do_no_harm(
         plain = run_layer(model, path, hidden, calls)
         with masked(model, layout, masks):
             output = run_layer(model, path, hidden, calls)
-            total = trace_block(model, path, hidden, calls, blocks[1]).total
-            assert torch.equal(run_layer(model, path, total, calls, done=blocks), output)
+            total = trace_block(model, path, hidden, calls, blocks[1]).residual_sum
+            assert torch.equal(run_layer(model, path, total, calls, skip=blocks), output)
     assert (output - plain).abs().max() > 0.1
 
 
@@ -243,10 +245,10 @@ def test_what_others_have_wrapped_stays_wrapped(tiny_model: Tiny, tiny_batch: Ti
     plain = consumer.forward
     consumer.forward = wrapped = lambda features: plain(features)
     hidden, calls = layer_calls(model, layout, tiny_batch())
-    run_layer(model, layout.layers[0], hidden, calls, done=[heads, neurons])
+    run_layer(model, layout.layers[0], hidden, calls, skip=[heads, neurons])
     assert consumer.forward is wrapped
     with pytest.raises(RuntimeError):
-        run_layer(model, layout.layers[0], hidden[..., :3], calls, done=[heads])
+        run_layer(model, layout.layers[0], hidden[..., :3], calls, skip=[heads])
     assert consumer.forward is wrapped
     assert "forward" not in vars(model.get_submodule(heads.sublayer.module))
 
