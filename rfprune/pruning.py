@@ -274,7 +274,7 @@ def _choose(
     num_units = [block.num_units for block in layout.blocks]
 
     def choose(costs: CostModel, budget: float) -> Masks:
-        return selection.choose(costs.of_blocks(places, num_units), budget, timer)
+        return selection.choose(costs.select_blocks(places, num_units), budget, timer)
 
     if constraint.metric != "latency":
         return choose(costs, costs.budget(constraint)), None

@@ -1,1 +1,1 @@
-"""What a kept unit costs, in MACs, parameters or milliseconds."""
+"""Constraints, and the cost of a model by how many heads and neurons each block keeps."""

@@ -1,4 +1,8 @@
-"""A constraint, and the cost of keeping n units of every block."""
+"""A constraint, and the cost of keeping n units of each block.
+
+The cost of a model is additive over its blocks (Kwon et al. 2022, section 4.1): a fixed cost plus
+the sum of C_b(n_b), with n_b the number of units that block b keeps.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +22,21 @@ from rfprune.settings import METRICS
 class Constraint:
     """The fraction of the original cost to keep.
 
+    Kwon et al. 2022 state constraints the same way; some papers state the fraction to remove.
+
     Attributes:
-        metric: "mac" (multiply-accumulates of the Transformer layers), "params" (all parameters),
-            "memory" (bytes of all weights) or "latency" (milliseconds of a forward pass, end to
-            end, on the device that the model is on).
-        ratio: in (0, 1); 0.5 keeps half. (Kwon et al. 2022 use the same meaning; some papers give
-            the fraction that is removed.)
+        metric: "mac" (multiply-accumulates of the Transformer layers on a sequence of mean length),
+            "params" (number of parameters of the whole model), "memory" (bytes of all weights) or
+            "latency" (milliseconds of a forward pass, end to end, on the model's device).
+        ratio: fraction of the original's cost, in (0, 1); 0.5 keeps half.
 
     Raises:
-        UserError: an unknown metric, or a ratio outside (0, 1).
+        UserError: the metric is unknown, or the ratio is not in (0, 1).
+
+    Example:
+        >>> from rfprune import Constraint
+        >>> Constraint("mac", 0.5)
+        Constraint(metric='mac', ratio=0.5)
     """
 
     metric: str
@@ -47,20 +57,21 @@ class Constraint:
 
 @dataclass(frozen=True)
 class CostModel:
-    """What each block costs by the number of units that it keeps.
+    """The cost of a model by how many units each block keeps.
 
     Attributes:
-        metric: see `Constraint`.
-        tables: one float64 array per block of a layout; `tables[b][n]` is the cost of keeping n
-            units of block b, infinite where that is not allowed. No unit and all units always are.
-        constant: the cost of what is never pruned and still counted.
-        added: the part of `constant` that the original lacks, and any pruned model has.
+        metric: see `Constraint`; the unit of all costs (MACs, parameters, bytes, milliseconds).
+        tables: one float64 array (U + 1,) per block of a layout; `tables[b][n]` is the cost of
+            keeping n units of block b, infinite where n is not allowed. Keeping none and keeping
+            all are always allowed.
+        constant: fixed cost of a pruned model.
+        added_by_pruning: the part of `constant` that the original does not have.
     """
 
     metric: str
     tables: tuple[NDArray[np.float64], ...]
     constant: float = 0.0
-    added: float = 0.0
+    added_by_pruning: float = 0.0
 
     def total(self, kept: Sequence[int]) -> float:
         """The cost of keeping `kept[b]` units of each block b."""
@@ -71,44 +82,48 @@ class CostModel:
     @property
     def original(self) -> float:
         """The cost with nothing pruned."""
-        return self.constant - self.added + sum(float(table[-1]) for table in self.tables)
+        full = sum(float(table[-1]) for table in self.tables)
+        return self.constant - self.added_by_pruning + full
 
     @property
-    def least(self) -> float:
-        """What the blocks cost at the least."""
+    def min_block_cost(self) -> float:
+        """The smallest possible cost of all blocks together, without `constant`."""
         return sum(float(table.min()) for table in self.tables)
 
     def ratio_for(self, cost: float) -> float:
-        """The ratio, rounded up to four decimals, that allows a cost (the constant included)."""
+        """The ratio, rounded up to four decimals, at which `cost` (with `constant`) is allowed."""
         return math.ceil(1e4 * cost / self.original) / 1e4
 
     def with_savings(self, factor: float) -> CostModel:
-        """The same original cost, where whatever is pruned saves `factor` times as much."""
+        """A model of the same original cost in which pruning saves `factor` times as much."""
         tables = tuple(factor * table for table in self.tables)
         full = sum(float(table[-1]) for table in self.tables)
         return replace(self, tables=tables, constant=self.constant + (1 - factor) * full)
 
-    def of_blocks(self, blocks: Sequence[int], num_units: Sequence[int]) -> CostModel:
-        """Of some of the blocks alone, of which fewer units are left; the others cost nothing."""
+    def select_blocks(self, blocks: Sequence[int], num_units: Sequence[int]) -> CostModel:
+        """The costs of some blocks, each with `num_units` of its units left.
+
+        `constant` stays; the blocks that are left out cost nothing.
+        """
         tables = tuple(
             self.tables[b][: units + 1] for b, units in zip(blocks, num_units, strict=True)
         )
         return replace(self, tables=tables)
 
     def budget(self, constraint: Constraint) -> float:
-        """The cost that a constraint allows for the blocks, the constant left out.
+        """The cost that a constraint allows for all blocks together, without `constant`.
 
         Raises:
-            UserError: the constant alone is more than is allowed; the least possible ratio is
+            UserError: the fixed cost alone exceeds the constraint; the smallest possible ratio is
                 named.
         """
         budget = constraint.ratio * self.original - self.constant
-        least = self.constant + self.least
-        if constraint.ratio * self.original < least:
+        smallest = self.constant + self.min_block_cost
+        if constraint.ratio * self.original < smallest:
             raise UserError(
-                f"constraint {constraint.ratio} on {self.metric} cannot be met: what is never "
-                "pruned already costs more; choose a constraint of at least "
-                f"{self.ratio_for(least):g}"
+                f"constraint {constraint.ratio} on {self.metric} cannot be met: the parts that are "
+                "never pruned cost more; choose a constraint of at least "
+                f"{self.ratio_for(smallest):g}"
             )
         return budget
 
@@ -116,7 +131,7 @@ class CostModel:
 def linear_costs(
     metric: str, unit_costs: Sequence[float], num_units: Sequence[int], constant: float = 0.0
 ) -> CostModel:
-    """A cost model in which every unit of a block costs the same."""
+    """A cost model in which all units of a block cost the same: C_b(n) = n · unit_costs[b]."""
     tables = tuple(
         float(unit_cost) * np.arange(units + 1, dtype=np.float64)
         for unit_cost, units in zip(unit_costs, num_units, strict=True)

@@ -1,11 +1,16 @@
-"""Multiply-accumulates of the Transformer layers, as Kwon et al. 2022 count them.
+"""Multiply-accumulates (MACs) of the Transformer layers on one sequence (Kwon et al. 2022).
 
-Embeddings, norms, biases, pooler and the task's head are not counted. For S tokens, hidden size d
-and head width D, a head costs 3·S·d·D (query, key, value) + 2·S²·D (scores and their product with
-the values) + S·D·d (output), and a neuron 2·S·d. Heads that share a key and a value have one of
-these together, and a gated neuron costs 3·S·d. A mask that hides tokens saves nothing. Where heads
-attend to P relative positions beside the tokens, these are projected too, P·d·D by each map that
-they enter, and compared with the tokens, P·S·D. A layer that runs several times costs as often.
+With S tokens, hidden size d and head width D:
+
+    head       3·S·d·D (query, key, value) + 2·S²·D (scores, weighted values) + S·D·d (output)
+    neuron     2·S·d (both projections of the FFN), or 3·S·d in a gated FFN
+
+Query heads that share a key and a value count the shared projections once. Cross-attention reads
+the S' tokens of the encoder: keys and values cost 2·S'·d·D, and scores 2·S·S'·D. With relative
+positions (DeBERTa), P position embeddings go through the query and key projections, P·d·D each, and
+are compared with the tokens, P·S·D each. MACs of a layer are multiplied by its number of runs.
+
+Embeddings, norms, biases, pooler and the task's head are not counted. Masked-out tokens still cost.
 """
 
 from __future__ import annotations
@@ -17,8 +22,13 @@ from rfprune.model.layout import Block, Layout
 def unit_macs(
     block: Block, hidden_size: int, sequence_length: float, encoder_length: float = 0.0
 ) -> float:
-    """MACs of one unit of `block` on one sequence of `sequence_length` tokens (a mean: a float),
-    where it reads an encoder on what that made of `encoder_length` others."""
+    """MACs of one unit of `block` on one sequence, in one run of its layer.
+
+    Args:
+        hidden_size: features of a hidden state, d.
+        sequence_length: tokens of the block's own stack, S; a mean may be fractional.
+        encoder_length: tokens that cross-attention reads, S'.
+    """
     projections = sequence_length * hidden_size * (block.rows_from("tokens") + block.unit_width)
     if block.kind == "neuron":
         return projections
@@ -31,13 +41,14 @@ def unit_macs(
 def mac_costs(
     layout: Layout, sequence_length: float, decoder_length: float | None = None
 ) -> CostModel:
-    """MACs of a forward pass over one sequence, by how many units each block keeps.
+    """MACs of a forward pass on one sequence, by how many units each block keeps.
 
     Args:
-        decoder_length: of the sequence that a decoder makes of it, where there is one; as long, if
-            it is not given.
+        sequence_length: tokens of the only stack or the encoder.
+        decoder_length: tokens of the decoder of an encoder-decoder (default: `sequence_length`).
     """
-    made = sequence_length if decoder_length is None else decoder_length
+    if decoder_length is None:
+        decoder_length = sequence_length
     return linear_costs(
         "mac",
         [
@@ -45,7 +56,7 @@ def mac_costs(
             * unit_macs(
                 block,
                 layout.hidden_size,
-                made if layout.in_decoder(block) else sequence_length,
+                decoder_length if layout.in_decoder(block) else sequence_length,
                 sequence_length,
             )
             for block in layout.blocks
@@ -57,5 +68,5 @@ def mac_costs(
 def total_macs(
     layout: Layout, sequence_length: float, decoder_length: float | None = None
 ) -> float:
-    """MACs of the layers of a model as it stands, for one sequence; see `mac_costs`."""
+    """MACs of all layers on one sequence, with the units that the model has; see `mac_costs`."""
     return mac_costs(layout, sequence_length, decoder_length).original

@@ -105,7 +105,10 @@ def meet_latency(
         try:
             budget = corrected.budget(constraint)
         except UserError:  # by one measurement it cannot be met: nearer to nothing tells
-            corrected, budget = costs, (costs.total(kept) - costs.constant + costs.least) / 2
+            corrected, budget = (
+                costs,
+                (costs.total(kept) - costs.constant + costs.min_block_cost) / 2,
+            )
     attempts = tuple(attempt for _, attempt in found)
     chosen = min(range(len(found)), key=lambda i: _miss(attempts[i], constraint.ratio))
     return found[chosen][0], LatencyPromise(constraint.ratio, attempts, chosen)

@@ -1,6 +1,6 @@
-"""Our MACs are those that torch counts when the model runs.
+"""MACs by the formulas are those that torch counts in a forward pass.
 
-Deleting this lets a formula drift from what runs, and with it what "half the MACs" means.
+Without these tests, "half of the MACs" could mean something else than half of the work.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ LENGTH = 9
 
 
 def counted_macs(model: Any, layout: Layout) -> float:
-    """MACs of all layers on one sequence, counted while the model runs with eager attention."""
-    if model.config.model_type not in ("mpnet", "deberta-v2"):  # which know no other
+    """MACs of all layers on one sequence, counted in a forward pass with eager attention."""
+    if model.config.model_type not in ("mpnet", "deberta-v2"):  # eager is all they have
         model.set_attn_implementation("eager")
-    model.requires_grad_(False)  # else the counter stumbles over views of parameters
+    model.requires_grad_(False)  # the counter fails on views of parameters
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         if model.config.model_type in IMAGE_TYPES:
@@ -48,12 +48,9 @@ def counted_macs(model: Any, layout: Layout) -> float:
 def test_macs_are_what_torch_counts(model_type: str, tiny_model: Tiny) -> None:
     model = tiny_model(model_type)
     layout = layout_of(model)
-    # four patches, a class token, and DeiT's token of distillation, or four registers
-    length = (
-        {"deit": 6, "dinov2_with_registers": 9}.get(model_type, 5)
-        if model_type in IMAGE_TYPES
-        else LENGTH
-    )
+    length = LENGTH
+    if model_type in IMAGE_TYPES:  # four patches, a class token and further tokens of some models
+        length = {"deit": 6, "dinov2_with_registers": 9}.get(model_type, 5)
     assert total_macs(layout, length) == counted_macs(model, layout) > 0
     masks = full_masks(layout)
     masks[0][1:], masks[1][3:], masks[2][:] = 0, 0, 0
@@ -65,14 +62,14 @@ def test_macs_are_what_torch_counts(model_type: str, tiny_model: Tiny) -> None:
     assert kept < total_macs(layout, length) / 2
 
 
-def test_nothing_left_costs_nothing(tiny_model: Tiny) -> None:
+def test_a_model_with_nothing_left_costs_nothing(tiny_model: Tiny) -> None:
     model = tiny_model()
     layout = layout_of(model)
     small = compact(model, layout, [0 * mask for mask in full_masks(layout)])
     assert counted_macs(small, layout) == total_macs(layout_of(small), LENGTH) == 0
 
 
-def test_the_formulas_are_those_of_the_paper(tiny_model: Tiny) -> None:
+def test_the_formulas_are_those_of_kwon_et_al(tiny_model: Tiny) -> None:
     heads, neurons = layout_of(tiny_model()).blocks[:2]
     length, hidden, width = 53.24, 16, 4
     attention = 3 * length * hidden * width + 2 * length**2 * width + length * width * hidden
@@ -82,7 +79,7 @@ def test_the_formulas_are_those_of_the_paper(tiny_model: Tiny) -> None:
 
 @pytest.mark.parametrize("model_type", DECODING_TYPES)
 def test_a_decoder_has_a_length_of_its_own(model_type: str, tiny_model: Tiny) -> None:
-    """Its queries are of what it writes, the keys of its cross-attention of what it reads."""
+    """Its queries come from its own tokens, the keys of its cross-attention from the encoder's."""
     model = tiny_model(model_type, "seq2seq-lm")
     layout = layout_of(model)
     model.set_attn_implementation("eager")

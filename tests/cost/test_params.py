@@ -1,6 +1,6 @@
 """Parameters by the formula are those of real compact models.
 
-Deleting this lets a parameter budget be missed by the models that are made for it.
+Without these tests, models could exceed their parameter budget.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def test_costs_are_the_sizes_of_compact_models(model_type: str, tiny_model: Tiny
     layout = layout_of(model)
     costs = param_costs(model, layout)
     assert costs.original == total_params(model)
-    assert bool(costs.added) == (model_type in ("t5", "mt5"))  # tables of position biases
+    assert bool(costs.added_by_pruning) == (
+        model_type in ("t5", "mt5")
+    )  # tables of position biases
     generator = torch.Generator().manual_seed(0)
     sizes = set()
     for chance in (0.0, 0.3, 0.6, 1.0):
@@ -42,7 +44,7 @@ def test_costs_are_the_sizes_of_compact_models(model_type: str, tiny_model: Tiny
     assert len(sizes) == 4
 
 
-def test_one_unit_is_rows_of_the_producers_and_columns_of_the_consumer(tiny_model: Tiny) -> None:
+def test_a_unit_takes_rows_of_its_producers_and_columns_of_its_consumer(tiny_model: Tiny) -> None:
     model = tiny_model()
     heads, neurons = layout_of(model).blocks[:2]
     assert unit_params(model, heads) == 3 * 4 * (16 + 1) + 4 * 16

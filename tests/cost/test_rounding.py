@@ -48,7 +48,7 @@ def test_a_cost_that_pruning_adds_is_still_not_part_of_the_original(tiny_model: 
     layout = layout_of(model)
     costs = param_costs(model, layout)
     rounded = restrict_to_multiples(costs, layout, 8)
-    assert rounded.added == costs.added > 0
+    assert rounded.added_by_pruning == costs.added_by_pruning > 0
     assert rounded.original == total_params(model)
 
 
