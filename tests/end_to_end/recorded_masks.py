@@ -19,38 +19,35 @@ from safetensors.numpy import load_file
 
 FILE = Path(__file__).with_suffix(".json")
 
+USUAL = "--samples 64 --eval-limit 16 --skip-tune --no-cache --quiet"
 DEMO = "--model demo --task sst2"
 RUNS: Mapping[str, str] = {
-    "demo": f"{DEMO} --constraint 0.5 --samples 64",
-    "demo kwon": f"{DEMO} --constraint 0.5 --samples 64 --method kwon",
-    "demo taylor": f"{DEMO} --constraint 0.5 --samples 64 --importance taylor",
-    "demo uniform": f"{DEMO} --constraint 0.6 --samples 64 --uniform --round-to 32",
+    "demo": f"{DEMO} --constraint 0.5",
+    "demo kwon": f"{DEMO} --constraint 0.5 --method kwon",
+    "demo taylor": f"{DEMO} --constraint 0.5 --importance taylor",
+    "demo uniform": f"{DEMO} --constraint 0.6 --uniform --round-to 32",
 }
 SHARED_RUNS: Mapping[str, str] = {
-    f"{task} {ratio}": f"--model {{shared}}/models/minilm-l6-{task} --task {task} "
-    f"--data-dir {{shared}}/data --samples 64 --constraint {ratio}"
+    task: f"--model {{shared}}/models/minilm-l6-{task} --task {task} --data-dir {{shared}}/data "
+    "--constraint 0.5 0.3"
     for task in ("mrpc", "sst2", "stsb")
-    for ratio in (0.5, 0.3)
 }
 
 
-def digest_of(flags: str, folder: Path) -> str:
-    """SHA-256 of the kept units of every block, after running the command with these flags."""
+def digests_of(name: str, flags: str, folder: Path) -> dict[str, str]:
+    """SHA-256 of the kept units of every model that the command writes with these flags."""
     from rfprune.main import main
 
-    usual = "--eval-limit 16 --skip-tune --no-cache --quiet --output-dir"
-    if main([*flags.split(), *usual.split(), str(folder)]) != 0:
+    if main([*flags.split(), *USUAL.split(), "--output-dir", str(folder)]) != 0:
         raise RuntimeError(f"the command failed: {flags}")
-    digest = hashlib.sha256()
-    for name, mask in sorted(load_file(folder / "masks.safetensors").items()):
-        digest.update(name.encode() + (mask != 0).tobytes())
-    return digest.hexdigest()
-
-
-def record(runs: Mapping[str, str]) -> dict[str, str]:
-    """The digest of every run, by its name."""
-    with tempfile.TemporaryDirectory() as temporary:
-        return {name: digest_of(flags, Path(temporary, name)) for name, flags in runs.items()}
+    found = {}
+    for file in sorted(folder.rglob("masks.safetensors")):
+        digest = hashlib.sha256()
+        for block, mask in sorted(load_file(file).items()):
+            digest.update(block.encode() + (mask != 0).tobytes())
+        ratio = file.parent.name.removeprefix("mac-")
+        found[name if file.parent == folder else f"{name} {ratio}"] = digest.hexdigest()
+    return found
 
 
 if __name__ == "__main__":
@@ -62,4 +59,7 @@ if __name__ == "__main__":
             name: flags.format(shared=shared_folder()) for name, flags in SHARED_RUNS.items()
         }
     earlier = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
-    FILE.write_text(json.dumps(earlier | record(chosen), indent=1) + "\n", encoding="utf-8")
+    with tempfile.TemporaryDirectory() as temporary:
+        for name, flags in chosen.items():
+            earlier |= digests_of(name, flags, Path(temporary, name))
+    FILE.write_text(json.dumps(earlier, indent=1) + "\n", encoding="utf-8")
