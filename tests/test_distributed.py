@@ -91,7 +91,7 @@ stage.{function} = failing
 FAILURES = {
     "in the collection": NOT_FINITE.format(module="curvature", function="_add_step", rank=1),
     "in the main one": NOT_FINITE.format(module="curvature", function="_add_step", rank=0),
-    "in the reconstruction": NOT_FINITE.format(module="reconstruct", function="_apply", rank=1),
+    "in the reconstruction": NOT_FINITE.format(module="reconstruct", function="_fit_block", rank=1),
     "in writing": "from rfprune.cli import run\nrun.measure = lambda *_, **__: 1 / 0",
     "a full disk": """
 def full(*_, **__):

@@ -249,7 +249,7 @@ def test_the_original_is_untouched_after_an_error(
     elif place == "compact":
         monkeypatch.setattr("rfprune.pruning.compact", fail)
     elif place == "reconstruct":
-        monkeypatch.setattr("rfprune.stages.reconstruct.trace_block", fail)
+        monkeypatch.setattr("rfprune.stages.hidden_states.trace_block", fail)
     else:
         batches[-1] = {"input_ids": torch.full((1, 2), 10**6)}
     with pytest.raises((KeyboardInterrupt, IndexError)):
@@ -432,7 +432,7 @@ def test_failures_of_tuning_are_reported(
     monkeypatch.setattr("rfprune.stages.tune.SCALE_LIMIT", 1e-6)
     result = prune(tiny_model(), batches, HALF, KWON)
     assert len(result.warnings) >= 1
-    assert all(re.fullmatch(r"layer\.\d\.\w+ was left as it was: .*", w) for w in result.warnings)
+    assert all(re.fullmatch(r"layer\.\d\.\w+ was left unchanged: .*", w) for w in result.warnings)
     assert all(set(mask.tolist()) <= {0.0, 1.0} for mask in result.masks)
 
 

@@ -1,7 +1,8 @@
-"""Least squares from accumulated moments: scales of units, or whole out-projections.
+"""Least squares from accumulated moments: one scale per unit, or a whole output projection.
 
-Features X (tokens, p) enter an out-projection and should give targets Y (tokens, d). Xᵀ·X and Xᵀ·Y
-are summed batch by batch in float64, so that memory is O(p² + p·d) whatever the number of tokens.
+Features X (tokens, p) are the inputs of an output projection and targets Y (tokens, d) its wanted
+outputs. Xᵀ·X and Xᵀ·Y are summed batch by batch in float64, so memory is O(p² + p·d) whatever the
+number of tokens.
 """
 
 from __future__ import annotations
@@ -15,22 +16,25 @@ from torch import Tensor
 
 from rfprune.stages.float64 import to_float64
 
-_PRECISION = torch.finfo(torch.float32).eps  # that in which products of features are computed
+_FLOAT32_EPS = torch.finfo(torch.float32).eps  # products of features are computed in float32
 _TINY = torch.finfo(torch.float64).tiny
 
 
 class NumericalFailure(Exception):
-    """A solve gave nothing usable; the block stays as it was and the user is told."""
+    """A solve has no usable solution. The block keeps its weights, and the user gets a warning."""
 
 
 @dataclass
 class Moments:
-    """Sums over tokens, float64.
+    """Sums over tokens of features x and targets y, in float64.
 
     Attributes:
-        gram: (p, p), of x·xᵀ.
-        cross: (p, d), of x·yᵀ.
-        feature_sum: (p,). target_sum: (d,). target_energy: of |y|². count: tokens.
+        gram: (p, p), sum of x·xᵀ.
+        cross: (p, d), sum of x·yᵀ.
+        feature_sum: (p,), sum of x.
+        target_sum: (d,), sum of y.
+        target_energy: sum of |y|².
+        count: number of tokens.
     """
 
     gram: Tensor
@@ -42,7 +46,7 @@ class Moments:
 
     @staticmethod
     def zeros(num_features: int, num_outputs: int, device: torch.device | str = "cpu") -> Moments:
-        """Nothing seen yet."""
+        """Moments of no tokens."""
 
         def make(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.float64, device=device)
@@ -51,9 +55,9 @@ class Moments:
         return Moments(make(p, p), make(p, d), make(p), make(d))
 
     def add(self, features: Tensor, targets: Tensor) -> None:
-        """Take in features (tokens, p) and targets (tokens, d)."""
+        """Add tokens with features (tokens, p) and targets (tokens, d), in place."""
         features, targets = _at_least_float32(features), _at_least_float32(targets)
-        device = self.gram.device  # the CPU where the features' own device has no float64
+        device = self.gram.device  # the CPU where the device of the features has no float64
         self.gram += (features.T @ features).to(device)
         self.cross += (features.T @ targets).to(device)
         self.feature_sum += features.sum(0).to(device)
@@ -61,8 +65,8 @@ class Moments:
         self.target_energy += float(targets.square().sum())
         self.count += len(features)
 
-    def plus(self, other: Moments) -> Moments:
-        """What both have seen."""
+    def __add__(self, other: Moments) -> Moments:
+        """Moments of the tokens of both."""
         return Moments(
             self.gram + other.gram,
             self.cross + other.cross,
@@ -73,13 +77,13 @@ class Moments:
         )
 
     def centred(self) -> tuple[Tensor, Tensor]:
-        """Gram (p, p) and cross moments (p, d) about the means."""
+        """Gram matrix (p, p) and cross moments (p, d) about the means."""
         gram = self.gram - torch.outer(self.feature_sum, self.feature_sum) / self.count
         cross = self.cross - torch.outer(self.feature_sum, self.target_sum) / self.count
         return gram, cross
 
     def error(self, weight: Tensor, bias: Tensor | None) -> float:
-        """Sum over tokens of |y - W·x - b|² for a weight (d, p) and a bias (d,), or none."""
+        """Sum over tokens of |y - W·x - b|² for a weight (d, p) and a bias (d,) or None."""
         where = self.gram.device
         weight = to_float64(weight, where)
         bias = weight.new_zeros(len(weight)) if bias is None else to_float64(bias, where)
@@ -97,18 +101,29 @@ def solve_scales(
     damping: float,
     limit: float,
 ) -> Tensor:
-    """One scale per unit, so that the scaled units' outputs fit the targets.
+    """One scale per unit by damped least squares: the mask tuning of Kwon et al. 2022, section 4.3.
 
-    Kwon et al. 2022, section 4.3. With z_u = W_u·x_u the output of unit u, G = sum of z_u·z_v and
-    r = sum of z_u·(y - b - sum of z): the authors' LSMR on the normal equations, damped around
-    scale 1, has the closed form 1 + (GᵀG + damping²·I)⁻¹·Gᵀr.
+    With the output z_u = W_u·x_u of unit u, G_uv = Σ z_u·z_v and r_u = Σ z_u·(y - b - Σ_v z_v) over
+    tokens, the authors solve the normal equations G·δ = r for the change δ of the scales by LSMR
+    with a damping term. Its exact solution is
+
+        scales = 1 + (GᵀG + damping²·I)⁻¹·Gᵀr
+
+    Departure from the authors' code: this closed form, in float64, replaces the iterative solver.
 
     Args:
-        weight: (d, p) of the out-projection. bias: (d,), kept as it is; None without one.
-        limit: scales beyond ±limit are a failure.
+        moments: of the inputs of the output projection and of its targets.
+        weight: W (d, p) of the output projection.
+        bias: b (d,), which is kept; None for a projection without bias.
+        unit_width: features of one unit.
+        damping: of LSMR.
+        limit: the largest absolute scale that is accepted.
+
+    Returns:
+        Scales (U,) in float64.
 
     Raises:
-        NumericalFailure: the solve failed or a scale is out of bounds.
+        NumericalFailure: the solve failed or a scale is beyond the limit.
     """
     weight, cross = to_float64(weight, moments.gram.device), moments.cross
     if bias is not None:
@@ -128,25 +143,38 @@ def solve_scales(
 def solve_weights(
     moments: Moments, ridge: float, prior: Tensor | None = None, *, intercept: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """Weight (d, p) and bias (d,) that fit the targets best: ridge regression, free intercept.
+    """Ridge regression of the targets on the features, with an intercept that is not penalised.
 
     Args:
-        ridge: as a fraction of the mean diagonal of the centred Gram matrix.
-        prior: weight (d, p) that the ridge draws the solution to; zero if None.
-        intercept: False for a map without a bias, for which moments are about zero and None is
-            the bias that is given.
+        moments: of features and targets.
+        ridge: strength, as a fraction of the mean diagonal of the centred Gram matrix.
+        prior: weight (d, p) that a strong ridge gives; zero if None.
+        intercept: False for a projection without a bias; moments are then about zero.
+
+    Returns:
+        Weight (d, p) and bias (d,) in float64; None for the bias without an intercept.
 
     Raises:
-        NumericalFailure: the solve failed.
+        NumericalFailure: there are no tokens, or the solve failed.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([[0.0], [1.0], [2.0]])
+        >>> moments = Moments.zeros(num_features=1, num_outputs=1)
+        >>> moments.add(x, 3 * x + 5)
+        >>> weight, bias = solve_weights(moments, ridge=1e-9)
+        >>> round(weight.item(), 3), round(bias.item(), 3)
+        (3.0, 5.0)
     """
     if moments.count == 0:
-        raise NumericalFailure("no token was seen")
+        raise NumericalFailure("there are no tokens")
     target_mean = moments.target_sum / moments.count
     if not len(moments.gram):
         return moments.cross.T, target_mean if intercept else None
     gram, cross = moments.centred() if intercept else (moments.gram.clone(), moments.cross)
-    noise = _PRECISION * float(moments.gram.diagonal().mean())  # what centring cannot see below
-    strength = ridge * float(gram.diagonal().mean()) + noise + _TINY
+    # Centring loses what is below the rounding error of the uncentred products.
+    rounding = _FLOAT32_EPS * float(moments.gram.diagonal().mean())
+    strength = ridge * float(gram.diagonal().mean()) + rounding + _TINY
     gram.diagonal().add_(strength)
     if prior is not None:
         cross = cross + strength * to_float64(prior, gram.device).T
@@ -157,33 +185,42 @@ def solve_weights(
 
 
 def fit_with_validation(
-    seen: Moments, held_out: Moments, ridges: Sequence[float], weight: Tensor, bias: Tensor | None
+    train: Moments, held_out: Moments, ridges: Sequence[float], weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """A new weight (d, p) and bias (d,), or the old ones where those fit held-out tokens better.
+    """Ridge regression whose strength and acceptance are decided on held-out tokens.
 
-    The ridge that does best on the held-out tokens is used, drawing to the old weight, and the
-    fit is then made on all tokens.
+    The strength with the smallest held-out error is chosen, and the regression is then repeated on
+    all tokens. Its prior is the present weight.
 
     Args:
-        held_out: of tokens that `seen` has not seen; where there are none, the first ridge is used.
-        weight: as it was, (d, p). bias: as it was, (d,), or None where there is none.
+        train: moments of the tokens that the strengths are compared on.
+        held_out: moments of other tokens; without any, the first strength is used.
+        ridges: candidate strengths; see `solve_weights`.
+        weight: the present weight (d, p).
+        bias: the present bias (d,), or None for a projection without one.
+
+    Returns:
+        The new weight and bias, or the present ones if these have a smaller held-out error.
 
     Raises:
         NumericalFailure: a solve failed.
     """
     solve = partial(solve_weights, prior=weight, intercept=bias is not None)
     if not held_out.count:
-        return solve(seen, ridges[0])
-    errors = [held_out.error(*solve(seen, ridge)) for ridge in ridges]
+        return solve(train, ridges[0])
+    errors = [held_out.error(*solve(train, ridge)) for ridge in ridges]
     best = min(range(len(ridges)), key=errors.__getitem__)
-    fitted = solve(seen.plus(held_out), ridges[best])
+    fitted = solve(train + held_out, ridges[best])
     if max(errors[best], held_out.error(*fitted)) < held_out.error(weight, bias):
         return fitted
     return weight, bias
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """Solve a symmetric positive definite system, if need be with 1e-10 of its diagonal added."""
+    """Solve a symmetric positive definite system by Cholesky factorisation.
+
+    A second attempt adds 1e-10 of the mean diagonal.
+    """
     for jitter in (0.0, 1e-10):
         shifted = matrix.clone()
         shifted.diagonal().add_(jitter * matrix.diagonal().mean())

@@ -1,23 +1,25 @@
-"""Fit the out-projections of a pruned student to a teacher, bottom up, one block at a time.
+"""Fit the output projections of a pruned student to its teacher, bottom up.
 
-Teacher and student hidden states advance together through the layers. A block's target is what its
-out-projection should give so that output plus residual match the teacher's: teacher output +
-teacher residual - student residual (Kwon et al. 2022, section 4.3; K-prune, ICLR 2024). A block
-therefore also repairs what went wrong below it.
-Cost: one forward pass of the teacher and two of the small student; memory: one hidden state of
-each a token.
+Kwon et al. 2022, section 4.3 (mask tuning). The hidden states of teacher and student advance
+together, one block at a time. The target of a block's output projection is
 
-A block that runs several times (ALBERT's) is fitted once, to the teacher's outputs of all its runs.
-What enters it in a run depends on the fit itself through the runs before, so both models are given
-the teacher's hidden states at every run: there is nothing to repair, and nothing to align. Cost:
-one forward pass of the teacher, and of the student, a block.
+    teacher output + teacher residual - student residual
+
+so that the student's output plus its own residual matches the teacher's. A block therefore also
+corrects the errors of the blocks below it (as in K-prune, Park et al., ICLR 2024). Compute: one
+forward pass of the teacher and two of the student. Memory: one hidden state per token and model.
+
+Layers with shared weights (ALBERT) run several times in a forward pass. Their blocks are fitted
+once, to the teacher's outputs in all runs. The inputs of a run depend on the fit itself, through
+the earlier runs. So both models are given the teacher's hidden states in each run, and there is no
+error to correct and nothing to align. Compute: one forward pass of teacher and student per block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,83 +27,39 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rfprune import distributed
-from rfprune.model.batch import Batch, decoder_token_mask, first_tokens, pack, token_mask, unpack
-from rfprune.model.encoder_decoder import (
-    block_token_mask,
-    encoder_output,
-    inputs_with_encoder_output,
-)
-from rfprune.model.layerwise import (
-    LayerCalls,
-    Trace,
-    block_input,
-    layer_calls,
-    layer_scale,
-    run_layer,
-    trace_block,
-)
+from rfprune.model.batch import Batch, first_tokens, pack, token_mask
+from rfprune.model.layerwise import LayerCalls, layer_calls, layer_scale, run_layer, trace_block
 from rfprune.model.layout import Block, Layout
 from rfprune.model.linear import is_empty, linear, weight_of
 from rfprune.stages.align import apply_regression_map, fit_regression_map
 from rfprune.stages.float64 import float64_device
+from rfprune.stages.hidden_states import HiddenStates, first_hidden_states
 from rfprune.stages.least_squares import Moments, NumericalFailure
 
-Fit = Callable[[Block, Moments, Moments, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
-"""From a block, the moments of most batches and those of the held-out ones, the weight (d, p) and
-bias (d,) or None as they are, to a new weight and bias. Where a family scales what leaves the
-out-projection, weight and bias are scaled so."""
-
 HELD_OUT_EVERY = 8
-"""Every so many batches one is held out from a fit, to judge it."""
+"""One batch of this many is held out from a fit, to choose the ridge and to accept the fit."""
+
+Solve = Callable[[Block, Moments, Moments, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+"""From a block, the moments of the training and of the held-out batches, and the present weight
+(d, p) and bias (d,) or None of its output projection, to a new weight and bias. In families that
+scale the output of the projection (layer scale), weight and bias include that scale."""
 
 
-@dataclass
-class _Walk:
-    """A model on its way up, block by block.
+@dataclass(frozen=True)
+class BlockFit:
+    """How the output projections are fitted.
 
     Attributes:
-        states: for every batch the total of the last block that was passed, its output plus the
-            residual (tokens, d); before the first one what enters the first layer. All are parts
-            of one tensor, since tensors that come and go between others leave holes in memory.
-        last: that block.
-        memory: of a decoder, for every batch what comes out of the encoder (tokens, d); else none.
+        solve: computes the new weight and bias of one block.
+        skip: consumers that are not fitted.
+        first_token_only: consumers that are fitted on the first token of every example alone.
+        align: whether input projections are aligned as well; see `rfprune.stages.align`.
     """
 
-    model: PreTrainedModel
-    layout: Layout
-    states: Sequence[Tensor]
-    last: Block | None = None
-    memory: Sequence[Tensor] = ()
-
-    def calls(self, i: int, batch: Batch) -> LayerCalls:
-        """What the layers are called with on batch i."""
-        given = inputs_with_encoder_output(batch, self.memory[i]) if self.memory else None
-        return layer_calls(self.model, self.layout, batch, decoder_inputs=given)[1]
-
-    def trace(self, i: int, tokens: Tensor, calls: LayerCalls, block: Block) -> Trace:
-        """Batch i at `block`, on its way from the last one."""
-        hidden, done = self._reach(i, tokens, calls, block.layer)
-        path = self.layout.layers[block.layer]
-        return trace_block(self.model, path, hidden, calls, block, skip=done)
-
-    def block_input(self, i: int, tokens: Tensor, calls: LayerCalls, block: Block) -> Tensor:
-        """What the producers of `block` read of batch i, (B, S, d)."""
-        hidden, done = self._reach(i, tokens, calls, block.layer)
-        path = self.layout.layers[block.layer]
-        return block_input(self.model, path, hidden, calls, block, skip=done)
-
-    def _reach(
-        self, i: int, tokens: Tensor, calls: LayerCalls, until: int
-    ) -> tuple[Tensor, list[Block]]:
-        """Hidden states (B, S, d) of batch i in layer `until`, and its blocks that are done."""
-        hidden = unpack(self.states[i], tokens)
-        layer, done = self.layout.layer_indices(decoder=bool(self.memory))[0], list[Block]()
-        if self.last is not None:
-            layer, blocks = self.last.layer, self.layout.blocks_of_layer(self.last.layer)
-            done = [*blocks[: blocks.index(self.last)], self.last]
-        for path in self.layout.layers[layer:until]:
-            hidden, done = run_layer(self.model, path, hidden, calls, skip=done), []
-        return hidden, done
+    solve: Solve
+    skip: Collection[str] = ()
+    first_token_only: Collection[str] = ()
+    align: bool = False
 
 
 def reconstruct(
@@ -109,234 +67,253 @@ def reconstruct(
     student: PreTrainedModel,
     layout: Layout,
     batches: Sequence[Batch],
-    fit: Fit,
+    fit: BlockFit,
     *,
-    skip: Collection[str] = (),
-    first_token_only: Collection[str] = (),
-    align: bool = False,
     progress: bool = False,
 ) -> list[str]:
-    """Give every block of `student` the weight and bias that `fit` finds, in place.
+    """Fit every block of `student` to `teacher`, in place.
 
     Args:
-        teacher: the model to match, frozen; hooks on it (masks) act.
-        student: a compact copy of the model that `layout` describes.
-        skip: consumers that stay as they are.
-        first_token_only: consumers whose moments are taken from the first token of every example.
-        align: also fit what reads the student's hidden states; see `rfprune.stages.align`.
+        teacher: the reference model, frozen. Masks on it have an effect.
+        student: a compact copy of the model that `layout` describes, frozen.
+        layout: the blocks of the teacher.
+        batches: calibration batches with token masks, on the models' device.
+        fit: how a block is fitted.
+        progress: whether to show a progress bar.
 
     Returns:
-        One sentence for every block whose fit failed; these blocks stay as they were.
+        One warning for every block whose fit or alignment failed. Weights of a failed step are
+        unchanged, and the other blocks are fitted all the same.
     """
-    failures = []
-    tried = [block for block in layout.blocks if block.consumer not in skip]
-    bar = tqdm(tried, desc="reconstruction", unit="block", disable=not progress, leave=False)
+    blocks = [block for block in layout.blocks if block.consumer not in fit.skip]
+    bar = tqdm(blocks, desc="reconstruction", unit="block", disable=not progress, leave=False)
+    method = _fit_shared_layers if layout.execution_order else _fit_bottom_up
     with torch.no_grad():
-        batches = distributed.shard(batches)
-        if layout.execution_order:
-            for block in bar:
-                moments = _collect_runs(teacher, student, layout, batches, block)
-                failures += _apply(fit, student, block, *moments)
-            return failures
-        walks = _start(teacher, student, layout, batches, in_decoder=False)
-        for block in bar:
-            if layout.in_decoder(block) and not walks[0].memory:
-                walks = _start(teacher, student, layout, batches, in_decoder=True)
-            if align and walks[0].last is not None:
-                failures += _align(*walks, batches, block)
-            moments = _collect(*walks, batches, block, block.consumer in first_token_only)
-            failures += _apply(fit, student, block, *moments)
-            if block is not tried[-1]:
-                _pass(walks[1], batches, block)
-    return failures
+        return method(teacher, student, layout, distributed.shard(batches), fit, bar)
 
 
-def _start(
+def _fit_bottom_up(
     teacher: PreTrainedModel,
     student: PreTrainedModel,
     layout: Layout,
     batches: Sequence[Batch],
-    *,
-    in_decoder: bool,
-) -> tuple[_Walk, _Walk]:
-    """At the first layer; of a decoder when the encoder is done."""
-    models = (teacher, student)
-    memories: list[list[Tensor]] = [[], []]
-    if in_decoder:
-        memories = [[encoder_output(model, batch) for batch in batches] for model in models]
-    tokens = [decoder_token_mask(batch) if in_decoder else token_mask(batch) for batch in batches]
-    sizes = [int(mask.sum()) for mask in tokens]
-
-    def first(i: int) -> Tensor:
-        given = inputs_with_encoder_output(batches[i], memories[1][i]) if in_decoder else None
-        return layer_calls(student, layout, batches[i], decoder_inputs=given)[0]
-
-    hidden = first(0)
-    together = hidden.new_empty(sum(sizes), hidden.shape[-1])
-    for i, state in enumerate(together.split(sizes)):
-        state.copy_(pack(first(i), tokens[i]))
-    return (
-        _Walk(teacher, layout, together.clone().split(sizes), memory=memories[0]),
-        _Walk(student, layout, together.split(sizes), memory=memories[1]),
+    fit: BlockFit,
+    blocks: Iterable[Block],
+) -> list[str]:
+    warnings: list[str] = []
+    teacher_states, student_states = first_hidden_states(
+        teacher, student, layout, batches, in_decoder=False
     )
+    fitted: Block | None = None
+    for block in blocks:
+        if layout.in_decoder(block) and not teacher_states.encoder_outputs:
+            teacher_states, student_states = first_hidden_states(
+                teacher, student, layout, batches, in_decoder=True
+            )
+        elif fitted is not None:
+            student_states.advance(fitted)
+            if fit.align:
+                warnings += _align_input_projections(teacher_states, student_states, block)
+        moments = _collect_moments(
+            teacher_states,
+            student_states,
+            block,
+            first_token_only=block.consumer in fit.first_token_only,
+        )
+        warnings += _fit_block(fit.solve, student, block, moments)
+        fitted = block
+    return warnings
 
 
-def _collect(
-    teacher: _Walk,
-    student: _Walk,
+def _fit_shared_layers(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    layout: Layout,
     batches: Sequence[Batch],
-    block: Block,
-    first_token_only: bool,
-) -> tuple[Moments, Moments]:
-    """Moments of the features that enter the student's consumer and of what it should give, and
-    the same of the held-out batches.
+    fit: BlockFit,
+    blocks: Iterable[Block],
+) -> list[str]:
+    warnings = []
+    for block in blocks:
+        moments = _collect_moments_of_runs(teacher, student, layout, batches, block)
+        warnings += _fit_block(fit.solve, student, block, moments)
+    return warnings
 
-    The teacher passes the block; the student does so when it has been fitted.
+
+class _SplitMoments(NamedTuple):
+    """Moments of the batches that a fit is made on, and of the held-out ones."""
+
+    train: Moments
+    held_out: Moments
+
+    @staticmethod
+    def zeros(num_features: int, num_outputs: int, device: torch.device) -> _SplitMoments:
+        where = float64_device(device)
+        return _SplitMoments(*(Moments.zeros(num_features, num_outputs, where) for _ in range(2)))
+
+    def add(self, i: int, features: Tensor, targets: Tensor) -> None:
+        """Add features (tokens, p) and targets (tokens, d) of batch i of this process."""
+        is_held_out = distributed.batch_number(i) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        (self.held_out if is_held_out else self.train).add(features, targets)
+
+    def all_reduce(self) -> _SplitMoments:
+        """Sum over all processes, in place."""
+        for moments in self:
+            numbers = moments.gram.new_tensor([moments.target_energy, moments.count])
+            distributed.all_reduce(
+                moments.gram, moments.cross, moments.feature_sum, moments.target_sum, numbers
+            )
+            moments.target_energy, moments.count = float(numbers[0]), int(numbers[1])
+        return self
+
+
+def _collect_moments(
+    teacher: HiddenStates, student: HiddenStates, block: Block, *, first_token_only: bool
+) -> _SplitMoments:
+    """Moments of the inputs of the student's output projection and of their targets.
+
+    The stored hidden states of the teacher advance to the output of the block. Those of the student
+    do so once the block has been fitted.
     """
-    consumer = student.model.get_submodule(block.consumer)
-    num_outputs, num_features = weight_of(consumer).shape
-    parts = _parts(num_features, num_outputs, consumer.weight.device)
-    for i, batch in enumerate(batches):
-        tokens = block_token_mask(student.layout, block, batch)
-        theirs, calls = _calls(teacher, student, i, batch)
-        wanted = teacher.trace(i, tokens, theirs, block).residual_sum
-        teacher.states[i].copy_(pack(wanted, tokens))
-        trace = student.trace(i, tokens, calls, block)
+    moments = _empty_moments(student.model, block)
+    for i in range(len(student.batches)):
+        tokens = student.tokens(i, block)
+        teacher_calls, student_calls = _layer_calls(teacher, student, i)
+        teacher_sum = teacher.trace(i, block, teacher_calls).residual_sum
+        teacher.values[i].copy_(pack(teacher_sum, tokens))
+        trace = student.trace(i, block, student_calls)
         chosen = first_tokens(tokens) if first_token_only else tokens
         residual = pack(trace.residual_sum, chosen) - pack(trace.output, chosen)
-        target = pack(wanted, chosen) - residual
-        if trace.features is None:
-            _part(parts, i).add(target.new_zeros(len(target), 0), target)
-        else:
-            _part(parts, i).add(pack(trace.features, chosen), target)
-    teacher.last = block
-    return _everyones(parts[0]), _everyones(parts[1])
+        target = pack(teacher_sum, chosen) - residual
+        moments.add(i, _features(trace.features, chosen, target), target)
+    teacher.block = block
+    return moments.all_reduce()
 
 
-def _calls(teacher: _Walk, student: _Walk, i: int, batch: Batch) -> tuple[LayerCalls, LayerCalls]:
-    """What the layers of both are called with on batch i: the same, unless they read encoders.
-
-    A student can be called as its teacher is, but not the other way round: a position bias may have
-    a slice for each of the caller's heads.
-    """
-    theirs = teacher.calls(i, batch)
-    return theirs, student.calls(i, batch) if student.memory else theirs
-
-
-def _collect_runs(
+def _collect_moments_of_runs(
     teacher: PreTrainedModel,
     student: PreTrainedModel,
     layout: Layout,
     batches: Sequence[Batch],
     block: Block,
-) -> tuple[Moments, Moments]:
-    """As `_collect`, over all runs of a block, from the teacher's hidden states at each."""
-    consumer = student.get_submodule(block.consumer)
-    num_outputs, num_features = weight_of(consumer).shape
-    parts = _parts(num_features, num_outputs, consumer.weight.device)
+) -> _SplitMoments:
+    """The same over all runs of a block, with the teacher's hidden states as the input of each."""
+    moments = _empty_moments(student, block)
     blocks = layout.blocks_of_layer(block.layer)
     before = blocks[: blocks.index(block)]
     for i, batch in enumerate(batches):
         tokens = token_mask(batch)
         hidden, calls = layer_calls(teacher, layout, batch)
         for layer in layout.execution_order:
-            path, block_input = layout.layers[layer], hidden
+            path, state = layout.layers[layer], hidden
             if layer == block.layer:
                 if before:
-                    block_input = trace_block(teacher, path, hidden, calls, before[-1]).residual_sum
-                wanted = trace_block(teacher, path, block_input, calls, block, skip=before)
-                found = trace_block(student, path, block_input, calls, block, skip=before)
+                    state = trace_block(teacher, path, hidden, calls, before[-1]).residual_sum
+                wanted = trace_block(teacher, path, state, calls, block, skip=before)
+                trace = trace_block(student, path, state, calls, block, skip=before)
                 target = pack(wanted.output, tokens)
-                features = target.new_zeros(len(target), 0)
-                if found.features is not None:
-                    features = pack(found.features, tokens)
-                _part(parts, i).add(features, target)
+                moments.add(i, _features(trace.features, tokens, target), target)
             hidden = run_layer(teacher, path, hidden, calls)
-    return _everyones(parts[0]), _everyones(parts[1])
+    return moments.all_reduce()
 
 
-def _parts(num_features: int, num_outputs: int, device: torch.device) -> tuple[Moments, Moments]:
-    """Empty moments to fit on, and others to judge by."""
-    where = float64_device(device)
-    seen, held_out = (Moments.zeros(num_features, num_outputs, where) for _ in range(2))
-    return seen, held_out
+def _empty_moments(student: PreTrainedModel, block: Block) -> _SplitMoments:
+    weight = weight_of(student.get_submodule(block.consumer))
+    num_outputs, num_features = weight.shape
+    return _SplitMoments.zeros(num_features, num_outputs, weight.device)
 
 
-def _part(parts: tuple[Moments, Moments], i: int) -> Moments:
-    """Where batch i of this process belongs."""
-    return parts[distributed.batch_number(i) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
+def _features(features: Tensor | None, tokens: Tensor, target: Tensor) -> Tensor:
+    """Features at the given tokens, (tokens, p); p is 0 where a block has no units left."""
+    return target.new_zeros(len(target), 0) if features is None else pack(features, tokens)
 
 
-def _everyones(moments: Moments) -> Moments:
-    """The sums over the batches of all processes."""
-    numbers = moments.gram.new_tensor([moments.target_energy, moments.count])
-    distributed.all_reduce(
-        moments.gram, moments.cross, moments.feature_sum, moments.target_sum, numbers
-    )
-    moments.target_energy, moments.count = float(numbers[0]), int(numbers[1])
-    return moments
+def _layer_calls(
+    teacher: HiddenStates, student: HiddenStates, i: int
+) -> tuple[LayerCalls, LayerCalls]:
+    """Arguments of the layers of both models on batch i.
+
+    They are the same unless the layers are those of a decoder, which attends to an encoder. The
+    student can take the teacher's arguments, but not the other way round: a position bias may have
+    a slice for each head of the model that made it.
+    """
+    teacher_calls = teacher.layer_calls(i)
+    return teacher_calls, student.layer_calls(i) if student.encoder_outputs else teacher_calls
 
 
-def _align(teacher: _Walk, student: _Walk, batches: Sequence[Batch], block: Block) -> list[str]:
-    """Let the student's producers read the teacher's hidden states, as far as they can tell."""
+def _align_input_projections(
+    teacher: HiddenStates, student: HiddenStates, block: Block
+) -> list[str]:
+    """Multiply the input projections of a block by a regression map: all of them or none.
+
+    Returns:
+        A warning if the alignment failed, else nothing.
+    """
     if is_empty(student.model, block.consumer):
         return []
-    readers = [linear(student.model, path) for path in block.input_projections]
-    size = weight_of(readers[0]).shape[1]
-    parts = _parts(size, size, student.states[0].device)
-    for i, batch in enumerate(batches):
-        tokens = block_token_mask(student.layout, block, batch)
-        theirs, calls = _calls(teacher, student, i, batch)
-        seen = student.block_input(i, tokens, calls, block)
-        wanted = teacher.block_input(i, tokens, theirs, block)
-        _part(parts, i).add(pack(seen, tokens), pack(wanted, tokens))
+    projections = [linear(student.model, path) for path in block.input_projections]
+    moments = _collect_input_moments(teacher, student, block)
     try:
-        moments = _everyones(parts[0]), _everyones(parts[1])
-        found = {
-            shift: fit_regression_map(*moments, shift=shift) for shift in {*map(_has_bias, readers)}
+        maps = {
+            has_bias: fit_regression_map(*moments, intercept=has_bias)
+            for has_bias in {projection.bias is not None for projection in projections}
         }
-        for reader in readers:
-            apply_regression_map(reader, *found[_has_bias(reader)])
+        aligned = [
+            apply_regression_map(weight_of(each), each.bias, *maps[each.bias is not None])
+            for each in projections
+        ]
     except NumericalFailure as failure:
-        return [f"what {block.name} reads was left as it was: {failure}"]
+        return [f"the input projections of {block.name} were left unchanged: {failure}"]
+    for projection, (weight, bias) in zip(projections, aligned, strict=True):
+        weight_of(projection).copy_(weight)
+        if bias is not None:
+            projection.bias.copy_(bias)
     return []
 
 
-def _has_bias(reader: Any) -> bool:
-    return reader.bias is not None
+def _collect_input_moments(
+    teacher: HiddenStates, student: HiddenStates, block: Block
+) -> _SplitMoments:
+    """Moments of the student's inputs of a block (features) and of the teacher's (targets)."""
+    size = student.values[0].shape[1]
+    moments = _SplitMoments.zeros(size, size, student.values[0].device)
+    for i in range(len(student.batches)):
+        tokens = student.tokens(i, block)
+        teacher_calls, student_calls = _layer_calls(teacher, student, i)
+        features = student.block_input(i, block, student_calls)
+        targets = teacher.block_input(i, block, teacher_calls)
+        moments.add(i, pack(features, tokens), pack(targets, tokens))
+    return moments.all_reduce()
 
 
-def _pass(walk: _Walk, batches: Sequence[Batch], block: Block) -> None:
-    for i, batch in enumerate(batches):
-        tokens = block_token_mask(walk.layout, block, batch)
-        total = walk.trace(i, tokens, walk.calls(i, batch), block).residual_sum
-        walk.states[i].copy_(pack(total, tokens))
-    walk.last = block
-
-
-def _apply(
-    fit: Fit, student: PreTrainedModel, block: Block, seen: Moments, held_out: Moments
+def _fit_block(
+    solve: Solve, student: PreTrainedModel, block: Block, moments: _SplitMoments
 ) -> list[str]:
+    """Fit the output projection of one block, in place.
+
+    Returns:
+        A warning if the fit failed, else nothing.
+    """
     consumer = student.get_submodule(block.consumer)
     weight, bias, scale = weight_of(consumer), consumer.bias, layer_scale(student, block)
     try:
         if scale is None:
-            new_weight, new_bias = fit(block, seen, held_out, weight, bias)
+            new_weight, new_bias = solve(block, *moments, weight, bias)
         else:
-            scaled = None if bias is None else scale * bias
-            new_weight, new_bias = fit(block, seen, held_out, scale[:, None] * weight, scaled)
-            new_weight = _unscaled(new_weight, scale[:, None], weight)
-            new_bias = None if new_bias is None else _unscaled(new_bias, scale, bias)
+            scaled_bias = None if bias is None else scale * bias
+            new_weight, new_bias = solve(block, *moments, scale[:, None] * weight, scaled_bias)
+            new_weight = _divide(new_weight, scale[:, None], weight)
+            new_bias = None if new_bias is None else _divide(new_bias, scale, bias)
         if not all(torch.isfinite(new).all() for new in (new_weight, new_bias) if new is not None):
             raise NumericalFailure("the fitted weights are not finite")
     except NumericalFailure as failure:
-        return [f"{block.name} was left as it was: {failure}"]
+        return [f"{block.name} was left unchanged: {failure}"]
     weight.copy_(new_weight)
     if new_bias is not None:
         bias.copy_(new_bias)
     return []
 
 
-def _unscaled(fitted: Tensor, scale: Tensor, before: Tensor) -> Tensor:
-    """What times the scale is `fitted`; where the scale is zero, what it was before."""
-    return torch.where(scale == 0, before, fitted.to(before) / scale)
+def _divide(scaled: Tensor, scale: Tensor, before: Tensor) -> Tensor:
+    """Undo a layer scale; where it is zero, the value before the fit."""
+    return torch.where(scale == 0, before, scaled.to(before) / scale)

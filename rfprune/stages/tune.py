@@ -1,11 +1,15 @@
-"""Tuning by least squares against the teacher: one scale per kept unit, or whole out-projections.
+"""Tuning: least squares of a pruned student against its teacher.
 
-`tune_scales` is the mask tuning of Kwon et al. 2022, section 4.3. `refit` goes past it: all weights
-of an out-projection and its bias are fitted, a superset of the scales at the same cost.
+`tune_scales` is the mask tuning of Kwon et al. 2022, section 4.3: one scale per kept unit.
+`refit` fits all weights of each output projection and its bias. It contains the scales as a special
+case and costs the same.
 
-Departures from the authors' code: the closed form of their damped solve in float64 instead of an
-iterative solver; a failed block is reported and left alone, while theirs stops tuning every later
-layer; no intercept is fitted and thrown away.
+Departures from the authors' code:
+
+- The damped solve is in closed form and in float64; see `rfprune.stages.least_squares`.
+- A block whose solve fails keeps its weights and is reported. There, tuning ends for all later
+  layers without a message.
+- No intercept is fitted for the scales. There, one is fitted and not used.
 """
 
 from __future__ import annotations
@@ -18,22 +22,22 @@ from transformers import PreTrainedModel
 from rfprune.model.batch import Batch
 from rfprune.model.layout import Block, Layout
 from rfprune.stages.least_squares import Moments, fit_with_validation, solve_scales
-from rfprune.stages.reconstruct import reconstruct
+from rfprune.stages.reconstruct import BlockFit, reconstruct
 
 DAMPING = 1.0
-"""LSMR's damp in the authors' code."""
+"""The damping term of LSMR in the authors' code."""
 
 SCALE_LIMIT = 10.0
-"""Scales beyond this are rejected, as in the authors' code."""
+"""The largest absolute scale that is accepted, as in the authors' code."""
 
 RIDGES = (1e-2, 1e-3, 1e-1, 1.0)
-"""Of `refit`, as fractions of the mean diagonal, drawing to the weights as they were; held-out
-tokens choose, and where there are none it is the first."""
+"""Candidate ridge strengths of `refit`, as fractions of the mean diagonal. The prior is the present
+weight. The held-out tokens choose; without any, the first one is used."""
 
 PRE_NORM_RIDGES = (1.0, 1e-2, 1e-1, 1e1)
-"""The same where norms come first: such models are deep, and what a fit makes up from too few
-tokens is handed on by the residual to all that is fitted above. Measured on a language model, where
-ridges up to 1 were chosen as high as they went."""
+"""The same for pre-norm models. They are deep, and the residual connection passes the error of an
+overfitted block on to all blocks above. On a language model, strengths up to 1 were not enough: the
+largest was chosen."""
 
 
 def tune_scales(
@@ -44,22 +48,29 @@ def tune_scales(
     *,
     progress: bool = False,
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Scale the kept units of `student` so that it follows `teacher`; scales go into its weights.
+    """Scale the kept units of `student` to follow `teacher`, by changing its weights in place.
 
-    The heads of the first layer are not tuned, and the last FFN of a classifier is tuned on the
-    first token alone, as in the authors' code.
+    As in the authors' code, the heads of the first layer are not tuned, and the last FFN of a
+    classifier is tuned on the first token alone.
+
+    Args:
+        teacher: the reference model, frozen. Masks on it have an effect.
+        student: a compact copy of the model that `layout` describes, frozen.
+        layout: the blocks of the teacher.
+        batches: calibration batches with token masks.
+        progress: whether to show a progress bar.
 
     Returns:
-        Scales (kept units,) by consumer, and a sentence for every block that failed.
+        Scales (kept units,) by the path of the consumer, and a warning for every block that failed.
     """
     scales: dict[str, Tensor] = {}
 
-    def fit(
-        block: Block, seen: Moments, held_out: Moments, weight: Tensor, bias: Tensor | None
+    def solve(
+        block: Block, train: Moments, held_out: Moments, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         if not weight.numel():
             return weight, bias
-        moments = seen.plus(held_out)
+        moments = train + held_out
         found = solve_scales(moments, weight, bias, block.unit_width, DAMPING, SCALE_LIMIT)
         scales[block.consumer] = found.cpu()
         return weight * found.repeat_interleave(block.unit_width).to(weight), bias
@@ -69,17 +80,9 @@ def tune_scales(
         for block in layout.blocks
         if block.layer == 0 and block.kind == "head" and layout.num_runs(block) == 1
     ]
-    failures = reconstruct(
-        teacher,
-        student,
-        layout,
-        batches,
-        fit,
-        skip=first_heads,
-        first_token_only=last_ffn(layout) if classifies_first_token(student, layout) else (),
-        progress=progress,
-    )
-    return scales, failures
+    first_token_only = last_ffn(layout) if classifies_first_token(student, layout) else []
+    fit = BlockFit(solve, skip=first_heads, first_token_only=first_token_only)
+    return scales, reconstruct(teacher, student, layout, batches, fit, progress=progress)
 
 
 def refit(
@@ -90,27 +93,35 @@ def refit(
     *,
     progress: bool = False,
 ) -> list[str]:
-    """Fit weight and bias of every out-projection of `student` to `teacher`, bottom up, in place.
+    """Fit weight and bias of every output projection of `student` to `teacher`, in place.
 
-    What reads the hidden states is fitted on the way (see `rfprune.stages.align`).
-    A sublayer that lost all its units gets the bias that makes up for them on average. One whose
-    fit does not lower the error on held-out tokens stays as it was.
+    Input projections are aligned as well (see `rfprune.stages.align`). A sublayer without kept
+    units gets the bias that replaces its mean output. A fit that does not lower the error on
+    held-out tokens is not applied.
+
+    Args:
+        teacher: the reference model, frozen.
+        student: a compact copy of the model that `layout` describes, frozen.
+        layout: the blocks of the teacher.
+        batches: calibration batches with token masks.
+        progress: whether to show a progress bar.
 
     Returns:
-        A sentence for every block that failed; it stays as it was.
+        A warning for every block that failed and keeps its weights.
     """
 
-    def fit(
-        block: Block, seen: Moments, held_out: Moments, weight: Tensor, bias: Tensor | None
+    def solve(
+        block: Block, train: Moments, held_out: Moments, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         ridges = PRE_NORM_RIDGES if block.pre_norm else RIDGES
-        return fit_with_validation(seen, held_out, ridges, weight, bias)
+        return fit_with_validation(train, held_out, ridges, weight, bias)
 
-    return reconstruct(teacher, student, layout, batches, fit, align=True, progress=progress)
+    fit = BlockFit(solve, align=True)
+    return reconstruct(teacher, student, layout, batches, fit, progress=progress)
 
 
 def last_ffn(layout: Layout) -> list[str]:
-    """The consumer of the last layer's FFN, if it has one."""
+    """Path of the consumer of the last layer's FFN; empty if that layer has no neurons."""
     last = len(layout.layers) - 1
     return [
         block.consumer for block in layout.blocks if block.layer == last and block.kind == "neuron"
@@ -118,12 +129,11 @@ def last_ffn(layout: Layout) -> list[str]:
 
 
 def classifies_first_token(model: PreTrainedModel, layout: Layout) -> bool:
-    """Whether the head reads the first token alone, as most sequence classifiers do.
+    """Whether the model's head uses the first token alone, as most sequence classifiers do.
 
-    Those of decoders read the last one.
+    Classifiers of decoders use the last token, those of encoder-decoders the end of sequence, and
+    ModernBERT may use the mean.
     """
-    if layout.is_encoder_decoder:  # those of encoder-decoders read an end of sequence
-        return False
-    if getattr(model.config, "classifier_pooling", "cls") != "cls":  # ModernBERT's may be the mean
+    if layout.is_encoder_decoder or getattr(model.config, "classifier_pooling", "cls") != "cls":
         return False
     return type(model).__name__.endswith("ForSequenceClassification") and not layout.causal

@@ -83,7 +83,7 @@ CASES: dict[str, tuple[str, str, int, bool, bool, int]] = {
         ("curves", "curvature", "selection.error_curves", 1, True, False, 0),
         ("allocation", "curvature", "selection.allocate", 1, True, True, 0),
         ("compaction", "curvature", "pipeline.compact", 1, True, True, 0),
-        ("reconstruction", "curvature", "stages.reconstruct._apply", 3, True, True, 0),
+        ("reconstruction", "curvature", "stages.reconstruct._fit_block", 3, True, True, 0),
         ("measurement", "curvature", "run.measure", 1, True, True, 0),
         ("saving", "curvature", "run.save_pruned", 1, True, True, 0),
         ("masks", "curvature", "model.checkpoint.save_file", 1, True, True, 0),
@@ -99,7 +99,7 @@ CASES: dict[str, tuple[str, str, int, bool, bool, int]] = {
         ("kwon's collection", "kwon", "stages.fisher._batch_gradients", 2, True, False, 0),
         ("kwon's search", "kwon", "selection.search", 1, True, True, 0),
         ("kwon's rearrangement", "kwon", "selection.rearrange", 2, True, True, 0),
-        ("kwon's tuning", "kwon", "stages.reconstruct._apply", 2, True, True, 0),
+        ("kwon's tuning", "kwon", "stages.reconstruct._fit_block", 2, True, True, 0),
     )
 }
 

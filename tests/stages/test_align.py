@@ -1,17 +1,17 @@
-"""Alignment: what reads a moved hidden state gives what it gave for the original one.
+"""Alignment: input projections give the teacher's outputs on the student's hidden states.
 
-Deleting this lets the wrong projections be changed, or a map be fitted to padding.
+Without these tests, the wrong projections could be changed, only some of those of a block, or a map
+be fitted to padding.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rfprune.model.compact import compact
 from rfprune.model.frozen import frozen
@@ -19,7 +19,7 @@ from rfprune.model.layout import Block, layout_of
 from rfprune.model.masks import full_masks
 from rfprune.stages.align import apply_regression_map, fit_regression_map
 from rfprune.stages.least_squares import Moments, NumericalFailure
-from rfprune.stages.reconstruct import reconstruct
+from rfprune.stages.reconstruct import BlockFit, reconstruct
 
 Tiny = Callable[..., Any]
 
@@ -30,46 +30,71 @@ def keep(
     return weight, bias
 
 
-def test_a_planted_map_is_found_and_read_through() -> None:
+KEEP = BlockFit(keep, align=True)
+
+
+def maps_of(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor | None]:
+    train, held_out = Moments.zeros(6, 6), Moments.zeros(6, 6)
+    split = len(student) * 3 // 4
+    train.add(student[:split], teacher[:split])
+    held_out.add(student[split:], teacher[split:])
+    return fit_regression_map(train, held_out)
+
+
+def test_a_planted_map_is_found_and_applied() -> None:
     torch.manual_seed(0)
     original = torch.randn(4000, 6, dtype=torch.float64)
     mixing = torch.eye(6, dtype=torch.float64) + 0.3 * torch.randn(6, 6, dtype=torch.float64)
     moved = original @ mixing.T + 1.0
-    seen, held_out = Moments.zeros(6, 6), Moments.zeros(6, 6)
-    seen.add(moved[:3000], original[:3000])
-    held_out.add(moved[3000:], original[3000:])
-    matrix, shift = fit_regression_map(seen, held_out)
-    reader = nn.Linear(6, 4).double()
-    aligned = copy.deepcopy(reader)
-    apply_regression_map(aligned, matrix, shift)
-    with torch.no_grad():
-        wanted = reader(original)
-        before = (reader(moved) - wanted).square().mean()
-        after = (aligned(moved) - wanted).square().mean()
+    matrix, shift = maps_of(moved, original)
+    weight, bias = torch.randn(4, 6).double(), torch.randn(4).double()
+    new_weight, new_bias = apply_regression_map(weight, bias, matrix, shift)
+    assert new_bias is not None
+    wanted = original @ weight.T + bias
+    before = (moved @ weight.T + bias - wanted).square().mean()
+    after = (moved @ new_weight.T + new_bias - wanted).square().mean()
     assert before > 0.1
     assert after < 0.01 * before
 
 
-def test_states_that_have_not_moved_are_read_as_they_are() -> None:
+def test_the_map_of_unchanged_hidden_states_is_the_identity() -> None:
     torch.manual_seed(0)
     states = torch.randn(500, 6)
-    seen, held_out = Moments.zeros(6, 6), Moments.zeros(6, 6)
-    seen.add(states[:400], states[:400])
-    held_out.add(states[400:], states[400:])
-    matrix, shift = fit_regression_map(seen, held_out)
-    assert torch.equal(matrix, torch.eye(6, dtype=torch.float64))
+    matrix, shift = maps_of(states, states)
+    torch.testing.assert_close(matrix, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-6)
     assert shift is not None
-    assert torch.equal(shift, torch.zeros(6, dtype=torch.float64))
+    assert shift.abs().max() < 1e-6
 
 
-def test_what_is_not_finite_changes_nothing() -> None:
-    reader = nn.Linear(3, 2)
-    weight = reader.weight.clone()
+def test_a_product_that_is_not_finite_is_a_failure() -> None:
     with pytest.raises(NumericalFailure, match="not finite"):
-        apply_regression_map(
-            reader, torch.full((3, 3), torch.nan).double(), torch.zeros(3).double()
-        )
-    assert torch.equal(reader.weight, weight)
+        apply_regression_map(torch.ones(2, 3), None, torch.full((3, 3), torch.nan).double(), None)
+
+
+def test_one_failing_input_projection_leaves_the_others_of_its_block_unchanged(
+    tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    teacher = tiny_model("bert")
+    layout = layout_of(teacher)
+    batches = [tiny_batch(8, 9, seed=seed) for seed in range(12)]
+    masks = full_masks(layout)
+    masks[1][:6] = 0.0
+    query, key, value = layout.blocks[2].input_projections
+    for overflows in (False, True):
+        student = compact(teacher, layout, masks)
+        if overflows:
+            weight = student.get_parameter(f"{key}.weight")
+            with torch.no_grad():
+                weight.copy_(3e38 * weight.sign())
+        before = {path: student.get_parameter(f"{path}.weight").clone() for path in (query, value)}
+        with frozen(teacher), frozen(student):
+            warnings = reconstruct(teacher, student, layout, batches, KEEP)
+        for path, weight in before.items():
+            unchanged = torch.equal(student.get_parameter(f"{path}.weight"), weight)
+            assert unchanged == overflows
+        named = [text for text in warnings if "input projections of layer.1.heads" in text]
+        assert len(named) == overflows
+        assert all("unchanged" in text and "not finite" in text for text in named)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet", "gpt2", "llama", "qwen2"])
@@ -83,7 +108,7 @@ def test_producers_above_a_damaged_block_follow_the_teacher(
     masks[1][:6] = 0.0  # half of the first FFN
     plain, aligned = compact(teacher, layout, masks), compact(teacher, layout, masks)
     with frozen(teacher), frozen(aligned):
-        assert reconstruct(teacher, aligned, layout, batches, keep, align=True) == []
+        assert reconstruct(teacher, aligned, layout, batches, KEEP) == []
     changed = {
         name
         for name, value in aligned.state_dict().items()

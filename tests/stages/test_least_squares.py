@@ -123,7 +123,7 @@ def test_without_features_the_mean_is_left() -> None:
 
 
 def test_failures_are_named() -> None:
-    with pytest.raises(NumericalFailure, match="no token"):
+    with pytest.raises(NumericalFailure, match="no tokens"):
         solve_weights(Moments.zeros(3, 2), 1e-2)
     broken = moments_of(torch.full((4, 3), torch.nan), torch.ones(4, 2))
     with pytest.raises(NumericalFailure, match="singular or not finite"):
@@ -232,7 +232,7 @@ def test_held_out_tokens_choose_the_ridge() -> None:
     )  # hardly more tokens than features: noise is fitted
     held_out = data(200, 12, 5, 2, 1.0)[2]
     old = 0.0 * weight, bias
-    both = seen.plus(held_out)
+    both = seen + held_out
     new = fit_with_validation(seen, held_out, (1e-8, 1.0), *old)
     torch.testing.assert_close(new, solve_weights(both, 1.0, prior=old[0]))
     first = fit_with_validation(seen, Moments.zeros(12, 5), (1e-8, 1.0), *old)

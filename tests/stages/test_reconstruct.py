@@ -21,7 +21,7 @@ from rfprune.model.layerwise import add_image_token_mask, layer_scale
 from rfprune.model.layout import Block, Layout, layout_of
 from rfprune.model.masks import full_masks, masked
 from rfprune.stages.least_squares import Moments, NumericalFailure, solve_weights
-from rfprune.stages.reconstruct import reconstruct
+from rfprune.stages.reconstruct import BlockFit, reconstruct
 from tests.conftest import IMAGE_TYPES
 
 Tiny = Callable[..., Any]
@@ -43,7 +43,7 @@ class Spy:
     def __call__(
         self, block: Block, seen: Moments, held_out: Moments, weight: Tensor, bias: Tensor | None
     ) -> Pair:
-        moments = seen.plus(held_out)
+        moments = seen + held_out
         self.moments[block.name] = moments
         self.errors[block.name] = moments.error(weight, bias) / moments.count
         return weight, bias
@@ -57,7 +57,7 @@ def run(
     teacher: Any, student: Any, layout: Layout, batches: Any, fit: Any, **how: Any
 ) -> list[str]:
     with frozen(teacher), frozen(student):
-        return reconstruct(teacher, student, layout, batches, fit, **how)
+        return reconstruct(teacher, student, layout, batches, BlockFit(fit, **how))
 
 
 def hidden_of(model: Any, batch: Batch) -> Tensor:
@@ -204,8 +204,8 @@ def test_a_failure_is_reported_and_later_blocks_go_on(tiny_model: Tiny, tiny_bat
 
     failures = run(teacher, student, layout, [tiny_batch()], fit)
     assert failures == [
-        "layer.0.heads was left as it was: of old age",
-        "layer.1.heads was left as it was: the fitted weights are not finite",
+        "layer.0.heads was left unchanged: of old age",
+        "layer.1.heads was left unchanged: the fitted weights are not finite",
     ]
     changed = {
         name for name, value in student.state_dict().items() if not torch.equal(value, before[name])

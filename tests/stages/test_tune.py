@@ -119,7 +119,7 @@ def test_one_block_that_fails_does_not_stop_the_others(tiny_model: Tiny, tiny_ba
     left = student.get_parameter(f"{layout.blocks[1].consumer}.weight").clone()
     scales, failures = tune(teacher, student, layout, batches)
     assert len(failures) == 1
-    assert failures[0].startswith("layer.0.neurons was left as it was: a scale of ")
+    assert failures[0].startswith("layer.0.neurons was left unchanged: a scale of ")
     assert failures[0].endswith("is beyond ±10")
     assert torch.equal(student.get_parameter(f"{layout.blocks[1].consumer}.weight"), left)
     assert list(scales) == [block.consumer for block in layout.blocks[2:]]
