@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import o
 
 from rfprune.cli.exit_codes import script
 from rfprune.errors import UserError
-from rfprune.report.html import write_runs_page
-from rfprune.report.output import REPORT_FILE
+from rfprune.report.output_folder import REPORT_FILE
+from rfprune.report.page import write_runs_page
 from rfprune.report.report_json import read_report
 
 DEFAULT = Path("compare.html")

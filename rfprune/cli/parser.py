@@ -15,7 +15,7 @@ from rfprune.cli.data_flags import add_data, check_data
 from rfprune.cli.hub_flags import add_hub, check_hub
 from rfprune.cli.method_flags import add_method, with_method
 from rfprune.errors import UserError
-from rfprune.report.output import check_output
+from rfprune.report.output_folder import check_output
 from rfprune.settings import DTYPES, EXPORTS, METRICS, Options
 from rfprune.tasks.registry import (
     CUSTOM,

@@ -37,11 +37,13 @@ from rfprune.methods.selection import check_possible
 from rfprune.model.checkpoint import save_pruned
 from rfprune.model.layout import layout_of
 from rfprune.pruning import add_token_mask, prune_family
-from rfprune.report.folder import write_family, write_for_people
-from rfprune.report.measure import Outcome, Prepared, evaluate_original, inputs_digest, measure
-from rfprune.report.output import check_output, holds, staged, weight_bytes
+from rfprune.report.cached_evaluation import evaluate_original, inputs_digest
+from rfprune.report.card import write_card
+from rfprune.report.console_table import LOG_WIDTH, print_report, write_log
+from rfprune.report.measure import Outcome, Prepared, measure
+from rfprune.report.output_folder import check_output, holds, staged, weight_bytes
+from rfprune.report.page import write_family_page, write_run_page
 from rfprune.report.report_json import SCHEMA, read_report, write_report
-from rfprune.report.table import LOG_WIDTH, print_report, write_log
 from rfprune.result import PruneResult
 from rfprune.settings import Options, Settings
 from rfprune.tasks.calibration import calibration_batches
@@ -202,14 +204,15 @@ def _save(
         if prepared.latency_table is not None:
             prepared.latency_table.save(temporary / LATENCY_TABLE_FILE)
         write_report(report, temporary)
-        write_for_people(report, temporary, options.push_to_hub)
+        write_run_page(report, temporary)
+        write_card(report, temporary, options.push_to_hub)
         write_log(report, temporary, told.export_text(clear=False))
 
 
 def _publish(options: Options, told: Console, progress: bool) -> None:
     """Put a family on one page, and a model on the hub if that was asked for."""
     folders = [options.output_folder(ratio) for ratio in options.ratios]
-    page = write_family(folders)
+    page = write_family_page(folders)
     if page is not None:
         told.print(f"All sizes are on one page, '{page}'")
     repository = options.push_to_hub

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from rfprune.errors import UserError
-from rfprune.report.card import CARD_FILE, name_repository
-from rfprune.report.output import REPORT_FILE
+from rfprune.report.card import CARD_FILE, set_repository
+from rfprune.report.output_folder import REPORT_FILE
 
 ANSWER_SECONDS = 30.0
 """How long the hub may say nothing; the library itself would wait for ever."""
@@ -126,7 +126,7 @@ def push(folder: Path, repository: str, *, private: bool = False, progress: bool
                 f"The repository '{made.repo_id}' exists and is public, so nothing was pushed to "
                 f"it: choose another name, make it private on the hub, or leave out --private."
             )
-        name_repository(folder, made.repo_id)
+        set_repository(folder, made.repo_id)
         hub.upload_folder(
             repo_id=made.repo_id,
             folder_path=folder,

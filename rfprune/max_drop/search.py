@@ -20,8 +20,7 @@ from rfprune.methods.budget import cost_model
 from rfprune.methods.selection import least_possible
 from rfprune.model.layout import layout_of
 from rfprune.report.measure import Batches, Outcome, Prepared
-from rfprune.report.search_text import shown_points, trial_line
-from rfprune.report.table import METRIC_NAMES
+from rfprune.report.summary import METRIC_NAMES, points_text, trial_line
 from rfprune.result import PruneResult
 from rfprune.stages.reconstruct import HELD_OUT_EVERY
 from rfprune.tasks.bootstrap import Drop, paired_drop
@@ -148,7 +147,7 @@ def _summary_of(one: _Tried) -> dict[str, float]:
 def _too_much(tried: Sequence[_Tried], points: float, metric: str) -> str:
     largest = max((one.trial for one in tried), key=lambda trial: trial.ratio)
     return (
-        f"No model loses at most {shown_points(points)}: with {largest.ratio:g} of the "
+        f"No model loses at most {points_text(points)}: with {largest.ratio:g} of the "
         f"{METRIC_NAMES[metric]} kept, the most that was tried, it is {largest.drop:.2f} "
         f"(standard error {largest.standard_error:.2f}); give a larger --max-drop, or a size with "
         f"--constraint"

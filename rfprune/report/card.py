@@ -1,26 +1,33 @@
 """README.md of an output folder: the model card, which the hub shows with its evaluation results.
 
-It says what was measured, how sure that is, and what was not measured.
+It has the measurements, their uncertainty, and what was not measured.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rfprune.report.exports_table import HEADINGS, export_caption, export_lines, export_rows
-from rfprune.report.layers import kind_name, kinds_of, parts_of
+from rfprune.report.layers import kind_name, kinds_of, stacks_of
 from rfprune.report.plots import PLOTS_FOLDER
-from rfprune.report.promise_text import promise_lines
-from rfprune.report.search_text import search_lines
-from rfprune.report.table import (
+from rfprune.report.summary import (
+    DETAIL_SCORES,
+    EXPORT_HEADINGS,
     METRIC_NAMES,
+    SUMMARY_HEADINGS,
     auto_class,
+    export_caption,
+    export_lines,
+    export_rows,
     is_embedder,
     is_plain,
-    scoring,
+    latency_lines,
+    max_drop_lines,
+    percent,
+    scoring_line,
     seconds_line,
     summary_rows,
 )
@@ -28,12 +35,11 @@ from rfprune.tasks.registry import TASKS, Task
 
 CARD_FILE = "README.md"
 UNKNOWN_REPOSITORY = "<this repository, or the path of this folder>"
-"""What stands for the name where it is not known yet; a push fills it in."""
+"""Stands in the card for the hub id until a push fills it in."""
 
-_TEMPLATE = Path(__file__).with_name("templates") / "card.md.jinja"
-# Scores that are a share of right answers: their sampling error is that of a proportion.
+_TEMPLATES = Path(__file__).with_name("templates")
+# Scores that are a share of correct answers have the standard error of a proportion.
 _PROPORTIONS = ("accuracy", "exact", "exact_match")
-_DETAILS = ("HasAns_", "NoAns_", "best_")
 _PIPELINES = {
     "classification": "text-classification",
     "regression": "text-classification",
@@ -50,13 +56,13 @@ Report = Mapping[str, Any]
 
 
 def write_card(report: Report, folder: Path, repository: str | None = None) -> Path:
-    """Write folder/README.md; `repository` is the hub id it will have, if that is known."""
+    """Write folder/README.md; `repository` is its hub id, if known."""
     path = folder / CARD_FILE
     path.write_text(render_card(report, repository), encoding="utf-8")
     return path
 
 
-def name_repository(folder: Path, repository: str) -> None:
+def set_repository(folder: Path, repository: str) -> None:
     """Put the hub id into a card that was written before it was known."""
     path = folder / CARD_FILE
     text = path.read_text(encoding="utf-8")
@@ -64,84 +70,115 @@ def name_repository(folder: Path, repository: str) -> None:
         path.write_text(text.replace(UNKNOWN_REPOSITORY, repository), encoding="utf-8")
 
 
+class Markdown(str):
+    """Text that is Markdown already; any other text is escaped in the card."""
+
+    __slots__ = ()
+
+
+def escape_markdown(text: object) -> str:
+    """Text that Markdown shows as it is, on one line, also within a table.
+
+    Returns:
+        `Markdown` unchanged; anything else as a string, with a backslash before each character that
+        has a meaning, and without line breaks.
+    """
+    if isinstance(text, Markdown):
+        return text
+    line = " ".join(str(text).split())
+    return re.sub(r"([\\`*_\[\]<>|~&#$])", r"\\\1", line)
+
+
+def code_span(text: str) -> Markdown:
+    """Text as inline code, in more backticks than it has in a row."""
+    line = " ".join(text.split())
+    ticks = "`" * (_longest_backticks(line) + 1)
+    space = " " if "`" in (line[:1], line[-1:]) else ""
+    return Markdown(f"{ticks}{space}{line}{space}{ticks}")
+
+
+def code_block(text: str) -> Markdown:
+    """Text as a fenced code block."""
+    fence = "`" * max(3, _longest_backticks(text) + 1)
+    return Markdown(f"{fence}\n{text}\n{fence}")
+
+
+def _longest_backticks(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
+
+
 def render_card(report: Report, repository: str | None = None) -> str:
-    """The card as text: metadata for the hub, then what people read."""
-    from huggingface_hub import ModelCard
+    """The card as text: metadata for the hub, then Markdown for people."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     task = TASKS.get(report["task"])
-    settings, conditions = report["settings"], report["latency"]
-    labels = "with their labels" if settings.get("use_labels") else "without their labels"
-    processor = "AutoImageProcessor" if "image" in _kind(report, task) else "AutoTokenizer"
-    card = ModelCard.from_template(
-        _metadata(report, task),
-        template_path=str(_TEMPLATE),
+    settings = report["settings"]
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        undefined=StrictUndefined,
+        finalize=escape_markdown,
+        autoescape=False,  # the card is Markdown: `finalize` escapes it
+    )
+    environment.filters["markdown"] = Markdown
+    card = environment.get_template("card.md.jinja").render(
+        metadata=Markdown(_metadata(report, task).to_yaml()),
         name=_name(report),
         base=_base(report),
-        rows=[[_cell(cell) for cell in row] for row in summary_rows(report)],
+        headings=SUMMARY_HEADINGS,
+        rows=summary_rows(report),
         exports=export_rows(report),
-        exports_label=export_caption(report),
-        export_headings=HEADINGS,
+        exports_caption=export_caption(report),
+        export_headings=EXPORT_HEADINGS,
         export_lines=export_lines(report),
-        scoring=scoring(report),
-        noise=_noise(report),
-        noise_limit=_noise_limit(report, task),
+        scoring=scoring_line(report),
+        standard_error=_standard_error_text(report),
+        score_limits=_score_limits(report, task),
         has_plots=bool(report["layers"]),
         plots=PLOTS_FOLDER,
-        per_layer=_per_layer(report),
-        repository=repository or UNKNOWN_REPOSITORY,
-        auto_class=auto_class(report),
-        processor=processor,
+        units_kept=_units_kept(report),
+        repository=Markdown(repository or UNKNOWN_REPOSITORY),
+        auto_class=Markdown(auto_class(report)),
         is_plain=is_plain(report),
         is_embedder=is_embedder(report),
-        command=report["command"].replace("```", "'''"),
+        is_image_model="image" in _kind(report, task),
+        command=code_block(report["command"]),
         method=_method(settings, report["method"]),
-        seed=report["seed"],
-        samples=report["samples"],
-        task=report["task"],
-        labels=labels,
-        target=f"{100 * report['constraint']:.6g}% of the original's "
+        labels="with their labels" if settings.get("use_labels") else "without their labels",
+        target=f"{percent(report['constraint'])} of the original's "
         f"{METRIC_NAMES.get(report['metric'], report['metric'])}",
-        search=[*promise_lines(report), *search_lines(report)],
+        search=[*latency_lines(report), *max_drop_lines(report)],
         seconds=seconds_line(report["seconds"]),
-        device=report["device"],
-        dtype=report["dtype"],
-        stored_dtype=report["stored_dtype"],
-        versions=report["versions"],
-        version_list=", ".join(f"{name} {value}" for name, value in report["versions"].items()),
-        rounds=conditions.get("rounds", "several"),
-        threads=_threads(conditions),
-        batch=conditions["batch_size"],
-        length=conditions["sequence_length"],
-        warnings=[" ".join(warning.split()) for warning in report["warnings"]],
+        versions=", ".join(f"{name} {value}" for name, value in report["versions"].items()),
+        threads=_threads(report["latency"]),
+        report=report,
     )
-    return str(card).rstrip() + "\n"
+    return card.rstrip() + "\n"
 
 
 def _metadata(report: Report, task: Task | None) -> Any:
-    """What the hub reads: what it is made from, what it is for, and its scores."""
+    """The metadata that the hub reads: base model, task and scores."""
     from huggingface_hub import ModelCardData
 
     results = [] if task is None else _results(report, task)
-    code = [] if is_plain(report) else ["custom_code"]
-    library = "sentence-transformers" if is_embedder(report) else "transformers"
+    tags = [] if is_plain(report) else ["custom_code"]
     if is_embedder(report):
-        code = ["sentence-transformers", "feature-extraction", *code]
+        tags = ["sentence-transformers", "feature-extraction", *tags]
     return ModelCardData(
-        library_name=library,
+        library_name="sentence-transformers" if is_embedder(report) else "transformers",
         base_model=_hub_id(report["source"]),
         pipeline_tag=_PIPELINES[_kind(report, task)],
         datasets=None if task is None else [task.hub_path],
         metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
-        tags=["rfprune", "pruned", "structured-pruning", "compression", *code],
+        tags=["rfprune", "pruned", "structured-pruning", "compression", *tags],
         model_name=_name(report),
         eval_results=results or None,
     )
 
 
 def _results(report: Report, task: Task) -> list[Any]:
-    """The scores of the pruned model as the hub's evaluation results.
+    """The scores of the pruned model as evaluation results of the hub.
 
-    In the unit of the evaluate library: a fraction for GLUE, points of 100 for SQuAD.
+    They are in the unit of the evaluate library: a fraction for GLUE, points of 100 for SQuAD.
     """
     from huggingface_hub import EvalResult
 
@@ -160,12 +197,12 @@ def _results(report: Report, task: Task) -> list[Any]:
             metric_value=round(value if in_points else value / 100, 6),
         )
         for name, value in sorted(scores.items(), key=lambda item: item[0] != task.metric_name)
-        if value is not None and not name.startswith(_DETAILS)
+        if value is not None and not name.startswith(DETAIL_SCORES)
     ]
 
 
 def _hub_id(source: str) -> str | None:
-    """The base model's id, where it has come from the hub."""
+    """The hub id of the base model; None for a local folder."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -178,21 +215,22 @@ def _hub_id(source: str) -> str | None:
     return source
 
 
+def _model_name(report: Report) -> str:
+    """The last part of the model's name: the path of a local folder is private."""
+    name: str = report["model"].rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1]
+    return name or "model"
+
+
 def _name(report: Report) -> str:
-    """Folders are private: of a path its last part is enough."""
-    model = report["model"].rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1] or "model"
-    return f"{model}-{report['task']}-pruned-{report['metric']}-{report['constraint']:g}"
+    metric, ratio = report["metric"], report["constraint"]
+    return f"{_model_name(report)}-{report['task']}-pruned-{metric}-{ratio:g}"
 
 
-def _base(report: Report) -> str:
+def _base(report: Report) -> Markdown:
     base = _hub_id(report["source"])
     if base is not None:
-        return f"[{base}](https://huggingface.co/{base})"
-    return f"The checkpoint `{report['model'].rstrip('/').rsplit('/', 1)[-1]}`"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+        return Markdown(f"[{escape_markdown(base)}](https://huggingface.co/{base})")
+    return Markdown(f"The checkpoint {code_span(_model_name(report))}")
 
 
 def _kind(report: Report, task: Task | None) -> str:
@@ -200,60 +238,55 @@ def _kind(report: Report, task: Task | None) -> str:
 
 
 def standard_error(score: float, count: int) -> float:
-    """Sampling error, in points, of a share of right answers among `count` examples."""
+    """Standard error, in points, of a share of correct answers among `count` examples."""
     share = min(max(score / 100, 0.0), 1.0)
     return 100 * math.sqrt(share * (1 - share) / count)
 
 
-def _noise(report: Report) -> str:
-    name, score = report["metric_name"], report["pruned"]["score"]
-    count = report["evaluated_examples"]
-    if name not in _PROPORTIONS or score is None or not count:
+def _standard_error_text(report: Report) -> str:
+    score, count = report["pruned"]["score"], report["evaluated_examples"]
+    if report["metric_name"] not in _PROPORTIONS or score is None or not count:
         return ""
-    error = standard_error(score, count)
     return (
-        f"The standard error of a score like this on {count} examples is about {error:.1f} points: "
-        f"take differences below twice that with care."
+        f"The standard error of such a score on {count} examples is about "
+        f"{standard_error(score, count):.1f} points; differences below twice that may be noise."
     )
 
 
-def _noise_limit(report: Report, task: Task | None) -> str:
-    count = report["evaluated_examples"]
+def _score_limits(report: Report, task: Task | None) -> str:
     split = "validation" if task is None else " and ".join(task.validation_splits)
-    text = f"The score is from {count} examples of the {split} data"
-    if report["metric_name"] in _PROPORTIONS:
-        text += f", with one calibration sample (seed {report['seed']})"
-    else:
-        text += (
-            f", with one calibration sample (seed {report['seed']}); no error bar was computed for "
-            f"{report['metric_name']}"
-        )
+    text = (
+        f"The score is from {report['evaluated_examples']} examples of the {split} data and one "
+        f"calibration sample (seed {report['seed']})"
+    )
+    if report["metric_name"] not in _PROPORTIONS:
+        text += f"; no standard error was computed for {report['metric_name']}"
     return f"{text}. The test data was not used, and other seeds may give other scores."
 
 
-def _per_layer(report: Report) -> str:
-    """A line a kind, and a stack of layers where there are two: 8, 7, ... of 12."""
+def _units_kept(report: Report) -> list[str]:
+    """One line per kind of units, and per stack of layers if there are two: 8, 7, ... of 12."""
     before = report.get("original_layers")
     lines = []
     for kind in kinds_of(report):
-        for part in parts_of(report):
-            counts = ", ".join(map(str, part.having(report["layers"], kind)))
-            had = set(part.having(before, kind)) if before else set()
-            whole = f" (of {had.pop()} each)" if len(had) == 1 else ""
-            place = f"first {part.name} layer to last".replace("  ", " ")
-            if counts or not part.name:
-                lines.append(f"- {kind_name(report, kind)} kept, {place}{whole}: {counts}")
-    return "\n".join(lines)
+        for stack in stacks_of(report):
+            counts = ", ".join(map(str, stack.counts(report["layers"], kind)))
+            had = set(stack.counts(before, kind)) if before else set()
+            total = f" (of {had.pop()} each)" if len(had) == 1 else ""
+            where = f"first {stack.name} layer to last".replace("  ", " ")
+            if counts or not stack.name:
+                lines.append(f"{kind_name(report, kind)} kept, {where}{total}: {counts}")
+    return lines
 
 
 def _method(settings: Mapping[str, Any], method: str) -> str:
-    """The method and what was set otherwise than by default."""
-    told = [
+    """The method and its settings."""
+    values = [
         f"{name} {value}"
         for name, value in settings.items()
         if name not in ("method", "seed", "use_labels") and value not in (None, False)
     ]
-    return f"{method} ({', '.join(told)})" if told else method
+    return f"{method} ({', '.join(values)})" if values else method
 
 
 def _threads(conditions: Mapping[str, Any]) -> str:

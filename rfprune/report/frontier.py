@@ -1,4 +1,4 @@
-"""Several runs in one figure: what each kept, and what that cost in score and divergence."""
+"""The figure of several runs: score and divergence against the share that each keeps."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 from rfprune.report.figures import (
     COLOURS,
     WIDTH_INCHES,
+    FigureSpec,
     Report,
-    Sketch,
+    joined,
     legend_above,
-    listed,
+    literal,
     scale_axis,
 )
-from rfprune.report.table import METRIC_NAMES
+from rfprune.report.summary import METRIC_NAMES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,48 +25,49 @@ _SERIES_COLOURS = tuple(COLOURS[name] for name in ("heads", "neurons", "ink", "m
 _MARKERS = "osD^vPX*"
 
 
-def frontier(runs: Sequence[tuple[str, Report]]) -> Sketch | None:
-    """Score and divergence of named runs on one task against what they kept, a line a series."""
+def frontier(runs: Sequence[tuple[str, Report]]) -> FigureSpec | None:
+    """Score and divergence of named runs on one task; one line per model and method."""
     runs = [(name, report) for name, report in runs if report["pruned"]["score"] is not None]
     if not runs:
         return None
-    reports = [report for _, report in sorted(runs, key=lambda run: -kept(run[1]))]
+    reports = [report for _, report in sorted(runs, key=lambda run: -kept_ratio(run[1]))]
     series = _series(reports)
     metric, task = reports[0]["metric_name"], reports[0]["task"]
-    above_is_better = "higher" if reports[0].get("higher_is_better", True) else "lower"
-    spoken = listed(
-        f"{metric} {report['pruned']['score']:.2f} with {100 * kept(report):.3g}% kept ({label})"
+    better = "higher" if reports[0].get("higher_is_better", True) else "lower"
+    texts = joined(
+        f"{metric} {report['pruned']['score']:.2f} with {100 * kept_ratio(report):.3g}% kept "
+        f"({label})"
         for label, own in series.items()
         for report in own
     )
 
-    def paint(figure: Figure) -> None:
+    def draw(figure: Figure) -> None:
         above, below = figure.subplots(2, 1, sharex=True)
-        _paint(above, below, series)
-        above.set_title(f"{metric} (dotted: the original)")
+        _draw(above, below, series)
+        above.set_title(f"{literal(metric)} (dotted: the original)")
         below.set_title("divergence from the original")
         below.set_xlabel(f"{_cost_name(reports)} kept (%)")
         scale_axis(below, [report["divergence"] or 0.0 for report in reports])
         legend_above(figure, above)
 
-    return Sketch(
+    return FigureSpec(
         f"frontier-{task}",
-        f"Score against what is kept: {task}",
-        f"Line charts of {metric} and divergence against the share that is kept: {spoken}.",
-        f"Further left is smaller; {above_is_better} above and lower below is better.",
+        f"Score by size: {task}",
+        f"Line charts of {metric} and divergence against the share kept: {texts}.",
+        f"Smaller models are on the left. A {better} {metric} and a lower divergence are better.",
         (WIDTH_INCHES, 4.2 + 0.2 * (len(series) - 1)),
-        paint,
+        draw,
     )
 
 
-def kept(report: Report) -> float:
-    """What was kept, as a fraction of the original by the metric of the constraint."""
+def kept_ratio(report: Report) -> float:
+    """The fraction of the original that was kept, in the metric of the constraint."""
     share: float = report["achieved"].get(report["metric"], report["constraint"])
     return share
 
 
 def _series(reports: Sequence[Report]) -> dict[str, list[Report]]:
-    """Runs that one line joins: of one model and method by one metric, averages aside."""
+    """Runs that share a line: the same model, method, metric and seed."""
     series: dict[str, list[Report]] = {}
     for report in reports:
         name = f"{report['model'].rstrip('/').rsplit('/', 1)[-1]}, {report['method']}"
@@ -83,19 +85,21 @@ def _cost_name(reports: Sequence[Report]) -> str:
     return METRIC_NAMES.get(only, only) if not metrics else "cost"
 
 
-def _paint(above: Axes, below: Axes, series: dict[str, list[Report]]) -> None:
+def _draw(above: Axes, below: Axes, series: dict[str, list[Report]]) -> None:
     for index, (label, own) in enumerate(series.items()):
         look: dict[str, Any] = {
             "color": _SERIES_COLOURS[index % len(_SERIES_COLOURS)],
             "marker": _MARKERS[index % len(_MARKERS)],
             "markersize": 5,
         }
-        scores = [(100 * kept(report), report["pruned"]["score"]) for report in own]
-        above.plot(*zip(*scores, strict=True), label=label, **look)
-        far = [(100 * kept(report), report["divergence"]) for report in own]
-        far = [(share, value) for share, value in far if value]  # 0 is on no logarithmic axis
-        if far:
-            below.plot(*zip(*far, strict=True), **look)
+        scores = [(100 * kept_ratio(report), report["pruned"]["score"]) for report in own]
+        above.plot(*zip(*scores, strict=True), label=literal(label), **look)
+        distances = [(100 * kept_ratio(report), report["divergence"]) for report in own]
+        distances = [
+            (share, value) for share, value in distances if value
+        ]  # a logarithmic axis cannot show 0
+        if distances:
+            below.plot(*zip(*distances, strict=True), **look)
     originals = {report["original"]["score"] for own in series.values() for report in own}
     for score in originals - {None}:
         above.axhline(score, color=COLOURS["muted"], linestyle=":")

@@ -1,19 +1,15 @@
-"""What a run measures of a pruned model beside its original: most of report.json."""
+"""Everything that a run measures: scores, costs and latency of both models, for report.json."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rfprune.cache import Key, circumstances, data_digest, model_digest, remembering
 from rfprune.checkpoints.loading import LoadedCheckpoint
 from rfprune.cost.macs import total_macs
 from rfprune.cost.params import total_params
@@ -21,30 +17,31 @@ from rfprune.latency.speedup import Latency, measure_latency
 from rfprune.latency.table import LatencyTable
 from rfprune.latency.timed_batch import timed_batch
 from rfprune.methods.budget import mean_decoder_tokens
-from rfprune.model.layout import layout_of
+from rfprune.model.compact import compact
+from rfprune.model.layout import Layout, layout_of
+from rfprune.model.masks import masked, num_kept
 from rfprune.report.report_json import ratios, stage_seconds, versions
-from rfprune.report.stage_scores import curve_points, original_layers, stage_scores
-from rfprune.result import PruneResult, StageTimer
+from rfprune.result import PruneResult, kind_of_units, units_of_layers
 from rfprune.settings import Options, Settings
-from rfprune.tasks.evaluation import (
-    Evaluation,
-    EvaluationSet,
-    Logits,
-    divergence,
-    evaluate_model,
-)
+from rfprune.tasks.evaluation import Evaluation, EvaluationSet, divergence, evaluate_model
 from rfprune.tasks.generation import continuations
 from rfprune.tasks.inference import batch_size
+
+MAX_POINTS = 64
+"""Points of an error curve that are written to the report; a figure shows no more."""
 
 Batches = Sequence[Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What all constraints of a run share; `seconds` went into loading.
+    """Model, data and settings that all constraints of a run share.
 
-    `stored`: the dtype that weights are saved in. `inputs`: their hash, see `inputs_digest`.
-    `latency_table`: where latency is the metric.
+    Attributes:
+        stored: the dtype in which weights are saved.
+        seconds: the time that loading took.
+        inputs: SHA-256 of model and data, see `inputs_digest`.
+        latency_table: None unless latency is the metric.
     """
 
     loaded: LoadedCheckpoint
@@ -59,10 +56,11 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A pruned model, and what is known of it where a search has found it.
+    """A pruned model, and what the search of `--max-drop` knows about it.
 
-    `pruned`: its score, when rounded to what is stored. `search`: what the report says of how it
-    was found.
+    Attributes:
+        pruned: its scores, if the search has evaluated it already (in the stored dtype).
+        search: the entry "max_drop" of the report.
     """
 
     result: PruneResult
@@ -79,7 +77,16 @@ def measure(
     *,
     progress: bool,
 ) -> dict[str, Any]:
-    """Score and time a pruned model beside the original: most of report.json."""
+    """Evaluate and time a pruned model beside the original.
+
+    Args:
+        original: scores of the original.
+        stored: the dtype in which the pruned weights are saved.
+
+    Returns:
+        The entries of report.json, except those that the command adds (its own text, identity,
+        warnings and exports).
+    """
     model, result = prepared.loaded.model, outcome.result
     pruned = outcome.pruned
     if pruned is None:
@@ -92,8 +99,8 @@ def measure(
     latency = measure_latency(
         model, result.model, timed_batch(prepared.batches, prepared.latency_table)
     )
-    written = mean_decoder_tokens(result.layout, prepared.batches)
-    tokens = (result.mean_tokens, written)
+    decoder_tokens = mean_decoder_tokens(result.layout, prepared.batches)
+    tokens = (result.mean_tokens, decoder_tokens)
     before = _costs(model, original, latency.original_ms, tokens, prepared.stored)
     after = _costs(result.model, pruned, latency.pruned_ms, tokens, stored)
     return {
@@ -109,8 +116,8 @@ def measure(
         "samples": sum(batch_size(batch) for batch in prepared.batches),
         "settings": dataclasses.asdict(prepared.settings),
         "device": str(model.device),
-        "dtype": name_of(model.dtype),
-        "stored_dtype": name_of(stored),
+        "dtype": dtype_name(model.dtype),
+        "stored_dtype": dtype_name(stored),
         "versions": versions(),
         "original": before,
         "pruned": after,
@@ -118,11 +125,11 @@ def measure(
         "metric_name": original.metric_name,
         "scores": {"original": dict(original.scores), "pruned": dict(pruned.scores)},
         "divergence": divergence(original, pruned),
-        **_written(prepared, result.model),
+        **_continuations(prepared, result.model),
         "evaluated_examples": original.num_examples,
         "mean_tokens": result.mean_tokens,
         "latency": _conditions(latency),
-        "promise": promised(result, latency),
+        "promise": latency_promise(result, latency),
         "seconds": stage_seconds(
             result.seconds, load=prepared.seconds, evaluate=original.seconds + pruned.seconds
         ),
@@ -136,67 +143,13 @@ def measure(
     }
 
 
-def _written(prepared: Prepared, pruned: Any) -> dict[str, Any]:
-    """What language models write, before and after."""
+def _continuations(prepared: Prepared, pruned: Any) -> dict[str, Any]:
+    """Sample texts of language models, before and after."""
     if prepared.evaluation_set.task.kind != "language-modeling":
         return {}
     models = {"original": prepared.loaded.model, "pruned": pruned}
     batches = prepared.evaluation_set.batches
     return {"continuations": continuations(models, prepared.loaded.tokenizer, batches)}
-
-
-def evaluate_original(
-    prepared: Prepared, cache: Path | None, *, progress: bool
-) -> tuple[Evaluation, set[str]]:
-    """Score the original, or only look its logits up; and the stages that were on disk already."""
-    timer, model, evaluation_set = StageTimer(), prepared.loaded.model, prepared.evaluation_set
-    remember = remembering(cache, lambda: _logits_key(model, evaluation_set), timer, "evaluate")
-
-    def remember_arrays(compute: Callable[[], Logits]) -> Logits:
-        tensors = remember(lambda: tuple(torch.from_numpy(logits) for logits in compute()))
-        return tuple(tensor.numpy() for tensor in tensors)
-
-    evaluation = evaluate_model(model, evaluation_set, progress=progress, remember=remember_arrays)
-    return evaluation, timer.cached
-
-
-def _logits_key(model: Any, evaluation_set: EvaluationSet) -> Key:
-    return {
-        "logits": evaluation_set.task.name,
-        "model": model_digest(model),
-        "data": evaluation_digest(evaluation_set),
-        **circumstances(model),
-    }
-
-
-def inputs_digest(model: Any, batches: Batches, evaluation_set: EvaluationSet) -> str:
-    """SHA-256 of all that goes into a run besides its flags."""
-    inputs = {
-        "model": model_digest(model),
-        "calibration": data_digest(batches),
-        "evaluation": evaluation_digest(evaluation_set),
-        **circumstances(model),
-    }
-    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
-
-
-def evaluation_digest(evaluation_set: EvaluationSet) -> str:
-    """SHA-256 of all that a model is scored on."""
-    return data_digest(_parts(evaluation_set))
-
-
-def _parts(evaluation_set: EvaluationSet) -> Iterator[dict[str, Tensor]]:
-    for batch, rows in zip(evaluation_set.batches, evaluation_set.rows, strict=True):
-        yield {**batch, "rows": torch.from_numpy(rows)}
-    if evaluation_set.labels is not None:
-        yield {"labels": torch.from_numpy(evaluation_set.labels)}
-    if (questions := evaluation_set.questions) is not None:
-        texts = json.dumps([questions.contexts, questions.answers]).encode()
-        yield {
-            "texts": torch.frombuffer(bytearray(texts), dtype=torch.uint8),
-            "in_context": torch.from_numpy(questions.windows.in_context),
-            "null_position": torch.from_numpy(questions.windows.null_position),
-        }
 
 
 def _costs(
@@ -206,9 +159,11 @@ def _costs(
     tokens: tuple[float, float | None],
     stored: torch.dtype,
 ) -> dict[str, float]:
-    """One model's column of the report; counted on the model as it stands.
+    """Score, costs and latency of one model.
 
-    `tokens`: that are read, and that a decoder of these makes, where there is one.
+    Args:
+        tokens: mean input length, and mean length of the decoder's input (None without a decoder).
+        stored: the dtype in which floating-point weights are saved.
     """
     tensors = _distinct(model.state_dict())
     return {
@@ -224,13 +179,13 @@ def _costs(
 
 
 def _distinct(state: Mapping[str, Tensor]) -> list[Tensor]:
-    """Tied weights are stored once."""
+    """The tensors of a state, with tied weights once."""
     return list({tensor.data_ptr(): tensor for tensor in state.values()}.values())
 
 
-def promised(result: PruneResult, latency: Latency) -> dict[str, Any] | None:
-    """Of a constraint on latency: what was promised, predicted by the table, and measured in the
-    end, on the fitted model; and the choices that were timed on the way there."""
+def latency_promise(result: PruneResult, latency: Latency) -> dict[str, Any] | None:
+    """Target, predicted and measured latency, and the candidates that were timed; None without a
+    constraint on latency."""
     promise = result.promise
     if promise is None:
         return None
@@ -250,6 +205,84 @@ def _conditions(latency: Latency) -> dict[str, int]:
     return {name: value for name, value in conditions.items() if not name.endswith("_ms")}
 
 
-def name_of(dtype: torch.dtype) -> str:
-    """As the flags and the report call it: float32."""
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name that the flags and the report use: float32."""
     return str(dtype).removeprefix("torch.")
+
+
+def original_layers(layout: Layout) -> list[dict[str, int]]:
+    """Heads and neurons of each layer before pruning."""
+    return units_of_layers(layout, [block.num_units for block in layout.blocks])
+
+
+def curve_points(result: PruneResult) -> list[dict[str, Any]]:
+    """The error curve of each block with at most MAX_POINTS points, and the units it keeps.
+
+    A method that ranks single units has no error curves. There the error of keeping n units is the
+    summed importance of all but the n most important ones. Errors are in the unit of the method.
+    """
+    curves = []
+    for index, (block, kept) in enumerate(
+        zip(result.layout.blocks, num_kept(result.masks), strict=True)
+    ):
+        errors = _errors(result, index)
+        if errors is None:
+            return []
+        units = _thinned(len(errors) - 1, kept)
+        curves.append(
+            {
+                "kind": kind_of_units(block),
+                "layer": block.layer,
+                "units": units,
+                "errors": [float(f"{float(errors[n]):.6g}") for n in units],
+                "kept": kept,
+            }
+        )
+    return curves
+
+
+def _errors(result: PruneResult, index: int) -> Tensor | None:
+    """(U + 1,): the error of keeping n units of a block."""
+    if result.curves is not None:
+        return result.curves[index].errors
+    if result.importance is None:
+        return None
+    lost = result.importance[index].cpu().double().sort().values.cumsum(0)
+    return torch.cat([lost.new_zeros(1), lost]).flip(0)
+
+
+def _thinned(total: int, kept: int) -> list[int]:
+    """At most MAX_POINTS evenly spaced numbers of units from 0 to `total`, `kept` among them."""
+    steps = min(total, MAX_POINTS - 2)
+    even = {round(step * total / steps) for step in range(steps + 1)} if steps else {0}
+    return sorted(even | {kept})
+
+
+def stage_scores(
+    model: Any,
+    result: PruneResult,
+    evaluation_set: EvaluationSet,
+    original: Evaluation,
+    pruned: Evaluation,
+    *,
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """Score and divergence of the original, of the selected units without a fit, and of the result.
+
+    Args:
+        model: the original; it is evaluated once more, with the removed units masked.
+        original: its scores.
+        pruned: scores of the pruned model.
+    """
+    chosen = tuple((mask != 0).to(mask.dtype) for mask in result.masks)
+    if original.kind == "language-modeling":  # both run at once, so they cannot be one model
+        small = compact(model, result.layout, chosen)
+        selected = evaluate_model(small, evaluation_set, reference=model, progress=progress)
+    else:
+        with masked(model, result.layout, chosen):
+            selected = evaluate_model(model, evaluation_set, progress=progress)
+    stages = {"original": original, "selected": selected, "fitted": pruned}
+    return [
+        {"stage": name, "score": scores.score, "divergence": divergence(original, scores)}
+        for name, scores in stages.items()
+    ]

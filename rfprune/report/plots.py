@@ -1,8 +1,7 @@
-"""The figures of runs as SVG for a page and PNG for anywhere else, from report.json alone.
+"""Renders the figures of figures.py and frontier.py: SVG for the page, PNG files for elsewhere.
 
-Each figure (see figures.py and frontier.py) is drawn once. In the SVG the colours become CSS
-variables, so that a page shows it in light and in dark, and text stays text. What a report has no
-numbers for is left out.
+In the SVG, colours are CSS variables, for light and dark mode, and text stays text. Figures without
+data in the report are left out.
 """
 
 from __future__ import annotations
@@ -14,28 +13,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rfprune.report.figures import COLOURS, OF_A_RUN, Sketch, kept_per_layer
+from rfprune.report.figures import COLOURS, RUN_FIGURES, FigureSpec, kept_per_layer
 from rfprune.report.frontier import frontier
-from rfprune.report.search_path import search_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PLOTS_FOLDER = "plots"
 PNG_DPI = 160
-_FONT_POINTS = 9.5  # a figure is 4 inches wide, which fills a phone: text is then about 11 px high
+_FONT_POINTS = 9.5  # about 11 px on a phone, whose width a figure of 4 inches fills
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure that is ready to be shown.
+    """A rendered figure; the texts are those of its `FigureSpec`.
 
     Attributes:
-        name: of its PNG, without the ending.
-        description: what a reader who does not see it should know, its numbers included.
-        note: how to read it.
-        svg: an <svg> element that fills the width it is given.
-        png: in the light colours.
+        svg: an <svg> element as wide as its container.
+        png: the content of a PNG file, in light colours.
     """
 
     name: str
@@ -47,17 +42,17 @@ class Plot:
 
 
 def draw_run(report: Mapping[str, Any]) -> tuple[Plot, ...]:
-    """All figures that the report of one run has numbers for."""
-    return _draw(figure(report) for figure in (search_path, *OF_A_RUN))
+    """All figures that the report of one run has data for."""
+    return _draw(figure(report) for figure in RUN_FIGURES)
 
 
 def draw_kept(report: Mapping[str, Any]) -> tuple[Plot, ...]:
-    """The one figure that tells a run from another: what each layer keeps."""
+    """The figure of the units that each layer keeps."""
     return _draw([kept_per_layer(report)])
 
 
 def draw_frontier(reports: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[Plot, ...]:
-    """Score and divergence of several named runs against what they kept, a figure a task."""
+    """Score and divergence of several named runs against their size; one figure per task."""
     tasks = dict.fromkeys(report["task"] for _, report in reports)
     return _draw(
         frontier([(name, report) for name, report in reports if report["task"] == task])
@@ -66,44 +61,44 @@ def draw_frontier(reports: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[Plo
 
 
 def write_plots(plots: Iterable[Plot], folder: Path) -> None:
-    """Write folder/plots/NAME.png for every plot."""
+    """Write folder/plots/NAME.png for each plot."""
     (folder / PLOTS_FOLDER).mkdir(exist_ok=True)
     for plot in plots:
         (folder / PLOTS_FOLDER / f"{plot.name}.png").write_bytes(plot.png)
 
 
-def _draw(sketches: Iterable[Sketch | None]) -> tuple[Plot, ...]:
-    wanted = [sketch for sketch in sketches if sketch is not None]
+def _draw(specs: Iterable[FigureSpec | None]) -> tuple[Plot, ...]:
+    wanted = [spec for spec in specs if spec is not None]
     if not wanted:
         return ()
     import matplotlib as mpl
 
     with mpl.rc_context(_style()):
-        return tuple(_plot(sketch) for sketch in wanted)
+        return tuple(_plot(spec) for spec in wanted)
 
 
-def _plot(sketch: Sketch) -> Plot:
+def _plot(spec: FigureSpec) -> Plot:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=sketch.inches, layout="constrained")
-    sketch.paint(figure)
+    figure = Figure(figsize=spec.inches, layout="constrained")
+    spec.draw(figure)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=PNG_DPI, metadata={"Software": None})
-    figure.set_layout_engine("none")  # it has its layout now
-    mpl.rcParams["svg.hashsalt"] = sketch.name  # the same ids every time, and other ones per figure
+    figure.set_layout_engine("none")  # keep the layout of the PNG
+    mpl.rcParams["svg.hashsalt"] = spec.name  # reproducible ids that differ between figures
     return Plot(
-        sketch.name,
-        sketch.title,
-        sketch.description,
-        sketch.note,
-        _svg(figure, sketch.description),
+        spec.name,
+        spec.title,
+        spec.description,
+        spec.note,
+        _svg(figure, spec.description),
         png.getvalue(),
     )
 
 
 def _svg(figure: Figure, description: str) -> str:
-    """The figure as an element of a page: no size of its own, colours and fonts of the page."""
+    """The figure as an element without a size, with the colours and fonts of the page."""
     from markupsafe import escape
 
     file = io.StringIO()
@@ -123,11 +118,10 @@ def _svg(figure: Figure, description: str) -> str:
 
 
 def _style() -> Any:
-    """Settings of matplotlib, whatever the user's own file says."""
+    """Settings of matplotlib that override the user's matplotlibrc."""
     import matplotlib as mpl
 
     default: Any = mpl.rcParamsDefault
-
     ink, muted, grid = COLOURS["ink"], COLOURS["muted"], COLOURS["grid"]
     return {
         **{name: value for name, value in default.items() if name != "backend"},

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from rfprune.report.output import REPORT_FILE
+from rfprune.report.output_folder import REPORT_FILE
 
 SCHEMA = 1
 STAGES = ("collect", "search", "rearrange", "compact", "verify", "tune")

@@ -24,7 +24,7 @@ def test_every_limit_is_a_line_and_none_is_measured_twice(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("rfprune.latency.speedup.MAX_ROUNDS", 1)
-    monkeypatch.setattr("rfprune.report.plots.OF_A_RUN", ())
+    monkeypatch.setattr("rfprune.report.plots.RUN_FIGURES", ())
     output, made = tmp_path / "lines.jsonl", list[Any]()
 
     def search(*arguments: Any) -> Any:

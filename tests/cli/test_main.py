@@ -22,7 +22,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-from rfprune import load_pruned, run
+from rfprune import load_pruned
+from rfprune.cli import run
 from rfprune.errors import RfpruneWarning, UserError
 from rfprune.latency.profile import profile_latency
 from rfprune.latency.table import LatencyTable
@@ -58,7 +59,7 @@ def flags(
     monkeypatch.setenv("RFPRUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
     # Timing is tested elsewhere; here it would only take time.
     monkeypatch.setattr("rfprune.latency.speedup.MAX_ROUNDS", 1)
-    monkeypatch.setattr("rfprune.report.plots.OF_A_RUN", ())
+    monkeypatch.setattr("rfprune.report.plots.RUN_FIGURES", ())
 
     def make(task: str = "mrpc", **changes: Any) -> list[str]:
         values: dict[str, Any] = {

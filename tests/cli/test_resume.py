@@ -22,7 +22,7 @@ import pytest
 from rfprune.main import main
 from rfprune.methods import selection
 from rfprune.model.checkpoint import load_pruned
-from rfprune.report.output import _beside, check_output, holds, staged
+from rfprune.report.output_folder import _beside, check_output, holds, staged
 from rfprune.report.report_json import read_report
 from rfprune.tasks import evaluation
 
@@ -57,7 +57,7 @@ for case in json.load(sys.stdin):
         os.chdir(case["folder"])
         os.environ["RFPRUNE_CACHE"] = "cache"
         sys.modules["rfprune.latency.speedup"].MAX_ROUNDS = 1
-        rfprune.cli.run.write_for_people = rfprune.cli.run.write_family = lambda *_: None
+        rfprune.cli.run.write_run_page = rfprune.cli.run.write_family_page = lambda *_: None
         if case["place"]:
             kill_at(case["place"], case["call"])
         code = main(case["flags"])
@@ -173,8 +173,8 @@ def test_a_killed_run_goes_on(
     scorings: list[str] = []
     monkeypatch.setattr(evaluation, "_logits", spy(evaluation._logits, scorings))
     monkeypatch.setattr("rfprune.latency.speedup.MAX_ROUNDS", 1)
-    monkeypatch.setattr("rfprune.cli.run.write_for_people", lambda *_: None)
-    monkeypatch.setattr("rfprune.cli.run.write_family", lambda *_: None)
+    monkeypatch.setattr("rfprune.cli.run.write_run_page", lambda *_: None)
+    monkeypatch.setattr("rfprune.cli.run.write_family_page", lambda *_: None)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("RFPRUNE_CACHE", "cache")
     assert main(flags_of(method, tiny_folder(), tiny_data_dir)) == 0
@@ -208,8 +208,8 @@ def flags(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RFPRUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("rfprune.latency.speedup.MAX_ROUNDS", 1)
-    monkeypatch.setattr("rfprune.cli.run.write_for_people", lambda *_: None)
-    monkeypatch.setattr("rfprune.cli.run.write_family", lambda *_: None)
+    monkeypatch.setattr("rfprune.cli.run.write_run_page", lambda *_: None)
+    monkeypatch.setattr("rfprune.cli.run.write_family_page", lambda *_: None)
     shutil.copytree(tiny_folder(), "model")
     shutil.copytree(tiny_data_dir / "mrpc", "data/mrpc")
     return flags_of("curvature", Path("model"), Path("data"))

@@ -29,7 +29,7 @@ def test_it_embeds_as_it_was_scored(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("rfprune.latency.speedup.MAX_ROUNDS", 1)
-    monkeypatch.setattr("rfprune.report.plots.OF_A_RUN", ())
+    monkeypatch.setattr("rfprune.report.plots.RUN_FIGURES", ())
     model, data = embedder(tmp_path / "given")
     flags = ["--model", str(model), "--task", "similarity", "--data-dir", str(data)]
     flags += "--samples 16 --batch-size 4 --output-dir out --no-cache --constraint".split()

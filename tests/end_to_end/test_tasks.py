@@ -191,7 +191,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """Flags of a small run in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("rfprune.latency.speedup.MAX_ROUNDS", 1)
-    monkeypatch.setattr("rfprune.report.plots.OF_A_RUN", ())
+    monkeypatch.setattr("rfprune.report.plots.RUN_FIGURES", ())
     flags = "--samples 16 --batch-size 4 --constraint 0.5 --output-dir out --no-cache"
     return flags.split()
 
@@ -216,8 +216,8 @@ def test_every_kind_of_task(
     embeds = "sentence_transformers.SentenceTransformer("
     assert (embeds if kind == "similarity" else loader) in shown
     assert ("%" if kind == "language-modeling" else "points") in shown.split(metric)[1][:80]
-    assert ("the original goes on" in shown) == (kind == "language-modeling")
-    assert ("in nats a token: " in shown) == (kind == "language-modeling")
+    assert ("Original: " in shown) == (kind == "language-modeling")
+    assert ("in nats per token: " in shown) == (kind == "language-modeling")
     assert auto_class in (tmp_path / "out" / "README.md").read_text()
     again = load_pruned(tmp_path / "out")
     for name in ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json"):

@@ -20,16 +20,17 @@ import torch
 import transformers
 from torch import nn
 
-from rfprune import export, load_pruned, onnx_export
+from rfprune import load_pruned
 from rfprune.cli.parser import parse
 from rfprune.errors import UserError
+from rfprune.export import onnx as onnx_export
 from rfprune.export.onnx import OnnxModel, export_onnx, max_difference, quantize_onnx, varied_inputs
 from rfprune.main import main
 from rfprune.model.compact import compact
 from rfprune.model.layout import layout_of
 from rfprune.model.masks import full_masks
-from rfprune.report.exports_table import export_lines, export_rows
 from rfprune.report.report_json import read_report
+from rfprune.report.summary import export_lines, export_rows
 from tests.conftest import MODEL_TYPES
 
 Tiny = Callable[..., Any]
@@ -409,7 +410,7 @@ def test_ctrl_c_in_an_export_leaves_nothing(
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export, step, interrupt)
+    monkeypatch.setattr(f"rfprune.export.exports.{step}", interrupt)
     assert main(flags("--export dense onnx --quantize --skip-tune")) == 130
     assert list(Path().iterdir()) == []
 

@@ -18,7 +18,7 @@ from rfprune import load_pruned
 from rfprune.hub.upload import files_of
 from rfprune.main import main
 from rfprune.report.card import UNKNOWN_REPOSITORY
-from rfprune.report.figures import error_curves, kept_per_layer, stage_by_stage
+from rfprune.report.figures import error_curves, kept_per_layer, scores_by_stage
 from rfprune.report.report_json import read_report
 from tests.cli.test_main import SAVED, everything_here, flags, logits_of, refused
 from tests.hub.stub_hub import StubHub
@@ -40,8 +40,8 @@ def regular_files(request: pytest.FixtureRequest) -> None:
 def test_the_page_of_a_real_run_shows_its_curves_and_stages(
     method: str, flags: Flags, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn = (kept_per_layer, error_curves, stage_by_stage)
-    monkeypatch.setattr("rfprune.report.plots.OF_A_RUN", drawn)
+    drawn = (kept_per_layer, error_curves, scores_by_stage)
+    monkeypatch.setattr("rfprune.report.plots.RUN_FIGURES", drawn)
     assert main(flags(method=method, score_stages=True)) == 0
     report = read_report(Path("out"))
     assert [stage["stage"] for stage in report["stages"]] == ["original", "selected", "fitted"]
@@ -196,7 +196,7 @@ def test_a_page_that_fails_leaves_nothing(flags: Flags, monkeypatch: pytest.Monk
         raise RuntimeError("no page")
 
     before = everything_here()
-    monkeypatch.setattr("rfprune.report.folder.write_card", fail)
+    monkeypatch.setattr("rfprune.cli.run.write_card", fail)
     with pytest.raises(RuntimeError, match="no page"):
         main(flags())
     assert everything_here() == before

@@ -21,6 +21,7 @@ from rfprune.main import main
 from rfprune.methods.budget import check_constraints, cost_model, least_ratio
 from rfprune.model.layout import layout_of
 from rfprune.pruning import prune_family
+from rfprune.report.figures import max_drop_figure
 from rfprune.report.report_json import read_report
 from rfprune.stages.curvature import collect_curvature
 from rfprune.tasks import evaluation
@@ -41,7 +42,7 @@ def flags(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RFPRUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("rfprune.latency.speedup.MAX_ROUNDS", 1)
-    monkeypatch.setattr("rfprune.report.plots.OF_A_RUN", ())
+    monkeypatch.setattr("rfprune.report.plots.RUN_FIGURES", (max_drop_figure,))
 
     def make(points: float, task: str = "mrpc", more: str = "") -> list[str]:
         head = "question-answering" if task == "squad" else "sequence-classification"
@@ -95,7 +96,7 @@ def test_what_is_saved_keeps_the_limit(
         assert trial["drop"] == pytest.approx(report["original"]["score"] - trial["score"])
         assert trial["divergence"] > 0
     assert said.err.count("Tried ") == len(tried)
-    assert "of resampled validation sets" in " ".join(said.out.split())
+    assert "of the resampled validation sets" in " ".join(said.out.split())
     assert load_pruned("out")
     assert ("someone/small" in said.err) == ("someone/small" in more), "as for one constraint"
 
@@ -127,9 +128,9 @@ def test_where_nothing_is_lost_the_least_possible_is_what_comes_out(
     kept = sum(layer["heads"] + layer["neurons"] for layer in report["layers"])
     assert kept < 10, "of 32"
     assert report["max_drop"]["sure"] == 1.0
-    assert "Nothing smaller is possible" in capsys.readouterr().out
-    assert "Nothing smaller is possible" in Path("out/report.html").read_text()
-    assert "Nothing smaller is possible" in Path("out/README.md").read_text()
+    assert "No smaller model is possible" in capsys.readouterr().out
+    assert "No smaller model is possible" in Path("out/report.html").read_text()
+    assert "No smaller model is possible" in Path("out/README.md").read_text()
     assert Path("out/plots/search.png").is_file()
 
 

@@ -16,6 +16,26 @@ from tests.hub.stub_hub import TOKEN, StubHub, stub_hub
 Report = dict[str, Any]
 NUM_LAYERS, NUM_HEADS, NUM_NEURONS = 3, 4, 12
 
+MAX_DROP: Report = {
+    "points": 1.5,
+    "drop": 1.49,
+    "standard_error": 0.6,
+    "sure": 0.52,
+    "path": [
+        {"ratio": 0.7, "score": 80.64, "drop": -0.25, "divergence": 0.002},
+        {"ratio": 0.4, "score": 76.0, "drop": 4.39, "divergence": 0.09},
+        {"ratio": 0.5, "score": 78.9, "drop": 1.49, "divergence": 0.01},
+    ],
+    "least_possible": 0.01,
+    "seconds": 61.2,
+}
+PROMISE: Report = {
+    "promised_ms": 100.0,
+    "predicted_ms": 101.0,
+    "measured_ms": 99.0,
+    "attempts": [{"predicted": 0.505, "measured": 0.495, "error": 0.004}],
+}
+
 
 def _curves(layers: list[dict[str, int]]) -> list[dict[str, Any]]:
     sizes = {"heads": NUM_HEADS, "cross_heads": NUM_HEADS, "neurons": NUM_NEURONS}

@@ -1,7 +1,7 @@
-"""The model card says what was measured and how sure that is, in the form that the hub reads.
+"""The model card has the measurements and the metadata that the hub reads.
 
-Deleting this lets a card lose its evaluation results, name a local folder as the base model, or
-give away where somebody's files are.
+Without these tests a card could lose its evaluation results, name a local folder as the base model,
+publish private paths, or let a name or a warning break its Markdown.
 """
 
 from __future__ import annotations
@@ -16,30 +16,49 @@ import pytest
 from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+from markupsafe import Markup
 
 from rfprune.report.card import (
     CARD_FILE,
     UNKNOWN_REPOSITORY,
-    name_repository,
+    escape_markdown,
     render_card,
+    set_repository,
     standard_error,
     write_card,
 )
-from tests.report.conftest import make_encoder_decoder_report
+from tests.report.conftest import make_encoder_decoder_report, make_report
 
 Report = dict[str, Any]
 MakeReport = Callable[..., Report]
+HOSTILE = "a|b *c* _d_ `e` ``f` <b>g</b> [h](i) ![j](k) ~~l~~ &amp; \\* # $m$ <!-- n\n\n# o"
 
 
 def metadata(report: Report) -> dict[str, Any]:
-    """As the hub's own library reads it back."""
+    """The metadata as the hub's own library reads it."""
     data: Any = ModelCard(render_card(report)).data
     found: dict[str, Any] = data.to_dict()
     return found
 
 
-def test_the_hub_reads_base_task_and_results(report: MakeReport) -> None:
-    data = metadata(report())
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def html(card: str) -> str:
+    """The Markdown below the metadata, rendered."""
+    renderer = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    return str(renderer.render(ModelCard(card).text))
+
+
+def shown(card: str) -> str:
+    """The text that a reader of the card sees."""
+    return words(str(Markup(html(card)).striptags()))
+
+
+def test_the_hub_reads_base_model_task_and_results(report: MakeReport) -> None:
+    data = metadata(report(data_dir="data"))
     assert data["base_model"] == "someone/bert-mrpc"
     assert data["pipeline_tag"] == "text-classification"
     assert data["library_name"] == "transformers"
@@ -50,15 +69,13 @@ def test_the_hub_reads_base_task_and_results(report: MakeReport) -> None:
     assert entry["name"] == "folder-mrpc-pruned-mac-0.5"
     (result,) = entry["results"]
     assert result["dataset"] == {
-        "name": "mrpc",
+        "name": "mrpc (data from a local folder)",
         "type": "nyu-mll/glue",
         "config": "mrpc",
         "split": "validation",
     }
-    assert [(metric["type"], metric["value"]) for metric in result["metrics"]] == [
-        ("accuracy", 0.789),
-        ("f1", 0.85),
-    ]
+    values = {metric["type"]: metric["value"] for metric in result["metrics"]}
+    assert values == {"accuracy": 0.789, "f1": 0.85}
 
 
 def test_question_answering_has_its_own_task_class_and_unit(report: MakeReport) -> None:
@@ -73,12 +90,7 @@ def test_question_answering_has_its_own_task_class_and_unit(report: MakeReport) 
     assert "AutoModelForQuestionAnswering" in render_card(squad)
 
 
-def test_local_data_is_said_to_be_local(report: MakeReport) -> None:
-    (result,) = metadata(report(data_dir="data"))["model-index"][0]["results"]
-    assert result["dataset"]["name"] == "mrpc (data from a local folder)"
-
-
-def test_a_folder_is_no_base_model_and_is_not_given_away(
+def test_a_local_folder_is_no_base_model_and_its_path_stays_private(
     report: MakeReport, tmp_path: Path
 ) -> None:
     folder = tmp_path / "secret" / "checkpoint"
@@ -90,53 +102,64 @@ def test_a_folder_is_no_base_model_and_is_not_given_away(
     assert "secret" not in text
 
 
-def test_a_task_that_is_not_in_the_table_has_a_card(report: MakeReport) -> None:
+def test_a_custom_task_and_an_undefined_score_have_a_card(report: MakeReport) -> None:
     custom = report(task="my-own-task")
     assert "model-index" not in metadata(custom)
-    assert "Only my-own-task was measured" in render_card(custom)
-
-
-def test_people_read_what_was_done(report: MakeReport) -> None:
-    text = render_card(report())
-    for part in (
-        *("| accuracy | 80.39 | 78.90 | -1.49 points |", "| MACs (53 tokens) | 577.76 M |"),
-        *("rfprune --model some/folder --task mrpc --constraint 0.5", "seed 3", "torch 2.13.0"),
-        *("2048 examples of the training data of mrpc, without their labels", "stored in float16"),
-        *("![Heads and neurons kept in every layer](plots/kept.png)", "of 4 each): 3, 0, 4"),
-        *("trust_remote_code=True", "load_pruned(", "block layer.0.heads kept its scales"),
-        *("cpu, 1 thread, batch 32, 58 tokens", "50% of the original's MACs"),
-    ):
-        assert part in text, part
-    table = text[text.index("| | original") : text.index("Scored on")]
-    assert "\n\n|" not in table  # else it is no table in Markdown
-
-
-def test_it_is_honest_about_noise_and_gaps(report: MakeReport) -> None:
-    text = " ".join(render_card(report()).split())
-    assert "standard error of a score like this on 408 examples is about 2.0 points" in text
-    assert "408 examples of the validation data, with one calibration sample (seed 3)" in text
-    assert "were not measured" in text
-    assert "licence, apply to this model too" in text
-    spearman = " ".join(render_card(report(task="stsb", metric_name="spearmanr")).split())
-    assert "standard error" not in spearman
-    assert "no error bar was computed for spearmanr" in spearman
-
-
-def test_labels_are_said_where_they_were_used(report: MakeReport) -> None:
-    settings = report()["settings"] | {"use_labels": True}
-    assert "with their labels" in render_card(report(settings=settings))
-
-
-def test_an_undefined_score_has_no_result(report: MakeReport) -> None:
+    assert "Only my-own-task was evaluated" in render_card(custom)
     scores = {"original": {"accuracy": 80.0, "f1": 1.0}, "pruned": {"accuracy": None, "f1": 50.0}}
-    pruned = report()["pruned"] | {"score": None}
-    undefined = report(scores=scores, pruned=pruned)
+    undefined = report(scores=scores, pruned=report()["pruned"] | {"score": None})
     (result,) = metadata(undefined)["model-index"][0]["results"]
     assert [metric["type"] for metric in result["metrics"]] == ["f1"]
     assert "undefined" in render_card(undefined)
 
 
-def test_the_code_in_the_card_is_python(report: MakeReport) -> None:
+def test_the_card_has_measurements_command_and_limits(report: MakeReport) -> None:
+    card = render_card(report())
+    text = shown(card)
+    for part in (
+        *("accuracy 80.39 78.90 -1.49 points", "MACs (53 tokens) 577.76 M 288.00 M"),
+        *("rfprune --model some/folder --task mrpc --constraint 0.5", "seed 3", "torch 2.13.0"),
+        *("2048 examples of the training data of mrpc, without their labels", "stored in float16"),
+        *("heads kept, first layer to last (of 4 each): 3, 0, 4", "50% of the original's MACs"),
+        *("trust_remote_code=True", "load_pruned(", "block layer.0.heads kept its scales"),
+        *("cpu, 1 thread, batch 32, 58 tokens", "licence apply to this model too"),
+        "standard error of such a score on 408 examples is about 2.0 points",
+        "408 examples of the validation data and one calibration sample (seed 3)",
+    ):
+        assert part in text, part
+    assert "![Heads and neurons kept in each layer](plots/kept.png)" in card
+    labelled = report(settings=report()["settings"] | {"use_labels": True})
+    assert "with their labels" in render_card(labelled)
+    spearman = shown(render_card(report(task="stsb", metric_name="spearmanr")))
+    assert "no standard error was computed for spearmanr" in spearman
+    assert "about 2.0 points" not in spearman
+
+
+@pytest.mark.parametrize("entry", ["warnings", "model", "command", "scores", "versions", "method"])
+def test_user_text_is_shown_as_it_is(entry: str, report: MakeReport) -> None:
+    """Also within a table, whose rows keep their cells."""
+    text = re.sub(r"[/\\]", "", HOSTILE) if entry == "model" else HOSTILE  # not a path
+    scores = {name: {text: 1.0} for name in ("original", "pruned")}
+    values = {"warnings": [text, text], "scores": scores, "versions": {"rfprune": "1", "x": text}}
+    changed = report(**{entry: values.get(entry, text)}, source="/a/local/folder")
+    rendered, before = html(render_card(changed)), html(render_card(report(source="/a/folder")))
+    assert words(text) in words(str(Markup(rendered).striptags()))
+    for tag in ("<h1", "<h2", "<td", "<em", "<strong", "<s>", "<b>", "<a ", "<img", "<!--"):
+        expected = before.count(tag)
+        if entry == "scores" and tag == "<td":
+            expected -= 4  # one score instead of two
+        assert rendered.count(tag) == expected, tag
+
+
+@given(st.text(max_size=60))
+def test_no_name_breaks_the_card(name: str) -> None:
+    hostile = make_report(model=f"folder/{name}", warnings=[name], command=name)
+    assert metadata(hostile)["pipeline_tag"] == "text-classification"
+    paragraph = MarkdownIt("commonmark").render(f"Warning: {escape_markdown(name)}")
+    assert paragraph.count("<") == 2, "one paragraph and no other element"
+
+
+def test_the_python_code_in_the_card_parses(report: MakeReport) -> None:
     blocks = re.findall(r"```python\n(.*?)```", render_card(report(), "someone/small"), re.DOTALL)
     assert len(blocks) == 2
     for block in blocks:
@@ -144,26 +167,15 @@ def test_the_code_in_the_card_is_python(report: MakeReport) -> None:
     assert 'name = "someone/small"' in blocks[0]
 
 
-@given(st.text(max_size=60))
-def test_no_name_breaks_the_metadata(name: str) -> None:
-    from tests.report.conftest import make_report
-
-    hostile = make_report(model=f"folder/{name}", warnings=[name], command=name)
-    assert metadata(hostile)["pipeline_tag"] == "text-classification"
-
-
 def test_the_repository_is_filled_in_later(report: MakeReport, tmp_path: Path) -> None:
     path = write_card(report(), tmp_path)
     assert path == tmp_path / CARD_FILE
     assert UNKNOWN_REPOSITORY in path.read_text(encoding="utf-8")
-    name_repository(tmp_path, "someone/small")
+    set_repository(tmp_path, "someone/small")
     assert path.read_text(encoding="utf-8") == render_card(report(), "someone/small")
-
-
-def test_a_card_that_was_edited_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / CARD_FILE).write_text("# mine\n", encoding="utf-8")
-    name_repository(tmp_path, "someone/small")
-    assert (tmp_path / CARD_FILE).read_text(encoding="utf-8") == "# mine\n"
+    path.write_text("# edited by hand\n", encoding="utf-8")
+    set_repository(tmp_path, "someone/small")
+    assert path.read_text(encoding="utf-8") == "# edited by hand\n"
 
 
 @pytest.mark.parametrize(
@@ -173,24 +185,21 @@ def test_the_standard_error_is_that_of_a_proportion(score: float, count: int, er
     assert standard_error(score, count) == pytest.approx(error)
 
 
-def test_a_plain_architecture_is_loaded_without_code(report: MakeReport) -> None:
-    """Whoever is told to trust code that is not there learns to trust any."""
+def test_a_plain_architecture_loads_without_custom_code(report: MakeReport) -> None:
     custom, plain = (
         report(settings={"method": "curvature", "uniform": uniform}) for uniform in (False, True)
     )
     assert "trust_remote_code=True" in render_card(custom)
     assert "custom_code" in metadata(custom)["tags"]
     text = render_card(plain)
-    assert "trust_remote_code" not in text
-    assert "modeling_rfprune" not in text
-    assert "load_pruned" not in text
+    assert not re.search("trust_remote_code|modeling_rfprune|load_pruned", text)
     assert "custom_code" not in metadata(plain)["tags"]
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     ast.parse(code)
     assert "uniform True" in text
 
 
-def test_the_layers_of_an_encoder_decoder_are_told_apart() -> None:
+def test_encoder_and_decoder_layers_have_their_own_lines() -> None:
     text = render_card(make_encoder_decoder_report())
     for line in (
         "- self-attention heads kept, first encoder layer to last (of 4 each): 4, 2",
@@ -204,8 +213,8 @@ def test_the_layers_of_an_encoder_decoder_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize("uniform", [False, True])
-def test_an_embedder_is_loaded_as_one(report: MakeReport, uniform: bool) -> None:
-    """What the hub shows a reader to copy is by this library name."""
+def test_an_embedder_loads_with_sentence_transformers(report: MakeReport, uniform: bool) -> None:
+    """The hub makes its own code snippets from the library name."""
     settings = {"method": "curvature", "uniform": uniform}
     kind = {"task": "similarity", "kind": "similarity", "settings": settings}
     alone, embedder = report(**kind), report(**kind, embedder=True)

@@ -15,57 +15,42 @@ import pytest
 
 from rfprune.report.figures import (
     COLOURS,
-    OF_A_RUN,
+    RUN_FIGURES,
     error_curves,
     importance_by_depth,
+    max_drop_figure,
+    number_layers,
     time_by_stage,
 )
-from rfprune.report.html import _DARK
-from rfprune.report.layers import number_layers, parts_of
+from rfprune.report.layers import stacks_of
+from rfprune.report.page import DARK_COLOURS
 from rfprune.report.plots import Plot, draw_frontier, draw_kept, draw_run, write_plots
-from rfprune.report.search_text import search_lines
-from tests.report.conftest import make_encoder_decoder_report, make_report
+from tests.report.conftest import (
+    MAX_DROP,
+    PROMISE,
+    make_encoder_decoder_report,
+    make_report,
+)
 
 Report = dict[str, Any]
 MakeReport = Callable[..., Report]
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-SEARCH = {
-    "points": 1.5,
-    "drop": 1.49,
-    "standard_error": 0.6,
-    "sure": 0.52,
-    "path": [
-        {"ratio": 0.7, "score": 80.64, "drop": -0.25, "divergence": 0.002},
-        {"ratio": 0.4, "score": 76.0, "drop": 4.39, "divergence": 0.09},
-        {"ratio": 0.5, "score": 78.9, "drop": 1.49, "divergence": 0.01},
-    ],
-    "least_possible": 0.01,
-    "seconds": 61.2,
-}
-PROMISE = {
-    "promised_ms": 100.0,
-    "predicted_ms": 101.0,
-    "measured_ms": 99.0,
-    "attempts": [{"predicted": 0.505, "measured": 0.495, "error": 0.004}],
-}
-
-
 @pytest.fixture(scope="module")
 def plots() -> dict[str, Plot]:
     """Those of a full report, drawn once."""
-    return by_name(draw_run(make_report(promise=PROMISE)))
+    return by_name(draw_run(make_report(promise=PROMISE, max_drop=MAX_DROP)))
 
 
 def by_name(plots: tuple[Plot, ...]) -> dict[str, Plot]:
     return {plot.name: plot for plot in plots}
 
 
-def sketched(report: Report) -> set[str]:
+def speced(report: Report) -> set[str]:
     """What would be drawn."""
-    sketches = [figure(report) for figure in OF_A_RUN]
-    return {sketch.name for sketch in sketches if sketch is not None}
+    specs = [figure(report) for figure in RUN_FIGURES]
+    return {spec.name for spec in specs if spec is not None}
 
 
 def texts(plot: Plot) -> list[str]:
@@ -74,8 +59,10 @@ def texts(plot: Plot) -> list[str]:
 
 
 def test_a_full_report_has_every_figure(plots: dict[str, Plot]) -> None:
-    assert list(plots) == ["kept", "importance", "curves", "stages", "seconds", "latency"]
-    assert len(plots) == len(OF_A_RUN)
+    assert list(plots) == [
+        *("search", "kept", "importance", "curves", "stages", "seconds", "latency")
+    ]
+    assert len(plots) == len(RUN_FIGURES)
     for plot in plots.values():
         assert plot.png.startswith(PNG)
         assert ET.fromstring(plot.svg).get("aria-label") == plot.description
@@ -92,7 +79,7 @@ def test_what_a_report_lacks_is_left_out(key: str, report: MakeReport) -> None:
         "promise": {"latency"},
         "original_layers": set(),
     }
-    assert sketched(full) - sketched(less) == missing[key]
+    assert speced(full) - speced(less) == missing[key]
 
 
 def test_descriptions_say_the_numbers(plots: dict[str, Plot]) -> None:
@@ -100,18 +87,18 @@ def test_descriptions_say_the_numbers(plots: dict[str, Plot]) -> None:
     assert "heads kept from layer 0 to layer 2: 3, 0, 4, of 4" in said["kept"]
     assert "neurons kept from layer 0 to layer 2: 7, 12, 1, of 12" in said["kept"]
     assert "heads: 1, 2, 3" in said["importance"]
-    assert "share of heads chosen to stay, first to last layer: 75%, 0%, 100%" in said["curves"]
+    assert "share of heads kept, first to last layer: 75%, 0%, 100%" in said["curves"]
     assert "original 80.39, selected 70.50, fitted 78.90" in said["stages"]
     assert "selected 0.2100" in said["stages"]
     assert "collect 2.0 s, search 50 ms, compact 10 ms, tune 4.5 s" in said["seconds"]
     assert "rearrange" not in said["seconds"]
-    assert "promised 100 ms, predicted 101 ms, measured 99 ms" in said["latency"]
+    assert "target 100 ms, predicted 101 ms, measured 99 ms" in said["latency"]
 
 
 def test_a_stage_nobody_knows_yet_is_shown(report: MakeReport) -> None:
-    sketch = time_by_stage(report(seconds=report()["seconds"] | {"sharpen": 7.5}))
-    assert sketch is not None
-    assert "sharpen 7.5 s, evaluate" in sketch.description
+    spec = time_by_stage(report(seconds=report()["seconds"] | {"sharpen": 7.5}))
+    assert spec is not None
+    assert "sharpen 7.5 s, evaluate" in spec.description
 
 
 def test_colours_are_variables_and_text_is_text(plots: dict[str, Plot]) -> None:
@@ -151,7 +138,7 @@ def test_another_number_makes_another_picture(report: MakeReport) -> None:
 
 def test_a_score_that_is_undefined_is_left_out(report: MakeReport) -> None:
     stages = [{"stage": "original", "score": None, "divergence": None}]
-    assert "stages" not in sketched(report(stages=stages))
+    assert "stages" not in speced(report(stages=stages))
     pruned = report()["pruned"] | {"score": None}
     assert draw_frontier([("a", report(pruned=pruned))]) == ()
 
@@ -164,7 +151,7 @@ def test_curves_of_zeros_and_blocks_without_units_do_no_harm(
         {"kind": "neurons", "layer": 2, "units": [0, 5], "errors": [1e-30, 0.0], "kept": 0},
     ]
     assert error_curves(report(curves=curves)) is not None
-    monkeypatch.setattr("rfprune.report.plots.OF_A_RUN", (error_curves, importance_by_depth))
+    monkeypatch.setattr("rfprune.report.plots.RUN_FIGURES", (error_curves, importance_by_depth))
     assert set(by_name(draw_run(report(curves=curves)))) == {"curves", "importance"}
 
 
@@ -201,7 +188,7 @@ def contrast(first: str, second: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-@pytest.mark.parametrize("theme", [COLOURS, _DARK], ids=["light", "dark"])
+@pytest.mark.parametrize("theme", [COLOURS, DARK_COLOURS], ids=["light", "dark"])
 def test_the_colours_can_be_told_from_the_paper(theme: dict[str, str]) -> None:
     assert set(theme) == set(COLOURS)
     assert contrast(theme["ink"], theme["paper"]) > 7
@@ -211,33 +198,26 @@ def test_the_colours_can_be_told_from_the_paper(theme: dict[str, str]) -> None:
         assert contrast(theme[kind], theme["removed"]) > 3
 
 
-def test_a_search_shows_what_it_tried_and_what_it_chose(
-    monkeypatch: pytest.MonkeyPatch, report: MakeReport
+def test_a_search_shows_its_trials_and_its_choice(
+    plots: dict[str, Plot], monkeypatch: pytest.MonkeyPatch, report: MakeReport
 ) -> None:
-    monkeypatch.setattr("rfprune.report.plots.OF_A_RUN", ())
-    assert draw_run(report()) == ()
-    (plot,) = draw_run(report(max_drop=SEARCH))
-    said = plot.description
-    assert "1. 70%: 80.64 (+0.25), divergence 0.0020, 2. 40%: 76.00 (-4.39)" in said
-    assert "chosen: 50%, since at most 1.5 points may be lost" in said
+    plot = plots["search"]
+    assert "1. 70%: 80.64 (+0.25), divergence 0.0020, 2. 40%: 76.00 (-4.39)" in plot.description
+    assert "chosen: 50%, with a limit of 1.5 points lost" in plot.description
     assert {"1", "2", "3", "MACs kept (%)"} <= set(texts(plot))
-    other = draw_run(report(max_drop=SEARCH, constraint=0.7))[0]
-    assert other.svg != plot.svg, "another one is filled"
+    monkeypatch.setattr("rfprune.report.plots.RUN_FIGURES", (max_drop_figure,))
+    assert draw_run(report()) == ()
+    (other,) = draw_run(report(max_drop=MAX_DROP, constraint=0.7))
+    assert other.svg != plot.svg, "another marker is filled"
 
 
-def test_a_search_is_told_in_words(report: MakeReport) -> None:
-    assert search_lines(report()) == []
-    assert search_lines(report(max_drop=SEARCH)) == [
-        "The smallest that loses at most 1.5 points; tried: 70% (+0.25), 40% (-4.39), "
-        "50% (-1.49), in 61 s with all scoring.",
-        "It loses 1.49 points, with a standard error of 0.60: in 52% of resampled validation sets "
-        "at most 1.5 points are lost.",
-    ]
-    gained = SEARCH | {"points": 1.0, "drop": -0.25}
-    told = search_lines(report(max_drop=gained | {"least_possible": 0.5}))
-    assert "It gains 0.25 points" in told[1]
-    assert told[1].endswith("at most 1 point is lost.")
-    assert told[2] == "Nothing smaller is possible by this metric."
+def test_labels_from_users_are_drawn_as_they_are(report: MakeReport) -> None:
+    """Dollar signs are no mathematics, and an underscore hides no label from the legend."""
+    runs = [("a", report(model="_x $a_{1$ <b>&", metric_name="f$1$"))]
+    (plot,) = draw_frontier(runs)
+    shown = [text.strip("\N{ZERO WIDTH SPACE}") for text in texts(plot)]
+    assert "_x $a_{1$ <b>&, curvature" in shown
+    assert "f$1$ (dotted: the original)" in shown
 
 
 def test_cross_attention_is_a_series_of_its_own_and_stacks_are_told_apart() -> None:
@@ -254,10 +234,10 @@ def test_cross_attention_is_a_series_of_its_own_and_stacks_are_told_apart() -> N
     assert "self-attention heads: 1, 2, 3, 4, 5; cross-attention heads: 3, 4, 5; neurons: 1" in (
         drawn["importance"].description
     )
-    assert "share of cross-attention heads chosen to stay, first to last layer: 25%, 0%, 75%" in (
+    assert "share of cross-attention heads kept, first to last layer: 25%, 0%, 75%" in (
         drawn["curves"].description
     )
-    assert "A decoder's are dashed." in drawn["curves"].note
+    assert "Dashed lines are the decoder's." in drawn["curves"].note
     assert {"encoder 0", "encoder 1", "decoder 0", "decoder 2"} <= set(texts(drawn["curves"]))
     assert "layer 0" not in texts(drawn["curves"])
     for name in ("kept", "importance"):
@@ -283,17 +263,17 @@ def test_layers_are_numbered_from_none_in_every_stack(make: MakeReport) -> None:
     axis = Figure().subplots()
     number_layers(axis, many, "red")
     numbers = [label.get_text() for label in axis.get_xticklabels()]
-    assert numbers.count("0") == len(parts_of(many))
+    assert numbers.count("0") == len(stacks_of(many))
     assert len(numbers) <= 13, "they would run into one another"
 
 
 def test_a_line_of_importance_does_not_lead_from_one_stack_to_the_other() -> None:
     from matplotlib.figure import Figure
 
-    sketch = importance_by_depth(make_encoder_decoder_report())
-    assert sketch is not None
+    spec = importance_by_depth(make_encoder_decoder_report())
+    assert spec is not None
     figure = Figure()
-    sketch.paint(figure)
+    spec.draw(figure)
     lines: list[Any] = figure.axes[0].get_lines()
     series = sorted([float(place) for place in line.get_xdata()] for line in lines)
     assert series == [[0, 1], [0, 1], [1.5, 1.5], [2, 3, 4], [2, 3, 4], [2, 3, 4]]

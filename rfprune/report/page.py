@@ -1,8 +1,8 @@
-"""report.html: one run, or several, on one self-contained page made from report.json alone.
+"""report.html: a self-contained page about one run, or several, made from report.json alone.
 
-    write_run_page(read_report(folder), folder)      # makes the page of a folder again
+    write_run_page(read_report(folder), folder)  # writes the page of a folder again
 
-No network, no script; readable on a phone, in dark mode and by a screen reader.
+No network and no script; works on a phone, in dark mode and with a screen reader.
 """
 
 from __future__ import annotations
@@ -15,19 +15,27 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rfprune.report.exports_table import HEADINGS, export_caption, export_lines, export_rows
+from rfprune.errors import UserError
 from rfprune.report.figures import COLOURS
-from rfprune.report.frontier import kept
-from rfprune.report.layers import kind_name, kinds_of, part_of
+from rfprune.report.frontier import kept_ratio
+from rfprune.report.layers import kind_name, kinds_of, stack_at
 from rfprune.report.plots import Plot, draw_frontier, draw_kept, draw_run, write_plots
-from rfprune.report.promise_text import promise_lines
-from rfprune.report.search_text import search_lines
-from rfprune.report.table import (
+from rfprune.report.report_json import read_report
+from rfprune.report.summary import (
+    EXPORT_HEADINGS,
     METRIC_NAMES,
+    SUMMARY_HEADINGS,
+    export_caption,
+    export_lines,
+    export_rows,
     is_plain,
+    latency_lines,
+    max_drop_lines,
+    percent,
     reload_line,
     score_change,
-    scoring,
+    score_text,
+    scoring_line,
     seconds_line,
     summary_rows,
     title,
@@ -35,7 +43,7 @@ from rfprune.report.table import (
 
 PAGE_FILE = "report.html"
 _TEMPLATES = Path(__file__).with_name("templates")
-_DARK = {
+DARK_COLOURS = {
     "ink": "#e6edf3",
     "muted": "#a5b0bc",
     "grid": "#343c46",
@@ -50,7 +58,7 @@ Report = Mapping[str, Any]
 
 
 def write_run_page(report: Report, folder: Path) -> tuple[Plot, ...]:
-    """Write folder/report.html and folder/plots/*.png of one run; gives the plots."""
+    """Write folder/report.html and folder/plots/*.png of one run; returns the plots."""
     plots = draw_run(report)
     write_plots(plots, folder)
     (folder / PAGE_FILE).write_text(render_run(report, plots), encoding="utf-8")
@@ -60,10 +68,12 @@ def write_run_page(report: Report, folder: Path) -> tuple[Plot, ...]:
 def write_runs_page(
     runs: Sequence[tuple[str, Report]], path: Path, heading: str, *, folders: Sequence[Path] = ()
 ) -> None:
-    """Write a page of several named runs, in one step, and beside it a PNG a task.
+    """Write a page about several named runs, and one PNG per task beside it.
+
+    The page appears complete or not at all.
 
     Args:
-        folders: of the runs, which the page links to.
+        folders: the output folders of the runs, for links.
     """
     plots = draw_frontier(runs)
     for plot in plots:
@@ -77,6 +87,34 @@ def write_runs_page(
         temporary.unlink(missing_ok=True)
 
 
+def write_family_page(folders: Sequence[Path]) -> Path | None:
+    """Write a page about runs that differ only in their constraint, above their folders.
+
+    Returns:
+        The path of the page; None for a single run.
+
+    Raises:
+        UserError: the page cannot be written.
+    """
+    if len(folders) < 2:
+        return None
+    reports = [read_report(folder) for folder in folders]
+    first = reports[0]
+    # outputs/MODEL/TASK/METRIC-RATIO/seed-N, or DIR/METRIC-RATIO with --output-dir DIR
+    depth = 1 if folders[0].name.startswith("seed-") else 0
+    path = folders[0].parents[depth] / f"family-{first['metric']}-seed-{first['seed']}.html"
+    heading = f"{first['model']} on {first['task']}: {len(reports)} sizes"
+    runs = [(percent(report["constraint"]), report) for report in reports]
+    try:
+        write_runs_page(runs, path, heading, folders=folders)
+    except OSError as error:
+        raise UserError(
+            f"The page '{path}' cannot be written ({error.strerror}), but the pruned models are "
+            f"complete: free some space, then run scripts/compare.py on their folders."
+        ) from error
+    return path
+
+
 def render_run(report: Report, plots: Sequence[Plot]) -> str:
     """The page of one run."""
     return _render(
@@ -85,13 +123,14 @@ def render_run(report: Report, plots: Sequence[Plot]) -> str:
         report=report,
         plots=plots,
         tiles=_tiles(report),
-        rows=[[_together(cell) for cell in row] for row in summary_rows(report)],
-        scoring=scoring(report),
-        search=[*promise_lines(report), *search_lines(report)],
+        headings=SUMMARY_HEADINGS,
+        rows=[[_with_fixed_spaces(cell) for cell in row] for row in summary_rows(report)],
+        scoring=scoring_line(report),
+        search=[*latency_lines(report), *max_drop_lines(report)],
         seconds=seconds_line(report["seconds"]),
         exports=export_rows(report),
-        exports_label=export_caption(report),
-        export_headings=HEADINGS,
+        exports_caption=export_caption(report),
+        export_headings=EXPORT_HEADINGS,
         export_lines=export_lines(report),
         is_plain=is_plain(report),
         with_code=reload_line(report),
@@ -108,7 +147,7 @@ def render_runs(
     heading: str,
     links: Sequence[str] = (),
 ) -> str:
-    """The page of several named runs: a table and a figure a task."""
+    """The page of several named runs: one table and one figure per task."""
     tasks = dict.fromkeys(report["task"] for _, report in runs)
     tables = []
     for task in tasks:
@@ -140,38 +179,40 @@ def _render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     page = environment.get_template(template)
-    return page.render(light=COLOURS, dark=_DARK, version=version("rfprune"), **values) + "\n"
+    return (
+        page.render(light=COLOURS, dark=DARK_COLOURS, version=version("rfprune"), **values) + "\n"
+    )
 
 
-def _together(cell: str) -> str:
-    """A number stays on one line with its unit."""
+def _with_fixed_spaces(cell: str) -> str:
+    """With no line break between a number and its unit."""
     return re.sub(r"(?<=\d) (?=(?:G|M|k|MB|ms)\b)", "\N{NO-BREAK SPACE}", cell)
 
 
 def _tiles(report: Report) -> list[tuple[str, str]]:
-    """What a reader wants to know first."""
+    """The headline numbers, each with a short text."""
     before, after, achieved = report["original"], report["pruned"], report["achieved"]
     tiles = []
     if before["score"] is not None and after["score"] is not None:
         change = score_change(report, before["score"], after["score"])
         tiles.append((change, f"{report['metric_name']}, now {after['score']:.2f}"))
-    tiles.append((f"{achieved['mac']:.1%}", "of the multiply-accumulates"))
-    tiles.append((f"{after['bytes'] / before['bytes']:.1%}", "of the bytes of weights"))
-    tiles.append((f"{before['latency_ms'] / after['latency_ms']:.2f}x", "as fast, measured"))
+    tiles.append((f"{achieved['mac']:.1%}", "of the MACs"))
+    tiles.append((f"{after['bytes'] / before['bytes']:.1%}", "of the weight bytes"))
+    tiles.append((f"{before['latency_ms'] / after['latency_ms']:.2f}x", "speedup, measured"))
     return tiles
 
 
 def _layers(report: Report) -> list[tuple[str, ...]]:
-    """A row a layer: its name, and the units of every kind that it keeps."""
+    """One row per layer: its name, and the units it keeps of each kind."""
     before = report.get("original_layers") or [{}] * len(report["layers"])
     rows = []
     for place, (after, had) in enumerate(zip(report["layers"], before, strict=True)):
-        cells = [_of(after, had, kind) for kind in kinds_of(report)]
-        rows.append((part_of(report, place).called(place), *cells))
+        cells = [_kept_of(after, had, kind) for kind in kinds_of(report)]
+        rows.append((stack_at(report, place).layer_name(place), *cells))
     return rows
 
 
-def _of(after: Mapping[str, int], had: Mapping[str, int], kind: str) -> str:
+def _kept_of(after: Mapping[str, int], had: Mapping[str, int], kind: str) -> str:
     if kind not in after:
         return "\N{EN DASH}"
     return f"{after[kind]} of {had[kind]}" if kind in had else f"{after[kind]}"
@@ -184,8 +225,8 @@ def _settings(report: Report) -> list[tuple[str, str]]:
     ]
     rows += [(name, str(value)) for name, value in report["settings"].items()]
     conditions = report["latency"]
-    rows.append(("latency: batch x length", f"{conditions['batch_size']} x "
-                 f"{conditions['sequence_length']}"))  # fmt: skip
+    shape = f"{conditions['batch_size']} x {conditions['sequence_length']}"
+    rows.append(("latency: batch x length", shape))
     if "threads" in conditions:
         rows.append(
             ("latency: threads, rounds", f"{conditions['threads']}, {conditions['rounds']}")
@@ -206,10 +247,10 @@ def _row(name: str, report: Report) -> list[str]:
     far = report["divergence"]
     return [
         name,
-        f"{after['score']:.2f}" if after["score"] is not None else "undefined",
+        score_text(after["score"]),
         score_change(report, before["score"], after["score"]).removesuffix(" points"),
         "" if far is None else f"{far:.4f}",
-        f"{kept(report):.1%} of {METRIC_NAMES.get(report['metric'], report['metric'])}",
+        f"{kept_ratio(report):.1%} of {METRIC_NAMES.get(report['metric'], report['metric'])}",
         f"{achieved['mac']:.1%}",
         f"{achieved['params']:.1%}",
         f"{after['bytes'] / 1e6:.2f} MB",
@@ -219,7 +260,7 @@ def _row(name: str, report: Report) -> list[str]:
 
 
 def _not_comparable(runs: Sequence[tuple[str, Report]]) -> list[str]:
-    """What keeps runs on one task from being compared fairly."""
+    """Differences that make a comparison of runs on one task unfair."""
     warnings = []
     for task in dict.fromkeys(report["task"] for _, report in runs):
         own = [report for _, report in runs if report["task"] == task]
@@ -231,14 +272,15 @@ def _not_comparable(runs: Sequence[tuple[str, Report]]) -> list[str]:
             },
         }
         warnings += [
-            f"the runs on {task} have different {what}." for what, seen in differing.items()
-            if len(seen) > 1
-        ]  # fmt: skip
+            f"The runs on {task} have different {name}, so their numbers are not comparable."
+            for name, values in differing.items()
+            if len(values) > 1
+        ]
     return warnings
 
 
 def _link(page: Path, start: Path) -> str:
-    """A relative link, so that the folders can be moved together."""
+    """A relative link, which still works after the folders were moved together."""
     from urllib.parse import quote
 
     return quote(Path(os.path.relpath(page, start)).as_posix())

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import time
 import zlib
 from collections.abc import Iterator, Mapping
@@ -121,7 +122,7 @@ def staged(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        _give_ordinary_rights(temporary)
+        _set_default_permissions(temporary)
         _put_in_place(temporary, folder, overwrite)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -137,13 +138,18 @@ def staged(folder: Path, *, overwrite: bool) -> Iterator[Path]:
         raise
 
 
-def _give_ordinary_rights(folder: Path) -> None:
-    """Those that any new file gets: safetensors makes its files for the owner alone."""
-    mask = os.umask(0)
-    os.umask(mask)
+def _set_default_permissions(folder: Path) -> None:
+    """Give each file the permissions of a new file; safetensors restricts its files to the owner.
+
+    A probe file tells these permissions. Reading the umask would mean setting it, for all threads.
+    """
+    probe = folder / ".permissions"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
     for path in folder.rglob("*"):
         if path.is_file():
-            path.chmod(0o666 & ~mask)
+            path.chmod(mode)
 
 
 def _beside(folder: Path, purpose: str) -> Path:

@@ -14,8 +14,13 @@ import pytest
 
 from rfprune.errors import UserError
 from rfprune.report.figures import kept_per_layer, time_by_stage
-from rfprune.report.folder import write_family, write_for_people
-from rfprune.report.html import render_run, render_runs, write_run_page, write_runs_page
+from rfprune.report.page import (
+    render_run,
+    render_runs,
+    write_family_page,
+    write_run_page,
+    write_runs_page,
+)
 from rfprune.report.plots import draw_frontier, draw_kept, draw_run
 from rfprune.report.report_json import read_report, write_report
 from tests.report.chromium import PROGRAM, Browser, browser
@@ -28,7 +33,7 @@ MakeReport = Callable[..., Report]
 @pytest.fixture
 def one_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing is tested elsewhere; here it would only take time."""
-    monkeypatch.setattr("rfprune.report.plots.OF_A_RUN", (kept_per_layer,))
+    monkeypatch.setattr("rfprune.report.plots.RUN_FIGURES", (kept_per_layer,))
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +127,7 @@ def test_undefined_scores_have_a_page(report: MakeReport) -> None:
 def test_runs_that_do_not_compare_are_said(report: MakeReport) -> None:
     runs = [("a", report()), ("b", report(evaluated_examples=100))]
     assert "different numbers of validation examples" in render_runs(runs, (), "two")
-    assert "Mind:" not in render_runs([("a", report()), ("b", report())], (), "two")
+    assert "Warning:" not in render_runs([("a", report()), ("b", report())], (), "two")
 
 
 @pytest.mark.parametrize("within", ["", "seed-3"])
@@ -133,7 +138,7 @@ def test_a_family_has_a_page_in_the_folder_that_holds_it(
     for folder, ratio in zip(folders, (0.7, 0.5), strict=True):
         folder.mkdir(parents=True)
         write_report(report(constraint=ratio), folder)
-    path = write_family(folders)
+    path = write_family_page(folders)
     assert path == tmp_path / "out" / "family-mac-seed-3.html"
     page = path.read_text(encoding="utf-8")
     link = folders[0].relative_to(path.parent).as_posix()
@@ -143,7 +148,7 @@ def test_a_family_has_a_page_in_the_folder_that_holds_it(
 
 
 def test_one_run_is_no_family(tmp_path: Path) -> None:
-    assert write_family([tmp_path]) is None
+    assert write_family_page([tmp_path]) is None
 
 
 def test_a_family_page_that_cannot_be_written_is_said(
@@ -156,18 +161,19 @@ def test_a_family_page_that_cannot_be_written_is_said(
         (tmp_path / name).mkdir()
         write_report(report(), tmp_path / name)
     monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(UserError, match=r"complete, but the page .*No space left"):
-        write_family([tmp_path / "a", tmp_path / "b"])
+    with pytest.raises(
+        UserError, match=r"family-.*No space left.*models are complete.*scripts/compare.py"
+    ):
+        write_family_page([tmp_path / "a", tmp_path / "b"])
     assert not list(tmp_path.glob("*.html")) and not list(tmp_path.glob(".*"))
 
 
-def test_a_run_leaves_page_plots_and_card(
+def test_a_run_has_a_page_and_plots(
     report: MakeReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rfprune.report.plots.OF_A_RUN", (kept_per_layer, time_by_stage))
-    write_for_people(report(), tmp_path, "someone/small")
-    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "plots", "README.md"}
-    assert 'name = "someone/small"' in (tmp_path / "README.md").read_text(encoding="utf-8")
+    monkeypatch.setattr("rfprune.report.plots.RUN_FIGURES", (kept_per_layer, time_by_stage))
+    write_run_page(report(), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "plots"}
     names = {path.stem for path in (tmp_path / "plots").iterdir()}
     assert names == {"kept", "seconds"}
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
 
 from rfprune.errors import UserError
-from rfprune.report.output import REPORT_FILE, check_output, staged
+from rfprune.report.output_folder import REPORT_FILE, check_output, staged
 
 
 def everything_in(folder: Path) -> set[str]:
@@ -32,12 +33,23 @@ def test_a_finished_folder_takes_its_place(tmp_path: Path) -> None:
     assert everything_in(tmp_path) == {"a", "a/b", "a/b/file"}
 
 
-def test_others_may_read_what_others_may_read_elsewhere(tmp_path: Path) -> None:
-    with staged(tmp_path / "a", overwrite=False) as temporary:
-        (temporary / "file").touch(mode=0o600)
-    (tmp_path / "ordinary").touch()
-    modes = [(tmp_path / name).stat().st_mode for name in ("a/file", "ordinary")]
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_files_have_the_permissions_of_new_files(
+    umask: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process' own umask stays as it is meanwhile: other threads write files too."""
+    before = os.umask(umask)
+    try:
+        (tmp_path / "new").touch()
+        monkeypatch.setattr(os, "umask", None)
+        with staged(tmp_path / "a", overwrite=False) as temporary:
+            (temporary / "file").touch(mode=0o600)
+    finally:
+        monkeypatch.undo()
+        os.umask(before)
+    modes = [(tmp_path / name).stat().st_mode for name in ("a/file", "new")]
     assert modes[0] == modes[1]
+    assert everything_in(tmp_path / "a") == {"file"}
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("bug")])

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from rfprune import Constraint, Settings, prune
 from rfprune.model.compact import compact
 from rfprune.model.layout import layout_of
-from rfprune.report.stage_scores import (
-    MOST_POINTS,
+from rfprune.report.measure import (
+    MAX_POINTS,
     _thinned,
     curve_points,
     original_layers,
@@ -63,11 +63,11 @@ def test_the_curve_of_importances_is_what_is_lost(
 def test_a_curve_is_thinned_evenly_and_keeps_its_chosen_point(total: int, share: float) -> None:
     kept = round(share * total)
     units = _thinned(total, kept)
-    assert len(units) <= MOST_POINTS
+    assert len(units) <= MAX_POINTS
     assert units == sorted(set(units))
     assert {0, kept, total} <= set(units)
     steps = [after - before for before, after in pairwise(units)]
-    assert max(steps, default=0) <= total / (MOST_POINTS - 2) + 1
+    assert max(steps, default=0) <= total / (MAX_POINTS - 2) + 1
 
 
 def test_original_sizes_are_those_before_the_pruning(

@@ -1,0 +1,77 @@
+"""Cached scores of the original model, and the digests that identify the inputs of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rfprune.cache import Key, circumstances, data_digest, model_digest, remembering
+from rfprune.report.measure import Prepared
+from rfprune.result import StageTimer
+from rfprune.tasks.evaluation import Evaluation, EvaluationSet, Logits, evaluate_model
+
+Batches = Sequence[Mapping[str, Tensor]]
+
+
+def evaluate_original(
+    prepared: Prepared, cache: Path | None, *, progress: bool
+) -> tuple[Evaluation, set[str]]:
+    """Scores of the original, with its logits from the cache if they are there.
+
+    Returns:
+        The scores, and the names of the stages that came from the cache.
+    """
+    timer, model, evaluation_set = StageTimer(), prepared.loaded.model, prepared.evaluation_set
+    remember = remembering(cache, lambda: _logits_key(model, evaluation_set), timer, "evaluate")
+
+    def remember_arrays(compute: Callable[[], Logits]) -> Logits:
+        tensors = remember(lambda: tuple(torch.from_numpy(logits) for logits in compute()))
+        return tuple(tensor.numpy() for tensor in tensors)
+
+    evaluation = evaluate_model(model, evaluation_set, progress=progress, remember=remember_arrays)
+    return evaluation, timer.cached
+
+
+def _logits_key(model: Any, evaluation_set: EvaluationSet) -> Key:
+    return {
+        "logits": evaluation_set.task.name,
+        "model": model_digest(model),
+        "data": evaluation_digest(evaluation_set),
+        **circumstances(model),
+    }
+
+
+def inputs_digest(model: Any, batches: Batches, evaluation_set: EvaluationSet) -> str:
+    """SHA-256 of everything that determines a run besides its flags."""
+    inputs = {
+        "model": model_digest(model),
+        "calibration": data_digest(batches),
+        "evaluation": evaluation_digest(evaluation_set),
+        **circumstances(model),
+    }
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+
+
+def evaluation_digest(evaluation_set: EvaluationSet) -> str:
+    """SHA-256 of the data that a model is evaluated on."""
+    return data_digest(_parts(evaluation_set))
+
+
+def _parts(evaluation_set: EvaluationSet) -> Iterator[dict[str, Tensor]]:
+    for batch, rows in zip(evaluation_set.batches, evaluation_set.rows, strict=True):
+        yield {**batch, "rows": torch.from_numpy(rows)}
+    if evaluation_set.labels is not None:
+        yield {"labels": torch.from_numpy(evaluation_set.labels)}
+    if (questions := evaluation_set.questions) is not None:
+        texts = json.dumps([questions.contexts, questions.answers]).encode()
+        yield {
+            "texts": torch.frombuffer(bytearray(texts), dtype=torch.uint8),
+            "in_context": torch.from_numpy(questions.windows.in_context),
+            "null_position": torch.from_numpy(questions.windows.null_position),
+        }

@@ -1,0 +1,297 @@
+"""Rows and sentences about one run, made from its report.json alone.
+
+The console table, the page and the model card show the same ones.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from rfprune.tasks.registry import AUTO_CLASSES
+
+Report = Mapping[str, Any]
+Row = tuple[str, ...]
+
+METRIC_NAMES = {"mac": "MACs", "params": "parameters", "memory": "memory", "latency": "latency"}
+SUMMARY_HEADINGS = ("", "original", "pruned", "pruned / original")
+EXPORT_HEADINGS = ("model and runtime", "score", "size", "latency", "speedup")
+
+DETAIL_SCORES = ("HasAns_", "NoAns_", "best_")
+"""SQuAD 2.0 has a dozen scores; those with these prefixes are in report.json alone."""
+
+_STAGES = ("collect", "search", "rearrange", "compact", "verify", "tune")
+_RUNTIMES = {"onnx": "pruned, ONNX Runtime", "onnx_int8": "pruned, ONNX Runtime, int8"}
+
+
+def title(report: Report) -> str:
+    """Model, task, constraint and method of a run."""
+    return (
+        f"{report['model']} on {report['task']}, pruned to {percent(report['constraint'])} of its "
+        f"{METRIC_NAMES[report['metric']]} ({_method(report)}, "
+        f"{_number(report['samples'], 'calibration example')})"
+    )
+
+
+def percent(ratio: float) -> str:
+    """A ratio as people write it: 12.5%, and 7% rather than 7.000000000000001%."""
+    return f"{100 * ratio:.6g}%"
+
+
+def _method(report: Report) -> str:
+    """The name of the method; for the classical criteria, which criterion and allocation."""
+    if report["method"] != "importance":
+        return str(report["method"])
+    settings = report["settings"]
+    return f"{settings['importance']} importance, {settings['allocation']} allocation"
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def summary_rows(report: Report) -> list[Row]:
+    """Scores and costs as text under SUMMARY_HEADINGS: the original, the pruned model, the change.
+
+    The last column has the difference of the scores, and the ratio of the costs.
+    """
+    conditions = report["latency"]
+    shape = f"{conditions['batch_size']} x {conditions['sequence_length']}"
+    return [
+        *_score_rows(report),
+        _cost_row(report, f"MACs ({report['mean_tokens']:.0f} tokens)", "macs", _count),
+        _cost_row(report, "parameters", "params", _count),
+        _cost_row(report, f"weights ({report['stored_dtype']})", "bytes", _megabytes),
+        _cost_row(report, f"latency (batch {shape})", "latency_ms", _milliseconds),
+    ]
+
+
+def _score_rows(report: Report) -> list[Row]:
+    """The main score of the task first."""
+    main, scores = report["metric_name"], report["scores"]
+    names = [name for name in scores["original"] if not name.startswith(DETAIL_SCORES)]
+    rows: list[Row] = []
+    for name in sorted(names, key=lambda name: name != main):
+        before, after = scores["original"][name], scores["pruned"].get(name)
+        change = score_change(report, before, after)
+        rows.append((name, score_text(before), score_text(after), change))
+    return rows
+
+
+def _cost_row(report: Report, name: str, key: str, show: Callable[[float, float], str]) -> Row:
+    before, after = report["original"][key], report["pruned"][key]
+    ratio = f"{after / before:.1%}"
+    if key == "latency_ms":
+        ratio += f" (speedup {before / after:.2f}x)"
+    largest = max(before, after)
+    return (name, show(before, largest), show(after, largest), ratio)
+
+
+def score_text(score: float | None) -> str:
+    """A score with two decimals; "undefined" for None."""
+    return "undefined" if score is None else f"{score:.2f}"
+
+
+def score_change(report: Report, before: float | None, after: float | None) -> str:
+    """The change in points, or in percent where lower is better (perplexity)."""
+    if before is None or after is None:
+        return ""
+    # Adding 0.0 turns the -0.0 of a rounded small loss into 0.0.
+    if not report.get("higher_is_better", True):
+        return f"{round(100 * (after / before - 1), 1) + 0.0:+.1f}%"
+    return f"{round(after - before, 2) + 0.0:+.2f} points"
+
+
+def _count(number: float, largest: float) -> str:
+    """In the unit of the largest number of the row."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if largest >= size:
+            return f"{number / size:.2f} {unit}"
+    return f"{number:.0f}"
+
+
+def _megabytes(number: float, _: float = 0.0) -> str:
+    return f"{number / 1e6:.2f} MB"
+
+
+def _milliseconds(number: float, largest: float) -> str:
+    """With about three digits: a measured time has no more."""
+    return f"{number:.{0 if largest >= 100 else 1 if largest >= 10 else 2}f} ms"
+
+
+def scoring_line(report: Report) -> str:
+    """The number of scored examples, and the divergence from the original."""
+    examples = _number(report["evaluated_examples"], "validation example")
+    if report["divergence"] is None:
+        return f"Scored on {examples}."
+    name = "KL divergence from the original's predictions"
+    if report["task"] == "stsb" or report.get("kind") == "regression":
+        name = "half the mean squared difference from the original's outputs"
+    if report.get("kind") == "language-modeling":
+        name += ", in nats per token"
+    if report.get("kind") == "similarity":
+        name = "half the mean squared distance from the original's embeddings"
+    return f"Scored on {examples}; {name}: {report['divergence']:.4f}."
+
+
+def continuation_lines(report: Report) -> list[str]:
+    """What the two language models generate after the same prompt, as a sample."""
+    texts = report.get("continuations") or {}
+    if not texts:
+        return []
+    return [
+        f"Prompt:   {texts['prompt']!r}",
+        f"Original: {texts['original']!r}",
+        f"Pruned:   {texts['pruned']!r}",
+    ]
+
+
+def seconds_line(seconds: Mapping[str, float], cached: Collection[str] = ()) -> str:
+    """The time by stage, without stages that did not run; `cached` ones only read a file."""
+    stages = ", ".join(
+        f"{name} {seconds[name]:.1f}" + " (cached)" * (name in cached)
+        for name in _STAGES
+        if seconds.get(name)
+    )
+    known = " (original: cached)" if "evaluate" in cached else ""
+    return (
+        f"Pruning took {seconds['prune_total']:.1f} s ({stages}); loading took "
+        f"{seconds['load']:.1f} s, and scoring {seconds['evaluate']:.1f} s{known}."
+    )
+
+
+def latency_lines(report: Report) -> list[str]:
+    """Target, predicted and measured latency; empty without a constraint on latency."""
+    promise = report.get("promise")
+    if not promise:
+        return []
+    timed = _number(len(promise["attempts"]), "candidate")
+    target, predicted, measured = (
+        f"{promise[f'{name}_ms']:.3g} ms" for name in ("promised", "predicted", "measured")
+    )
+    return [
+        f"Latency: target {target}, predicted {predicted} from the latency table, measured "
+        f"{measured}; {timed} timed."
+    ]
+
+
+def max_drop_lines(report: Report) -> list[str]:
+    """The sizes that `--max-drop` tried and how certain its result is; empty without a search."""
+    search = report.get("max_drop")
+    if not search:
+        return []
+    tried = ", ".join(
+        f"{percent(trial['ratio'])} ({_signed(trial['drop'])})" for trial in search["path"]
+    )
+    allowed = points_text(search["points"])
+    drop = round(search["drop"], 2)
+    change = f"loses {drop:.2f}" if drop >= 0 else f"gains {-drop:.2f}"
+    lines = [
+        f"This is the smallest model found that loses at most {allowed}. Sizes tried, with the "
+        f"change of the score: {tried}. The search took {search['seconds']:.0f} s, scoring "
+        f"included.",
+        f"It {change} points, with a standard error of {search['standard_error']:.2f}. In "
+        f"{search['sure']:.0%} of the resampled validation sets it loses at most {allowed}.",
+    ]
+    if report["constraint"] <= search["least_possible"]:
+        lines.append("No smaller model is possible with this metric.")
+    return lines
+
+
+def trial_line(trial: Mapping[str, float]) -> str:
+    """One size that `--max-drop` tried: its score, the change of it, and the divergence."""
+    return (
+        f"{percent(trial['ratio'])}: {trial['score']:.2f} ({_signed(trial['drop'])}), divergence "
+        f"{trial['divergence']:.4f}"
+    )
+
+
+def points_text(points: float) -> str:
+    """Points of a score with their unit: 1 point, 0.5 points."""
+    return f"{points:g} point" + ("" if points == 1 else "s")
+
+
+def _signed(drop: float) -> str:
+    """The change in points that a drop is; adding 0.0 turns -0.0 into 0.0."""
+    return f"{round(-drop, 2) + 0.0:+.2f}"
+
+
+def export_rows(report: Report) -> list[Row]:
+    """PyTorch models and exports side by side under EXPORT_HEADINGS; empty if none was timed."""
+    exports = report.get("exports") or {}
+    conditions = exports.get("latency")
+    if conditions is None:
+        return []
+    entries = [
+        (f"{name}, PyTorch", report[name] | {"latency_ms": conditions[f"{name}_ms"]})
+        for name in ("original", "pruned")
+    ]
+    entries += [(label, exports[name]) for name, label in _RUNTIMES.items() if name in exports]
+    slowest = max(entry["latency_ms"] for _, entry in entries)
+    return [
+        (
+            label,
+            score_text(entry["score"]),
+            _megabytes(entry["bytes"]),
+            _milliseconds(entry["latency_ms"], slowest),
+            f"{conditions['original_ms'] / entry['latency_ms']:.2f}x",
+        )
+        for label, entry in entries
+    ]
+
+
+def export_caption(report: Report) -> str:
+    """The conditions under which the exports were timed."""
+    conditions = (report.get("exports") or {}).get("latency")
+    if conditions is None:
+        return "Exports"
+    return (
+        f"Exports, timed together on the CPU (batch {conditions['batch_size']} x "
+        f"{conditions['sequence_length']}, {_number(conditions['threads'], 'thread')})"
+    )
+
+
+def export_lines(report: Report) -> list[str]:
+    """A sentence per export: path, size, and largest difference from the pruned model."""
+    lines = []
+    for name, entry in (report.get("exports") or {}).items():
+        if name == "latency":
+            continue
+        text = f"{entry['path']}: {_megabytes(entry['bytes'])}"
+        if entry.get("max_difference") is not None:
+            shapes = ", ".join(" x ".join(map(str, shape)) for shape in entry["checked_on"])
+            text += (
+                f"; its logits differ from the pruned model's by at most "
+                f"{entry['max_difference']:.1e} (checked on inputs of {shapes})"
+            )
+        lines.append(f"{text}.")
+    return lines
+
+
+def reload_line(report: Report) -> str:
+    """The one line of Python that loads the pruned model."""
+    folder = json.dumps(report["output_dir"], ensure_ascii=False)
+    code = "" if is_plain(report) else ", trust_remote_code=True"
+    if is_embedder(report):
+        return f"sentence_transformers.SentenceTransformer({folder}{code})"
+    return f"transformers.{auto_class(report)}.from_pretrained({folder}{code})"
+
+
+def auto_class(report: Report) -> str:
+    """The class of transformers that loads the pruned model."""
+    kind: Any = report.get("kind")
+    if kind is None:  # early reports have no kind of task
+        kind = "question-answering" if "squad" in report["task"] else "classification"
+    found: str = AUTO_CLASSES[kind]
+    return found
+
+
+def is_embedder(report: Report) -> bool:
+    """Whether sentence-transformers can load the pruned model."""
+    return bool(report.get("embedder"))
+
+
+def is_plain(report: Report) -> bool:
+    """Whether the pruned model is a plain architecture, which needs no code of its own."""
+    return bool(report.get("settings", {}).get("uniform"))
