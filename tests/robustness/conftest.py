@@ -49,7 +49,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
 def _skip_slow_parts(patch: pytest.MonkeyPatch) -> None:
     """Timing and figures are tested elsewhere."""
     patch.setattr("rfprune.latency.speedup.MAX_ROUNDS", 1)
-    patch.setattr("rfprune.report.plots.OF_A_RUN", ())
+    patch.setattr("rfprune.report.plots.RUN_FIGURES", ())
     # load_pruned leaves progress bars to transformers
     patch.setattr("transformers.utils.logging._tqdm_active", False)
 
