@@ -32,7 +32,7 @@ from rfprune.cost.constraint import Constraint
 from rfprune.export.exports import ExportJob, write_exports
 from rfprune.hub.upload import plan_of, push
 from rfprune.latency.profile import load_or_profile
-from rfprune.max_drop.search import constraints_to_try, find_smallest_model
+from rfprune.max_drop.search import DropSearch, constraints_to_try, find_smallest_model
 from rfprune.methods.selection import check_possible
 from rfprune.model.checkpoint import save_pruned
 from rfprune.model.layout import layout_of
@@ -137,14 +137,11 @@ def _outcomes(
     if options.max_drop is None:
         yield from map(Outcome, _family(options, prepared, _constraints(options, left), progress))
         return
+    search = DropSearch(options.max_drop, options.metric, prepared, original, progress)
     yield find_smallest_model(
-        options.max_drop,
-        options.metric,
-        prepared,
-        original,
+        search,
         lambda constraints: _family(options, prepared, constraints, progress),
         told.print,
-        progress=progress,
     )
 
 

@@ -1,1 +1,1 @@
-"""The smallest model within a drop of the score."""
+"""`--max-drop`: find the smallest model whose score drops by at most a given number of points."""

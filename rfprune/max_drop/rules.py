@@ -1,19 +1,18 @@
-"""`--max-drop`: the smallest model that loses at most so many points, by a search over ratios.
+"""The rules of `--max-drop`: which ratio to try next, and which of the trials is the answer.
 
-A trial prunes to a ratio and looks at two numbers: how many points the score drops, which is what
-was asked about and noisy (one example more or less), and the KL divergence of the predictions from
-the original's, which is smooth and grows as the ratio falls. The rules are:
+A trial prunes to a ratio and measures two numbers. The user limits the drop of the score; it is
+noisy, since it moves by one example at a time. The KL divergence of the predictions from the
+original's is smooth and grows as the ratio falls. Three rules use both:
 
-1. The nearer a model is to the original by its divergence, the less it should lose. Where two
-   scores say otherwise that is noise, and both models count with the mean of their drops
-   (isotonic regression of the drop on the divergence).
-2. A model is within the limit if its own drop is, and the drop that it counts with is, too.
-3. Between a size that is within and one that is not, the drop is interpolated along the
-   divergence, and the logarithm of the divergence along the ratio. Where a trial does not halve
-   what is left to search, the next one is in its middle, as in Brent's method.
+1. Drops are made monotone in the divergence (isotonic regression): where a model with a larger
+   divergence scores better, the difference is noise.
+2. A model is within the limit if both its measured drop and its monotone drop are.
+3. Between the smallest ratio that is within the limit and the largest below it that is not, the
+   drop is interpolated in the divergence, and the logarithm of the divergence in the ratio. Where a
+   trial has not halved that interval, the next trial bisects it, as in Brent's method.
 
-The search ends when the two sizes are RESOLUTION apart, when they are NEAR and the rest is not
-expected to gain more than RESOLUTION, or after MAX_TRIALS.
+The search ends when the interval is RESOLUTION wide, when it is NEAR wide and the expected gain is
+at most RESOLUTION, or after MAX_TRIALS. `rfprune.max_drop.search` runs the trials.
 """
 
 from __future__ import annotations
@@ -22,30 +21,35 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from scipy.optimize import isotonic_regression
+
 RESOLUTION = 0.02
 NEAR = 0.1
-LEAST_GAIN = 0.05
-"""Of what can be pruned at all: where even that much costs too many points, nothing is pruned."""
+MIN_GAIN = 0.05
+"""The smallest part of the prunable cost that is worth removing. If even that loses too many
+points, nothing is pruned."""
 
 MAX_TRIALS = 6
 
 _STEEPNESS = 7.0
-"""By how much the logarithm of the divergence falls over the whole ratio, where one trial says
-nothing of it; measured on four checkpoints between 0.2 and 0.7 of the MACs (5 to 8)."""
+"""Fall of the logarithm of the divergence from ratio 0 to ratio 1, used until two trials give a
+better value; between 5 and 8 on four checkpoints at 0.2 to 0.7 of the MACs."""
 
-_MOST_GROWTH = 8.0  # of the divergence, from the last size that was within the limit
-_ONE_SIDED = 3  # trials, all with the same answer, after which the extreme is tried
-_ROUNDING = 1e-9  # of scores that are 100 x a fraction
+_MAX_GROWTH = 8.0  # of the divergence, from one trial to the next while nothing has failed
+_MAX_ONE_SIDED = (
+    3  # trials that all pass or all fail, before the smallest or largest ratio is tried
+)
+_ROUNDING = 1e-9  # of scores that are 100 times a fraction
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One size that was tried.
+    """One ratio that was tried.
 
     Attributes:
-        ratio: of the cost that was kept, as in `Constraint`.
-        drop: points of the score lost; negative where the model got better.
-        divergence: KL(original || pruned), in nats a row.
+        ratio: fraction of the cost that was kept, as in `Constraint`.
+        drop: points of the score that were lost; negative where the score rose.
+        divergence: KL(original || pruned), in nats per row.
         standard_error: of the drop, in points.
     """
 
@@ -56,120 +60,126 @@ class Trial:
 
 
 def monotone_drops(trials: Sequence[Trial]) -> dict[float, float]:
-    """The drop that every trial counts with, by its ratio, the nearest to the original first.
+    """Isotonic regression of the drop on the divergence.
 
-    Isotonic regression by pooling adjacent violators; a divergence of two trials that is equal is
-    told apart by the ratio.
+    Returns:
+        The monotone drops by the ratios of their trials, in order of increasing divergence. Trials
+        of equal divergence are ordered by decreasing ratio.
     """
-    pools: list[tuple[float, list[float]]] = []  # a mean drop, and the ratios it is of
-    for trial in sorted(trials, key=lambda trial: (trial.divergence, -trial.ratio)):
-        mean, ratios = trial.drop, [trial.ratio]
-        while pools and pools[-1][0] > mean:
-            before, others = pools.pop()
-            mean = (before * len(others) + mean * len(ratios)) / (len(others) + len(ratios))
-            ratios = others + ratios
-        pools.append((mean, ratios))
-    return {ratio: mean for mean, ratios in pools for ratio in ratios}
+    ordered = sorted(trials, key=lambda trial: (trial.divergence, -trial.ratio))
+    fitted = isotonic_regression([trial.drop for trial in ordered]).x
+    return {trial.ratio: float(drop) for trial, drop in zip(ordered, fitted, strict=True)}
 
 
-def smallest_within_limit(trials: Sequence[Trial], points: float) -> Trial | None:
-    """The trial of the smallest ratio that is within the limit; None where none is."""
-    counted = monotone_drops(trials)
+def smallest_within_limit(trials: Sequence[Trial], max_drop: float) -> Trial | None:
+    """The trial of the smallest ratio that is within the limit, if there is one.
+
+    Args:
+        max_drop: the largest drop that is allowed, in points.
+    """
+    fitted = monotone_drops(trials)
     within = [
-        trial for trial in trials if max(trial.drop, counted[trial.ratio]) <= points + _ROUNDING
+        trial for trial in trials if max(trial.drop, fitted[trial.ratio]) <= max_drop + _ROUNDING
     ]
     return min(within, key=lambda trial: trial.ratio, default=None)
 
 
-def next_ratio(trials: Sequence[Trial], points: float, least: float) -> float | None:
-    """The ratio to try after these trials, in their order; None where the search is at its end.
+def next_ratio(trials: Sequence[Trial], max_drop: float, min_ratio: float) -> float | None:
+    """The ratio to try next, or None once the search is complete.
 
     Args:
-        points: the largest drop that is allowed.
-        least: the least ratio that is possible.
+        trials: all trials so far, in their order.
+        max_drop: the largest drop that is allowed, in points.
+        min_ratio: the smallest ratio that is possible.
 
     Returns:
-        A ratio that has not been tried, from `least` to `largest_ratio`.
+        A ratio that has not been tried, from `min_ratio` to `largest_ratio(min_ratio)`.
     """
-    largest = largest_ratio(least)
+    max_ratio = largest_ratio(min_ratio)
     if not trials:
-        return _middle(least)
-    above, below = _bracket(trials, points)
-    if above is None:
-        if below is None or below.ratio >= largest:
-            return None  # even the largest loses too much
-        if len(trials) >= _ONE_SIDED or below.ratio + RESOLUTION >= largest:
-            return largest
-    elif above.ratio <= least or len(trials) >= MAX_TRIALS:
+        return _middle(min_ratio)
+    passing, failing = _interval(trials, max_drop)
+    if passing is None:
+        if failing is None or failing.ratio >= max_ratio:
+            return None  # even the largest ratio loses too much
+        if len(trials) >= _MAX_ONE_SIDED or failing.ratio + RESOLUTION >= max_ratio:
+            return max_ratio
+    elif passing.ratio <= min_ratio or len(trials) >= MAX_TRIALS:
         return None
-    elif below is None and (len(trials) >= _ONE_SIDED or above.ratio - RESOLUTION <= least):
-        return least
-    low = least if below is None else below.ratio
-    high = largest if above is None else above.ratio
-    wanted = _ratio_at(_divergence_wanted(trials, points, above, below), trials, above, below)
-    if above is not None and below is not None:
+    elif failing is None and (
+        len(trials) >= _MAX_ONE_SIDED or passing.ratio - RESOLUTION <= min_ratio
+    ):
+        return min_ratio
+    low = min_ratio if failing is None else failing.ratio
+    high = max_ratio if passing is None else passing.ratio
+    wanted = _ratio_at(_divergence_at_limit(trials, max_drop), trials, passing, failing)
+    if passing is not None and failing is not None:
         gain = high - wanted if high - low <= NEAR else high - low
         if min(gain, high - low) <= RESOLUTION + _ROUNDING:
             return None
-        if high - low <= 2 * RESOLUTION or _is_slow(trials, points):
+        if high - low <= 2 * RESOLUTION or _is_slow(trials, max_drop):
             return _rounded((low + high) / 2, low, high)
-    lowest = low if below is None else low + RESOLUTION
-    highest = high if above is None else high - RESOLUTION
+    lowest = low if failing is None else low + RESOLUTION
+    highest = high if passing is None else high - RESOLUTION
     return _rounded(min(max(wanted, lowest), highest), lowest, highest)
 
 
-def largest_ratio(least: float) -> float:
-    """The largest that is tried, 0.95 where next to all of the cost can be pruned."""
-    return max(math.floor(100 * (1 - LEAST_GAIN * (1 - least))) / 100, _middle(least))
+def largest_ratio(min_ratio: float) -> float:
+    """The largest ratio to try: 0.95 if nearly all of the cost can be pruned."""
+    return max(math.floor(100 * (1 - MIN_GAIN * (1 - min_ratio))) / 100, _middle(min_ratio))
 
 
-def _middle(least: float) -> float:
-    return max(math.floor(50 * (1 + least)) / 100, least)
+def _middle(min_ratio: float) -> float:
+    return max(math.floor(50 * (1 + min_ratio)) / 100, min_ratio)
 
 
-def _bracket(trials: Sequence[Trial], points: float) -> tuple[Trial | None, Trial | None]:
-    """The smallest that is within the limit, and the largest below it that is not."""
-    above = smallest_within_limit(trials, points)
-    ceiling = math.inf if above is None else above.ratio
-    failed = [trial for trial in trials if trial.ratio < ceiling]
-    return above, max(failed, key=lambda trial: trial.ratio, default=None)
+def _interval(trials: Sequence[Trial], max_drop: float) -> tuple[Trial | None, Trial | None]:
+    """The smallest ratio that is within the limit, and the largest below it that is not."""
+    passing = smallest_within_limit(trials, max_drop)
+    ceiling = math.inf if passing is None else passing.ratio
+    below = [trial for trial in trials if trial.ratio < ceiling]
+    return passing, max(below, key=lambda trial: trial.ratio, default=None)
 
 
-def _is_slow(trials: Sequence[Trial], points: float) -> bool:
-    """Whether the last trial left more than half of what there was between two sizes."""
-    above, below = _bracket(trials, points)
-    earlier_above, earlier_below = _bracket(trials[:-1], points)
-    if not (above and below and earlier_above and earlier_below):
+def _is_slow(trials: Sequence[Trial], max_drop: float) -> bool:
+    """Whether the last trial left more than half of the interval."""
+    passing, failing = _interval(trials, max_drop)
+    old_passing, old_failing = _interval(trials[:-1], max_drop)
+    if not (passing and failing and old_passing and old_failing):
         return False
-    return above.ratio - below.ratio > (earlier_above.ratio - earlier_below.ratio) / 2
+    return passing.ratio - failing.ratio > (old_passing.ratio - old_failing.ratio) / 2
 
 
-def _divergence_wanted(
-    trials: Sequence[Trial], points: float, above: Trial | None, below: Trial | None
-) -> float:
-    """The divergence at which the drop should be `points`; an unpruned model has none, and no drop.
+def _divergence_at_limit(trials: Sequence[Trial], max_drop: float) -> float:
+    """The divergence at which the drop should be `max_drop`.
 
-    Where nothing has lost too much yet, the drop is taken to be proportional to the divergence.
+    The unpruned model, without divergence or drop, stands in for a passing trial. Without a failing
+    trial the drop is taken to be proportional to the divergence.
     """
-    counted = monotone_drops(trials)
-    near = 0.0 if above is None else above.divergence
-    drop = 0.0 if above is None else counted[above.ratio]
-    if below is None:
-        growth = points / drop if drop > 0 else math.inf
-        return near * min(max(growth, 1.0), _MOST_GROWTH)
-    lost = max(counted[below.ratio], below.drop)
-    share = (points - drop) / (lost - drop) if lost > drop else 0.5
-    return near + (below.divergence - near) * min(max(share, 0.0), 1.0)
+    passing, failing = _interval(trials, max_drop)
+    fitted = monotone_drops(trials)
+    near = 0.0 if passing is None else passing.divergence
+    drop = 0.0 if passing is None else fitted[passing.ratio]
+    if failing is None:
+        growth = max_drop / drop if drop > 0 else math.inf
+        return near * min(max(growth, 1.0), _MAX_GROWTH)
+    lost = max(fitted[failing.ratio], failing.drop)
+    share = (max_drop - drop) / (lost - drop) if lost > drop else 0.5
+    return near + (failing.divergence - near) * min(max(share, 0.0), 1.0)
 
 
 def _ratio_at(
-    divergence: float, trials: Sequence[Trial], above: Trial | None, below: Trial | None
+    divergence: float, trials: Sequence[Trial], passing: Trial | None, failing: Trial | None
 ) -> float:
-    """Where the divergence should be that, its logarithm linear between or past two trials."""
-    if above is not None and below is not None:
-        first, second = above, below
+    """The ratio at which a divergence is expected.
+
+    The logarithm of the divergence is taken to be linear in the ratio: through both ends of the
+    interval, or through the only end and the trial nearest to it.
+    """
+    if passing is not None and failing is not None:
+        first, second = passing, failing
     else:
-        edge = above or below
+        edge = passing or failing
         assert edge is not None
         first, second = (
             edge,
@@ -191,5 +201,5 @@ def _log(divergence: float) -> float:
 
 
 def _rounded(ratio: float, low: float, high: float) -> float:
-    """To two decimals, as people write it, as far as these are within the bounds."""
+    """Two decimals, as people write ratios, unless the bounds leave no room for that."""
     return round(min(max(round(ratio, 2), low), high), 4)

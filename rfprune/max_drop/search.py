@@ -1,7 +1,8 @@
-"""`--max-drop` on a model: prune, score, decide what to try next; what is learnt serves all trials.
+"""`--max-drop` on a model: prune to a ratio, score the result, choose the next ratio.
 
-The rules of the search are in max_drop.py. The divergence that leads it is measured on calibration
-batches held out from the fits, the drop on all validation examples, since it is what is promised.
+`rfprune.max_drop.rules` chooses the ratios. The drop is measured on all validation examples, the
+divergence on calibration batches that the fits hold out. Statistics are collected once for all
+trials.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+
+from transformers import PreTrainedModel
 
 from rfprune import distributed
 from rfprune.checkpoints.precision import round_to_stored_dtype
@@ -19,136 +22,162 @@ from rfprune.max_drop.rules import Trial, next_ratio, smallest_within_limit
 from rfprune.methods.budget import cost_model
 from rfprune.methods.selection import least_possible
 from rfprune.model.layout import layout_of
-from rfprune.report.measure import Batches, Outcome, Prepared
-from rfprune.report.summary import METRIC_NAMES, points_text, trial_line
+from rfprune.report.measure import Outcome, Prepared
+from rfprune.report.summary import METRIC_NAMES, trial_line
 from rfprune.result import PruneResult
 from rfprune.stages.reconstruct import HELD_OUT_EVERY
 from rfprune.tasks.bootstrap import Drop, paired_drop
 from rfprune.tasks.evaluation import (
     Evaluation,
+    Logits,
     divergence_of_logits,
     evaluate_model,
     logits_of_batches,
 )
 
 Prune = Callable[[Iterable[Constraint]], Iterator[PruneResult]]
+"""Prunes to each constraint; takes the next one only after it has yielded the result."""
 
 
 @dataclass(frozen=True)
-class _Tried:
-    """A trial, and the model where it may be the one that is wanted."""
+class DropSearch:
+    """What all trials of a search share.
+
+    Attributes:
+        max_drop: the largest drop of the task's score that is allowed, in points.
+        metric: of the constraints; see `Constraint`.
+        prepared: the model, its data and the settings.
+        original: the score of the original.
+        progress: whether to show bars.
+    """
+
+    max_drop: float
+    metric: str
+    prepared: Prepared
+    original: Evaluation
+    progress: bool
+
+    @cached_property
+    def min_ratio(self) -> float:
+        """The smallest ratio that is possible."""
+        prepared, model = self.prepared, self.prepared.loaded.model
+        layout, table = layout_of(model), prepared.latency_table
+        costs = cost_model(self.metric, model, layout, prepared.batches, table)
+        return least_possible(model, layout, costs, prepared.settings)
+
+    @cached_property
+    def original_logits(self) -> Logits:
+        """Of the original on the held-out calibration batches."""
+        return self._held_out_logits(self.prepared.loaded.model)
+
+    def divergence(self, model: PreTrainedModel) -> float:
+        """KL(original || model) on the held-out calibration batches, in nats per row."""
+        logits, kind = self._held_out_logits(model), self.prepared.evaluation_set.task.kind
+        return divergence_of_logits(self.original_logits, logits, kind)
+
+    def _held_out_logits(self, model: PreTrainedModel) -> Logits:
+        batches = self.prepared.batches
+        held_out = batches[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] or batches
+        return logits_of_batches(model, self.prepared.evaluation_set.task, held_out)
+
+
+@dataclass(frozen=True)
+class _ScoredTrial:
+    """A trial with its score; its model only if that may be the answer."""
 
     trial: Trial
     score: float
     drop: Drop
     result: PruneResult | None
-    pruned: Evaluation | None
+    evaluation: Evaluation | None
+
+    @property
+    def summary(self) -> dict[str, float]:
+        """The trial's entry in report.json."""
+        return {
+            "ratio": self.trial.ratio,
+            "score": self.score,
+            "drop": self.trial.drop,
+            "divergence": self.trial.divergence,
+        }
 
 
 def constraints_to_try(
     metric: str, decide: Callable[[], float | None] = lambda: None
 ) -> Iterator[Constraint]:
-    """Constraints as they are wanted; of several processes the main one's `decide` is asked."""
+    """Constraints at the ratios that `decide` returns, until it returns None.
+
+    With several processes, `decide` of the main process chooses for all.
+    """
     while (ratio := distributed.broadcast_from_main(decide)) is not None:
         yield Constraint(metric, ratio)
 
 
-def find_smallest_model(
-    points: float,
-    metric: str,
-    prepared: Prepared,
-    original: Evaluation,
-    prune: Prune,
-    tell: Callable[[str], None],
-    *,
-    progress: bool,
-) -> Outcome:
-    """The smallest model, by a metric, that loses at most so many points of the task's score.
+def find_smallest_model(search: DropSearch, prune: Prune, show: Callable[[str], None]) -> Outcome:
+    """Find the smallest model whose score drops by at most `search.max_drop` points.
 
     Args:
-        prune: to constraints, each of which is asked for when the result before it is here.
-        tell: says to the user what was tried.
+        show: prints a line about each trial.
 
     Raises:
-        UserError: even the largest size that is tried loses more.
+        UserError: even the largest ratio that was tried loses more points.
     """
     started = time.perf_counter()
-    model, batches = prepared.loaded.model, prepared.batches
-    held_out = batches[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] or batches
-    reference = logits_of_batches(model, prepared.evaluation_set.task, held_out)
-    table = prepared.latency_table
-    layout = layout_of(model)
-    costs = cost_model(metric, model, layout, batches, table)
-    least = least_possible(model, layout, costs, prepared.settings)
-    tried: list[_Tried] = []
+    min_ratio = search.min_ratio
+    scored: list[_ScoredTrial] = []
+
+    def trials() -> list[Trial]:
+        return [one.trial for one in scored]
 
     def decide() -> float | None:
-        return next_ratio([one.trial for one in tried], points, least)
+        return next_ratio(trials(), search.max_drop, min_ratio)
 
-    for result in prune(constraints_to_try(metric, decide)):
-        one = _try(result, points, prepared, original, held_out, reference, progress)
-        tried.append(one)
-        tell(f"Tried {trial_line(_summary_of(one))}")
-    best = smallest_within_limit([one.trial for one in tried], points)
+    for result in prune(constraints_to_try(search.metric, decide)):
+        scored.append(_score(search, result))
+        show(f"Tried {trial_line(scored[-1].summary)}")
+    best = smallest_within_limit(trials(), search.max_drop)
     if best is None:
-        raise UserError(_too_much(tried, points, metric))
-    chosen = next(one for one in tried if one.trial is best)
+        raise UserError(_drop_too_large(search, trials()))
+    chosen = next(one for one in scored if one.trial is best)
     assert chosen.result is not None
     return Outcome(
         chosen.result,
-        chosen.pruned,
+        chosen.evaluation,
         {
-            "points": points,
+            "points": search.max_drop,
             "drop": chosen.drop.points,
             "standard_error": chosen.drop.standard_error,
             "sure": chosen.drop.within,
-            "path": [_summary_of(one) for one in tried],
-            "least_possible": least,
-            "seconds": original.seconds + time.perf_counter() - started,
+            "path": [one.summary for one in scored],
+            "least_possible": min_ratio,
+            "seconds": search.original.seconds + time.perf_counter() - started,
         },
     )
 
 
-def _try(
-    result: PruneResult,
-    points: float,
-    prepared: Prepared,
-    original: Evaluation,
-    held_out: Batches,
-    reference: Any,
-    progress: bool,
-) -> _Tried:
-    """Score a pruned model as it would be stored."""
+def _score(search: DropSearch, result: PruneResult) -> _ScoredTrial:
+    """Score a pruned model with its weights rounded to the dtype that they are saved in."""
+    prepared = search.prepared
     round_to_stored_dtype(prepared.stored, result.model)
     data = prepared.evaluation_set
-    pruned = evaluate_model(result.model, data, progress=progress)
-    drop = paired_drop(data, original, pruned, points)
+    pruned = evaluate_model(result.model, data, progress=search.progress)
+    drop = paired_drop(data, search.original, pruned, search.max_drop)
     trial = Trial(
         result.constraint.ratio,
         drop.points,
-        divergence_of_logits(
-            reference, logits_of_batches(result.model, data.task, held_out), data.task.kind
-        ),
+        search.divergence(result.model),
         drop.standard_error,
     )
-    within = smallest_within_limit([trial], points) is not None
-    return _Tried(trial, pruned.score, drop, result if within else None, pruned if within else None)
+    if smallest_within_limit([trial], search.max_drop) is None:
+        return _ScoredTrial(trial, pruned.score, drop, None, None)
+    return _ScoredTrial(trial, pruned.score, drop, result, pruned)
 
 
-def _summary_of(one: _Tried) -> dict[str, float]:
-    return {
-        "ratio": one.trial.ratio,
-        "score": one.score,
-        "drop": one.trial.drop,
-        "divergence": one.trial.divergence,
-    }
-
-
-def _too_much(tried: Sequence[_Tried], points: float, metric: str) -> str:
-    largest = max((one.trial for one in tried), key=lambda trial: trial.ratio)
+def _drop_too_large(search: DropSearch, trials: Sequence[Trial]) -> str:
+    largest = max(trials, key=lambda trial: trial.ratio)
     return (
-        f"No model loses at most {points_text(points)}: with {largest.ratio:g} of the "
-        f"{METRIC_NAMES[metric]} kept, the most that was tried, it is {largest.drop:.2f} "
-        f"(standard error {largest.standard_error:.2f}); give a larger --max-drop, or a size with "
-        f"--constraint"
+        f"--max-drop {search.max_drop:g} cannot be met: with {largest.ratio:g} of the "
+        f"{METRIC_NAMES[search.metric]} kept, the largest ratio that was tried, the score drops by "
+        f"{largest.drop:.2f} points (standard error {largest.standard_error:.2f}); give a larger "
+        "--max-drop, or a size with --constraint"
     )

@@ -1,7 +1,7 @@
-"""The search of `--max-drop` on curves whose answer is known.
+"""The rules of `--max-drop` on curves whose answer is known.
 
-Deleting this lets the search stop at a size that is twice what was needed, call a model within the
-limit that is not, try a size twice, or go on for ever.
+Without these tests, the search could stop at a size twice as large as needed, accept a model that
+exceeds the limit, try a size twice, or never end.
 """
 
 from __future__ import annotations
@@ -24,29 +24,33 @@ from rfprune.max_drop.rules import (
     smallest_within_limit,
 )
 
-LEAST = 0.01
+MIN_RATIO = 0.01
 Curve = Callable[[float], float]
 
 
 def divergence(ratio: float) -> float:
-    """As measured: 0.002 nats at 0.7, and e times as much every seventh of the cost."""
+    """As measured: 0.002 nats at 0.7, and e times as much for every seventh of the cost."""
     return 0.002 * math.exp(7 * (0.7 - ratio))
 
 
-def search(drop: Curve, points: float, least: float = LEAST) -> list[Trial]:
+def search(
+    drop: Curve, max_drop: float, min_ratio: float = MIN_RATIO, kl: Curve = divergence
+) -> list[Trial]:
     """All trials of a search."""
     trials: list[Trial] = []
-    while (ratio := next_ratio(trials, points, least)) is not None:
+    while (ratio := next_ratio(trials, max_drop, min_ratio)) is not None:
         assert ratio not in [trial.ratio for trial in trials]
-        assert least <= ratio <= largest_ratio(least) < 1
-        trials.append(Trial(ratio, drop(ratio), divergence(ratio)))
+        assert min_ratio <= ratio <= largest_ratio(min_ratio) < 1
+        trials.append(Trial(ratio, drop(ratio), kl(ratio)))
         assert len(trials) <= MAX_TRIALS + 1
     return trials
 
 
-def found(drop: Curve, points: float, least: float = LEAST) -> float | None:
-    best = smallest_within_limit(search(drop, points, least), points)
-    return None if best is None else best.ratio
+def answer(drop: Curve, max_drop: float, min_ratio: float = MIN_RATIO) -> float:
+    best = smallest_within_limit(search(drop, max_drop, min_ratio), max_drop)
+    assert best is not None
+    assert best.drop <= max_drop + 1e-9
+    return best.ratio
 
 
 CURVES: dict[str, Curve] = {
@@ -59,61 +63,41 @@ CURVES: dict[str, Curve] = {
 }
 
 
-@pytest.mark.parametrize("points", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("max_drop", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("name", CURVES)
-def test_smooth_curves_are_followed_in_a_few_probes(name: str, points: float) -> None:
+def test_smooth_curves_take_a_few_trials(name: str, max_drop: float) -> None:
     curve = CURVES[name]
-    trials = search(curve, points)
-    best = smallest_within_limit(trials, points)
-    assert best is not None
-    assert best.drop <= points + 1e-9
-    truth = min(r / 1000 for r in range(10, 951) if curve(r / 1000) <= points + 1e-6)
-    assert best.ratio - truth <= 3 * RESOLUTION
-    assert len(trials) <= MAX_TRIALS
+    truth = min(r / 1000 for r in range(10, 951) if curve(r / 1000) <= max_drop + 1e-6)
+    assert answer(curve, max_drop) - truth <= 3 * RESOLUTION
+    assert len(search(curve, max_drop)) <= MAX_TRIALS
 
 
-def test_the_usual_case_takes_three_probes() -> None:
+def test_the_usual_case_takes_three_trials() -> None:
     curve = CURVES["proportional to the divergence"]
-    assert [len(search(curve, points)) for points in (0.5, 1.0)] == [3, 3]
+    assert [len(search(curve, max_drop)) for max_drop in (0.5, 1.0)] == [3, 3]
 
 
-@pytest.mark.parametrize("edge", [0.15, 0.3, 0.7, 0.9])
-def test_a_cliff_is_closed_in_on(edge: float) -> None:
-    best = found(lambda ratio: 0.0 if ratio >= edge else 40.0, 1.0)
-    assert best is not None
-    assert edge <= best <= edge + 0.06
+@pytest.mark.parametrize("max_drop", [0.0, 1.0])
+@pytest.mark.parametrize("edge", [0.15, 0.3, 0.6, 0.7, 0.9])
+def test_a_step_is_found(edge: float, max_drop: float) -> None:
+    assert edge <= answer(lambda ratio: 0.0 if ratio >= edge else 40.0, max_drop) <= edge + 0.06
 
 
-def test_what_loses_nothing_ends_at_the_least_that_is_possible() -> None:
-    trials = search(lambda _: 0.0, 1.0)
-    assert trials[-1].ratio == LEAST
-    assert len(trials) == 3
-    assert smallest_within_limit(trials, 1.0) == trials[-1]
+@pytest.mark.parametrize("min_ratio", [MIN_RATIO, 0.0137, 0.97])
+def test_if_nothing_is_lost_the_smallest_ratio_is_tried_exactly(min_ratio: float) -> None:
+    """Rounded down to two decimals it could not be met."""
+    assert answer(lambda _: 0.0, 1.0, min_ratio) == min_ratio
+    assert len(search(lambda _: 0.0, 1.0, min_ratio)) <= 3
 
 
-def test_what_always_loses_too_much_ends_at_the_largest() -> None:
+def test_if_too_much_is_always_lost_the_largest_ratio_is_tried() -> None:
     for drop in (1.5, 5.0, 50.0):
         trials = search(lambda _, drop=drop: drop, 1.0)  # type: ignore[misc]
         assert trials[-1].ratio == 0.95
         assert len(trials) <= 4
         assert smallest_within_limit(trials, 1.0) is None
-
-
-def test_where_most_is_never_pruned_there_is_still_something_to_try() -> None:
-    assert found(lambda _: 0.0, 1.0, least=0.97) == 0.97
-    trials = search(lambda _: 5.0, 1.0, least=0.97)
+    trials = search(lambda _: 5.0, 1.0, min_ratio=0.97)
     assert [trial.ratio for trial in trials] == [0.98, 0.99]
-
-
-def test_no_point_at_all_may_be_asked_for() -> None:
-    best = found(lambda ratio: 0.0 if ratio >= 0.6 else 1.0, 0.0)
-    assert best is not None
-    assert 0.6 <= best <= 0.65
-
-
-def test_the_least_is_asked_for_as_it_is_said() -> None:
-    """Rounded to two decimals it would be refused."""
-    assert found(lambda _: 0.0, 1.0, least=0.0137) == 0.0137
 
 
 @given(
@@ -126,13 +110,13 @@ def test_the_least_is_asked_for_as_it_is_said() -> None:
         unique_by=lambda trial: trial[0],
     )
 )
-def test_counted_drops_rise_with_the_divergence_and_keep_their_mean(
+def test_monotone_drops_rise_with_the_divergence_and_keep_their_mean(
     numbers: list[tuple[float, float, float]],
 ) -> None:
     trials = [Trial(*values) for values in numbers]
-    counted = monotone_drops(trials)
+    fitted = monotone_drops(trials)
     by_divergence = sorted(trials, key=lambda trial: (trial.divergence, -trial.ratio))
-    values = [counted[trial.ratio] for trial in by_divergence]
+    values = [fitted[trial.ratio] for trial in by_divergence]
     assert values == sorted(values)
     assert sum(values) == pytest.approx(sum(trial.drop for trial in trials), abs=1e-6)
     drops = [trial.drop for trial in by_divergence]
@@ -147,25 +131,24 @@ def test_counted_drops_rise_with_the_divergence_and_keep_their_mean(
     st.sampled_from([0.01, 0.0137, 0.3, 0.62, 0.9, 0.99]),
     st.floats(0, 2),
 )
-def test_noise_never_breaks_the_promise_or_the_search(
-    seed: int, name: str, points: float, least: float, noise: float
+def test_with_noise_the_answer_was_measured_within_the_limit(
+    seed: int, name: str, max_drop: float, min_ratio: float, noise: float
 ) -> None:
-    """Whatever the scores are, the model that is chosen has been seen to keep the limit."""
     generator = random.Random(seed)
 
     def noisy(ratio: float) -> float:
         return CURVES[name](ratio) + generator.gauss(0, noise)
 
-    trials = search(noisy, points, least)
-    best = smallest_within_limit(trials, points)
+    trials = search(noisy, max_drop, min_ratio)
+    best = smallest_within_limit(trials, max_drop)
     if best is None:
-        assert max(trial.ratio for trial in trials) == largest_ratio(least)
+        assert max(trial.ratio for trial in trials) == largest_ratio(min_ratio)
     else:
-        assert best.drop <= points + 1e-9
+        assert best.drop <= max_drop + 1e-9
 
 
-def test_a_score_that_is_better_further_from_the_original_is_taken_for_luck() -> None:
-    """0.4 looks good enough, but 0.5, nearer to the original, is not: together they lose 1.4."""
+def test_a_better_score_at_a_larger_divergence_is_noise() -> None:
+    """0.4 alone is within the limit, but 0.5, nearer to the original, is not: the mean is 1.4."""
     unlucky, lucky = Trial(0.5, 1.9, 0.01), Trial(0.4, 0.9, 0.02)
     near = Trial(0.7, 0.2, 0.002)
     assert monotone_drops([lucky, near, unlucky]) == {0.7: 0.2, 0.5: 1.4, 0.4: 1.4}
@@ -174,21 +157,20 @@ def test_a_score_that_is_better_further_from_the_original_is_taken_for_luck() ->
     assert smallest_within_limit([near, unlucky, lucky], 1.4) == lucky
 
 
-def test_the_search_is_led_by_counted_drops() -> None:
-    """0.36 scores higher than 0.5: the divergence says that neither is as good as it looks."""
-    trials = [Trial(0.5, 0.8, divergence(0.5)), Trial(0.36, 0.0, divergence(0.36))]
-    honest = [Trial(0.5, 0.4, divergence(0.5)), Trial(0.36, 0.4, divergence(0.36))]
-    assert next_ratio(trials, 1.0, LEAST) == next_ratio(honest, 1.0, LEAST)
-    alone = [Trial(0.5, 0.0, divergence(0.5)), Trial(0.36, 0.0, divergence(0.36))]
-    assert next_ratio(alone, 1.0, LEAST) != next_ratio(honest, 1.0, LEAST)
+def test_monotone_drops_decide_the_next_ratio() -> None:
+    """0.36 scores higher than 0.5, so both count with the mean of their drops."""
+
+    def after(*drops: float) -> float | None:
+        ratios = (0.5, 0.36)
+        trials = [Trial(r, drop, divergence(r)) for r, drop in zip(ratios, drops, strict=True)]
+        return next_ratio(trials, 1.0, MIN_RATIO)
+
+    assert after(0.8, 0.0) == after(0.4, 0.4) != after(0.0, 0.0)
 
 
 @pytest.mark.parametrize("kl", [lambda _: 0.0, lambda ratio: ratio], ids=["zero", "falling"])
-def test_divergences_that_say_nothing_do_no_harm(kl: Curve) -> None:
-    trials: list[Trial] = []
-    while (ratio := next_ratio(trials, 1.0, LEAST)) is not None:
-        trials.append(Trial(ratio, 0.0 if ratio >= 0.4 else 3.0, kl(ratio)))
-        assert len(trials) <= MAX_TRIALS + 1
+def test_divergences_without_information_do_no_harm(kl: Curve) -> None:
+    trials = search(lambda ratio: 0.0 if ratio >= 0.4 else 3.0, 1.0, kl=kl)
     best = smallest_within_limit(trials, 1.0)
     assert best is None or best.ratio >= 0.4
     assert kl(1.0) > 0 or best is not None

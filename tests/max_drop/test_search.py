@@ -1,7 +1,7 @@
-"""`--max-drop` from end to end on tiny models: the size it finds is within the limit, and says so.
+"""`--max-drop` from end to end on tiny models: the model that is saved is within the limit.
 
-Deleting this lets the search save another model than the one it scored, collect again for every
-trial, or leave half an output when no size will do.
+Without these tests, the search could save another model than the one it scored, collect statistics
+for every trial, or leave half an output if no size is within the limit.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ENTRIES = {"points", "drop", "standard_error", "sure", "path", "least_possible",
 def flags(
     tiny_folder: Tiny, tiny_data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Flags:
-    """`flags(points, task="mrpc", more="")`: of a small search in an empty folder."""
+    """`flags(points, task="mrpc", more="")`: the flags of a small search in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RFPRUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("rfprune.latency.speedup.MAX_ROUNDS", 1)
@@ -55,7 +55,7 @@ def flags(
 
 @pytest.fixture
 def collections(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """An entry for every collection of statistics."""
+    """One entry per collection of statistics."""
     made: list[int] = []
     original = collect_curvature
 
@@ -76,11 +76,11 @@ def collections(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         ("squad", 5, "--method importance"),
     ],
 )
-def test_what_is_saved_keeps_the_limit(
+def test_the_saved_model_is_within_the_limit(
     task: str, points: float, more: str, flags: Flags, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(flags(points, task, f"{more} --output-dir out")) == 0
-    said = capsys.readouterr()
+    shown = capsys.readouterr()
     report = read_report(Path("out"))
     found = report["max_drop"]
     assert set(found) == ENTRIES
@@ -95,14 +95,14 @@ def test_what_is_saved_keeps_the_limit(
     for trial in tried.values():
         assert trial["drop"] == pytest.approx(report["original"]["score"] - trial["score"])
         assert trial["divergence"] > 0
-    assert said.err.count("Tried ") == len(tried)
-    assert "of the resampled validation sets" in " ".join(said.out.split())
+    assert shown.err.count("Tried ") == len(tried)
+    assert "of the resampled validation sets" in " ".join(shown.out.split())
     assert load_pruned("out")
-    assert ("someone/small" in said.err) == ("someone/small" in more), "as for one constraint"
+    assert ("someone/small" in shown.err) == ("someone/small" in more), "as for one constraint"
 
 
-def test_everything_is_collected_once_and_a_finished_search_is_kept(
-    flags: Flags, collections: list[int], capsys: pytest.CaptureFixture[str]
+def test_statistics_are_collected_once_and_a_complete_search_is_skipped(
+    flags: Flags, collections: list[int]
 ) -> None:
     assert main(flags(5)) == 0
     (output,) = Path("outputs").rglob("report.json")
@@ -110,16 +110,14 @@ def test_everything_is_collected_once_and_a_finished_search_is_kept(
     assert len(read_report(output.parent)["max_drop"]["path"]) > 1
     assert len(collections) == 1
     before = output.stat().st_mtime_ns
-    capsys.readouterr()
     assert main(flags(5.0)) == 0
     assert output.stat().st_mtime_ns == before
-    assert "is of this very run: kept" in capsys.readouterr().err
     assert main(flags(5, more=f"--seed 1 --output-dir {output.parent}")) == 2
-    assert main(flags(6)) == 0, "another limit is another output"
-    assert len(collections) == 1, "the cache has it"
+    assert main(flags(6)) == 0, "another limit has another output"
+    assert len(collections) == 1, "read from the cache"
 
 
-def test_where_nothing_is_lost_the_least_possible_is_what_comes_out(
+def test_if_nothing_is_lost_the_smallest_possible_model_is_saved(
     flags: Flags, tiny_folder: Tiny, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(flags(99, more="--output-dir out --metric params")) == 0
@@ -128,22 +126,22 @@ def test_where_nothing_is_lost_the_least_possible_is_what_comes_out(
     kept = sum(layer["heads"] + layer["neurons"] for layer in report["layers"])
     assert kept < 10, "of 32"
     assert report["max_drop"]["sure"] == 1.0
-    assert "No smaller model is possible" in capsys.readouterr().out
-    assert "No smaller model is possible" in Path("out/report.html").read_text()
-    assert "No smaller model is possible" in Path("out/README.md").read_text()
+    pages = [Path("out", name).read_text() for name in ("report.html", "README.md")]
+    for text in (capsys.readouterr().out, *pages):
+        assert "No smaller model is possible" in text
     assert Path("out/plots/search.png").is_file()
 
 
-def test_where_every_size_loses_more_it_is_one_sentence_and_nothing_is_left(
+def test_if_every_size_exceeds_the_limit_one_line_says_so_and_no_output_is_left(
     flags: Flags, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("rfprune.max_drop.search.paired_drop", lambda *_: Drop(2.5, 0.7, 0.0))
     assert main(flags(1)) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    last = said.err.splitlines()[-1]
-    assert "with 0.95 of the MACs kept" in last
-    assert "it is 2.50 (standard error 0.70); give a larger --max-drop, or a size with" in last
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    last = shown.err.splitlines()[-1]
+    for part in ("--max-drop 1 ", "0.95 of the MACs", "2.50", "0.70", "larger --max-drop"):
+        assert part in last
     assert not Path("outputs").exists()
 
 
@@ -151,19 +149,19 @@ def batches_of(tiny_batch: Tiny) -> list[Batch]:
     return [tiny_batch(6, 7 + seed, seed=seed) for seed in range(3)]
 
 
-def test_a_family_asks_for_a_constraint_when_it_has_given_the_result_before(
+def test_a_family_takes_the_next_constraint_after_it_has_yielded_a_result(
     tiny_model: Tiny, tiny_batch: Tiny, collections: list[int]
 ) -> None:
     order: list[str] = []
 
     def constraints() -> Iterator[Constraint]:
         for ratio in (0.7, 0.4):
-            order.append(f"asked for {ratio}")
+            order.append(f"take {ratio}")
             yield Constraint("mac", ratio)
 
     family = prune_family(tiny_model(), batches_of(tiny_batch), constraints())
-    order.extend(f"got {result.constraint.ratio}" for result in family)
-    assert order == ["asked for 0.7", "got 0.7", "asked for 0.4", "got 0.4"]
+    order.extend(f"yield {result.constraint.ratio}" for result in family)
+    assert order == ["take 0.7", "yield 0.7", "take 0.4", "yield 0.4"]
     assert len(collections) == 1
     usual = [Constraint("mac", 0.7), Constraint("mac", 0.4)]
     expected = list(prune_family(tiny_model(), batches_of(tiny_batch), usual))
@@ -174,7 +172,7 @@ def test_a_family_asks_for_a_constraint_when_it_has_given_the_result_before(
             assert torch.equal(tensor, other.model.state_dict()[name])
 
 
-def test_a_constraint_that_cannot_be_met_is_refused_at_once_or_in_its_turn(
+def test_an_impossible_constraint_of_a_list_is_refused_at_once_and_of_an_iterator_in_turn(
     tiny_model: Tiny, tiny_batch: Tiny, collections: list[int]
 ) -> None:
     given = [Constraint("mac", 0.5), Constraint("mac", 1e-9)]
@@ -188,7 +186,7 @@ def test_a_constraint_that_cannot_be_met_is_refused_at_once_or_in_its_turn(
 
 
 @pytest.mark.parametrize("metric", ["mac", "params", "memory"])
-def test_the_least_ratio_is_the_least_that_is_not_refused(
+def test_the_least_ratio_is_the_smallest_that_is_not_refused(
     metric: str, tiny_model: Tiny, tiny_batch: Tiny
 ) -> None:
     model, batches = tiny_model(), batches_of(tiny_batch)
@@ -199,10 +197,10 @@ def test_the_least_ratio_is_the_least_that_is_not_refused(
 
 
 @pytest.mark.parametrize("task", ["sst2", "stsb", "squad"])
-def test_calibration_inputs_have_logits_and_a_divergence(
+def test_calibration_batches_have_logits_and_a_divergence(
     task: str, tiny_model: Tiny, tiny_batch: Tiny
 ) -> None:
-    """Rows are in the order of the batches, and padding is no answer."""
+    """Rows are in the order of the batches, and padding has no logits."""
     head = "question-answering" if task == "squad" else "sequence-classification"
     models = [
         tiny_model("bert", head, seed=s, num_labels=1 if task == "stsb" else 2) for s in (0, 1)
