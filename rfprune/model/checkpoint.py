@@ -1,8 +1,8 @@
-"""Save a pruned model so that others can load it, and load one without running its code.
+"""Save a pruned model, and load one without running code from its folder.
 
 A saved folder holds config.json, model.safetensors, modeling_rfprune.py (the model's own code, for
-`trust_remote_code=True`) and masks.safetensors (which units of the model that was pruned were
-kept). A plain model (see `rfprune.model.plain`) has no code of its own; its masks say what it is.
+`trust_remote_code=True`) and masks.safetensors (which units of the original were kept). A plain
+model (see `rfprune.model.plain`) has no code of its own; its masks file marks it as plain.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from rfprune.families.schema import SizeEntries
 from rfprune.model.compact import family_entries
 from rfprune.model.layout import Layout
 from rfprune.model.modeling_rfprune import check_description, pruned_class
+from rfprune.model.original_class import original_class
 
 MASKS_FILE = "masks.safetensors"
 MASKS_VERSION = 1
@@ -41,18 +42,28 @@ def save_pruned(
     *,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a pruned model, its masks and its tokenizer to `folder`.
+    """Save a pruned model, its masks and its tokenizer.
+
+    `AutoModel...from_pretrained(folder, trust_remote_code=True)` loads the folder, and so does
+    `load_pruned` without remote code. `PruneResult.save` calls this function.
 
     Args:
-        layout: of the model that was pruned, to which `masks` (one (U,) per block) belong.
-        dtype: that the weights are stored in; the config.json keeps the model's own, in which they
+        model: pruned, from `compact` or `PruneResult.model`.
+        layout: of the original model (`PruneResult.layout`).
+        masks: of `layout`, one float vector (U,) per block (`PruneResult.masks`).
+        folder: created if it does not exist.
+        tokenizer: or an image processor, saved beside the model; None to save the model alone.
+        dtype: of the stored weights. config.json keeps the model's own dtype, in which the weights
             are loaded again.
 
     Raises:
-        UserError: the model's class is not one of transformers', so nobody could load the
-            checkpoint.
+        UserError: the model's class is not part of transformers, so nothing could load the folder.
+
+    Example:
+        >>> result = prune(model, batches, Constraint("mac", 0.5))
+        >>> save_pruned(result.model, result.layout, result.masks, "smaller", tokenizer)
     """
-    base = getattr(type(model), "pruned_from", type(model))
+    base = original_class(model)
     if getattr(transformers, base.__name__, None) is not base:
         raise UserError(
             f"class '{base.__name__}' is not part of transformers, so a saved checkpoint could not "
@@ -71,26 +82,34 @@ def save_pruned(
 
 
 def stored_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights of a model in the dtype that they are stored in; what is one weight stays one."""
-    made: dict[object, Tensor] = {}
+    """A model's state with floating-point weights in `dtype`; tied weights stay tied."""
+    converted: dict[object, Tensor] = {}
     stored = {}
     for name, value in model.state_dict().items():
-        one = (value.data_ptr(), value.shape, value.stride()) if value.numel() else name
-        if one not in made:
-            made[one] = value.to(dtype) if value.is_floating_point() else value
-        stored[name] = made[one]
+        key = (value.data_ptr(), value.shape, value.stride()) if value.numel() else name
+        if key not in converted:
+            converted[key] = value.to(dtype) if value.is_floating_point() else value
+        stored[name] = converted[key]
     return stored
 
 
 def load_pruned(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """Load a pruned model from a local folder without executing any code that it carries.
+    """Load a pruned model from a local folder without executing code from it.
 
     Args:
-        kwargs: passed on to `from_pretrained` (dtype, device_map, attn_implementation, ...).
+        folder: written by `save_pruned`, `PruneResult.save` or the command.
+        kwargs: passed to `from_pretrained` (dtype, device_map, attn_implementation, ...).
+
+    Returns:
+        The model in evaluation mode, of a subclass of its original class with the same name.
 
     Raises:
         UserError: the folder, its config.json or its weights are missing, damaged, newer than this
-            version of rfprune, or do not fit together; the sentence says which.
+            version of rfprune, or do not fit together; the message says which.
+
+    Example:
+        >>> model = load_pruned("smaller", dtype=torch.bfloat16)
+        >>> model(**tokenizer("A fine film.", return_tensors="pt")).logits
     """
     folder = Path(folder)
     config = _read_config(folder)
@@ -106,7 +125,7 @@ def load_pruned(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
                 folder,
                 use_safetensors=True,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are looked for below
+                ignore_mismatched_sizes=True,  # reported below
                 **kwargs,
             )
     except (OSError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
@@ -117,14 +136,14 @@ def load_pruned(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     if info["mismatched_keys"]:
         name, saved, promised = min(info["mismatched_keys"], key=lambda entry: str(entry[0]))
         raise UserError(
-            f"'{name}' in '{folder}' has the shape {tuple(saved)}, but config.json promises "
+            f"'{name}' in '{folder}' has the shape {tuple(saved)}, but config.json says "
             f"{tuple(promised)}; the two files are not of the same model: save or download them "
             "again"
         )
     if info["missing_keys"]:
         raise UserError(
             f"the weights in '{folder}' lack '{min(info['missing_keys'])}', which config.json "
-            "promises; save or download the model again"
+            "requires; save or download the model again"
         )
     if info["unexpected_keys"]:
         raise UserError(
@@ -136,11 +155,14 @@ def load_pruned(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
 
 
 def load_masks(folder: str | Path) -> dict[str, Tensor]:
-    """The masks of a saved pruned model, (U,) per block, named like "layer.0.heads".
+    """Load the masks of a saved pruned model.
+
+    Returns:
+        A vector (U,) per block of the original, by names such as "layer.0.heads".
 
     Raises:
-        UserError: the file is missing, damaged, of another format version, or not that of the
-            model beside it.
+        UserError: the file is missing, damaged, of another format version, or does not fit the
+            config.json beside it.
     """
     path = Path(folder) / MASKS_FILE
     try:
@@ -161,7 +183,7 @@ def load_masks(folder: str | Path) -> dict[str, Tensor]:
 
 
 def _check_masks(masks: dict[str, Tensor], path: Path) -> None:
-    """Compare what the masks keep with what config.json says that there is."""
+    """Compare the number of units that each mask keeps with config.json."""
     config = _read_config(path.parent)
     if _is_plain(config, path.parent):
         sizes = _plain_sizes(config)
@@ -176,12 +198,12 @@ def _check_masks(masks: dict[str, Tensor], path: Path) -> None:
             raise UserError(
                 f"'{name}' in '{path}' keeps {'nothing' if found is None else found} where "
                 f"config.json has {kept.get(name, 'no such block')}; the two files are not of the "
-                "same model: prune it again, or download them again"
+                "same model: prune the original again, or download both files again"
             )
 
 
 def _is_plain(config: dict[str, Any], folder: Path) -> bool:
-    """Whether a folder holds a plain model that we have saved: its masks say so."""
+    """Whether a folder holds a plain model, which its masks file is marked with."""
     row = ARCHITECTURES.get(str(config.get("model_type")))
     if "rfprune" in config or row is None or row.size_entries is None:
         return False
@@ -222,23 +244,23 @@ def _described_blocks(config: dict[str, Any], folder: Path) -> list[dict[str, An
         return check_description(config.get("rfprune"))
     except ValueError as error:
         raise UserError(
-            f"'{folder / 'config.json'}' is not that of a pruned model that this rfprune can load: "
+            f"'{folder / 'config.json'}' is not of a pruned model that this rfprune can load: "
             f"{error}"
         ) from error
 
 
 def _check_family(blocks: list[dict[str, Any]], model_type: str, folder: Path) -> None:
-    """Compare how blocks are said to behave with how those of the family do."""
+    """Compare the entries of blocks with the row of the family."""
     stacks = ARCHITECTURES[model_type].stacks
     for stack, sublayer in ((one, each) for one in stacks for each in one.sublayers):
-        place = re.compile(
+        pattern = re.compile(
             rf"(.*\.)?{re.escape(stack.layers)}\.\d+\.{re.escape(sublayer.consumer)}"
         )
         known = {"kind": sublayer.kind, **family_entries(sublayer)}
-        for block in (block for block in blocks if place.fullmatch(block["consumer"])):
+        for block in (block for block in blocks if pattern.fullmatch(block["consumer"])):
             for field in (field for field in known if block[field] != known[field]):
                 raise UserError(
-                    f"'{folder / 'config.json'}' says {field}={block[field]!r} of "
+                    f"'{folder / 'config.json'}' has {field}={block[field]!r} for "
                     f"'{block['name']}', where that of a {model_type} model is {known[field]!r}; "
                     "save or download the model again"
                 )
@@ -246,7 +268,7 @@ def _check_family(blocks: list[dict[str, Any]], model_type: str, folder: Path) -
 
 @contextmanager
 def _no_report() -> Iterator[None]:
-    """Keep back the library's table of what is missing or too much: the error names it."""
+    """Silence transformers' report of missing and unexpected weights; our errors name them."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -258,10 +280,10 @@ def _no_report() -> Iterator[None]:
 
 
 def _base_class(config: dict[str, Any], folder: Path) -> Any:
-    """The class of transformers that was pruned."""
+    """The class of the original model."""
     names = config.get("architectures")
     name = str(names[0] if isinstance(names, list) and names else None)
-    name = name.removeprefix("Pruned")  # as rfprune 0.1.0 called the class at first
+    name = name.removeprefix("Pruned")  # the name in early outputs of 0.1.0
     base: Any = getattr(transformers, name, None)
     is_model = isinstance(base, type) and issubclass(base, PreTrainedModel)
     if base is None or not is_model or config.get("model_type") not in ARCHITECTURES:
@@ -274,9 +296,9 @@ def _base_class(config: dict[str, Any], folder: Path) -> Any:
 
 
 def _check_readable(folder: Path) -> None:
-    """Look at the file of weights before anything is made for it."""
+    """Check the weights file before a model is made."""
     path = folder / "model.safetensors"
-    if not path.is_file():  # sharded, or missing: from_pretrained says which
+    if not path.is_file():  # sharded or missing: from_pretrained reports it
         return
     try:
         with safe_open(path, framework="pt") as file:

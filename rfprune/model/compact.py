@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rfprune.families.schema import Sublayer
-from rfprune.model.layout import Block, Layout, unit_features
+from rfprune.model.layout import Block, Layout, recorded_blocks, unit_features
 from rfprune.model.linear import is_transposed, linear, weight_of
 from rfprune.model.modeling_rfprune import BIAS_TABLE, FORMAT_VERSION, pruned_class, shrink
 
@@ -66,9 +66,8 @@ def _copy_without(model: PreTrainedModel, layout: Layout) -> PreTrainedModel:
 
 def _entries_of_empty_blocks(model: PreTrainedModel, layout: Layout) -> list[dict[str, Any]]:
     """Descriptions of the sublayers that an earlier pruning emptied; they have no block."""
-    earlier = (getattr(model.config, "rfprune", None) or {}).get("blocks", [])
     present = {block.consumer for block in layout.blocks}
-    return [entry for entry in earlier if entry["consumer"] not in present]
+    return [entry for entry in recorded_blocks(model.config) if entry["consumer"] not in present]
 
 
 def _describe(block: Block, kept: Tensor) -> dict[str, Any]:

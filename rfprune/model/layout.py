@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -319,9 +319,15 @@ def _sizes(
     return num_units, features, rows
 
 
+def recorded_blocks(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """The blocks that an earlier pruning has recorded in a configuration."""
+    blocks: list[dict[str, Any]] = (getattr(config, "rfprune", None) or {}).get("blocks", [])
+    return blocks
+
+
 def _original_units(config: PretrainedConfig, consumer: str, num_units: int) -> tuple[int, ...]:
     """The units' indices before any pruning, as far as an earlier pruning has recorded them."""
-    for entry in (getattr(config, "rfprune", None) or {}).get("blocks", []):
+    for entry in recorded_blocks(config):
         if entry["consumer"] == consumer and entry["units"] is not None:
             return tuple(entry["units"])
     return tuple(range(num_units))

@@ -307,7 +307,7 @@ def test_a_block_that_is_left_out_is_named(saved: Path, tmp_path: Path) -> None:
     """transformers says no more than to look at a report, which nobody has seen."""
     folder = Path(shutil.copytree(saved, tmp_path / "copy"))
     edit_config(folder, lambda config: config["rfprune"]["blocks"].pop(0))
-    with pytest.raises(UserError, match=r"layer\.0\.attention\..* config\.json promises"):
+    with pytest.raises(UserError, match=r"layer\.0\.attention\..* config\.json says"):
         load_pruned(folder)
 
 
@@ -403,7 +403,7 @@ def test_a_folder_of_format_version_1_loads(folder: Path, saved: Path, tiny_batc
 
 def test_weights_of_another_shape(folder: Path) -> None:
     edit_config(folder, lambda config: config["rfprune"]["blocks"][1].update(num_units=6))
-    with pytest.raises(UserError, match=r"has the shape \(.*7.*\), but config.json promises \("):
+    with pytest.raises(UserError, match=r"has the shape \(.*7.*\), but config.json says \("):
         load_pruned(folder)
 
 
@@ -444,9 +444,9 @@ def test_a_pickle_is_not_opened(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("number", "change", "message"),
     [
-        (0, {"has_bias_table": True}, "has_bias_table=True of 'layer.0.heads'"),
+        (0, {"has_bias_table": True}, "has_bias_table=True for 'layer.0.heads'"),
         (0, {"bypass": "biased", "has_bias_table": True}, "that of a bert model is 'plain'"),
-        (2, {"bypass": "normed"}, "bypass='normed' of 'layer.1.heads'"),
+        (2, {"bypass": "normed"}, "bypass='normed' for 'layer.1.heads'"),
         (2, {"inner_returns_tuple": False}, "that of a bert model is True"),
         (1, {"kind": "head"}, "that of a bert model is 'neuron'"),
         (2, {"inner": "bert.no.such", "producers": []}, "cannot be loaded"),

@@ -156,7 +156,7 @@ def test_sizes_that_no_configuration_can_say_are_refused(tiny_model: Tiny) -> No
     layout = layout_of(model)
     assert plain_sizes(model, layout) == {"head": (4,), "neuron": tuple(range(1, 13))}
     fewer_heads = compact(model, layout, masks_of(layout, 2, 12))
-    with pytest.raises(UserError, match=r"has \[2\] heads .* can only say 4 for all"):
+    with pytest.raises(UserError, match=r"have \[2\] heads.* can only express 4 in all.*--uniform"):
         to_plain(fewer_heads)
     uneven = list(masks_of(layout, None, 6))
     uneven[1] = torch.ones(12)
@@ -198,3 +198,18 @@ def test_masks_of_another_model_are_noticed(tiny_model: Tiny, tmp_path: Path) ->
 def test_what_was_never_pruned_is_still_refused(tiny_folder: Tiny) -> None:
     with pytest.raises(UserError, match="not a pruned model"):
         load_pruned(tiny_folder())
+
+
+def test_only_a_refusal_by_the_configuration_makes_a_number_of_heads_invalid(
+    tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama", hidden_size=24, num_attention_heads=6, num_key_value_heads=6)
+    layout = layout_of(model)
+    assert plain_sizes(model, layout)["head"] == (1, 2, 3, 4, 6), "LLaMA wants a divisor of 24"
+
+    def broken(_: Any) -> Any:
+        raise KeyError("a defect")
+
+    monkeypatch.setattr(type(model.config), "from_dict", broken)
+    with pytest.raises(KeyError, match="a defect"):
+        plain_sizes(model, layout)
