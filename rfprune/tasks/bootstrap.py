@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from rfprune.tasks.evaluation import (
     Evaluation,
     EvaluationSet,
-    answer_scores,
-    answered,
-    predicted,
+    allows_no_answer,
+    answers_from_logits,
+    predictions_from_logits,
 )
-from rfprune.tasks.metrics import score_function
+from rfprune.tasks.metrics import SCORE_FUNCTIONS
+from rfprune.tasks.squad_scores import squad_scores, squad_v2_scores
 
 RESAMPLES = 200
 _ROUNDING = 1e-9  # of scores that are 100 x a fraction
@@ -80,8 +81,9 @@ def _scorer(
         one_by_one = _scores_of_questions(evaluation_set, evaluation)
         return lambda rows: float(one_by_one[rows].mean())
     assert evaluation_set.labels is not None
-    score = score_function(evaluation_set.task.metric_name)
-    predictions, labels = predicted(evaluation_set.task, evaluation.logits), evaluation_set.labels
+    score = SCORE_FUNCTIONS[evaluation_set.task.metric_name]
+    predictions = predictions_from_logits(evaluation_set.task, evaluation.logits)
+    labels = evaluation_set.labels
     return lambda rows: 100.0 * score(predictions[rows], labels[rows])
 
 
@@ -91,12 +93,12 @@ def _scores_of_questions(
     """(Q,): SQuAD's main scores are means over questions, each of which is scored on its own."""
     task, questions = evaluation_set.task, evaluation_set.questions
     assert questions is not None
-    texts, no_answer = answered(task, evaluation.logits, questions)
-    return np.array(
-        [
-            answer_scores(task, [text], no_answer[i : i + 1], [questions.answers[i]])[
-                task.metric_name
-            ]
-            for i, text in enumerate(texts)
-        ]
-    )
+    texts, no_answer = answers_from_logits(task, evaluation.logits, questions)
+    scores = []
+    for text, score, answers in zip(texts, no_answer, questions.answers, strict=True):
+        if allows_no_answer(task):
+            found = squad_v2_scores([text], [answers], [score])
+        else:
+            found = squad_scores([text], [answers])
+        scores.append(found[task.metric_name])
+    return np.array(scores)

@@ -15,31 +15,25 @@ from rfprune.tasks.divergence import Logits, divergence_of_logits
 from rfprune.tasks.evaluation_set import EvaluationSet, Questions, prepare_evaluation
 from rfprune.tasks.inference import batch_size as size_of
 from rfprune.tasks.inference import class_logits, embeddings, span_logits, token_logits
-from rfprune.tasks.language_modeling import perplexity, token_likelihoods
-from rfprune.tasks.metrics import (
-    NO_ANSWER_THRESHOLD,
-    score_function,
-    score_names,
-    squad_scores,
-    squad_v2_scores,
-)
+from rfprune.tasks.language_modeling import token_likelihoods
+from rfprune.tasks.metrics import compute_scores
 from rfprune.tasks.question_answering import Windows, best_answers, null_scores
 from rfprune.tasks.registry import Kind, Task
 from rfprune.tasks.similarity import cosines
-from rfprune.tasks.token_classification import tagging_scores
+from rfprune.tasks.squad_scores import NO_ANSWER_THRESHOLD
 
 __all__ = [
     "Evaluation",
     "EvaluationSet",
     "Logits",
     "Questions",
-    "answer_scores",
-    "answered",
+    "allows_no_answer",
+    "answers_from_logits",
     "divergence",
     "divergence_of_logits",
     "evaluate_model",
     "logits_of_batches",
-    "predicted",
+    "predictions_from_logits",
     "prepare_evaluation",
 ]
 
@@ -184,12 +178,13 @@ def _logits(model: nn.Module, evaluation_set: EvaluationSet, progress: bool) -> 
 def _candidates(task: Task, windows: Windows) -> NDArray[np.bool_]:
     """(W, S), True where an answer can start or end, or be declared missing."""
     candidates = windows.in_context.copy()
-    if _allows_no_answer(task):
+    if allows_no_answer(task):
         candidates[np.arange(len(candidates)), windows.null_position] = True
     return candidates
 
 
-def _allows_no_answer(task: Task) -> bool:
+def allows_no_answer(task: Task) -> bool:
+    """Whether a question of this task may have no answer."""
     return task.name == "squad_v2"
 
 
@@ -207,29 +202,33 @@ def _check_finite(logits: NDArray[np.float32], wanted: NDArray[np.bool_]) -> Non
 
 def _scores(logits: Logits, evaluation_set: EvaluationSet) -> dict[str, float]:
     """All scores of the task in points of 100, see `Evaluation`."""
-    if evaluation_set.questions is not None:
-        return _answer_scores(logits, evaluation_set)
     task = evaluation_set.task
+    if evaluation_set.questions is not None:
+        return _answer_scores(logits, task, evaluation_set.questions)
     if task.kind == "language-modeling":
-        return {"perplexity": perplexity(logits[0])}
+        return compute_scores(task, logits[0])
     assert evaluation_set.labels is not None
-    predictions = predicted(task, logits)
+    predictions = predictions_from_logits(task, logits)
     if evaluation_set.positions is not None:
-        lengths = [len(row) for row in evaluation_set.positions]
-        found = tagging_scores(predictions, evaluation_set.labels, lengths, task.label_names)
-        return {name: 100.0 * value for name, value in found.items()}
-    scores, first = {}, 0
+        names = np.array(task.label_names)
+        ends = np.cumsum([len(row) for row in evaluation_set.positions])[:-1]
+        tags = (
+            [row.tolist() for row in np.split(names[ids], ends)]
+            for ids in (predictions, evaluation_set.labels)
+        )
+        return compute_scores(task, *tags)
+    scores: dict[str, float] = {}
+    first = 0
     for number, (split, size) in enumerate(evaluation_set.split_sizes.items()):
         suffix = f"_{split.removeprefix('validation_')}" if number else ""
         rows = slice(first, first + size)
-        for name in score_names(task):
-            value = score_function(name)(predictions[rows], evaluation_set.labels[rows])
-            scores[name + suffix] = 100.0 * value
+        found = compute_scores(task, predictions[rows], evaluation_set.labels[rows])
+        scores |= {name + suffix: value for name, value in found.items()}
         first += size
     return scores
 
 
-def predicted(task: Task, logits: Logits) -> NDArray[Any]:
+def predictions_from_logits(task: Task, logits: Logits) -> NDArray[Any]:
     """What logits (N, C) say of each row, (N,): label ids, or the values of a regression; of
     several labels at once (N, C), 0 or 1; of pairs the cosines of their embeddings."""
     (outputs,) = logits
@@ -240,31 +239,30 @@ def predicted(task: Task, logits: Logits) -> NDArray[Any]:
     return outputs[:, 0] if task.kind == "regression" else outputs.argmax(axis=1)
 
 
-def _answer_scores(logits: Logits, evaluation_set: EvaluationSet) -> dict[str, float]:
-    task, questions = evaluation_set.task, evaluation_set.questions
-    assert questions is not None
-    return answer_scores(task, *answered(task, logits, questions), questions.answers)
+def _answer_scores(logits: Logits, task: Task, questions: Questions) -> dict[str, float]:
+    texts, no_answer = answers_from_logits(task, logits, questions)
+    ids = list(map(str, range(len(texts))))
+    references = [
+        {"id": one, "answers": {"text": list(answers), "answer_start": [0] * len(answers)}}
+        for one, answers in zip(ids, questions.answers, strict=True)  # the texts alone are compared
+    ]
+    predictions = [{"id": one, "prediction_text": t} for one, t in zip(ids, texts, strict=True)]
+    if not allows_no_answer(task):
+        return compute_scores(task, predictions, references)
+    unsure = [
+        {**prediction, "no_answer_probability": score}
+        for prediction, score in zip(predictions, no_answer.tolist(), strict=True)
+    ]
+    scores = compute_scores(task, unsure, references, no_answer_threshold=NO_ANSWER_THRESHOLD)
+    return {name: value for name, value in scores.items() if not name.endswith("total")}
 
 
-def answered(
+def answers_from_logits(
     task: Task, logits: Logits, questions: Questions
 ) -> tuple[list[str], NDArray[np.float64]]:
     """The best answers to Q questions, and what speaks for giving none, (Q,)."""
     start, end = logits
     texts, best = best_answers(start, end, questions.windows, questions.contexts)
-    if not _allows_no_answer(task):
+    if not allows_no_answer(task):
         return texts, np.full(len(texts), -np.inf)
     return texts, null_scores(start, end, questions.windows) - best
-
-
-def answer_scores(
-    task: Task,
-    texts: Sequence[str],
-    no_answer: NDArray[np.float64],
-    answers: Sequence[Sequence[str]],
-) -> dict[str, float]:
-    """All scores, in points of 100, of what `answered` gives."""
-    if not _allows_no_answer(task):
-        return squad_scores(texts, answers)
-    scores = squad_v2_scores(texts, answers, no_answer.tolist(), NO_ANSWER_THRESHOLD)
-    return {name: value for name, value in scores.items() if not name.endswith("total")}

@@ -139,9 +139,3 @@ def _compared(logits: Sequence[Tensor], targets: Tensor) -> tuple[Tensor, float]
             log_p = log_p.to(log_q.device)
             total += float((log_p.exp() * (log_p - log_q)).sum(-1).cpu().double().sum())
     return torch.cat(found).view(targets.shape), total
-
-
-def perplexity(likelihoods: NDArray[np.float32]) -> float:
-    """exp of the mean negative log-likelihood a token."""
-    with np.errstate(over="ignore"):  # a model that knows nothing has an infinite one
-        return float(np.exp(-likelihoods.astype(np.float64).mean()))

@@ -1,17 +1,15 @@
-"""Scores by their official definitions, as pure functions of predictions and references.
+"""Every score that is reported: the formulas of labels and values, and the metric of each task.
 
-GLUE's are computed by scikit-learn and scipy and given as fractions of 1, SQuAD's follow the
-rules of its official scripts and are given in points of 100, exactly as the hub's metrics of the
-same names. `metric_modules/` wraps them as `evaluate.Metric` for whoever wants that interface.
+Scores are computed by `evaluate.Metric` modules (metric_modules/), made in memory and without the
+network by `load_metric`. Their formulas are plain functions, here and in `squad_scores.py` and
+`entity_scores.py`: scikit-learn's and scipy's wherever these have them. The bootstrap of a score
+calls the functions directly, hundreds of times.
 """
 
-import re
-import string
+import importlib
 import tempfile
 import warnings
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from rfprune.tasks.entity_scores import names_entities
 from rfprune.tasks.registry import Kind, Task
 
-# The scores of each GLUE task, by the keys of the hub's `glue` metric.
 GLUE_SCORES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "mrpc": ("accuracy", "f1"),
@@ -37,19 +35,85 @@ GLUE_SCORES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "wnli": ("accuracy",),
     }
 )
-_SCORES_OF_KIND: Mapping[Kind, tuple[str, ...]] = MappingProxyType(
+"""The scores of each GLUE task, by the keys of the hub's `glue` metric."""
+
+_MODULE_OF_KIND: Mapping[Kind, tuple[str, str | None]] = MappingProxyType(
     {
-        "regression": ("pearson", "spearmanr"),
-        "similarity": ("pearson", "spearmanr"),
-        "multi-label": ("f1_micro", "f1_labels"),
-        "multiple-choice": ("accuracy",),
+        "classification": ("classification", None),
+        "image-classification": ("classification", None),
+        "multiple-choice": ("classification", "accuracy"),
+        "regression": ("correlation", None),
+        "similarity": ("correlation", None),
+        "multi-label": ("multi_label", None),
+        "token-classification": ("token_classification", None),
+        "language-modeling": ("perplexity", None),
     }
 )
-# A question goes unanswered when its no-answer score is above its best span's by more than this.
-NO_ANSWER_THRESHOLD = 0.0
+"""File and configuration of the metric of a task that is neither GLUE's nor SQuAD's."""
 
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_NOT_FRACTIONS = ("squad", "squad_v2", "perplexity")
+"""Metrics whose scores are points of 100 already, or no points at all."""
+
+
+def metric_module(name: str) -> Path:
+    """The file that `evaluate.load(file, config_name)` loads.
+
+    Args:
+        name: classification, correlation, glue, multi_label, perplexity, squad, squad_v2 or
+            token_classification.
+
+    Example:
+        >>> metric_module("glue").name
+        'glue.py'
+    """
+    return Path(__file__).parent / "metric_modules" / f"{name}.py"
+
+
+def metric_of_task(task: Task) -> tuple[str, str | None]:
+    """The metric module of a task and its `config_name`."""
+    if task.name in GLUE_SCORES:
+        return "glue", task.name
+    if task.kind == "question-answering":
+        return task.name, None
+    if task.kind == "token-classification" and not names_entities(task.label_names):
+        return "token_classification", "accuracy"
+    return _MODULE_OF_KIND[task.kind]
+
+
+def load_metric(name: str, config_name: str | None = None) -> Any:
+    """An `evaluate.Metric` of ours that keeps everything in memory and needs no network.
+
+    Args:
+        name: see `metric_module`.
+        config_name: the task, for glue; "accuracy" for accuracy alone, for classification and
+            token_classification.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # evaluate imports names that others have deprecated
+        module = importlib.import_module(f"rfprune.tasks.metric_modules.{name}")
+    # evaluate makes a cache folder even for a metric that is kept in memory.
+    with tempfile.TemporaryDirectory() as folder:
+        return module.METRIC(config_name, keep_in_memory=True, cache_dir=folder)
+
+
+def compute_scores(
+    task: Task, predictions: Any, references: Any = None, **arguments: Any
+) -> dict[str, float]:
+    """All scores of a task by its metric: points of 100, except a perplexity.
+
+    Args:
+        predictions: what the task's metric module takes, one entry per example; so are the
+            `references`, None for a perplexity.
+        arguments: further arguments of the metric, such as `no_answer_threshold`.
+
+    Raises:
+        ValueError: no examples, columns of different lengths, NaN or infinity.
+    """
+    name, config_name = metric_of_task(task)
+    metric = load_metric(name, config_name)
+    scores = metric.compute(predictions=predictions, references=references, **arguments)
+    scale = 1.0 if name in _NOT_FRACTIONS else 100.0
+    return {key: scale * value for key, value in scores.items()}
 
 
 def accuracy(predictions: ArrayLike, references: ArrayLike) -> float:
@@ -114,115 +178,33 @@ def spearmanr(predictions: ArrayLike, references: ArrayLike) -> float:
     return _correlation(scipy_spearmanr, predictions, references)
 
 
+def perplexity(log_likelihoods: ArrayLike) -> float:
+    """exp of the mean negative log-likelihood per token; infinite where that overflows."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(-np.asarray(log_likelihoods).astype(np.float64).mean()))
+
+
 SCORE_FUNCTIONS: Mapping[str, Callable[[ArrayLike, ArrayLike], float]] = MappingProxyType(
     {
         "accuracy": accuracy,
         "f1": f1,
         "f1_macro": f1_macro,
+        "f1_micro": f1_micro,
+        "f1_labels": f1_labels,
         "matthews_correlation": matthews_correlation,
         "pearson": pearson,
         "spearmanr": spearmanr,
     }
 )
-
-_OF_LABEL_SETS = MappingProxyType({"f1_micro": f1_micro, "f1_labels": f1_labels})
-
-
-def score_function(name: str) -> Callable[[ArrayLike, ArrayLike], float]:
-    """What computes a score, as a fraction of 1, from predictions and references (N,), or, of
-    several labels at once, (N, L)."""
-    return _OF_LABEL_SETS.get(name) or SCORE_FUNCTIONS[name]
+"""Scores as fractions of 1 from predictions and references, (N,), or (N, L) for several labels per
+example (f1_micro and f1_labels)."""
 
 
-def glue_scores(name: str, predictions: ArrayLike, references: ArrayLike) -> dict[str, float]:
-    """The scores of one GLUE task as fractions of 1, keyed as the hub's `glue` metric keys them.
-
-    `predictions` and `references` are label ids, or values for stsb, both (N,). KeyError for an
-    unknown name; ValueError for no rows, unequal lengths, NaN or infinity.
-    """
-    return {score: SCORE_FUNCTIONS[score](predictions, references) for score in GLUE_SCORES[name]}
-
-
-def score_names(task: Task) -> tuple[str, ...]:
-    """The scores of a classification or regression task; by its kind where it is not GLUE's."""
-    return GLUE_SCORES.get(task.name, _SCORES_OF_KIND.get(task.kind, ("accuracy", "f1_macro")))
-
-
-def squad_scores(
-    predictions: Sequence[str | None], references: Sequence[Sequence[str]]
+def score_labels(
+    names: tuple[str, ...], predictions: ArrayLike, references: ArrayLike
 ) -> dict[str, float]:
-    """`exact_match` and `f1` of SQuAD 1.1 in points of 100, by its official script's rules.
-
-    `references[i]` holds the accepted answers to question i, of which the best counts. A
-    prediction of None (not answered) scores 0. ValueError for a question without references.
-    """
-    _check_lengths(predictions, references)
-    exact_matches, token_f1s = [], []
-    for number, (prediction, answers) in enumerate(zip(predictions, references, strict=True)):
-        if not answers:
-            raise ValueError(f"question {number} has no reference answer: SQuAD 1.1 needs one")
-        answered = [] if prediction is None else [(prediction, answer) for answer in answers]
-        exact_matches.append(max((_exact_match(*pair) for pair in answered), default=0.0))
-        token_f1s.append(max((_token_f1(*pair) for pair in answered), default=0.0))
-    return {"exact_match": _points(exact_matches), "f1": _points(token_f1s)}
-
-
-def squad_v2_scores(
-    predictions: Sequence[str],
-    references: Sequence[Sequence[str]],
-    no_answer_scores: Sequence[float],
-    threshold: float = NO_ANSWER_THRESHOLD,
-) -> dict[str, float]:
-    """The scores of SQuAD 2.0 by its official script's rules and keys, in points of 100.
-
-    `predictions[i]` is the best answer to question i whether or not it is to be given:
-    `no_answer_scores[i]`, any number that grows with the belief that there is none, above
-    `threshold` makes it unanswered. `references[i]` is empty for an unanswerable question.
-    Besides `exact`, `f1` and `total`: `HasAns_` and `NoAns_` for the two kinds of question where
-    there are any, and `best_exact`, `best_f1` with the threshold, `..._thresh`, that gives them.
-    """
-    _check_lengths(predictions, references, no_answer_scores)
-    answerable = np.array([len(answers) > 0 for answers in references])
-    no_answer = np.asarray(no_answer_scores, dtype=np.float64)
-    given = np.array([prediction != "" for prediction in predictions])
-    raw = {
-        "exact": _best_over_answers(_exact_match, predictions, references),
-        "f1": _best_over_answers(_token_f1_or_both_empty, predictions, references),
-    }
-    final = {key: np.where(no_answer > threshold, ~answerable, raw[key]) for key in raw}
-
-    scores: dict[str, float] = {}
-    for prefix, rows in (("", answerable | True), ("HasAns_", answerable), ("NoAns_", ~answerable)):
-        if rows.any():
-            scores |= {f"{prefix}{key}": _points(final[key][rows]) for key in final}
-            scores[f"{prefix}total"] = int(rows.sum())
-    for key, values in raw.items():
-        best, best_threshold = _best_threshold(values, no_answer, answerable, given)
-        scores |= {f"best_{key}": best, f"best_{key}_thresh": best_threshold}
-    return scores
-
-
-@lru_cache(maxsize=65536)
-def normalize_answer(text: str) -> str:
-    """Lower case without ASCII punctuation and articles, single spaces: SQuAD's normal form."""
-    bare = text.lower().translate(_NO_PUNCTUATION)
-    return " ".join(_ARTICLES.sub(" ", bare).split())
-
-
-def metric_module(name: str) -> Path:
-    """The file that `evaluate.load(file, config_name)` loads: name is glue, squad or squad_v2."""
-    return Path(__file__).parent / "metric_modules" / f"{name}.py"
-
-
-def load_metric(task_name: str) -> Any:
-    """The task's `evaluate.Metric`, ready to use, that keeps everything in memory."""
-    import importlib
-
-    module_name = task_name if task_name in ("squad", "squad_v2") else "glue"
-    module = importlib.import_module(f"rfprune.tasks.metric_modules.{module_name}")
-    # The library makes a folder for its cache even when it keeps everything in memory.
-    with tempfile.TemporaryDirectory() as folder:
-        return module.METRIC(task_name, keep_in_memory=True, cache_dir=folder)
+    """The scores of these names, as fractions of 1; see `SCORE_FUNCTIONS`."""
+    return {name: SCORE_FUNCTIONS[name](predictions, references) for name in names}
 
 
 def _pair(
@@ -255,63 +237,3 @@ def _correlation(
 
 def _is_constant(values: NDArray[np.generic]) -> bool:
     return bool((values == values[0]).all())
-
-
-def _check_lengths(*columns: Sequence[Any]) -> None:
-    lengths = [len(column) for column in columns]
-    if len(set(lengths)) != 1 or lengths[0] == 0:
-        raise ValueError(f"SQuAD columns must have one length, not empty: got {lengths}")
-
-
-def _points(values: ArrayLike) -> float:
-    return 100.0 * float(np.mean(np.asarray(values, dtype=np.float64)))
-
-
-def _exact_match(prediction: str, answer: str) -> float:
-    return float(normalize_answer(prediction) == normalize_answer(answer))
-
-
-def _token_f1(prediction: str, answer: str) -> float:
-    """F1 of the bags of words of the two normal forms; 0 without a word in common."""
-    predicted, truth = normalize_answer(prediction).split(), normalize_answer(answer).split()
-    num_common = sum((Counter(predicted) & Counter(truth)).values())
-    return 2.0 * num_common / (len(predicted) + len(truth)) if num_common else 0.0
-
-
-def _token_f1_or_both_empty(prediction: str, answer: str) -> float:
-    """As `_token_f1`, but SQuAD 2.0 counts nothing against nothing as agreement."""
-    if not normalize_answer(prediction) and not normalize_answer(answer):
-        return 1.0
-    return _token_f1(prediction, answer)
-
-
-def _best_over_answers(
-    score: Callable[[str, str], float],
-    predictions: Sequence[str],
-    references: Sequence[Sequence[str]],
-) -> NDArray[np.float64]:
-    """Each question's score against its best answer; with no answer left, against nothing."""
-    best = []
-    for prediction, answers in zip(predictions, references, strict=True):
-        kept = [answer for answer in answers if normalize_answer(answer)] or [""]
-        best.append(max(score(prediction, answer) for answer in kept))
-    return np.array(best)
-
-
-def _best_threshold(
-    raw: NDArray[np.float64],
-    no_answer: NDArray[np.float64],
-    answerable: NDArray[np.bool_],
-    given: NDArray[np.bool_],
-) -> tuple[float, float]:
-    """The best mean score, in points, over all thresholds, and the first threshold that gives it.
-
-    Start from answering nothing, which is right for every unanswerable question, and answer the
-    questions in the order of their no-answer scores (ties: as they come).
-    """
-    order = np.argsort(no_answer, kind="stable")
-    gains = np.where(answerable, raw, -given.astype(np.float64))[order]
-    totals = np.cumsum(np.concatenate([[(~answerable).sum()], gains]))
-    best = int(np.argmax(totals))
-    threshold = 0.0 if best == 0 else float(no_answer[order][best - 1])
-    return 100.0 * float(totals[best]) / len(raw), threshold

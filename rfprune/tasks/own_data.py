@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from rfprune.errors import RfpruneWarning, UserError
+from rfprune.tasks.entity_scores import names_entities
 from rfprune.tasks.files import Table, read_table
 from rfprune.tasks.image_classification import IMAGE
 from rfprune.tasks.label_order import label_names_by_id
@@ -29,7 +30,6 @@ from rfprune.tasks.registry import (
     check_columns,
 )
 from rfprune.tasks.splits import find_split
-from rfprune.tasks.token_classification import names_entities
 
 USUAL_TEXTS = (("sentence1", "sentence2"), ("sentence",), ("text",))
 """Columns that are taken for the text, or the two texts, where none are named."""

@@ -25,7 +25,7 @@ from rfprune.tasks.evaluation import (
     evaluate_model,
     prepare_evaluation,
 )
-from rfprune.tasks.metrics import glue_scores
+from rfprune.tasks.metrics import GLUE_SCORES, score_labels
 from rfprune.tasks.registry import get_task
 from rfprune.tasks.splits import load_split
 from tests.conftest import MODEL_TYPES
@@ -97,7 +97,7 @@ def test_scores_are_the_tasks_in_points(
     logits = found.logits[0]
     predictions = logits[:, 0] if name == "stsb" else logits.argmax(axis=1)
     assert len(np.unique(predictions)) > 1
-    expected = glue_scores(name, predictions, labels)
+    expected = score_labels(GLUE_SCORES[name], predictions, labels)
     assert found.scores == pytest.approx({key: 100 * value for key, value in expected.items()})
     assert found.score == found.scores[found.metric_name]
     assert found.metric_name == task.metric_name

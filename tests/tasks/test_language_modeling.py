@@ -18,7 +18,8 @@ from rfprune.errors import UserError
 from rfprune.tasks import language_modeling
 from rfprune.tasks.evaluation import divergence, evaluate_model, prepare_evaluation
 from rfprune.tasks.generation import continuations
-from rfprune.tasks.language_modeling import encode_blocks, perplexity, token_likelihoods
+from rfprune.tasks.language_modeling import encode_blocks, token_likelihoods
+from rfprune.tasks.metrics import perplexity
 from rfprune.tasks.own_data import language_task, with_columns
 from tests.conftest import WORDS, make_tiny_model, make_tiny_tokenizer, vocabulary
 

@@ -1,16 +1,12 @@
-"""Scores against their definitions written out, and the `evaluate` modules against the functions.
+"""The formulas of scores against their definitions written out.
 
 Without these a wrong score would look like a better or worse model.
 """
 
-import itertools
 import re
 import string
-import subprocess
-import sys
 import warnings
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rfprune.tasks import metrics
-from rfprune.tasks.registry import TASKS
+from rfprune.tasks import metrics, squad_scores
 
 BITS = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=12)
 VALUES = st.lists(
@@ -112,16 +107,9 @@ def test_nearly_constant_predictions_warn_nobody() -> None:
     ],
 )
 def test_scores_refuse_what_has_none(predictions: Any, references: Any, what: str) -> None:
-    for function in metrics.SCORE_FUNCTIONS.values():
+    for name in ("accuracy", "f1", "f1_macro", "matthews_correlation", "pearson", "spearmanr"):
         with pytest.raises(ValueError, match=what):
-            function(predictions, references)
-
-
-def test_every_task_has_its_main_score() -> None:
-    for task in TASKS.values():
-        if task.kind != "question-answering":
-            assert task.metric_name in metrics.score_names(task)
-            assert task.name in metrics.GLUE_SCORES
+            metrics.SCORE_FUNCTIONS[name](predictions, references)
 
 
 # SQuAD
@@ -146,12 +134,12 @@ def normal_form(text: str) -> str:
     ],
 )
 def test_normal_form_of_answers(text: str, expected: str) -> None:
-    assert metrics.normalize_answer(text) == expected == normal_form(text)
+    assert squad_scores.normalize_answer(text) == expected == normal_form(text)
 
 
 @given(st.text(alphabet="aAnthe .,-'x\n\t«é", max_size=20))
 def test_normal_form_is_the_official_one(text: str) -> None:
-    assert metrics.normalize_answer(text) == normal_form(text)
+    assert squad_scores.normalize_answer(text) == normal_form(text)
 
 
 def token_f1(prediction: str, answer: str) -> float:
@@ -168,7 +156,7 @@ QUESTIONS = st.lists(st.tuples(TEXTS, st.lists(TEXTS, min_size=1, max_size=3)), 
 
 @given(QUESTIONS)
 def test_squad_takes_the_best_reference(questions: list[tuple[str, list[str]]]) -> None:
-    scores = metrics.squad_scores(
+    scores = squad_scores.squad_scores(
         [prediction for prediction, _ in questions], [answers for _, answers in questions]
     )
     exact = [max(normal_form(p) == normal_form(a) for a in answers) for p, answers in questions]
@@ -180,13 +168,13 @@ def test_squad_takes_the_best_reference(questions: list[tuple[str, list[str]]]) 
 def test_squad_by_hand() -> None:
     predictions = ["The Broncos", "gold and blue", "x", None]
     references = [["Denver Broncos", "broncos!"], ["blue"], ["y"], ["z"]]
-    assert metrics.squad_scores(predictions, references) == pytest.approx(
+    assert squad_scores.squad_scores(predictions, references) == pytest.approx(
         {"exact_match": 25.0, "f1": 100 * (1 + 0.5) / 4}
     )
     with pytest.raises(ValueError, match="question 1 has no reference"):
-        metrics.squad_scores(["a", "b"], [["a"], []])
+        squad_scores.squad_scores(["a", "b"], [["a"], []])
     with pytest.raises(ValueError, match="one length"):
-        metrics.squad_scores(["a"], [["a"], ["b"]])
+        squad_scores.squad_scores(["a"], [["a"], ["b"]])
 
 
 V2_QUESTIONS = st.lists(
@@ -199,7 +187,7 @@ def test_squad_v2_is_the_official_script(
     questions: list[tuple[str, list[str], int]], threshold: int
 ) -> None:
     predictions, references, no_answer = (list(column) for column in zip(*questions, strict=True))
-    scores = metrics.squad_v2_scores(predictions, references, no_answer, threshold)
+    scores = squad_scores.squad_v2_scores(predictions, references, no_answer, threshold)
     expected = literal_squad_v2(predictions, references, no_answer, threshold)
     assert scores == pytest.approx(expected)
     assert list(scores) == list(expected)
@@ -257,118 +245,11 @@ def test_no_threshold_beats_the_best_one(questions: list[tuple[str, list[str], i
     predictions, references, _ = (list(column) for column in zip(*questions, strict=True))
     predictions = [prediction or "cat" for prediction in predictions]
     no_answer = [float(row) for row in range(len(predictions))]
-    best = metrics.squad_v2_scores(predictions, references, no_answer)["best_f1"]
+    best = squad_scores.squad_v2_scores(predictions, references, no_answer)["best_f1"]
     every = [
-        metrics.squad_v2_scores(predictions, references, no_answer, threshold)["f1"]
+        squad_scores.squad_v2_scores(predictions, references, no_answer, threshold)["f1"]
         for threshold in [-1.0, *no_answer]
     ]
     readable = all(not answers or any(map(normal_form, answers)) for answers in references)
     if readable and all(map(normal_form, predictions)):
         assert best == pytest.approx(max(every))
-
-
-# The evaluate modules
-
-
-def test_importing_the_metrics_leaves_evaluate_alone() -> None:
-    loaded = "sys.exit(bool({'evaluate', 'datasets', 'torch'} & {*sys.modules}))"
-    code = f"import rfprune.tasks.metrics, sys; {loaded}"
-    root = Path(__file__).parents[2]
-    finished = subprocess.run([sys.executable, "-c", code], cwd=root, check=False)
-    assert finished.returncode == 0
-
-
-@pytest.fixture
-def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where `evaluate` puts what it writes during the test."""
-    evaluate = import_evaluate()
-    monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", tmp_path / "modules")
-    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", tmp_path / "metrics")
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    return tmp_path
-
-
-def import_evaluate() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its own imports use what others deprecate
-        import evaluate
-    return evaluate
-
-
-SQUAD = {"id": "q1", "answers": {"text": ["Denver Broncos", "broncos"], "answer_start": [0, 7]}}
-
-
-@pytest.mark.parametrize("loader", ["evaluate.load", "load_metric"])
-def test_metric_modules_give_what_the_functions_give(loader: str, caches: Path) -> None:
-    evaluate = import_evaluate()
-
-    def metric(name: str) -> Any:
-        if loader == "load_metric":
-            return metrics.load_metric(name)
-        module = name if name.startswith("squad") else "glue"
-        return evaluate.load(str(metrics.metric_module(module)), name, keep_in_memory=True)
-
-    predicted, truth = [0, 1, 1, 0, 1], [0, 1, 0, 1, 1]
-    for name in ("mrpc", "cola", "mnli_mismatched"):
-        expected = metrics.glue_scores(name, predicted, truth)
-        assert expected
-        assert metric(name).compute(predictions=predicted, references=truth) == expected
-    values = [0.5, 1.5, 3.25, 2.0]
-    similarity = metric("stsb").compute(predictions=values, references=[0.0, 2.5, 2.0, 3.0])
-    assert similarity == pytest.approx(metrics.glue_scores("stsb", values, [0.0, 2.5, 2.0, 3.0]))
-
-    prediction = {"id": "q1", "prediction_text": "the Broncos"}
-    found = metric("squad").compute(predictions=[prediction], references=[SQUAD])
-    assert found == {"exact_match": 100.0, "f1": 100.0}
-    unsure = prediction | {"no_answer_probability": 0.5}
-    arguments = {"predictions": [unsure], "references": [SQUAD]}
-    assert metric("squad_v2").compute(**arguments)["HasAns_exact"] == 100.0
-    assert metric("squad_v2").compute(**arguments, no_answer_threshold=0.4)["exact"] == 0.0
-    if loader == "load_metric":
-        assert list(caches.iterdir()) == []
-
-
-def test_squad_modules_go_by_id_not_by_order(caches: Path) -> None:
-    second = {"id": "q2", "answers": {"text": ["gold"], "answer_start": [3]}}
-    answers = {"q1": "broncos", "q2": "gold"}
-    for order in itertools.permutations(answers):
-        predictions = [{"id": name, "prediction_text": answers[name]} for name in order]
-        scores = metrics.load_metric("squad").compute(
-            predictions=predictions, references=[SQUAD, second]
-        )
-        assert scores["exact_match"] == 100.0
-    unsure = [{"id": "q1", "prediction_text": "", "no_answer_probability": 0.0}] * 2
-    with pytest.raises(ValueError, match="no prediction for 1 questions, as q2"):
-        metrics.load_metric("squad_v2").compute(predictions=unsure, references=[SQUAD, second])
-
-
-def test_an_unknown_glue_task_is_refused(caches: Path) -> None:
-    with pytest.raises(KeyError, match="wnli"):
-        metrics.load_metric("glue")
-
-
-@pytest.mark.network
-@pytest.mark.parametrize("name", sorted(metrics.GLUE_SCORES))
-def test_glue_equals_the_hub(name: str) -> None:
-    generator = np.random.default_rng(0)
-    truth, predicted = generator.integers(0, 2, (2, 50)).tolist()
-    if name == "stsb":
-        truth, predicted = (5 * generator.random((2, 50))).round(2).tolist()
-    official = import_evaluate().load("glue", name)
-    expected = official.compute(predictions=predicted, references=truth)
-    assert expected == pytest.approx(metrics.glue_scores(name, predicted, truth), abs=1e-6)
-
-
-@pytest.mark.network
-@pytest.mark.parametrize("name", ["squad", "squad_v2"])
-def test_squad_equals_the_hub(name: str) -> None:
-    texts = ["the broncos", "Denver", "gold", "a", ""]
-    references = [SQUAD | {"id": f"q{row}"} for row in range(len(texts))]
-    predictions = [{"id": f"q{row}", "prediction_text": text} for row, text in enumerate(texts)]
-    if name == "squad_v2":
-        references[2] = references[2] | {"answers": {"text": [], "answer_start": []}}
-        for row, prediction in enumerate(predictions):
-            prediction["no_answer_probability"] = row / 5  # type: ignore[assignment]
-    arguments = {"predictions": predictions, "references": references}
-    official = import_evaluate().load(name).compute(**arguments)
-    assert official == pytest.approx(metrics.load_metric(name).compute(**arguments))

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from rfprune.errors import UserError
 from rfprune.tasks.encoding import encode
-from rfprune.tasks.metrics import squad_scores
 from rfprune.tasks.question_answering import (
     Windows,
     best_answers,
@@ -29,6 +28,7 @@ from rfprune.tasks.question_answering import (
 )
 from rfprune.tasks.registry import get_task
 from rfprune.tasks.splits import load_split
+from rfprune.tasks.squad_scores import squad_scores
 
 Array = NDArray[Any]
 SHORT = dataclasses.replace(get_task("squad"), max_length=40, stride=8)

@@ -1,4 +1,5 @@
-"""Our metrics as `evaluate.Metric` modules: `evaluate.load(metric_module("glue"), "mrpc")`.
+"""Our metrics as `evaluate.Metric` modules: `evaluate.load(str(metric_module("glue")), "mrpc")`.
 
-Importing one imports `evaluate`, which takes seconds; nothing else in the package does.
+Importing one imports `evaluate`, which takes seconds; `rfprune.tasks.metrics.load_metric` does so
+when a score is computed.
 """

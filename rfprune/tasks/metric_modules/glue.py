@@ -5,7 +5,7 @@ from typing import Any
 import datasets
 import evaluate
 
-from rfprune.tasks.metrics import GLUE_SCORES, glue_scores
+from rfprune.tasks.metrics import GLUE_SCORES, score_labels
 
 _CITATION = """\
 @inproceedings{wang2019glue,
@@ -32,17 +32,16 @@ class Glue(evaluate.Metric):  # type: ignore[misc]
     def _info(self) -> Any:
         if self.config_name not in GLUE_SCORES:
             raise KeyError(f"config_name {self.config_name!r}: one of {', '.join(GLUE_SCORES)}")
-        value = datasets.Value("float32" if self.config_name == "stsb" else "int64")
+        value = datasets.Value("float64" if self.config_name == "stsb" else "int64")
         return evaluate.MetricInfo(
             description="The scores of the GLUE benchmark's tasks.",
             citation=_CITATION,
             inputs_description=_INPUTS,
             features=datasets.Features({"predictions": value, "references": value}),
-            format="numpy",
         )
 
     def _compute(self, *, predictions: Any, references: Any) -> dict[str, float]:
-        return glue_scores(self.config_name, predictions, references)
+        return score_labels(GLUE_SCORES[self.config_name], predictions, references)
 
 
 METRIC = Glue

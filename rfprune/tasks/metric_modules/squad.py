@@ -5,7 +5,7 @@ from typing import Any
 import datasets
 import evaluate
 
-from rfprune.tasks.metrics import squad_scores
+from rfprune.tasks.squad_scores import squad_scores
 
 _CITATION = """\
 @inproceedings{rajpurkar2016squad,

@@ -5,7 +5,7 @@ from typing import Any
 import datasets
 import evaluate
 
-from rfprune.tasks.metrics import squad_v2_scores
+from rfprune.tasks.squad_scores import squad_v2_scores
 
 _CITATION = """\
 @inproceedings{rajpurkar2018squad2,
@@ -36,7 +36,7 @@ class SquadV2(evaluate.Metric):  # type: ignore[misc]
         prediction = {
             "id": text,
             "prediction_text": text,
-            "no_answer_probability": datasets.Value("float32"),
+            "no_answer_probability": datasets.Value("float64"),
         }
         features = {
             "predictions": prediction,

@@ -1,0 +1,142 @@
+"""SQuAD's scores by the rules of its official scripts, in points of 100.
+
+Exact match and word F1 after removing case, punctuation and articles; each prediction is compared
+with every accepted answer and its best score counts.
+"""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+NO_ANSWER_THRESHOLD = 0.0
+"""A question is left unanswered where its no-answer score exceeds its best span's by more."""
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def squad_scores(
+    predictions: Sequence[str | None], references: Sequence[Sequence[str]]
+) -> dict[str, float]:
+    """`exact_match` and `f1` of SQuAD 1.1 in points of 100, by its official script's rules.
+
+    `references[i]` holds the accepted answers to question i, of which the best counts. A
+    prediction of None (not answered) scores 0. ValueError for a question without references.
+    """
+    _check_lengths(predictions, references)
+    exact_matches, token_f1s = [], []
+    for number, (prediction, answers) in enumerate(zip(predictions, references, strict=True)):
+        if not answers:
+            raise ValueError(f"question {number} has no reference answer: SQuAD 1.1 needs one")
+        answered = [] if prediction is None else [(prediction, answer) for answer in answers]
+        exact_matches.append(max((_exact_match(*pair) for pair in answered), default=0.0))
+        token_f1s.append(max((_token_f1(*pair) for pair in answered), default=0.0))
+    return {"exact_match": _points(exact_matches), "f1": _points(token_f1s)}
+
+
+def squad_v2_scores(
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    no_answer_scores: Sequence[float],
+    threshold: float = NO_ANSWER_THRESHOLD,
+) -> dict[str, float]:
+    """The scores of SQuAD 2.0 by its official script's rules and keys, in points of 100.
+
+    `predictions[i]` is the best answer to question i whether or not it is to be given:
+    `no_answer_scores[i]`, any number that grows with the belief that there is none, above
+    `threshold` makes it unanswered. `references[i]` is empty for an unanswerable question.
+    Besides `exact`, `f1` and `total`: `HasAns_` and `NoAns_` for the two kinds of question where
+    there are any, and `best_exact`, `best_f1` with the threshold, `..._thresh`, that gives them.
+    """
+    _check_lengths(predictions, references, no_answer_scores)
+    answerable = np.array([len(answers) > 0 for answers in references])
+    no_answer = np.asarray(no_answer_scores, dtype=np.float64)
+    given = np.array([prediction != "" for prediction in predictions])
+    raw = {
+        "exact": _best_over_answers(_exact_match, predictions, references),
+        "f1": _best_over_answers(_token_f1_or_both_empty, predictions, references),
+    }
+    final = {key: np.where(no_answer > threshold, ~answerable, raw[key]) for key in raw}
+
+    scores: dict[str, float] = {}
+    for prefix, rows in (("", answerable | True), ("HasAns_", answerable), ("NoAns_", ~answerable)):
+        if rows.any():
+            scores |= {f"{prefix}{key}": _points(final[key][rows]) for key in final}
+            scores[f"{prefix}total"] = int(rows.sum())
+    for key, values in raw.items():
+        best, best_threshold = _best_threshold(values, no_answer, answerable, given)
+        scores |= {f"best_{key}": best, f"best_{key}_thresh": best_threshold}
+    return scores
+
+
+@lru_cache(maxsize=65536)
+def normalize_answer(text: str) -> str:
+    """Lower case without ASCII punctuation and articles, single spaces: SQuAD's normal form."""
+    bare = text.lower().translate(_NO_PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", bare).split())
+
+
+def _check_lengths(*columns: Sequence[Any]) -> None:
+    lengths = [len(column) for column in columns]
+    if len(set(lengths)) != 1 or lengths[0] == 0:
+        raise ValueError(f"SQuAD columns must have one length, not empty: got {lengths}")
+
+
+def _points(values: ArrayLike) -> float:
+    return 100.0 * float(np.mean(np.asarray(values, dtype=np.float64)))
+
+
+def _exact_match(prediction: str, answer: str) -> float:
+    return float(normalize_answer(prediction) == normalize_answer(answer))
+
+
+def _token_f1(prediction: str, answer: str) -> float:
+    """F1 of the bags of words of the two normal forms; 0 without a word in common."""
+    predicted, truth = normalize_answer(prediction).split(), normalize_answer(answer).split()
+    num_common = sum((Counter(predicted) & Counter(truth)).values())
+    return 2.0 * num_common / (len(predicted) + len(truth)) if num_common else 0.0
+
+
+def _token_f1_or_both_empty(prediction: str, answer: str) -> float:
+    """As `_token_f1`, but SQuAD 2.0 counts nothing against nothing as agreement."""
+    if not normalize_answer(prediction) and not normalize_answer(answer):
+        return 1.0
+    return _token_f1(prediction, answer)
+
+
+def _best_over_answers(
+    score: Callable[[str, str], float],
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+) -> NDArray[np.float64]:
+    """Each question's score against its best answer; with no answer left, against nothing."""
+    best = []
+    for prediction, answers in zip(predictions, references, strict=True):
+        kept = [answer for answer in answers if normalize_answer(answer)] or [""]
+        best.append(max(score(prediction, answer) for answer in kept))
+    return np.array(best)
+
+
+def _best_threshold(
+    raw: NDArray[np.float64],
+    no_answer: NDArray[np.float64],
+    answerable: NDArray[np.bool_],
+    given: NDArray[np.bool_],
+) -> tuple[float, float]:
+    """The best mean score, in points, over all thresholds, and the first threshold that gives it.
+
+    Start from answering nothing, which is right for every unanswerable question, and answer the
+    questions in the order of their no-answer scores (ties: as they come).
+    """
+    order = np.argsort(no_answer, kind="stable")
+    gains = np.where(answerable, raw, -given.astype(np.float64))[order]
+    totals = np.cumsum(np.concatenate([[(~answerable).sum()], gains]))
+    best = int(np.argmax(totals))
+    threshold = 0.0 if best == 0 else float(no_answer[order][best - 1])
+    return 100.0 * float(totals[best]) / len(raw), threshold
