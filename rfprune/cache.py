@@ -18,7 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,6 @@ Tensors = tuple[Tensor, ...]
 Key = Mapping[str, Any]
 """What an entry depends on, as JSON can write it."""
 
-Remember = Callable[[Callable[[], Tensors]], Tensors]
-"""Gives what a function computes, from the cache where that is known already."""
-
 MOST_BYTES = 4 * 2**30
 """Of all entries together."""
 
@@ -48,7 +45,7 @@ _PARTIAL = ".partial"
 _ABANDONED_SECONDS = 3600.0
 """A half-written file this old is of a process that was killed."""
 
-_AFTERWARDS = ("allocation", "rearrange", "tune", "teacher", "uniform", "round_to", "rounds")
+_LATER_SETTINGS = ("allocation", "rearrange", "tune", "teacher", "uniform", "round_to", "rounds")
 """Settings of what follows the collection. Any other is part of the key, also one that is new."""
 
 _SINCE_LOADING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
@@ -62,44 +59,39 @@ def default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rfprune"
 
 
-def remembering(
+def load_or_compute(
+    compute: Callable[[], Tensors],
     folder: Path | None,
     key: Callable[[], Key],
     timer: StageTimer,
     stage: str,
     *,
     shared: bool = False,
-) -> Remember:
-    """A way to remember one thing in `folder`; None: nothing is kept.
+) -> Tensors:
+    """Tensors of an entry, or computed and written to it; without a folder only computed.
 
     Args:
-        key: of the entry; asked for only where there is a folder.
-        timer: takes the time for reading and writing as the stage's, and notes a stage that was
-            not computed.
-        shared: several processes compute it together; the main one looks it up for all.
+        key: of the entry; called only with a folder, since it hashes model and data.
+        timer: takes the seconds of reading and writing, and notes a stage that was loaded.
+        shared: several processes compute together; the main process looks up the entry for all.
     """
+    if folder is None:
+        return compute()
 
-    def remember(compute: Callable[[], Tensors]) -> Tensors:
-        if folder is None:
-            return compute()
+    def look_up() -> tuple[Key, Tensors | None]:
+        known = key()
+        return known, read(folder, known)
+
+    with timer.stage(stage):
+        known, found = distributed.broadcast_from_main(look_up) if shared else look_up()
+    if found is not None:
+        timer.cached.add(stage)
+        return found
+    computed = compute()
+    if distributed.is_main():
         with timer.stage(stage):
-            look_up = partial(_look_up, folder, key)
-            known, found = distributed.broadcast_from_main(look_up) if shared else look_up()
-        if found is not None:
-            timer.cached.add(stage)
-            return found
-        computed = compute()
-        if distributed.is_main():
-            with timer.stage(stage):
-                write(folder, known, computed)
-        return computed
-
-    return remember
-
-
-def _look_up(folder: Path, key: Callable[[], Key]) -> tuple[Key, Tensors | None]:
-    known = key()
-    return known, read(folder, known)
+            write(folder, known, computed)
+    return computed
 
 
 def read(folder: Path, key: Key) -> Tensors | None:
@@ -182,17 +174,21 @@ def _warn(text: str) -> None:
     warnings.warn(text, RfpruneWarning, stacklevel=3)
 
 
-def remembering_statistics(
+def load_or_collect(
+    collect: Callable[[], Tensors],
     folder: Path | None,
     model: nn.Module,
     batches: Iterable[Mapping[str, Tensor]],
     settings: Settings,
     timer: StageTimer,
-) -> Remember:
-    """A way to remember what a method collects; nothing is kept of a model with hooks on it, since
-    nobody can tell what they do."""
+) -> Tensors:
+    """The statistics of a method from the cache, or collected and cached.
+
+    A model with hooks is not cached: what a hook computes is not part of the key.
+    """
     hooked = any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
-    return remembering(
+    return load_or_compute(
+        collect,
         None if hooked else folder,
         lambda: statistics_key(model, batches, settings),
         timer,
@@ -205,16 +201,18 @@ def statistics_key(
     model: nn.Module, batches: Iterable[Mapping[str, Tensor]], settings: Settings
 ) -> Key:
     """What the statistics of a method depend on; the constraint is no part of it."""
-    chosen = {name: value for name, value in asdict(settings).items() if name not in _AFTERWARDS}
+    chosen = {
+        name: value for name, value in asdict(settings).items() if name not in _LATER_SETTINGS
+    }
     return {
         "statistics": chosen,
         "model": model_digest(model),
         "data": data_digest(batches),
-        **circumstances(model),
+        **environment(model),
     }
 
 
-def circumstances(model: nn.Module) -> dict[str, str]:
+def environment(model: nn.Module) -> dict[str, str]:
     """What else numbers depend on: code, versions, and the kind of device."""
     return {
         "code": code_digest(),

@@ -1,28 +1,22 @@
 """prune(): the method on one page.
 
-    kwon:       mask gradients -> Fisher importance -> search under the constraint ->
-                rearrangement -> compaction -> one scale per kept unit by least squares
-    curvature:  input and gradient moments -> error curve of every block -> exact allocation ->
-                compaction -> every out-projection by least squares, and what reads the hidden
-                states aligned with the original's
-    importance: a classical criterion -> search, or the same fraction everywhere ->
-                compaction -> every out-projection by least squares
+    collect   statistics of the model over the calibration batches (once for all constraints)
+    choose    the units to keep within the budget of the constraint
+    compact   remove all other units from a copy of the model
+    fit       the weights that are left, by least squares against the original
 
-Which units stay is in `rfprune.methods.selection`; the stages are in `rfprune.stages`. The model
-that is given stays as it is: masks act through hooks that are gone afterwards, and the student is a
-copy.
+`rfprune.methods` says what each method collects and how it chooses and fits; the mathematics is in
+`rfprune.stages`. The model that is given is never changed: masks act through hooks that are removed
+afterwards, and the student is a copy.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from rfprune import distributed
@@ -30,29 +24,22 @@ from rfprune.cost.constraint import Constraint, CostModel
 from rfprune.cost.macs import mac_costs
 from rfprune.cost.memory import total_bytes
 from rfprune.cost.params import total_params
-from rfprune.cost.rounding import restrict_to_multiples
-from rfprune.errors import UserError
 from rfprune.latency.profile import load_or_profile
 from rfprune.latency.promise import LatencyPromise, meet_latency, missed_latency_warnings
 from rfprune.latency.speedup import measure_ratio
 from rfprune.latency.table import LatencyTable
 from rfprune.latency.timed_batch import timed_batch
-from rfprune.methods.budget import cost_model, mean_decoder_tokens, mean_tokens
-from rfprune.methods.selection import Selection, check_possible, collect_statistics
-from rfprune.model.batch import LABEL_NAMES, Batch, split_batch, to_device, token_mask
+from rfprune.methods.budget import check_constraints, cost_model
+from rfprune.methods.problem import Problem, prepare_problem
+from rfprune.methods.statistics import Statistics, collect_statistics
+from rfprune.model.batch import Batch, mean_decoder_tokens, mean_tokens
 from rfprune.model.compact import compact
-from rfprune.model.encoder_decoder import add_decoder_inputs
 from rfprune.model.frozen import frozen
-from rfprune.model.layerwise import add_image_token_mask
-from rfprune.model.layout import Layout, layout_of
-from rfprune.model.masks import Masks, full_masks, masked, num_kept
+from rfprune.model.masks import Masks, compose_masks, full_masks, num_kept, scale_kept_units
 from rfprune.model.plain import to_plain
-from rfprune.model.validation import check_finite_weights, check_layer_outputs
-from rfprune.result import PruneResult, StageTimer, units_of_layers
+from rfprune.result import PruneResult, units_of_layers
 from rfprune.settings import Settings
 from rfprune.stages.objective import Loss
-from rfprune.stages.search import search
-from rfprune.stages.tune import refit, tune_scales
 
 
 def prune(
@@ -69,33 +56,55 @@ def prune(
     """Prune a fine-tuned Transformer to a constraint, without retraining.
 
     Args:
-        model: with a sequence-classification or question-answering head; left untouched, also after
+        model: a model of a supported type with any head, or none. It is left untouched, also after
             an error.
-        batches: calibration batches of input_ids (B, S), attention_mask, ...; no labels needed;
-            read once.
-        loss: from the model's outputs and a batch, its labels included, to a loss an example, (B,),
-            or their mean: importance is by its gradients, not by those of the model's own
-            predictions. Nothing is kept in the cache then.
-        latency_table: for a constraint on latency; without one the model is profiled first, on the
+        batches: calibration batches, as a data collator makes them: input_ids (B, S) or
+            pixel_values (B, C, H, W), attention_mask (B, S), and the model's other inputs. Labels
+            are not needed. Read once.
+        constraint: the fraction of the original cost to keep.
+        settings: method and options; the default is `Settings()`.
+        loss: a function of the model's outputs and a batch, labels included, that returns one loss
+            per example (B,), or their mean. Its gradients replace those of the model's own
+            predictions, and the cache is not used.
+        latency_table: for a constraint on latency; without one the model is profiled first, on a
             batch of median length.
-        cache: a folder where what is collected is kept: it serves any other constraint.
+        cache: a folder for collected statistics; other constraints reuse them.
+        progress: show progress bars.
+
+    Returns:
+        The smaller model, its masks, the costs that were achieved, and warnings.
 
     Raises:
         UserError: the model type is not supported, the constraint cannot be met, there are no
             batches, or weights or gradients are not finite.
+
+    Example:
+        >>> import torch
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> from rfprune import Constraint, prune
+        >>> config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        ...                     intermediate_size=64, vocab_size=100)
+        >>> model = BertForSequenceClassification(config)
+        >>> batches = [{"input_ids": torch.randint(0, 100, (8, 16))} for _ in range(4)]
+        >>> result = prune(model, batches, Constraint("mac", 0.5))
+        >>> result.achieved["mac"] <= 0.5
+        True
+
+    Sources:
+        The method "kwon" is Kwon et al. 2022, "A Fast Post-Training Pruning Framework for
+        Transformers" (arXiv 2204.09656). `rfprune.methods.curvature` and `rfprune.methods.criteria`
+        name the sources of the other methods.
     """
-    return next(
-        prune_family(
-            model,
-            batches,
-            [constraint],
-            settings,
-            loss=loss,
-            latency_table=latency_table,
-            cache=cache,
-            progress=progress,
-        )
+    problem = prepare_problem(
+        model,
+        batches,
+        settings or Settings(),
+        loss=loss,
+        latency_table=latency_table,
+        cache=cache,
+        progress=progress,
     )
+    return next(prune_to_each(problem, [constraint]))
 
 
 def prune_family(
@@ -109,244 +118,161 @@ def prune_family(
     cache: Path | None = None,
     progress: bool = False,
 ) -> Iterator[PruneResult]:
-    """Prune to several constraints from one collection of statistics; see `prune`. Yields results
-    in their order; what is no sequence is asked for the next constraint when one is wanted, so that
-    a search can decide by the results so far."""
-    settings = settings or Settings()
-    layout = layout_of(model)
-    check_finite_weights(model)
-    given = (to_device(batch, model.device) for batch in batches)
-    labelled = [
-        add_token_mask(model, layout, part) for batch in given for part in split_batch(model, batch)
-    ]
-    if not any(token_mask(batch).any() for batch in labelled) or not layout.blocks:
-        raise UserError(
-            "there is nothing to calibrate on, or nothing to prune; give at least one example, and "
-            "a model with heads or neurons"
-        )
-    with frozen(model):
-        check_layer_outputs(model, layout, labelled[0])
-    inputs = [
-        {name: value for name, value in batch.items() if name not in LABEL_NAMES}
-        for batch in labelled
-    ]
-    if isinstance(constraints, Sequence):
-        if latency_table is None and any(wanted.metric == "latency" for wanted in constraints):
-            latency_table = load_or_profile(
-                None, model, inputs, round_to=settings.round_to, progress=progress
-            )
-        check_possible(model, inputs, constraints, settings, latency_table)
-    else:
-        constraints = _checked_in_turn(model, inputs, constraints, settings, latency_table)
-    job = _Job(model, layout, labelled, inputs, settings, loss, latency_table, cache, progress)
-    results = _family(job, constraints)
-    while True:
-        with torch.inference_mode(False), torch.enable_grad():  # in whatever mode the caller is
-            result = next(results, None)
-        if result is None:
-            return
-        yield result
+    """Prune to several constraints with one collection of statistics.
+
+    Args:
+        constraints: a list, or an iterator. Of an iterator each constraint is asked for when the
+            result before it has been used, so a search can decide by the results so far.
+
+    The other arguments and the errors are those of `prune`.
+
+    Yields:
+        One result per constraint, in their order, each the same as `prune` returns.
+
+    Example:
+        >>> import torch
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> from rfprune import Constraint, prune_family
+        >>> config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        ...                     intermediate_size=64, vocab_size=100)
+        >>> model = BertForSequenceClassification(config)
+        >>> batches = [{"input_ids": torch.randint(0, 100, (8, 16))} for _ in range(4)]
+        >>> constraints = [Constraint("mac", 0.7), Constraint("mac", 0.4)]
+        >>> [result.constraint.ratio for result in prune_family(model, batches, constraints)]
+        [0.7, 0.4]
+    """
+    problem = prepare_problem(
+        model,
+        batches,
+        settings or Settings(),
+        loss=loss,
+        latency_table=latency_table,
+        cache=cache,
+        progress=progress,
+    )
+    yield from prune_to_each(problem, constraints)
 
 
-def add_token_mask(model: PreTrainedModel, layout: Layout, batch: Batch) -> Batch:
-    """A batch and which of its tokens are real, also where a model makes them itself."""
-    if layout.is_encoder_decoder:
-        return add_decoder_inputs(model, batch)
-    return add_image_token_mask(model, layout, batch)
-
-
-def _checked_in_turn(
-    model: PreTrainedModel,
-    inputs: Sequence[Batch],
-    constraints: Iterable[Constraint],
-    settings: Settings,
-    table: LatencyTable | None,
-) -> Iterator[Constraint]:
+@torch.inference_mode(False)  # whatever the mode of the caller is, also between two results
+@torch.enable_grad()
+def prune_to_each(problem: Problem, constraints: Iterable[Constraint]) -> Iterator[PruneResult]:
+    """Prune to several constraints; see `prune_family`."""
+    known = constraints if isinstance(constraints, Sequence) else []
+    problem = _with_latency_table(problem, known)
+    check_constraints(problem, known)
+    statistics = collect_statistics(problem)
     for constraint in constraints:
-        check_possible(model, inputs, [constraint], settings, table)
-        yield constraint
+        check_constraints(problem, [constraint])  # those of an iterator become known one by one
+        yield _prune(problem.with_own_timer(), statistics, constraint)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What all constraints share; `inputs` are the `batches` without labels."""
-
-    model: PreTrainedModel
-    layout: Layout
-    batches: Sequence[Batch]
-    inputs: Sequence[Batch]
-    settings: Settings
-    loss: Loss | None
-    table: LatencyTable | None
-    cache: Path | None
-    progress: bool
-
-    def collect_statistics(
-        self, model: PreTrainedModel, layout: Layout, timer: StageTimer
-    ) -> Selection:
-        cache = self.cache if model is self.model else None  # students are not met again
-        with_labels = self.settings.use_labels or self.loss is not None
-        batches = self.batches if with_labels else self.inputs
-        return collect_statistics(
-            model,
-            layout,
-            batches,
-            self.settings,
-            timer,
-            loss=self.loss,
-            cache=cache,
-            progress=self.progress,
-        )
-
-    def costs(self, metric: str) -> CostModel:
-        costs = cost_model(metric, self.model, self.layout, self.inputs, self.table)
-        return restrict_to_multiples(costs, self.layout, self.settings.round_to)
+def _with_latency_table(problem: Problem, constraints: Sequence[Constraint]) -> Problem:
+    """Profile the model if a constraint needs that and no table was given."""
+    needed = any(constraint.metric == "latency" for constraint in constraints)
+    if not needed or problem.latency_table is not None:
+        return problem
+    table = load_or_profile(
+        None,
+        problem.model,
+        problem.layout,
+        problem.inputs,
+        round_to=problem.settings.round_to,
+        progress=problem.progress,
+    )
+    return replace(problem, latency_table=table)
 
 
-def _family(job: _Job, constraints: Iterable[Constraint]) -> Iterator[PruneResult]:
-    """What is learnt about the model itself is learnt once; what the later rounds need is not."""
-    shared = StageTimer()
-    selection = job.collect_statistics(job.model, job.layout, shared)
-    for constraint in constraints:
-        timer = shared.fork()
-        step = _Step(job.model, full_masks(job.layout))
-        for ratio in schedule(constraint.ratio, job.settings.rounds):
-            step = _round(job, step, Constraint(constraint.metric, ratio), selection, timer)
-        if job.settings.uniform:
-            step = replace(step, student=to_plain(step.student))
-        yield _summarise(job, step, constraint, timer, selection)
+def _prune(problem: Problem, statistics: Statistics, constraint: Constraint) -> PruneResult:
+    """Prune to one constraint in one or more rounds; each starts from the student of the last."""
+    settings, timer = problem.settings, problem.timer
+    student, masks = problem.model, full_masks(problem.layout)
+    for number, ratio in enumerate(schedule(constraint.ratio, settings.rounds)):
+        target = Constraint(constraint.metric, ratio)
+        current = problem if number == 0 else problem.with_model(student)
+        collected = statistics if number == 0 else collect_statistics(current)
+        kept, promise = _choose_units(problem, current, collected, masks, target)
+        with timer.stage("compact"):
+            student = compact(current.model, current.layout, kept)
+            masks = compose_masks(problem.layout, masks, current.layout, kept)
+        warnings = missed_latency_warnings(promise)
+        if settings.tune:
+            with timer.stage("tune"), frozen(problem.model), frozen(student):
+                scales, failures = statistics.fit(problem, student, target)
+                masks = scale_kept_units(problem.layout, masks, scales)
+            warnings += failures
+    if settings.uniform:
+        student = to_plain(student)
+    latency = {"latency": promise.measured} if promise else {}
+    return PruneResult(
+        model=student,
+        masks=masks,
+        layout=problem.layout,
+        constraint=constraint,
+        achieved=_achieved(problem, student, masks) | latency,
+        seconds=timer.report(),
+        warnings=tuple(warnings),
+        layers=tuple(units_of_layers(problem.layout, num_kept(masks))),
+        mean_tokens=mean_tokens(problem.batches),
+        importance=statistics.importance,
+        curves=statistics.curves,
+        cached=tuple(sorted(timer.cached)),
+        promise=promise,
+    )
 
 
 def schedule(ratio: float, rounds: int) -> list[float]:
-    """The constraint of every round: each removes the same fraction of what is left."""
+    """The ratio after each round: every round removes the same fraction of what is left."""
     return [ratio ** (i / rounds) for i in range(1, rounds)] + [ratio]
 
 
-@dataclass(frozen=True)
-class _Step:
-    """A model on its way to a constraint, and its masks of the original's units."""
-
-    student: PreTrainedModel
-    masks: Masks
-    warnings: Sequence[str] = ()
-    promise: LatencyPromise | None = None
-
-
-def _round(
-    job: _Job, step: _Step, constraint: Constraint, selection: Selection, timer: StageTimer
-) -> _Step:
-    """Prune the student on to a constraint (a fraction of the original), and fit what is left."""
-    student, layout, chosen = step.student, job.layout, selection
-    if student is not job.model:
-        layout = layout_of(student)
-        chosen = job.collect_statistics(student, layout, timer)
-    kept, promise = _choose(job, step, layout, chosen, constraint, timer)
-    with timer.stage("compact"):
-        student = compact(student, layout, kept)
-        masks = _composed(job.layout, step.masks, layout, kept)
-    warnings = missed_latency_warnings(promise)
-    if not job.settings.tune:
-        return _Step(student, masks, warnings, promise)
-    with timer.stage("tune"), frozen(job.model), frozen(student):
-        if job.settings.method != "kwon":
-            warnings += refit(job.model, student, job.layout, job.inputs, progress=job.progress)
-            return _Step(student, masks, warnings, promise)
-        with _teacher(job, constraint, selection):
-            scales, failures = tune_scales(
-                job.model, student, job.layout, job.inputs, progress=job.progress
-            )
-        masks = _with_scales(job.layout, masks, scales)
-        return _Step(student, masks, warnings + failures, promise)
-
-
-def _choose(
-    job: _Job,
-    step: _Step,
-    layout: Layout,
-    selection: Selection,
+def _choose_units(
+    problem: Problem,
+    current: Problem,
+    statistics: Statistics,
+    masks: Masks,
     constraint: Constraint,
-    timer: StageTimer,
 ) -> tuple[Masks, LatencyPromise | None]:
-    """Masks of the student's units, of which `layout` is; a latency is measured as well."""
-    costs = job.costs(constraint.metric)
-    consumers = [block.consumer for block in job.layout.blocks]
-    places = [consumers.index(block.consumer) for block in layout.blocks]
-    num_units = [block.num_units for block in layout.blocks]
+    """Choose the units to keep; a constraint on latency is measured and corrected.
+
+    Args:
+        problem: that of the original, to which the constraint refers.
+        current: that of the model as pruned so far, from which `statistics` were collected.
+        masks: of the original's units, as pruned so far.
+
+    Returns:
+        Masks of the current model's units.
+    """
+    costs = cost_model(problem, constraint.metric)
+    consumers = [block.consumer for block in problem.layout.blocks]
+    places = [consumers.index(block.consumer) for block in current.layout.blocks]
+    num_units = [block.num_units for block in current.layout.blocks]
 
     def choose(costs: CostModel, budget: float) -> Masks:
-        return selection.choose(costs.select_blocks(places, num_units), budget, timer)
+        return statistics.choose_units(current, costs.select_blocks(places, num_units), budget)
 
     if constraint.metric != "latency":
         return choose(costs, costs.budget(constraint)), None
 
     def measure(kept: Masks) -> tuple[float, float]:
-        with timer.stage("verify"), frozen(job.model):
-            small = compact(step.student, layout, kept)
+        with problem.timer.stage("verify"), frozen(problem.model):
+            small = compact(current.model, current.layout, kept)
+            batch = timed_batch(problem.inputs, problem.latency_table)
             return distributed.broadcast_from_main(
-                lambda: measure_ratio(job.model, small, timed_batch(job.inputs, job.table))
+                lambda: measure_ratio(problem.model, small, batch)
             )
 
-    def kept_by(kept: Masks) -> tuple[int, ...]:
-        return num_kept(_composed(job.layout, step.masks, layout, kept))
+    def kept_of_original(kept: Masks) -> tuple[int, ...]:
+        return num_kept(compose_masks(problem.layout, masks, current.layout, kept))
 
-    return meet_latency(costs, constraint, choose, measure, kept_by)
-
-
-def _teacher(
-    job: _Job, constraint: Constraint, selection: Selection
-) -> AbstractContextManager[None]:
-    """The model as it is, or, as in the authors' code, masked at the constraint's square root."""
-    if job.settings.teacher == "dense" or selection.importance is None:
-        return nullcontext()
-    costs = job.costs(constraint.metric)
-    halfway = Constraint(constraint.metric, math.sqrt(constraint.ratio))
-    masks = search(job.layout, selection.importance, costs, costs.budget(halfway))
-    return masked(job.model, job.layout, masks)
+    return meet_latency(costs, constraint, choose, measure, kept_of_original)
 
 
-def _composed(layout: Layout, masks: Masks, later: Layout, kept: Masks) -> Masks:
-    """Masks of the original's units, after a pruned model has been pruned on."""
-    by_consumer = {block.consumer: mask for block, mask in zip(later.blocks, kept, strict=True)}
-    composed = tuple(mask.clone() for mask in masks)
-    for block, mask in zip(layout.blocks, composed, strict=True):
-        if block.consumer in by_consumer:  # else nothing was left of it to prune
-            mask[mask != 0] *= by_consumer[block.consumer]
-    return composed
-
-
-def _with_scales(layout: Layout, masks: Masks, scales: dict[str, Tensor]) -> Masks:
-    tuned = tuple(mask.clone() for mask in masks)
-    for block, mask in zip(layout.blocks, tuned, strict=True):
-        if block.consumer in scales:
-            mask[mask != 0] *= scales[block.consumer].to(mask.dtype)
-    return tuned
-
-
-def _summarise(
-    job: _Job, step: _Step, constraint: Constraint, timer: StageTimer, selection: Selection
-) -> PruneResult:
-    """Put a pruned model together with what it kept and what that took."""
-    layout = job.layout
-    tokens = mean_tokens(job.inputs)
-    macs = mac_costs(layout, tokens, mean_decoder_tokens(layout, job.inputs))
-    kept = num_kept(step.masks)
-    return PruneResult(
-        model=step.student,
-        masks=step.masks,
-        layout=layout,
-        constraint=constraint,
-        achieved={
-            "mac": macs.total(kept) / macs.original,
-            "params": total_params(step.student) / total_params(job.model),
-            "memory": total_bytes(step.student) / total_bytes(job.model),
-            **({"latency": step.promise.measured} if step.promise else {}),
-        },
-        seconds=timer.report(),
-        warnings=tuple(step.warnings),
-        layers=tuple(units_of_layers(layout, kept)),
-        mean_tokens=tokens,
-        importance=selection.importance,
-        curves=selection.curves,
-        cached=tuple(sorted(timer.cached)),
-        promise=step.promise,
-    )
+def _achieved(problem: Problem, student: PreTrainedModel, masks: Masks) -> dict[str, float]:
+    """Costs of the student as fractions of the original's, by metric."""
+    tokens, decoder_tokens = mean_tokens(problem.batches), mean_decoder_tokens(problem.batches)
+    macs = mac_costs(problem.layout, tokens, decoder_tokens)
+    return {
+        "mac": macs.total(num_kept(masks)) / macs.original,
+        "params": total_params(student) / total_params(problem.model),
+        "memory": total_bytes(student) / total_bytes(problem.model),
+    }

@@ -17,7 +17,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,9 +121,8 @@ def _learn(options: argparse.Namespace, task: Any) -> tuple[Layout, dict[str, Er
     import torch
 
     from rfprune.checkpoints.loading import load, resolve_data_dir, resolve_max_length
-    from rfprune.methods.selection import collect_statistics
-    from rfprune.model.layout import layout_of
-    from rfprune.result import StageTimer
+    from rfprune.methods.problem import prepare_problem
+    from rfprune.methods.statistics import collect_statistics
     from rfprune.settings import Settings
     from rfprune.stages.search import additive_errors
     from rfprune.tasks.calibration import calibration_batches
@@ -139,13 +138,10 @@ def _learn(options: argparse.Namespace, task: Any) -> tuple[Layout, dict[str, Er
         seed=options.seed,
         with_labels=False,
     )
-    layout = layout_of(loaded.model)
-    fisher, curvature = (
-        collect_statistics(
-            loaded.model, layout, batches, Settings(method=method, seed=options.seed), StageTimer()
-        )
-        for method in ("importance", "curvature")
-    )
+    problem = prepare_problem(loaded.model, batches, Settings(seed=options.seed))
+    layout = problem.layout
+    criterion = replace(problem, settings=Settings(method="importance", seed=options.seed))
+    fisher, curvature = collect_statistics(criterion), collect_statistics(problem)
     assert fisher.importance is not None
     assert curvature.curves is not None
     errors: dict[str, Errors] = {

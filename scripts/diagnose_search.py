@@ -52,7 +52,7 @@ def diagnose(options: argparse.Namespace) -> dict[str, Any]:
     from rfprune.checkpoints.loading import load, resolve_data_dir
     from rfprune.cost.constraint import Constraint
     from rfprune.cost.macs import mac_costs
-    from rfprune.methods.budget import mean_tokens
+    from rfprune.model.batch import mean_tokens
     from rfprune.model.frozen import frozen
     from rfprune.model.layout import layout_of
     from rfprune.stages.calibration import Calibration

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from torch import Tensor
 from rfprune import cache
 from rfprune.cost.constraint import Constraint
 from rfprune.errors import RfpruneWarning
-from rfprune.methods import selection
 from rfprune.pruning import prune, prune_family
 from rfprune.result import PruneResult
 from rfprune.settings import METHODS, Settings
@@ -32,11 +32,11 @@ from rfprune.settings import METHODS, Settings
 Tiny = Callable[..., Any]
 Batch = dict[str, Tensor]
 HALF, THIRD = Constraint("mac", 0.5), Constraint("mac", 0.3)
-COLLECTORS = [
-    name
-    for name in ("collect_gradients", "collect_curvature", "compute_importance")
-    if hasattr(selection, name)
-]
+COLLECTORS = {
+    "kwon": "collect_gradients",
+    "curvature": "collect_curvature",
+    "criteria": "compute_importance",
+}
 KEY: cache.Key = {"entry": "of a test"}
 TENSORS = (torch.arange(3), torch.tensor([[1.5, -2.0]], dtype=torch.float64), torch.ones(0, 2))
 
@@ -56,17 +56,16 @@ def collected(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the collections as they happen."""
     seen: list[str] = []
 
-    def spied(name: str) -> Callable[..., Any]:
-        original = getattr(selection, name)
-
+    def spied(original: Callable[..., Any]) -> Callable[..., Any]:
         def spy(*arguments: Any, **options: Any) -> Any:
-            seen.append(name)
+            seen.append(original.__name__)
             return original(*arguments, **options)
 
         return spy
 
-    for name in COLLECTORS:
-        monkeypatch.setattr(selection, name, spied(name))
+    for module, name in COLLECTORS.items():
+        path = f"rfprune.methods.{module}"
+        monkeypatch.setattr(f"{path}.{name}", spied(getattr(import_module(path), name)))
     return seen
 
 
@@ -175,7 +174,7 @@ def test_every_setting_is_in_the_key_or_comes_after_the_collection(
     name: str, batches: list[Batch], tiny_model: Tiny
 ) -> None:
     """A new setting is in the key unless somebody says that the collection does not know it."""
-    if name in cache._AFTERWARDS:
+    if name in cache._LATER_SETTINGS:
         sizes = ("allocation", "uniform", "round_to", "rounds")
         assert name in (*sizes, "rearrange", "tune", "teacher")
         return
@@ -259,14 +258,14 @@ def test_where_a_model_lies_is_not_in_the_key(tiny_folder: Tiny, tmp_path: Path)
 def test_versions_are_in_the_key(
     name: str, tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = cache.circumstances(tiny_model())
+    known = cache.environment(tiny_model())
     monkeypatch.setattr(getattr(cache, name), "__version__", "0.0.0")
-    assert cache.circumstances(tiny_model()) != known
+    assert cache.environment(tiny_model()) != known
 
 
 def test_the_code_is_in_the_key(tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the statistics: a formula that was mended is not answered with what it gave before."""
-    known = cache.circumstances(tiny_model())
+    known = cache.environment(tiny_model())
     read_bytes = Path.read_bytes
 
     def edited(path: Path) -> bytes:
@@ -274,11 +273,11 @@ def test_the_code_is_in_the_key(tiny_model: Tiny, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(Path, "read_bytes", edited)
     cache.code_digest.cache_clear()
-    changed = cache.circumstances(tiny_model())
+    changed = cache.environment(tiny_model())
     monkeypatch.undo()
     cache.code_digest.cache_clear()
     assert changed != known
-    assert cache.circumstances(tiny_model()) == known
+    assert cache.environment(tiny_model()) == known
 
 
 def stored(folder: Path) -> Path:

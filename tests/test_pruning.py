@@ -25,7 +25,7 @@ from rfprune.cost.macs import total_macs
 from rfprune.cost.memory import total_bytes
 from rfprune.cost.params import total_params
 from rfprune.errors import UserError
-from rfprune.methods.budget import mean_tokens
+from rfprune.model.batch import mean_tokens
 from rfprune.model.checkpoint import load_pruned
 from rfprune.model.layout import layout_of
 from rfprune.model.masks import masked, num_kept
@@ -469,8 +469,8 @@ def test_the_scheduled_teacher_is_masked_at_the_square_root(
         kept_macs.append(budget / costs.original)
         return search(layout, importance, costs, budget)
 
-    for place in ("pruning", "methods.selection"):
-        monkeypatch.setattr(f"rfprune.{place}.search", spy)
+    for module in ("kwon", "allocation"):
+        monkeypatch.setattr(f"rfprune.methods.{module}.search", spy)
     for teacher, expected in (("scheduled", [0.25, 0.5]), ("dense", [0.25])):
         kept_macs.clear()
         settings = Settings(method="kwon", teacher=teacher)

@@ -6,7 +6,7 @@ import io
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,10 @@ from rfprune.export.exports import ExportJob, write_exports
 from rfprune.hub.upload import plan_of, push
 from rfprune.latency.profile import load_or_profile
 from rfprune.max_drop.search import DropSearch, constraints_to_try, find_smallest_model
-from rfprune.methods.selection import check_possible
+from rfprune.methods.budget import check_constraints
+from rfprune.methods.problem import add_token_mask, prepare_problem
 from rfprune.model.checkpoint import save_pruned
-from rfprune.model.layout import layout_of
-from rfprune.pruning import add_token_mask, prune_family
+from rfprune.pruning import prune_to_each
 from rfprune.report.cached_evaluation import evaluate_original, inputs_digest
 from rfprune.report.card import write_card
 from rfprune.report.console_table import LOG_WIDTH, print_report, write_log
@@ -91,7 +91,7 @@ def _run(options: Options, arguments: Sequence[str], device: torch.device) -> No
             text_columns=options.text_columns,
             label_column=options.label_column,
         )
-        prepared = _prepare(options, task, device, told)
+        prepared = _prepare(options, task, device, told, progress=progress)
         left = distributed.broadcast_from_main(lambda: _unfinished(options, prepared, told, screen))
         if left and options.metric == "latency":
             prepared = _with_latency_table(options, prepared, left, told, progress)
@@ -135,28 +135,13 @@ def _outcomes(
 ) -> Iterator[Outcome]:
     """The pruned models: one a constraint, or the one that a search finds."""
     if options.max_drop is None:
-        yield from map(Outcome, _family(options, prepared, _constraints(options, left), progress))
+        yield from map(Outcome, prune_to_each(prepared.problem, _constraints(options, left)))
         return
     search = DropSearch(options.max_drop, options.metric, prepared, original, progress)
     yield find_smallest_model(
         search,
-        lambda constraints: _family(options, prepared, constraints, progress),
+        lambda constraints: prune_to_each(prepared.problem, constraints),
         told.print,
-    )
-
-
-def _family(
-    options: Options, prepared: Prepared, constraints: Iterable[Constraint], progress: bool = False
-) -> Iterator[PruneResult]:
-    model, batches, settings = prepared.loaded.model, prepared.batches, prepared.settings
-    return prune_family(
-        model,
-        batches,
-        constraints,
-        settings,
-        latency_table=prepared.latency_table,
-        cache=_cache(options),
-        progress=progress,
     )
 
 
@@ -165,11 +150,11 @@ def _help(options: Options, prepared: Prepared, left: Sequence[float | None]) ->
     if not left:
         return
     if options.max_drop is not None:
-        for _ in _family(options, prepared, constraints_to_try(options.metric)):
+        for _ in prune_to_each(prepared.problem, constraints_to_try(options.metric)):
             pass  # the main one decides what comes next
         distributed.barrier()
         return
-    for _ in _family(options, prepared, _constraints(options, left)):
+    for _ in prune_to_each(prepared.problem, _constraints(options, left)):
         distributed.barrier()  # the main one is timing what it has
 
 
@@ -198,8 +183,8 @@ def _save(
                 _export_job(prepared, original, result, stored),
                 quantize=options.quantize,
             )
-        if prepared.latency_table is not None:
-            prepared.latency_table.save(temporary / LATENCY_TABLE_FILE)
+        if prepared.problem.latency_table is not None:
+            prepared.problem.latency_table.save(temporary / LATENCY_TABLE_FILE)
         write_report(report, temporary)
         write_run_page(report, temporary)
         write_card(report, temporary, options.push_to_hub)
@@ -231,15 +216,22 @@ def _with_latency_table(
     progress: bool,
 ) -> Prepared:
     """What sublayers take on this device, from the file that was given, or measured."""
-    model, batches, path = prepared.loaded.model, prepared.batches, options.latency_table
+    path, problem = options.latency_table, prepared.problem
     if path is None:
         told.print("Measuring what heads and neurons take on this device")
-    round_to = prepared.settings.round_to
     table = distributed.broadcast_from_main(
-        lambda: load_or_profile(path, model, batches, round_to=round_to, progress=progress)
+        lambda: load_or_profile(
+            path,
+            problem.model,
+            problem.layout,
+            prepared.batches,
+            round_to=problem.settings.round_to,
+            progress=progress,
+        )
     )
-    check_possible(model, batches, _constraints(options, ratios), prepared.settings, table)
-    return replace(prepared, latency_table=table)
+    problem = replace(problem, latency_table=table)
+    check_constraints(problem, _constraints(options, ratios))
+    return replace(prepared, problem=problem)
 
 
 def _export_job(
@@ -306,7 +298,9 @@ def _settings(options: Options) -> Settings:
     )
 
 
-def _prepare(options: Options, task: Task, device: torch.device, told: Console) -> Prepared:
+def _prepare(
+    options: Options, task: Task, device: torch.device, told: Console, *, progress: bool
+) -> Prepared:
     """Load the checkpoint and all data: everything that can be wrong with the input shows here."""
     check_kind(task, exports=options.export, max_drop=options.max_drop)
     told.print(f"Loading {options.model} and the data of {task.name}")
@@ -326,11 +320,12 @@ def _prepare(options: Options, task: Task, device: torch.device, told: Console) 
         seed=options.seed,
         with_labels=options.use_labels,
     )
-    layout = layout_of(loaded.model)
-    batches = [dict(add_token_mask(loaded.model, layout, batch)) for batch in batches]
+    problem = prepare_problem(
+        loaded.model, batches, _settings(options), cache=_cache(options), progress=progress
+    )
+    batches = [dict(add_token_mask(loaded.model, problem.layout, batch)) for batch in batches]
     if options.metric != "latency":  # which needs a table first
-        wanted = _constraints(options, options.ratios)
-        check_possible(loaded.model, batches, wanted, _settings(options))
+        check_constraints(problem, _constraints(options, options.ratios))
     evaluation_set = prepare_evaluation(
         task,
         loaded.tokenizer,
@@ -343,4 +338,4 @@ def _prepare(options: Options, task: Task, device: torch.device, told: Console) 
         warn_about_truncation(evaluation_set.batches, max_length)
     seconds = time.perf_counter() - start
     inputs = inputs_digest(loaded.model, batches, evaluation_set)
-    return Prepared(loaded, _settings(options), stored, batches, evaluation_set, seconds, inputs)
+    return Prepared(loaded, problem, stored, batches, evaluation_set, seconds, inputs)

@@ -51,6 +51,7 @@ class _Variant:
 def load_or_profile(
     path: Path | None,
     model: PreTrainedModel,
+    layout: Layout,
     batches: Sequence[Batch],
     *,
     round_to: int | None = None,
@@ -62,7 +63,6 @@ def load_or_profile(
         UserError: the file is not a latency table, or it was measured on another model or under
             other conditions.
     """
-    layout = layout_of(model)
     if path is None:
         batch = typical_batch(batches)
         return profile_latency(model, layout, batch, round_to=round_to, progress=progress)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-from torch import Tensor
-from transformers import PreTrainedModel
+import numpy as np
 
 from rfprune.cost.constraint import Constraint, CostModel
 from rfprune.cost.macs import mac_costs
@@ -14,94 +13,94 @@ from rfprune.cost.params import param_costs
 from rfprune.cost.rounding import restrict_to_multiples
 from rfprune.errors import UserError
 from rfprune.latency.table import LatencyTable, latency_costs
-from rfprune.model.batch import Batch, decoder_token_mask, token_mask
-from rfprune.model.layout import Layout, layout_of
+from rfprune.methods.problem import Problem
+from rfprune.model.batch import mean_decoder_tokens, mean_tokens
+from rfprune.model.plain import plain_sizes
+from rfprune.stages.uniform import min_same_sizes_cost, same_sizes
 
 
-def cost_model(
-    metric: str,
-    model: PreTrainedModel,
-    layout: Layout,
-    batches: Sequence[Batch],
-    table: LatencyTable | None = None,
-) -> CostModel:
-    """What kept units cost by the metric of a constraint; `table` is for latency.
+def cost_model(problem: Problem, metric: str) -> CostModel:
+    """The cost of keeping n units of each block, by the metric of a constraint.
+
+    Numbers of neurons that `round_to` forbids cost infinitely much.
 
     Raises:
-        UserError: latency without a table.
+        UserError: the metric is latency, and there is no latency table.
     """
+    costs = _all_sizes(problem, metric)
+    return restrict_to_multiples(costs, problem.layout, problem.settings.round_to)
+
+
+def _all_sizes(problem: Problem, metric: str) -> CostModel:
     if metric == "latency":
-        if table is None:
+        if problem.latency_table is None:
             raise UserError(
                 "a constraint on latency needs a latency table; give one that "
                 "rfprune.latency.profile.profile_latency has made"
             )
-        return latency_costs(table, layout)
+        return latency_costs(problem.latency_table, problem.layout)
     if metric == "memory":
-        return memory_costs(model, layout)
+        return memory_costs(problem.model, problem.layout)
     if metric == "params":
-        return param_costs(model, layout)
-    return mac_costs(layout, mean_tokens(batches), mean_decoder_tokens(layout, batches))
+        return param_costs(problem.model, problem.layout)
+    tokens, decoder_tokens = mean_tokens(problem.batches), mean_decoder_tokens(problem.batches)
+    return mac_costs(problem.layout, tokens, decoder_tokens)
 
 
-def mean_tokens(batches: Sequence[Batch]) -> float:
-    """Mean number of real tokens an example."""
-    return _mean_length([token_mask(batch) for batch in batches])
+def least_ratio(problem: Problem, metric: str) -> float:
+    """The smallest ratio of a constraint that can be met.
+
+    Raises:
+        UserError: with `uniform`, the model cannot have the same sizes in every layer.
+    """
+    costs = cost_model(problem, metric)
+    if problem.settings.uniform:
+        allowed = plain_sizes(problem.model, problem.layout)
+        return costs.ratio_for(min_same_sizes_cost(problem.layout, costs, allowed))
+    return costs.ratio_for(_single_unit_cost(costs))
 
 
-def mean_decoder_tokens(layout: Layout, batches: Sequence[Batch]) -> float | None:
-    """The same of a decoder that reads an encoder; None without one."""
-    if not layout.is_encoder_decoder:
-        return None
-    return _mean_length([decoder_token_mask(batch) for batch in batches])
-
-
-def _mean_length(masks: Sequence[Tensor]) -> float:
-    """Mean number of tokens of the rows of masks (B, S)."""
-    return float(sum(int(mask.sum()) for mask in masks) / sum(len(mask) for mask in masks))
-
-
-def least_ratio(costs: CostModel) -> float:
-    """The least ratio that leaves a single head or neuron."""
-    return costs.ratio_for(_least_cost(costs))
-
-
-def _least_cost(costs: CostModel) -> float:
+def _single_unit_cost(costs: CostModel) -> float:
+    """The cost of the cheapest single unit, and of what is never pruned."""
     cheapest = [float(table[1:].min()) for table in costs.tables if len(table) > 1]
     return costs.constant + min(cheapest, default=0.0)
 
 
-def check_constraints(
-    model: PreTrainedModel,
-    batches: Sequence[Batch],
-    constraints: Iterable[Constraint],
-    table: LatencyTable | None = None,
-    round_to: int | None = None,
-) -> None:
-    """Refuse what cannot be met before any work is done for it.
+def check_constraints(problem: Problem, constraints: Iterable[Constraint]) -> None:
+    """Check that constraints can be met, before any work is done for them.
 
     Raises:
-        UserError: a constraint is too small for a single head or neuron; the least is named.
+        UserError: a constraint is below the least possible ratio, which is named; or, with
+            `uniform`, the model cannot have the same sizes in every layer.
     """
-    layout = layout_of(model)
+    constraints = list(constraints)
     for constraint in constraints:
-        costs = cost_model(constraint.metric, model, layout, batches, table)
-        costs = restrict_to_multiples(costs, layout, round_to)
-        least = _least_cost(costs)
-        if constraint.ratio * costs.original < least:
-            ratio = costs.ratio_for(least)
-            where = _conditions(table) if constraint.metric == "latency" else ""
-            raise UserError(
-                f"constraint {constraint.ratio:g} on {constraint.metric} cannot be met: what is "
-                f"never pruned and a single head or neuron already cost {ratio:g} of the original"
-                f"{where}; choose {ratio:g} or more"
-            )
+        _check_single_unit(problem, constraint)
+    if problem.settings.uniform:
+        allowed = plain_sizes(problem.model, problem.layout)
+        for constraint in constraints:
+            costs = cost_model(problem, constraint.metric)
+            no_errors = [np.zeros(len(table)) for table in costs.tables]
+            budget = costs.budget(constraint)
+            same_sizes(problem.layout, no_errors, costs, budget, allowed=allowed)
 
 
-def _conditions(table: LatencyTable | None) -> str:
-    """Of a latency, what it was measured with, and what would help."""
-    if table is None:
-        return ""
+def _check_single_unit(problem: Problem, constraint: Constraint) -> None:
+    """Check that the budget of a constraint is enough for a single head or neuron."""
+    costs = cost_model(problem, constraint.metric)
+    least = _single_unit_cost(costs)
+    if constraint.ratio * costs.original < least:
+        ratio = costs.ratio_for(least)
+        table = problem.latency_table if constraint.metric == "latency" else None
+        raise UserError(
+            f"constraint {constraint.ratio:g} on {constraint.metric} cannot be met: what is never "
+            f"pruned and a single head or neuron already cost {ratio:g} of the original"
+            f"{'' if table is None else _conditions(table)}; choose {ratio:g} or more"
+        )
+
+
+def _conditions(table: LatencyTable) -> str:
+    """The conditions of a measured latency, and what would help."""
     measured = table.conditions
     return (
         f" with batches of {measured.batch_size} x {measured.sequence_length} tokens on this "

@@ -6,7 +6,7 @@ Shapes: `B` examples, `S` tokens of the encoder (or of the only stack), `T` toke
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -110,6 +110,22 @@ def token_mask(batch: Batch) -> Tensor:
 def decoder_token_mask(batch: Batch) -> Tensor:
     """(B, T) booleans: true at tokens of the decoder, false at padding."""
     return batch[DECODER_TOKEN_MASK]
+
+
+def mean_tokens(batches: Sequence[Batch]) -> float:
+    """Mean number of tokens per example, padding excluded."""
+    return _mean_length([token_mask(batch) for batch in batches])
+
+
+def mean_decoder_tokens(batches: Sequence[Batch]) -> float | None:
+    """Mean number of the decoder's tokens per example; None without the decoder's token mask."""
+    if DECODER_TOKEN_MASK not in batches[0]:
+        return None
+    return _mean_length([decoder_token_mask(batch) for batch in batches])
+
+
+def _mean_length(masks: Sequence[Tensor]) -> float:
+    return float(sum(int(mask.sum()) for mask in masks) / sum(len(mask) for mask in masks))
 
 
 def first_tokens(tokens: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ changes no bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -28,6 +28,28 @@ def full_masks(layout: Layout) -> Masks:
 def num_kept(masks: Sequence[Tensor]) -> tuple[int, ...]:
     """How many units each mask keeps."""
     return tuple(int(torch.count_nonzero(mask)) for mask in masks)
+
+
+def compose_masks(layout: Layout, masks: Masks, later_layout: Layout, later: Masks) -> Masks:
+    """Masks of the original's units, after a pruned model has been pruned again.
+
+    Args:
+        layout: of the original, to which `masks` belong.
+        later_layout: of the pruned model, to which `later` belong; emptied blocks are not in it.
+    """
+    by_consumer = {
+        block.consumer: mask for block, mask in zip(later_layout.blocks, later, strict=True)
+    }
+    return scale_kept_units(layout, masks, by_consumer)
+
+
+def scale_kept_units(layout: Layout, masks: Masks, scales: Mapping[str, Tensor]) -> Masks:
+    """Multiply the nonzero entries of masks by scales (kept units,), by consumer."""
+    scaled = tuple(mask.clone() for mask in masks)
+    for block, mask in zip(layout.blocks, scaled, strict=True):
+        if block.consumer in scales:
+            mask[mask != 0] *= scales[block.consumer].to(mask.dtype)
+    return scaled
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfprune.cache import Key, circumstances, data_digest, model_digest, remembering
+from rfprune.cache import Key, data_digest, environment, load_or_compute, model_digest
 from rfprune.report.measure import Prepared
 from rfprune.result import StageTimer
 from rfprune.tasks.evaluation import Evaluation, EvaluationSet, Logits, evaluate_model
@@ -28,13 +28,18 @@ def evaluate_original(
         The scores, and the names of the stages that came from the cache.
     """
     timer, model, evaluation_set = StageTimer(), prepared.loaded.model, prepared.evaluation_set
-    remember = remembering(cache, lambda: _logits_key(model, evaluation_set), timer, "evaluate")
 
-    def remember_arrays(compute: Callable[[], Logits]) -> Logits:
-        tensors = remember(lambda: tuple(torch.from_numpy(logits) for logits in compute()))
+    def load_logits(compute: Callable[[], Logits]) -> Logits:
+        tensors = load_or_compute(
+            lambda: tuple(torch.from_numpy(logits) for logits in compute()),
+            cache,
+            lambda: _logits_key(model, evaluation_set),
+            timer,
+            "evaluate",
+        )
         return tuple(tensor.numpy() for tensor in tensors)
 
-    evaluation = evaluate_model(model, evaluation_set, progress=progress, remember=remember_arrays)
+    evaluation = evaluate_model(model, evaluation_set, progress=progress, remember=load_logits)
     return evaluation, timer.cached
 
 
@@ -43,7 +48,7 @@ def _logits_key(model: Any, evaluation_set: EvaluationSet) -> Key:
         "logits": evaluation_set.task.name,
         "model": model_digest(model),
         "data": evaluation_digest(evaluation_set),
-        **circumstances(model),
+        **environment(model),
     }
 
 
@@ -53,7 +58,7 @@ def inputs_digest(model: Any, batches: Batches, evaluation_set: EvaluationSet) -
         "model": model_digest(model),
         "calibration": data_digest(batches),
         "evaluation": evaluation_digest(evaluation_set),
-        **circumstances(model),
+        **environment(model),
     }
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 

@@ -14,15 +14,15 @@ from rfprune.checkpoints.loading import LoadedCheckpoint
 from rfprune.cost.macs import total_macs
 from rfprune.cost.params import total_params
 from rfprune.latency.speedup import Latency, measure_latency
-from rfprune.latency.table import LatencyTable
 from rfprune.latency.timed_batch import timed_batch
-from rfprune.methods.budget import mean_decoder_tokens
+from rfprune.methods.problem import Problem
+from rfprune.model.batch import mean_decoder_tokens
 from rfprune.model.compact import compact
 from rfprune.model.layout import Layout, layout_of
 from rfprune.model.masks import masked, num_kept
 from rfprune.report.report_json import ratios, stage_seconds, versions
 from rfprune.result import PruneResult, kind_of_units, units_of_layers
-from rfprune.settings import Options, Settings
+from rfprune.settings import Options
 from rfprune.tasks.evaluation import Evaluation, EvaluationSet, divergence, evaluate_model
 from rfprune.tasks.generation import continuations
 from rfprune.tasks.inference import batch_size
@@ -41,17 +41,15 @@ class Prepared:
         stored: the dtype in which weights are saved.
         seconds: the time that loading took.
         inputs: SHA-256 of model and data, see `inputs_digest`.
-        latency_table: None unless latency is the metric.
     """
 
     loaded: LoadedCheckpoint
-    settings: Settings
+    problem: Problem
     stored: torch.dtype
     batches: Batches
     evaluation_set: EvaluationSet
     seconds: float
     inputs: str
-    latency_table: LatencyTable | None = None
 
 
 @dataclass(frozen=True)
@@ -97,12 +95,12 @@ def measure(
         data = prepared.evaluation_set
         stages = stage_scores(model, result, data, original, pruned, progress=progress)
     latency = measure_latency(
-        model, result.model, timed_batch(prepared.batches, prepared.latency_table)
+        model, result.model, timed_batch(prepared.batches, prepared.problem.latency_table)
     )
-    decoder_tokens = mean_decoder_tokens(result.layout, prepared.batches)
-    tokens = (result.mean_tokens, decoder_tokens)
-    before = _costs(model, original, latency.original_ms, tokens, prepared.stored)
-    after = _costs(result.model, pruned, latency.pruned_ms, tokens, stored)
+    tokens = result.mean_tokens, mean_decoder_tokens(prepared.batches)
+    macs = total_macs(result.layout, *tokens), total_macs(layout_of(result.model), *tokens)
+    before = _costs(model, macs[0], original, latency.original_ms, prepared.stored)
+    after = _costs(result.model, macs[1], pruned, latency.pruned_ms, stored)
     return {
         "model": options.model,
         "source": prepared.loaded.source,
@@ -114,7 +112,7 @@ def measure(
         "constraint": result.constraint.ratio,
         "seed": options.seed,
         "samples": sum(batch_size(batch) for batch in prepared.batches),
-        "settings": dataclasses.asdict(prepared.settings),
+        "settings": dataclasses.asdict(prepared.problem.settings),
         "device": str(model.device),
         "dtype": dtype_name(model.dtype),
         "stored_dtype": dtype_name(stored),
@@ -154,21 +152,20 @@ def _continuations(prepared: Prepared, pruned: Any) -> dict[str, Any]:
 
 def _costs(
     model: Any,
+    macs: float,
     evaluation: Evaluation,
     latency_ms: float,
-    tokens: tuple[float, float | None],
     stored: torch.dtype,
 ) -> dict[str, float]:
     """Score, costs and latency of one model.
 
     Args:
-        tokens: mean input length, and mean length of the decoder's input (None without a decoder).
         stored: the dtype in which floating-point weights are saved.
     """
     tensors = _distinct(model.state_dict())
     return {
         "score": evaluation.score,
-        "macs": total_macs(layout_of(model), *tokens),
+        "macs": macs,
         "params": total_params(model),
         "bytes": sum(
             tensor.numel() * (stored if tensor.is_floating_point() else tensor.dtype).itemsize

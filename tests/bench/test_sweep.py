@@ -210,7 +210,7 @@ def test_one_variant_that_fails_leaves_the_others(
     def fail(*_: Any, **__: Any) -> None:
         raise UserError("no gradients today")
 
-    monkeypatch.setattr("rfprune.methods.selection.collect_gradients", fail)
+    monkeypatch.setattr("rfprune.methods.kwon.collect_gradients", fail)
     assert sweep("--variant kwon-search curvature-select") == 1
     assert [line["variant"] for line in lines_of(output)] == ["curvature-select"]
     assert "kwon-search: not measured: no gradients today" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from rfprune.main import main
-from rfprune.methods import selection
+from rfprune.methods import curvature, kwon
 from rfprune.model.checkpoint import load_pruned
 from rfprune.report.output_folder import _beside, check_output, holds, staged
 from rfprune.report.report_json import read_report
@@ -80,8 +80,8 @@ CASES: dict[str, tuple[str, str, int, bool, bool, int]] = {
         ("loading", "curvature", "run.load", 1, False, False, 0),
         ("scoring", "curvature", "tasks.evaluation._scores", 1, True, False, 0),
         ("collection", "curvature", "stages.curvature._add_step", 2, True, False, 0),
-        ("curves", "curvature", "selection.error_curves", 1, True, False, 0),
-        ("allocation", "curvature", "selection.allocate", 1, True, True, 0),
+        ("curves", "curvature", "methods.curvature.error_curves", 1, True, False, 0),
+        ("allocation", "curvature", "methods.allocation.allocate", 1, True, True, 0),
         ("compaction", "curvature", "pipeline.compact", 1, True, True, 0),
         ("reconstruction", "curvature", "stages.reconstruct._fit_block", 3, True, True, 0),
         ("measurement", "curvature", "run.measure", 1, True, True, 0),
@@ -91,14 +91,14 @@ CASES: dict[str, tuple[str, str, int, bool, bool, int]] = {
         ("log", "curvature", "run.write_log", 1, True, True, 0),
         ("renaming", "curvature", "output._put_in_place", 1, True, True, 0),
         ("table", "curvature", "run.print_report", 1, True, True, 1),
-        ("second", "curvature", "selection.allocate", 2, True, True, 1),
+        ("second", "curvature", "methods.allocation.allocate", 2, True, True, 1),
         ("second report", "curvature", "run.write_report", 2, True, True, 1),
         ("end", "curvature", "run.print_report", 2, True, True, 2),
         ("cache before", "curvature", "cache.save", 2, True, False, 0),
         ("cache after", "curvature", "cache._make_room", 2, True, True, 0),
         ("kwon's collection", "kwon", "stages.fisher._batch_gradients", 2, True, False, 0),
-        ("kwon's search", "kwon", "selection.search", 1, True, True, 0),
-        ("kwon's rearrangement", "kwon", "selection.rearrange", 2, True, True, 0),
+        ("kwon's search", "kwon", "methods.allocation.search", 1, True, True, 0),
+        ("kwon's rearrangement", "kwon", "methods.kwon.rearrange", 2, True, True, 0),
         ("kwon's tuning", "kwon", "stages.reconstruct._fit_block", 2, True, True, 0),
     )
 }
@@ -167,9 +167,9 @@ def test_a_killed_run_goes_on(
         load_pruned(folder / "out" / output)
 
     collections: list[str] = []
-    for collector in ("collect_curvature", "collect_gradients"):
-        spied = spy(getattr(selection, collector), collections)
-        monkeypatch.setattr(selection, collector, spied)
+    for module, collector in ((curvature, "collect_curvature"), (kwon, "collect_gradients")):
+        spied = spy(getattr(module, collector), collections)
+        monkeypatch.setattr(module, collector, spied)
     scorings: list[str] = []
     monkeypatch.setattr(evaluation, "_logits", spy(evaluation._logits, scorings))
     monkeypatch.setattr("rfprune.latency.speedup.MAX_ROUNDS", 1)
@@ -227,7 +227,7 @@ def test_the_same_command_again_shows_what_is_there(
     first = capsys.readouterr()
     times = written_at()
     monkeypatch.setattr("rfprune.cli.run.evaluate_original", None)
-    monkeypatch.setattr("rfprune.cli.run.prune_family", None)
+    monkeypatch.setattr("rfprune.cli.run.prune_to_each", None)
     assert main(flags) == 0
     again = capsys.readouterr()
     assert again.out == first.out

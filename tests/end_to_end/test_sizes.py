@@ -25,8 +25,9 @@ from rfprune.cost.macs import mac_costs
 from rfprune.errors import UserError
 from rfprune.families.architectures import ARCHITECTURES
 from rfprune.main import main
-from rfprune.methods.budget import cost_model, mean_tokens
-from rfprune.methods.selection import least_possible
+from rfprune.methods.budget import least_ratio
+from rfprune.methods.problem import prepare_problem
+from rfprune.model.batch import mean_tokens
 from rfprune.model.layout import layout_of
 from rfprune.model.masks import num_kept
 from rfprune.pruning import prune, prune_family
@@ -128,16 +129,14 @@ def test_uniform_below_what_heads_alone_cost_is_refused_before_anything_is_colle
     def collect(*_: Any, **__: Any) -> Any:
         raise AssertionError("it must not come to that")
 
-    monkeypatch.setattr("rfprune.methods.selection.collect_curvature", collect)
+    monkeypatch.setattr("rfprune.methods.curvature.collect_curvature", collect)
     settings = Settings(uniform=True)
     with pytest.raises(UserError, match=r"all heads stay.*leave out --uniform") as raised:
         prune(model, batches, Constraint("mac", 0.3), settings)
     monkeypatch.undo()
     named = float(re.findall(r"at least ([\d.]+\d)", str(raised.value))[0])
-    layout = layout_of(model)
-    costs = cost_model("mac", model, layout, batches)
-    assert least_possible(model, layout, costs, settings) == named
-    assert least_possible(model, layout, costs, Settings()) < 0.3
+    assert least_ratio(prepare_problem(model, batches, settings), "mac") == named
+    assert least_ratio(prepare_problem(model, batches, Settings()), "mac") < 0.3
     result = prune(model, batches, Constraint("mac", named), settings)
     assert sizes(result, "neurons") == [1, 1]
 

@@ -110,7 +110,7 @@ def test_a_finished_run_is_pushed_by_the_same_command(
     flags: Flags, hub: StubHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(flags()) == 0
-    monkeypatch.setattr("rfprune.cli.run.prune_family", None)  # there is nothing left to prune
+    monkeypatch.setattr("rfprune.cli.run.prune_to_each", None)  # there is nothing left to prune
     assert main(flags(push_to_hub="someone/small")) == 0
     assert 'name = "someone/small"' in hub.files["README.md"].decode()
 

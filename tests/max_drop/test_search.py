@@ -18,11 +18,12 @@ from rfprune import load_pruned
 from rfprune.cost.constraint import Constraint
 from rfprune.errors import UserError
 from rfprune.main import main
-from rfprune.methods.budget import check_constraints, cost_model, least_ratio
-from rfprune.model.layout import layout_of
+from rfprune.methods.budget import check_constraints, least_ratio
+from rfprune.methods.problem import prepare_problem
 from rfprune.pruning import prune_family
 from rfprune.report.figures import max_drop_figure
 from rfprune.report.report_json import read_report
+from rfprune.settings import Settings
 from rfprune.stages.curvature import collect_curvature
 from rfprune.tasks import evaluation
 from rfprune.tasks.bootstrap import Drop
@@ -63,7 +64,7 @@ def collections(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         made.append(1)
         return original(*arguments, **options)
 
-    monkeypatch.setattr("rfprune.methods.selection.collect_curvature", counting)
+    monkeypatch.setattr("rfprune.methods.curvature.collect_curvature", counting)
     return made
 
 
@@ -189,11 +190,11 @@ def test_an_impossible_constraint_of_a_list_is_refused_at_once_and_of_an_iterato
 def test_the_least_ratio_is_the_smallest_that_is_not_refused(
     metric: str, tiny_model: Tiny, tiny_batch: Tiny
 ) -> None:
-    model, batches = tiny_model(), batches_of(tiny_batch)
-    least = least_ratio(cost_model(metric, model, layout_of(model), batches))
-    check_constraints(model, batches, [Constraint(metric, least)])
+    problem = prepare_problem(tiny_model(), batches_of(tiny_batch), Settings())
+    least = least_ratio(problem, metric)
+    check_constraints(problem, [Constraint(metric, least)])
     with pytest.raises(UserError, match=f"choose {least:g} or more"):
-        check_constraints(model, batches, [Constraint(metric, least - 1e-4)])
+        check_constraints(problem, [Constraint(metric, least - 1e-4)])
 
 
 @pytest.mark.parametrize("task", ["sst2", "stsb", "squad"])

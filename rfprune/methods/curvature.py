@@ -1,0 +1,79 @@
+"""The default method: error curves with correlations between units, and their exact allocation.
+
+    collect   second moments of the inputs and of the output gradients of every consumer, in one
+              forward and backward pass: a Kronecker approximation of its Fisher information
+    order     greedy Optimal Brain Surgeon removes the units of a block one after the other; the
+              other units compensate; the sum of errors is the block's error curve
+    choose    the numbers of units with the least total error within the budget, by dynamic
+              programming over all blocks
+    fit       every out-projection by least squares against the original, and the projections that
+              read hidden states
+
+Sources: Kurtic et al. 2023 (ZipLM, arXiv 2302.04089) and van der Ouderaa et al. 2024 (LLM Surgeon,
+arXiv 2312.17244) for the error curves; the allocation and the fit are our own, see
+`rfprune.stages.allocate`, `rfprune.stages.tune` and `rfprune.stages.align`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rfprune.cache import Tensors
+from rfprune.cost.constraint import Constraint, CostModel
+from rfprune.methods.allocation import divide_budget
+from rfprune.methods.problem import Problem
+from rfprune.model.frozen import frozen
+from rfprune.model.masks import Masks
+from rfprune.stages.curvature import collect_curvature, error_curves
+from rfprune.stages.optimal_brain_surgeon import ErrorCurve
+from rfprune.stages.tune import refit
+
+
+@dataclass(frozen=True)
+class CurvatureStatistics:
+    """The removal order and the error curve of every block."""
+
+    curves: tuple[ErrorCurve, ...]
+    importance: None = None
+
+    def choose_units(self, problem: Problem, costs: CostModel, budget: float) -> Masks:
+        """The numbers of units with the least total error; within a block by removal order."""
+        with problem.timer.stage("search"):
+            errors = [curve.errors.numpy() for curve in self.curves]
+            kept = divide_budget(problem, errors, costs, budget)
+            return tuple(curve.mask(n) for curve, n in zip(self.curves, kept, strict=True))
+
+    def fit(
+        self, problem: Problem, student: PreTrainedModel, _: Constraint
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """All weights of every out-projection; no scales of units."""
+        return {}, refit_weights(problem, student)
+
+
+def collect(problem: Problem) -> CurvatureStatistics:
+    """Error curves of all blocks. They are cached, a few kilobytes, rather than the moments that
+    they are made from, which may be gigabytes."""
+    tensors = problem.load_or_collect(_orders_and_errors)
+    pairs = zip(tensors[::2], tensors[1::2], strict=True)
+    return CurvatureStatistics(tuple(ErrorCurve(order, errors) for order, errors in pairs))
+
+
+def _orders_and_errors(problem: Problem) -> Tensors:
+    """Removal order (U,) and errors (U + 1,) of each block, in turn."""
+    with problem.timer.stage("collect"), frozen(problem.model):
+        moments = collect_curvature(problem.calibration)
+    with problem.timer.stage("search"):
+        curves = error_curves(problem.model, problem.layout, moments, progress=problem.progress)
+    return tuple(tensor for curve in curves for tensor in (curve.order, curve.errors))
+
+
+def refit_weights(problem: Problem, student: PreTrainedModel) -> list[str]:
+    """Fit every out-projection of a pruned model to the original, in place.
+
+    Returns:
+        A warning for each block that could not be fitted.
+    """
+    return refit(problem.model, student, problem.layout, problem.inputs, progress=problem.progress)
