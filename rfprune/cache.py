@@ -10,13 +10,14 @@ the last one wins, with the same contents. The entries longest unused go when th
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
 import secrets
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -47,6 +48,9 @@ _ABANDONED_SECONDS = 3600.0
 
 _LATER_SETTINGS = ("allocation", "rearrange", "tune", "teacher", "uniform", "round_to", "rounds")
 """Settings of what follows the collection. Any other is part of the key, also one that is new."""
+
+_COMPUTED_BY = ("rfprune.methods.statistics", "rfprune.tasks.evaluation")
+"""The modules that compute what is cached: statistics of a method, and the original's logits."""
 
 _SINCE_LOADING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 """Entries of a configuration that say where a model comes from, not what it computes."""
@@ -246,16 +250,39 @@ def data_digest(batches: Iterable[Mapping[str, Tensor]]) -> str:
 
 @lru_cache(maxsize=1)
 def code_digest() -> str:
-    """SHA-256 of the code that statistics come from: none outlives a change of it."""
-    package = Path(__file__).parent
+    """SHA-256 of the source code that cached tensors come from, so no entry outlives a change."""
     digest = hashlib.sha256()
-    folders = ("families", "methods", "model", "stages")
-    sources = (path for folder in folders for path in package.glob(f"{folder}/*.py"))
-    outside = ("embeddings.py", "tasks/inference.py", "tasks/language_modeling.py")
-    others = (package / name for name in outside)
-    for path in sorted((*sources, *others)):
-        digest.update(f"{path.name}\n".encode() + path.read_bytes())
+    for name in sorted(code_modules()):
+        digest.update(f"{name}\n".encode() + _source_file(name).read_bytes())
     return digest.hexdigest()
+
+
+def code_modules() -> set[str]:
+    """Names of the modules of rfprune that cached tensors come from: `_COMPUTED_BY` and everything
+    that these import, also inside functions."""
+    found: set[str] = set()
+    waiting = list(_COMPUTED_BY)
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += _imports(ast.parse(_source_file(name).read_bytes()))
+    return found
+
+
+def _imports(tree: ast.Module) -> Iterator[str]:
+    """Names of the modules of rfprune that a module imports."""
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+        yield from (
+            name for name in names if name.startswith("rfprune.") and _source_file(name).is_file()
+        )
+
+
+def _source_file(module: str) -> Path:
+    return Path(__file__).parents[1].joinpath(*module.split(".")).with_suffix(".py")
 
 
 def _feed(digest: Any, name: str, tensor: Tensor) -> None:

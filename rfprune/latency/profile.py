@@ -29,7 +29,7 @@ from rfprune.model.batch import Batch, model_inputs
 from rfprune.model.compact import compact
 from rfprune.model.frozen import frozen
 from rfprune.model.layerwise import layer_calls
-from rfprune.model.layout import Block, Layout, layout_of
+from rfprune.model.layout import Block, Layout
 
 BUDGET = TimingBudget(seconds=120.0, min_rounds=3, warm_up_rounds=1)
 
