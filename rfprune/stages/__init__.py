@@ -1,1 +1,1 @@
-"""The stages of the method, one a file; pure functions of tensors wherever they can be."""
+"""The mathematics of pruning: one step of the method per file; README.md explains their order."""

@@ -1,4 +1,4 @@
-"""Sums and factorisations in float64, wherever the model is."""
+"""Sums and factorisations in float64, whatever the dtype and device of the model."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """Where what is computed on a device is summed: Apple's GPUs (MPS) have no float64."""
+    """The device for float64 sums of tensors on `device`: the CPU for MPS, which has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
 def to_float64(values: Tensor, device: torch.device | None = None) -> Tensor:
-    """Values, without their gradient, in float64 on a device that has it; given none, their own."""
+    """Detached values in float64, on a device (their own by default), or the CPU for MPS."""
     where = float64_device(values.device if device is None else device)
-    return values.detach().to(where).double()  # in this order: see above
+    return values.detach().to(where).double()  # move first: MPS cannot convert to float64

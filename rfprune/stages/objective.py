@@ -1,24 +1,23 @@
-"""What is differentiated: Fisher factors of a model's own predictions, the loss on labels, or a
-loss that the user gives.
+"""Objectives: the scalars per example that are differentiated to collect gradients.
+
+An objective is the Fisher information of the model's own predictions (the default, without labels),
+the task's loss on labels (as in Kwon et al. 2022, section 4.1), or a loss that the user defines.
 
 A Fisher factor is a scalar per example whose gradient g contributes g·gᵀ to the Fisher information.
-The label-free factors below give the true Fisher of the predictive distribution, which is the
-Hessian of KL(unpruned || pruned) at the unpruned model, and need no labels:
+The factors below give the true Fisher information of the predictive distribution. This is the
+Hessian of KL(unpruned || pruned) at the unpruned model.
 
-- classification, of texts, images or choices: the Fisher in logits is diag(p) - p·pᵀ; its square
-  root has C - 1 columns, so that many backward passes are exact (one for two classes). Beyond
-  `EXACT_CLASSES` a label sampled from the model stands in.
-- regression: a Gaussian of unit variance; the factor is the output.
-- multi-label: independent Bernoullis; one factor a label.
-- question answering: start and end sampled from the model.
-- a prediction a token (language models of all kinds, token classification): a label sampled from
-  the model for every real token. Given the inputs, labels of different tokens are independent, so
-  that the sum over the tokens is one factor.
-- a model without a head: its embedding (see `rfprune.embeddings`) with Gaussian noise of unit
+- Classification of texts, images or choices: the Fisher information of the logits is
+  diag(p) - p·pᵀ. Its square root has C - 1 columns, so C - 1 backward passes are exact. Beyond
+  `EXACT_CLASSES` classes, a label is sampled from the model instead.
+- Regression: a Gaussian of unit variance; the factor is the output.
+- Multi-label classification: independent Bernoulli variables, one factor per label.
+- Question answering: start and end positions are sampled from the model.
+- One prediction per token (language models, token classification): a label is sampled for every
+  token that is not padding. Labels of different tokens are independent given the inputs, so their
+  sum is one factor.
+- Models without a head: the embedding (see `rfprune.embeddings`) with Gaussian noise of unit
   variance; the factors are its inner products with random directions.
-
-The paper (Kwon et al. 2022, section 4.1) uses the empirical Fisher of the labels, available as
-`label_losses`.
 """
 
 from __future__ import annotations
@@ -35,25 +34,30 @@ from rfprune.embeddings import embed, pooling_of
 from rfprune.errors import UserError
 
 EXACT_CLASSES = 8
+"""The largest number of classes with an exact Fisher information."""
+
 EMBEDDING_DIRECTIONS = 4
-"""Random directions in which an embedding is differentiated."""
+"""Number of random directions in which an embedding is differentiated."""
 
 Batch = Mapping[str, Tensor]
 Loss = Callable[[Any, Batch], Tensor]
-"""From a model's outputs and the batch they are of, labels included, to a loss for every example,
-(B,), or their mean, a scalar."""
+"""From the outputs of a model and their batch, labels included, to a loss per example, (B,), or its
+mean."""
 
 PREDICTIONS: Final = "predictions"
 LABELLED: Final = "labels"
 Objective = Literal["predictions", "labels"] | Loss
-"""What is differentiated: `fisher_factors`, `label_losses`, or a loss that the user gives."""
+"""`PREDICTIONS` (Fisher factors), `LABELLED` (the loss on labels), or the user's loss."""
 
-_ENTRIES_AT_A_TIME = 2**24
-"""Of logits, where labels are drawn for many tokens."""
+_LOGITS_AT_A_TIME = 2**24
+"""Labels of many tokens are sampled in parts of this many logits, to limit memory."""
 
 
 def batch_generator(seed: int, batch_number: int) -> torch.Generator:
-    """Of the labels that are drawn for one batch, whoever draws them, and in whatever order."""
+    """Random generator for the sampled labels of one batch.
+
+    It does not depend on the order of the batches or on the process that runs them.
+    """
     return torch.Generator().manual_seed((seed + batch_number * 0x9E3779B97F4A7C15) % 2**63)
 
 
@@ -65,28 +69,40 @@ def objective_values(
     *,
     objective: Objective,
 ) -> list[Tensor]:
-    """What is differentiated, (B,) each: `fisher_factors`, `label_losses`, or the loss given.
+    """The values of an objective that are differentiated one after the other.
+
+    Args:
+        outputs: of the model on `batch`.
+        batch: the model's inputs, with labels where the objective needs them.
+        config: of the model.
+        generator: of sampled labels; see `batch_generator`.
+        objective: see `Objective`.
+
+    Returns:
+        A list of values per example, (B,) each: several for exact Fisher factors, else one.
 
     Raises:
-        UserError: there is no such thing for these outputs, or the loss is of another shape.
+        UserError: the objective is not defined for these outputs, labels are missing, or the user's
+            loss has another shape.
     """
     if objective == PREDICTIONS:
         return fisher_factors(outputs, batch, config, generator)
     if objective == LABELLED:
         return label_losses(outputs, batch, config)
     assert callable(objective)
-    return [_given_loss(objective, outputs, batch)]
+    return [_user_loss(objective, outputs, batch)]
 
 
 def fisher_factors(
     outputs: Any, batch: Batch, config: PretrainedConfig, generator: torch.Generator
 ) -> list[Tensor]:
-    """Scalars per example, (B,) each, whose squared gradients add up to the Fisher information.
+    """Scalars per example, (B,) each, whose squared gradients sum to the Fisher information.
 
     Args:
-        outputs: of a model with one of the heads above, or none.
-        batch: the inputs; what is padding in them counts for nothing.
-        generator: draws labels where the exact Fisher would need too many backward passes.
+        outputs: of a model with one of the heads above, or without a head.
+        batch: the model's inputs; padding has no influence.
+        config: of the model.
+        generator: of sampled labels.
 
     Raises:
         UserError: the outputs are of another kind.
@@ -97,10 +113,10 @@ def fisher_factors(
     logits = outputs.get("logits")
     if logits is None and outputs.get("last_hidden_state") is not None:
         hidden = outputs["last_hidden_state"]
-        embeddings = embed(hidden, _predicted(batch, hidden, config), pooling_of(config))
+        embeddings = embed(hidden, _token_mask(batch, hidden, config), pooling_of(config))
         return _projections(embeddings, generator)
     if logits is not None and logits.dim() == 3:
-        return [_sampled_tokens(logits, _predicted(batch, logits, config), generator)]
+        return [_sampled_tokens(logits, _token_mask(batch, logits, config), generator)]
     logits = _class_logits(outputs, batch, config)
     if not _is_choice(batch):
         if config.problem_type == "multi_label_classification":
@@ -114,61 +130,65 @@ def fisher_factors(
 
 
 def label_losses(outputs: Any, batch: Batch, config: PretrainedConfig) -> list[Tensor]:
-    """The task's loss of each example, [(B,)], from its labels (the authors' empirical Fisher).
+    """The task's loss of each example, [(B,)], as in the authors' empirical Fisher information.
 
     Raises:
-        UserError: the batch has no labels, or the outputs are not those of a head that has any.
+        UserError: the batch has no labels, or the head has no loss on labels.
     """
     needed = ("start_positions", "end_positions") if "start_logits" in outputs else ("labels",)
     if any(name not in batch for name in needed):
         raise UserError(
-            f"the batches hold no {' and '.join(needed)}, which --use-labels needs; "
+            f"the batches hold no {' and '.join(needed)}, which --use-labels (use_labels) needs; "
             "leave it out, or use labelled data"
         )
     if "start_logits" in outputs:
         start = _position_loss(outputs["start_logits"], batch["start_positions"])
         return [(start + _position_loss(outputs["end_logits"], batch["end_positions"])) / 2]
     logits, labels = outputs.get("logits"), batch["labels"]
-    if logits is not None and logits.dim() == 3 and _is_aligned(outputs, logits, config):
+    if logits is not None and logits.dim() == 3 and _has_aligned_labels(outputs, logits, config):
         losses = functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
         return [losses.sum(1) / (labels != -100).sum(1).clamp_min(1)]
     logits = _class_logits(outputs, batch, config)
     if not _is_choice(batch):
         if config.problem_type == "regression" or logits.shape[1] == 1:
             return [(logits - labels.to(logits).view_as(logits)).square().mean(1)]
-        if labels.shape == logits.shape:  # several labels at once: independent Bernoullis
+        if labels.shape == logits.shape:  # multi-label classification
             loss = functional.binary_cross_entropy_with_logits
             return [loss(logits, labels.to(logits), reduction="none").mean(1)]
     return [functional.cross_entropy(logits, labels.view(-1), reduction="none")]
 
 
-def _given_loss(loss: Loss, outputs: Any, batch: Batch) -> Tensor:
-    """(B,), also of a loss that is a mean over the batch."""
+def _user_loss(loss: Loss, outputs: Any, batch: Batch) -> Tensor:
+    """The user's loss per example, (B,); a mean over the batch is repeated."""
     values: Any = loss(outputs, batch)
     size = len(next(iter(batch.values())))
     if not isinstance(values, Tensor) or values.shape not in ((), (size,)):
-        found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        is_tensor = isinstance(values, Tensor)
+        found = f"shape {tuple(values.shape)}" if is_tensor else f"type {type(values).__name__}"
         raise UserError(
-            f"the loss gives {found}, but a number an example, ({size},), or one for the batch is "
-            "wanted; reduce it over tokens and classes"
+            f"the loss has {found}, but must be a tensor with one value per example, ({size},), or "
+            "one for the batch, (); reduce it over tokens and classes"
         )
     if not values.requires_grad:
         raise UserError(
-            "the loss does not depend on the model in a way that can be differentiated; make it "
-            "of the outputs, without detach() or no_grad()"
+            "the loss has no gradient with respect to the model; compute it from the outputs, "
+            "without detach() or no_grad()"
         )
     each: Tensor = values.expand(size)
     return each
 
 
 def _is_choice(batch: Batch) -> bool:
-    """Whether an example is several texts of which one is to be chosen: (B, C, S)."""
+    """Whether the batch is of multiple-choice examples, (B, C, S)."""
     return "input_ids" in batch and batch["input_ids"].dim() == 3
 
 
-def _is_aligned(outputs: Any, logits: Tensor, config: PretrainedConfig) -> bool:
-    """Whether logits (B, S, C) and labels (B, S) belong together place by place; those of a causal
-    language model are one apart, and this cannot be told from those of a masked one."""
+def _has_aligned_labels(outputs: Any, logits: Tensor, config: PretrainedConfig) -> bool:
+    """Whether labels (B, S) are those of the logits (B, S, C) at the same positions.
+
+    Labels of a causal language model are shifted by one. Its outputs look like those of a masked
+    language model, so the labels of both are refused.
+    """
     return "encoder_last_hidden_state" in outputs or logits.shape[-1] == config.num_labels
 
 
@@ -177,15 +197,15 @@ def _class_logits(outputs: Any, batch: Batch, config: PretrainedConfig) -> Tenso
     wanted = batch["input_ids"].shape[1] if _is_choice(batch) else config.num_labels
     if logits is None or logits.shape[1:] != (wanted,):
         raise UserError(
-            "the model returns nothing that can be differentiated without labels (a row of logits "
-            "an example or a token, start and end logits, or hidden states); use a model with such "
-            "a head, or give prune() a loss"
+            "the model has no output that an objective is defined for (logits per example or per "
+            "token, start and end logits, or hidden states); use a model with such a head, or pass "
+            "a loss to prune()"
         )
     return logits
 
 
-def _predicted(batch: Batch, values: Tensor, config: PretrainedConfig) -> Tensor:
-    """(B, S) booleans, true where values (B, S, ...) are about a token, not padding.
+def _token_mask(batch: Batch, values: Tensor, config: PretrainedConfig) -> Tensor:
+    """Booleans (B, S) for values (B, S, ...) of the model: false at padding.
 
     Raises:
         UserError: the batch has another number of tokens.
@@ -194,19 +214,19 @@ def _predicted(batch: Batch, values: Tensor, config: PretrainedConfig) -> Tensor
     mask = batch.get("attention_mask" if decoder is None else "decoder_attention_mask")
     if mask is None and decoder is not None:
         mask = decoder != config.pad_token_id
-        mask[:, 0] = True  # where decoding starts, which may be written as padding is
+        mask[:, 0] = True  # the first token of a decoder may be the padding token
     if mask is None:
         return torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
     if mask.shape != values.shape[:2]:
         raise UserError(
-            f"the model predicts {tuple(values.shape[:2])} tokens, but the attention mask has "
-            f"{tuple(mask.shape)}; give one number per token"
+            f"the model has outputs for {tuple(values.shape[:2])} tokens, but the attention mask "
+            f"has shape {tuple(mask.shape)}; use one number per token"
         )
     return mask.to(values.device) != 0
 
 
 def _position_loss(logits: Tensor, positions: Tensor) -> Tensor:
-    """Cross-entropy (B,) over (B, S); answers that truncation cut off count for nothing."""
+    """Cross-entropy (B,) of positions in logits (B, S); zero for answers beyond the S tokens."""
     length = logits.shape[1]
     positions = positions.view(-1).clamp(0, length)
     return functional.cross_entropy(logits, positions, ignore_index=length, reduction="none")
@@ -216,35 +236,41 @@ def _fisher_root(logits: Tensor) -> Tensor:
     """R (B, C, C-1) with R·Rᵀ = diag(p) - p·pᵀ for p = softmax(logits)."""
     p = logits.cpu().double().softmax(-1)
     fisher = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
-    values, vectors = torch.linalg.eigh(fisher)  # ascending: the first is 0, of equal entries
+    values, vectors = torch.linalg.eigh(
+        fisher
+    )  # ascending: the first one is 0, for the vector of ones
     root: Tensor = vectors[..., 1:] * values[:, None, 1:].clamp_min(0).sqrt()
     return root.to(logits)
 
 
 def _sampled_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Negative log-likelihood (B,) of one label drawn from softmax of the logits (B, C)."""
+    """Negative log-likelihood (B,) of a label sampled from logits (B, C)."""
     probabilities = logits.detach().float().softmax(-1).cpu()
     labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(logits.device)
     return functional.cross_entropy(logits, labels, reduction="none")
 
 
 def _sampled_tokens(logits: Tensor, tokens: Tensor, generator: torch.Generator) -> Tensor:
-    """A factor (B,) with the gradient of -Σ_s log p_s(y_s), y_s drawn from softmax of logits (B, S,
-    V) at each of the `tokens` (B, S).
+    """Negative log-likelihood of a label sampled at every token, up to a constant, (B,).
 
-    That gradient is p - onehot(y) in the logits, whose inner product with them therefore has it:
-    one array of the size of the logits, where cross-entropy would keep two and make a third.
-    In float32, some tokens at a time: the vocabulary may be large.
+    Its gradient in the logits is p - onehot(y), so the inner product of the logits with that matrix
+    is a scalar of the same gradient. It needs one array of the size of the logits, where
+    cross-entropy keeps two and makes a third. Vocabularies may be large, so this is done in float32
+    for some of the tokens at a time.
+
+    Args:
+        logits: (B, S, V).
+        tokens: (B, S) booleans, false at padding.
     """
     slopes = torch.empty_like(logits, requires_grad=False)
     draws = torch.rand(tokens.shape, generator=generator).to(logits.device)
-    rows = max(1, _ENTRIES_AT_A_TIME // logits.shape[-1])
+    rows = max(1, _LOGITS_AT_A_TIME // logits.shape[-1])
     parts = (values.flatten(0, 1).split(rows) for values in (logits.detach(), slopes))
     masks = (values.flatten()[:, None].split(rows) for values in (draws, tokens))
     for values, target, draw, mask in zip(*parts, *masks, strict=True):
         p = values.float().softmax(-1)
         total = p.cumsum(-1)
-        # The last sum is not quite 1; what has no probability is never drawn.
+        # The last sum is not exactly 1. Labels without probability are never sampled.
         labels = torch.searchsorted(total, draw * total[:, -1:], right=True)
         labels = labels.clamp_max(p.shape[-1] - 1)
         p.scatter_add_(1, labels, torch.full_like(draw, -1.0))
@@ -253,8 +279,11 @@ def _sampled_tokens(logits: Tensor, tokens: Tensor, generator: torch.Generator) 
 
 
 def _projections(embeddings: Tensor, generator: torch.Generator) -> list[Tensor]:
-    """Inner products (B,) of embeddings (B, d) with random directions: their squared gradients are
-    on average those of all d entries, the Fisher information under Gaussian noise of variance 1."""
+    """Inner products (B,) of embeddings (B, d) with random directions.
+
+    The expectation of their squared gradients is the sum over all d entries: the Fisher information
+    under Gaussian noise of unit variance.
+    """
     shape = (EMBEDDING_DIRECTIONS, *embeddings.shape)
     directions = torch.randn(shape, generator=generator, dtype=torch.float64)
     directions /= EMBEDDING_DIRECTIONS**0.5

@@ -1,11 +1,12 @@
-"""The same in every layer: a fraction (the classical baseline), or a size (a plain architecture).
+"""Sizes that are the same in every layer: one fraction, or one number of heads and of neurons.
 
-`same_fraction` is the classical alternative to a budget that is shared globally. One fraction holds
-for the heads and the neurons of all layers, the largest that fits the budget. Each block keeps its
-most important units, ceil(fraction x units) of them, so that none is emptied.
+`same_fraction` is the classical alternative to a budget that all layers share. The largest fraction
+that fits the budget applies to the heads and neurons of all layers. A block keeps its
+ceil(fraction x units) most important units, so none is emptied.
 
-`same_sizes` chooses a number of heads and a number of neurons, each the same in every layer, but
-apart from each other, for the least total error. What comes out can be told in a configuration.
+`same_sizes` chooses a number of heads and a number of neurons that hold for every layer, with the
+smallest total error. Such a model is an ordinary one of its family: its sizes fit into the
+configuration, and it loads without code from the checkpoint.
 """
 
 from __future__ import annotations
@@ -28,14 +29,20 @@ from rfprune.stages.search import keep_most_important
 def same_fraction(
     layout: Layout, importance: Sequence[Tensor], costs: CostModel, budget: float
 ) -> Masks:
-    """Masks that keep the same fraction of every block, its most important units.
+    """Masks that keep the most important units of every block, the same fraction in each.
 
     Args:
-        importance: per block the importance (U,) of its units; of equals the first stay.
-        budget: what all kept units together may cost.
+        layout: the blocks.
+        importance: (U,) per block. Of units with equal importance the first ones are kept.
+        costs: cost tables of the same blocks.
+        budget: largest cost of all blocks together, without `costs.constant`, in the unit of
+            `costs`.
+
+    Returns:
+        A mask (U,) of zeros and ones per block.
 
     Raises:
-        UserError: not even one unit of every block fits the budget.
+        UserError: one unit of every block exceeds the budget; the smallest constraint is named.
     """
     kept = same_fraction_counts([block.num_units for block in layout.blocks], costs, budget)
     return keep_most_important(importance, kept)
@@ -44,24 +51,32 @@ def same_fraction(
 def same_fraction_counts(
     num_units: Sequence[int], costs: CostModel, budget: float
 ) -> tuple[int, ...]:
-    """How many units each block keeps at the largest common fraction whose cost fits `budget`.
+    """The number of units that each block keeps at the largest common fraction within a budget.
+
+    Args:
+        num_units: of each block.
+        costs: cost tables of the same blocks.
+        budget: see `same_fraction`.
+
+    Returns:
+        ceil(fraction x units) per block.
 
     Raises:
-        UserError: not even one unit of every block fits.
+        UserError: one unit of every block exceeds the budget; the smallest constraint is named.
     """
-    steps = {Fraction(kept, units) for units in num_units for kept in range(1, units + 1)}
+    fractions = {Fraction(kept, units) for units in num_units for kept in range(1, units + 1)}
     allowed = (budget + costs.constant) * (1 + 1e-12)
-    least = costs.original
-    for fraction in sorted(steps, reverse=True):
+    smallest = costs.original
+    for fraction in sorted(fractions, reverse=True):
         kept = tuple(-(-fraction.numerator * units // fraction.denominator) for units in num_units)
         cost = costs.total(kept)
         if cost <= allowed:
             return kept
-        least = min(least, cost)
+        smallest = min(smallest, cost)
     raise UserError(
         f"the constraint leaves a {costs.metric} budget of {budget:.4g}, too little for one head "
         f"and one neuron in every layer; choose a constraint of at least "
-        f"{costs.ratio_for(least):g}, or allocate globally"
+        f"{costs.ratio_for(smallest):g}, or --allocation global (allocation='global')"
     )
 
 
@@ -73,18 +88,25 @@ def same_sizes(
     *,
     allowed: Mapping[str, Sequence[int]] | None = None,
 ) -> tuple[int, ...]:
-    """Units to keep: the same number of heads and of neurons in every layer, at the least error.
+    """The number of heads and the number of neurons, for all layers, of the smallest total error.
 
-    All pairs are tried, so it is exact for curves and tables of any shape. None is emptied: a
-    configuration can say how many heads and neurons there are, not that there are none.
+    All pairs are compared, so the result is exact for curves and tables of any shape. Every block
+    keeps at least one unit, since a configuration cannot describe a layer without heads or neurons.
 
     Args:
-        errors: per block, `errors[b][n]` is the error of keeping n units.
-        allowed: by kind ("head", "neuron") the numbers of units that there may be, where not every
-            number is.
+        layout: the blocks.
+        errors: one float64 array (U + 1,) per block; `errors[b][n]` is the error of keeping n units
+            of block b.
+        costs: cost tables of the same blocks.
+        budget: see `same_fraction`.
+        allowed: by kind ("head", "neuron") the numbers of units that the family's configuration can
+            describe; every number where a kind is missing.
+
+    Returns:
+        The number of units to keep, per block.
 
     Raises:
-        UserError: no pair fits the budget; the least possible constraint is named.
+        UserError: no pair fits the budget; the smallest constraint is named.
     """
     sizes = _sizes(layout, allowed)
     cost = _totals(layout, costs.tables, sizes)
@@ -93,7 +115,7 @@ def same_sizes(
         fixed = [kind for kind, numbers in sizes.items() if len(numbers) == 1]
         raise UserError(_too_small(costs, float(cost.min()), fixed))
     error = np.where(fits, _totals(layout, errors, sizes), np.inf)
-    best = np.where(error == error.min(), cost, np.inf)  # of equals the cheapest
+    best = np.where(error == error.min(), cost, np.inf)  # of equal errors the cheapest
     chosen = np.unravel_index(int(best.argmin()), best.shape)
     kept = {kind: int(sizes[kind][i]) for kind, i in zip(sizes, chosen, strict=True)}
     return tuple(kept[block.kind] for block in layout.blocks)
@@ -102,7 +124,7 @@ def same_sizes(
 def min_same_sizes_cost(
     layout: Layout, costs: CostModel, allowed: Mapping[str, Sequence[int]] | None = None
 ) -> float:
-    """What the cheapest sizes cost that are the same in every layer, the constant included."""
+    """The smallest cost of a model with the same sizes in every layer, with `costs.constant`."""
     sizes = _sizes(layout, allowed)
     return costs.constant + float(_totals(layout, costs.tables, sizes).min())
 
@@ -110,36 +132,36 @@ def min_same_sizes_cost(
 def _sizes(
     layout: Layout, allowed: Mapping[str, Sequence[int]] | None
 ) -> dict[str, NDArray[np.int64]]:
-    """By kind, the numbers of units to choose from: no layer has fewer than that."""
-    most: dict[str, int] = {}
+    """By kind, the numbers of units to choose from; the largest is that of the smallest block."""
+    largest: dict[str, int] = {}
     for block in layout.blocks:
-        most[block.kind] = min(block.num_units, most.get(block.kind, block.num_units))
+        largest[block.kind] = min(block.num_units, largest.get(block.kind, block.num_units))
     return {
         kind: np.array((allowed or {}).get(kind, range(1, units + 1)), dtype=np.int64)
-        for kind, units in most.items()
+        for kind, units in largest.items()
     }
 
 
 def _totals(
     layout: Layout, tables: Sequence[NDArray[np.float64]], sizes: Mapping[str, NDArray[np.int64]]
 ) -> NDArray[np.float64]:
-    """Of all blocks together, by the numbers of units that they have: an axis for every kind."""
+    """Summed tables of all blocks, with one axis per kind for the numbers of units in `sizes`."""
     totals = {kind: np.zeros(len(numbers)) for kind, numbers in sizes.items()}
     for block, table in zip(layout.blocks, tables, strict=True):
         totals[block.kind] += table[sizes[block.kind]]
     return reduce(np.add.outer, totals.values())
 
 
-def _too_small(costs: CostModel, least: float, fixed: Sequence[str]) -> str:
-    if least == np.inf:
+def _too_small(costs: CostModel, smallest: float, fixed: Sequence[str]) -> str:
+    if smallest == np.inf:
         return (
-            "no number of neurons that is allowed is left in every layer; choose a smaller "
+            "no allowed number of neurons fits into every layer; choose a smaller "
             "--round-to (round_to), or leave out --uniform (uniform=True)"
         )
-    ratio = costs.ratio_for(costs.constant + least)
-    stays = " and ".join(f"all {kind}s stay" for kind in fixed)
-    reason = f", where {stays} since its configuration cannot say otherwise" if fixed else ""
+    ratio = costs.ratio_for(costs.constant + smallest)
+    kinds = " and ".join(f"{kind}s" for kind in fixed)
+    reason = f" (all {kinds} stay, since its configuration cannot describe fewer)" if fixed else ""
     return (
-        f"the constraint on {costs.metric} is too small for a model of the same size in every "
+        f"the constraint on {costs.metric} is too small for a model with the same sizes in every "
         f"layer{reason}; choose one of at least {ratio:g}, or leave out --uniform (uniform=True)"
     )

@@ -135,7 +135,7 @@ def test_several_labels_are_independent_bernoullis() -> None:
     "outputs", [{"logits": torch.zeros(2, 7)}, {}], ids=["electra's discriminator", "none"]
 )
 def test_other_heads_are_refused(outputs: dict[str, Tensor]) -> None:
-    with pytest.raises(UserError, match="nothing that can be differentiated without labels"):
+    with pytest.raises(UserError, match="no output that an objective is defined for"):
         fisher_factors(outputs, {}, config_of(2), torch.Generator())
 
 
