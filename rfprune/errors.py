@@ -1,5 +1,10 @@
 """What a user can cause, and what a user should know."""
 
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """A mistake that the user can mend: shown as one sentence, exit code 2, no traceback.
@@ -16,3 +21,23 @@ class OtherProcessError(Exception):
 
 class RfpruneWarning(UserWarning):
     """Something the user should know about a run that goes on; collected in the report."""
+
+
+def check_installed(feature: str, packages: Iterable[str], alternative: str = "") -> None:
+    """Check that optional packages are installed.
+
+    Args:
+        feature: what needs them.
+        packages: their names on PyPI.
+        alternative: what to do without them.
+
+    Raises:
+        UserError: a package is missing; the message says how to install it.
+    """
+    modules = {"pillow": "PIL"}
+    missing = [one for one in packages if importlib.util.find_spec(modules.get(one, one)) is None]
+    if missing:
+        raise UserError(
+            f"{feature} needs packages that are not installed here ({', '.join(missing)}): run pip "
+            f"install {' '.join(missing)}" + (f", or {alternative}" if alternative else "")
+        )

@@ -1,172 +1,549 @@
-"""Every choice of a run, without torch."""
+"""Every choice of a run, declared once: name, type, default, allowed values, flag and help text.
+
+A choice is a field of one of the dataclasses below. The flags of the command, their help and their
+checks are made from these fields (`rfprune.cli.parser`), so a new choice is one new field here.
+`Settings` is what `rfprune.prune` takes; `Options` holds all choices of the command.
+
+No torch here: `rfprune --help` answers at once.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
+from typing import Any, TypeVar
 
 from rfprune.errors import UserError
 
 METHODS = ("curvature", "kwon", "importance")
-METRICS = ("mac", "params", "memory", "latency")
 CRITERIA = ("fisher", "taylor", "gradient", "magnitude-l2", "magnitude-l1", "random")
 WEIGHT_CRITERIA = CRITERIA[3:]
-"""Criteria that are computed without a loss, so without data."""
+"""Criteria that are computed without a loss."""
 
 ALLOCATIONS = ("global", "uniform")
 GRADIENTS = ("per-example", "per-batch")
 TEACHERS = ("dense", "scheduled")
+METRICS = ("mac", "params", "memory", "latency")
 MULTIPLES = (8, 16, 32, 64)
+MAX_ROUNDS = 16
 DTYPES = ("float32", "bfloat16", "float16")
 EXPORTS = ("dense", "onnx")
-MOST_ROUNDS = 16
+MAX_SEED = 2**63 - 1  # torch accepts no larger one
+
+_BY_METHOD: Any = "by method"
+"""The default of `round_to`: multiples of 8 for curvature. The other methods are there to compare
+with what was published, where any number of neurons is kept."""
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How to prune.
+class Allowed:
+    """The values that a number may have: completes the sentence "... is not"."""
+
+    description: str
+    test: Callable[[Any], bool]
+
+
+def whole_number(minimum: int, maximum: int | None = None) -> Allowed:
+    """Whole numbers from `minimum` to `maximum`, both included."""
+    if maximum is None:
+        return Allowed(f"a whole number of at least {minimum}", lambda number: number >= minimum)
+    return Allowed(
+        f"a whole number from {minimum} to {maximum}", lambda number: minimum <= number <= maximum
+    )
+
+
+FRACTION = Allowed(
+    "a number between 0 and 1 (both excluded): it is the fraction of the original cost to keep, "
+    "such as 0.5",
+    lambda number: 0 < number < 1,
+)
+POINTS = Allowed(
+    "a number from 0 up to 100: it is how many points of the task's score may be lost, such as 1",
+    lambda number: 0 <= number < 100,
+)
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What a field declares besides its name, type and default.
 
     Attributes:
-        method: "curvature", or "kwon", the published method that it goes past, or "importance":
-            a classical criterion for the selection, and the refit of "curvature".
-        importance: the criterion of method "importance"; see `rfprune.stages.importance`.
-        allocation: of method "importance": "global", the most important units for the budget
-            wherever they are, or "uniform", the same fraction of every sublayer.
-        use_labels: importance from the loss on labels, as the authors' code; else label-free.
-        gradients: "per-example", or "per-batch" as the authors' code.
-        rearrange: refine the searched masks with the block Fisher information.
-        tune: fit what is left to the teacher by least squares.
-        teacher: "dense" (the model as it is, which measures better), or "scheduled" (masked at the
-            square root of the constraint, as the authors' code).
-        uniform: the same number of heads and of neurons in every layer, chosen for the least error,
-            so that the result is a plain architecture (see `rfprune.model.plain`) without code of
-            its own. (`allocation="uniform"` is a classical baseline: the same fraction of both.)
-        round_to: keep neurons in multiples of 8, 16, 32 or 64 (or none, or all); None: any number.
-        rounds: prune in so many steps; after each, what is left is fitted and looked at afresh.
-        seed: of the labels that are sampled where the exact Fisher is too costly.
-
-    Raises:
-        UserError: an unknown choice, one that belongs to another method, or fewer than one round.
+        help: the text of --help. Names in braces are filled in by the parser.
+        flag: the flag, where it is not the field's name; a flag of a field that is True by default
+            turns it off.
+        metavar: what --help calls the value.
+        choices: all allowed values.
+        allowed: the allowed numbers.
+        is_path: a text that names a folder or file, or may do so.
+        repeatable: values of a repeated flag are added; else the last flag counts.
+        required: it or its alternative must be given.
+        alternative_to: another field; at most one of the two can be given.
+        method: the only method for which it does something.
+        implies_method: giving it chooses that method.
+        changes_output: False if runs that differ in it have the same output.
     """
 
-    method: str = METHODS[0]
-    importance: str = CRITERIA[0]
-    allocation: str = ALLOCATIONS[0]
-    use_labels: bool = False
-    gradients: str = GRADIENTS[0]
-    rearrange: bool = True
-    tune: bool = True
-    teacher: str = TEACHERS[0]
-    uniform: bool = False
-    round_to: int | None = None
-    rounds: int = 1
-    seed: int = 0
+    help: str
+    flag: str = ""
+    metavar: str | None = None
+    choices: tuple[Any, ...] = ()
+    allowed: Allowed | None = None
+    is_path: bool = False
+    repeatable: bool = False
+    required: bool = False
+    alternative_to: str = ""
+    method: str = ""
+    implies_method: bool = False
+    changes_output: bool = True
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise a UserError unless the value is allowed; the message calls it `name`."""
+        if self.choices and value not in self.choices:
+            known = ", ".join(str(choice) for choice in self.choices)
+            raise UserError(f"{name} {value!r} is unknown: choose one of {known}")
+        if self.allowed is not None and not self.allowed.test(value):
+            raise UserError(f"{name} {value} is not {self.allowed.description}")
+
+
+def choice(help: str, *, default: Any = MISSING, **declared: Any) -> Any:  # noqa: A002
+    """A field of one of the dataclasses below; see `Declaration`."""
+    return field(default=default, metadata={"declaration": Declaration(help, **declared)})
+
+
+def declarations(subject: type[Any]) -> Mapping[str, Declaration]:
+    """What the fields of one of the dataclasses below declare, by name."""
+    return {one.name: one.metadata["declaration"] for one in fields(subject)}
+
+
+def flag_of(subject: type[Any], name: str) -> str:
+    """The flag of a field, such as --data-dir."""
+    return declarations(subject)[name].flag or "--" + name.replace("_", "-")
+
+
+def _spelled(subject: type[Any], name: str, value: Any) -> str:
+    """A choice as a flag and as an argument: --importance taylor (importance='taylor')."""
+    flag = flag_of(subject, name)
+    given = flag if isinstance(value, bool) else f"{flag} {value}"
+    return f"{given} ({name}={value!r})"
+
+
+def _check_values(settings: Any) -> None:
+    """Check every field by what it declares."""
+    for name, declaration in declarations(type(settings)).items():
+        value = getattr(settings, name)
+        for one in value if isinstance(value, tuple) else (value,):
+            if one is not None:
+                declaration.check(name, one)
+
+
+Subject = TypeVar("Subject", bound=type[Any])
+
+
+def _documented(subject: Subject) -> Subject:
+    """Put the help texts into the docstring, as its attributes."""
+    summary, _, rest = str(subject.__doc__).partition("\n\n")
+    attributes = ["    Attributes:"]
+    for one in fields(subject):
+        off = "if False, " if one.default is True else ""
+        attributes.append(f"        {one.name}: {off}{one.metadata['declaration'].help}")
+    subject.__doc__ = "\n\n".join([summary, "\n".join(attributes), rest])
+    return subject
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetSettings:
+    """What to prune, and how far."""
+
+    model: str = choice(
+        "a folder, a hub id, an alias such as bert-base, or demo (included; needs no network)",
+        is_path=True,
+        required=True,
+    )
+    task: str = choice(
+        "{tasks}; custom: your own checkpoint and data; language-modeling: any text; similarity: "
+        "embeddings",
+        required=True,
+    )
+    constraint: tuple[float, ...] = choice(
+        "fraction of the original cost to keep, between 0 and 1; several values give several "
+        "models",
+        default=(),
+        metavar="RATIO",
+        allowed=FRACTION,
+        required=True,
+        changes_output=False,  # it is part of the output's own identity
+    )
+    max_drop: float | None = choice(
+        "instead of --constraint: find the smallest model that loses at most this many points (of "
+        "100) of the task's score",
+        default=None,
+        metavar="POINTS",
+        allowed=POINTS,
+        alternative_to="constraint",
+    )
+    metric: str = choice(
+        "the cost to reduce: MACs, parameters, bytes of weights, or latency measured on this "
+        "device",
+        default=METRICS[0],
+        choices=METRICS,
+    )
+    latency_table: Path | None = choice(
+        "with --metric latency: a table made by scripts/profile_latency.py, used for its batch "
+        "size and length (default: measured before pruning, on a typical batch)",
+        default=None,
+        metavar="FILE",
+    )
 
     def __post_init__(self) -> None:
-        choices = {
-            "method": METHODS,
-            "importance": CRITERIA,
-            "allocation": ALLOCATIONS,
-            "gradients": GRADIENTS,
-            "teacher": TEACHERS,
-        }
-        for name, known in choices.items():
-            value = getattr(self, name)
-            if value not in known:
-                raise UserError(f"{name} '{value}' is unknown; choose one of {', '.join(known)}")
-        for name in ("importance", "allocation"):
-            value = getattr(self, name)
-            if self.method != "importance" and value != choices[name][0]:
-                raise UserError(
-                    f"{name} '{value}' belongs to the method importance and does nothing for "
-                    f"{self.method}; leave it out, or choose method='importance'"
-                )
+        object.__setattr__(self, "constraint", tuple(dict.fromkeys(self.constraint)))
+        _check_values(self)
+        if self.latency_table is not None and self.metric != "latency":
+            raise UserError(
+                f"--latency-table does nothing for --metric {self.metric}: leave it out, or give "
+                f"--metric latency"
+            )
+
+    @property
+    def ratios(self) -> tuple[float | None, ...]:
+        """The ratio of each model to make; None for the one that `max_drop` finds."""
+        return self.constraint or (None,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """The data: where it is, and how much of it is used."""
+
+    data_dir: Path | None = choice(
+        "local data, as DIR/TASK/{{train,validation}}.{{parquet,csv,tsv,jsonl}}; your own data "
+        "also without TASK/, as .txt for language-modeling, and images as "
+        "DIR/{{train,validation}}/CLASS/*.png (default: data from the hub)",
+        default=None,
+        metavar="DIR",
+    )
+    text_columns: tuple[str, ...] | None = choice(
+        "with --task {own_data}: the column of the text, or the two columns of a pair (default: "
+        "sentence1 and sentence2, sentence, or text; tokens; question)",
+        default=None,
+        metavar="NAME",
+    )
+    label_column: str | None = choice(
+        "with --task custom or similarity: the column of label ids or names, or of numbers for a "
+        "regression; optional in training data (default: label; ner_tags; score)",
+        default=None,
+        metavar="NAME",
+    )
+    samples: int = choice(
+        "number of calibration examples, drawn without replacement (default: {samples}; "
+        "language-modeling: {language_samples})",
+        metavar="N",
+        allowed=whole_number(1),
+    )
+    batch_size: int = choice(
+        "examples per batch (default: {batch_size}; language-modeling: {language_batch_size})",
+        metavar="N",
+        allowed=whole_number(1),
+    )
+    max_length: int | None = choice(
+        "tokens per example (default: that of the task; custom: 128; language-modeling: "
+        "{block_tokens}, or the maximum of the model)",
+        default=None,
+        metavar="N",
+        allowed=whole_number(8),
+    )
+    eval_limit: int | None = choice(
+        "score this many validation examples (default: all)",
+        default=None,
+        metavar="N",
+        allowed=whole_number(1),
+    )
+
+    def __post_init__(self) -> None:
+        _check_values(self)
+
+
+@_documented
+@dataclass(frozen=True)
+class Settings:
+    """How to prune. Afterwards `round_to` is None where any number of neurons is kept.
+
+    Raises:
+        UserError: a value is not allowed, does nothing for the method, or contradicts another.
+
+    Example:
+        >>> Settings(method="importance", importance="taylor").round_to is None
+        True
+        >>> Settings(rounds=2).round_to
+        8
+    """
+
+    method: str = choice(
+        "curvature: error curves, exact allocation, refitted projections; kwon: Kwon et al. 2022, "
+        "as published; importance: a classical criterion, refitted projections",
+        default=METHODS[0],
+        choices=METHODS,
+    )
+    importance: str = choice(
+        "the criterion of method importance; chooses that method",
+        default=CRITERIA[0],
+        choices=CRITERIA,
+        method="importance",
+        implies_method=True,
+    )
+    allocation: str = choice(
+        "for method importance, and chooses that method; global: keep the most important units of "
+        "the whole model; uniform: keep the same fraction of every sublayer",
+        default=ALLOCATIONS[0],
+        choices=ALLOCATIONS,
+        method="importance",
+        implies_method=True,
+    )
+    use_labels: bool = choice(
+        "compute importance from the loss on labels (default: from predictions, without labels)",
+        default=False,
+    )
+    gradients: str = choice(
+        "for method kwon: gradients per example, or per batch as in the authors' code",
+        default=GRADIENTS[0],
+        choices=GRADIENTS,
+        method="kwon",
+    )
+    teacher: str = choice(
+        "for method kwon: the reference model for tuning; dense: the original model; scheduled: "
+        "the model masked at the square root of the constraint, as in the authors' code",
+        default=TEACHERS[0],
+        choices=TEACHERS,
+        method="kwon",
+    )
+    rearrange: bool = choice(
+        "skip the rearrangement of the masks (method kwon)",
+        default=True,
+        flag="--skip-rearrange",
+        method="kwon",
+    )
+    tune: bool = choice(
+        "skip the least-squares fit of the remaining weights", default=True, flag="--skip-tune"
+    )
+    uniform: bool = choice(
+        "keep the same number of heads and of neurons in every layer: the result is a plain "
+        "architecture, which loads without rfprune's code",
+        default=False,
+    )
+    round_to: int | None = choice(
+        "keep neurons in multiples of 8, 16, 32 or 64, or 1 for any number; odd numbers can be "
+        "several times slower on hardware (default: 8 for curvature, 1 for other methods)",
+        default=_BY_METHOD,
+        metavar="N",
+        choices=(1, *MULTIPLES),
+    )
+    rounds: int = choice(
+        "prune in this many steps; each step collects new statistics",
+        default=1,
+        metavar="N",
+        allowed=whole_number(1, MAX_ROUNDS),
+    )
+    seed: int = choice(
+        "seed for drawing the calibration examples and for sampling",
+        default=0,
+        metavar="N",
+        allowed=whole_number(0, MAX_SEED),
+    )
+
+    def __post_init__(self) -> None:
+        if self.round_to == _BY_METHOD:
+            multiple = MULTIPLES[0] if self.method == METHODS[0] else None
+            object.__setattr__(self, "round_to", multiple)
+        _check_values(self)
+        if self.round_to == 1:
+            object.__setattr__(self, "round_to", None)
+        for one in fields(self):
+            if getattr(self, one.name) != one.default:
+                self._check_method_of(one.name)
+        if self.use_labels and self.method == "importance" and self.importance in WEIGHT_CRITERIA:
+            raise UserError(
+                f"--use-labels does nothing for --importance {self.importance}, which uses no "
+                f"loss: leave it out"
+            )
         if self.uniform and self.allocation == "uniform":
             raise UserError(
-                "allocation 'uniform' keeps the same fraction everywhere, and uniform=True chooses "
-                "sizes itself; leave one of them out"
+                "--allocation uniform keeps the same fraction everywhere, and --uniform chooses "
+                "the sizes itself (allocation='uniform', uniform=True): leave one of them out"
             )
-        if self.round_to is not None and self.round_to not in MULTIPLES:
+
+    @classmethod
+    def from_flags(cls, given: Mapping[str, Any]) -> Settings:
+        """The settings with the method that the given choices imply.
+
+        Args:
+            given: values by field name, only those that were given explicitly.
+
+        Raises:
+            UserError: as for `Settings`.
+        """
+        implied = [
+            declaration.method
+            for name, declaration in declarations(cls).items()
+            if declaration.implies_method and name in given
+        ]
+        settings = cls(**{"method": (*implied, METHODS[0])[0], **given})
+        for name, declaration in declarations(cls).items():
+            if declaration.implies_method and name in given:
+                settings._check_method_of(name)
+        return settings
+
+    def _check_method_of(self, name: str) -> None:
+        """Refuse a choice that does nothing for the method."""
+        owner = declarations(type(self))[name].method
+        if owner not in ("", self.method):
             raise UserError(
-                f"round_to {self.round_to} is not possible; choose one of "
-                f"{', '.join(str(multiple) for multiple in MULTIPLES)}, or None"
+                f"{_spelled(type(self), name, getattr(self, name))} belongs to --method {owner} "
+                f"and does nothing for {self.method}: leave it out, or choose --method {owner}"
             )
-        if self.rounds < 1:
-            raise UserError(f"rounds {self.rounds} is not possible; choose 1 or more")
 
 
-_ASIDE = (
-    *("constraint", "output_dir", "overwrite", "cache_dir", "no_cache", "quiet", "verbose"),
-    *("push_to_hub", "private", "hub_dry_run"),
-)
-"""Flags that change nothing about the output of one of the constraints."""
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """How the command runs: device, cache and console."""
+
+    device: str | None = choice(
+        "cpu, cuda, cuda:N or mps (default: the fastest available)", default=None
+    )
+    dtype: str | None = choice(
+        "dtype of the weights (default: float32, and stored in the dtype of the checkpoint)",
+        default=None,
+        choices=DTYPES,
+    )
+    cache_dir: Path | None = choice(
+        "folder for statistics that other constraints can reuse (default: $RFPRUNE_CACHE, or "
+        "~/.cache/rfprune)",
+        default=None,
+        metavar="DIR",
+        changes_output=False,
+    )
+    cache: bool = choice(
+        "neither read nor write cached statistics",
+        default=True,
+        flag="--no-cache",
+        alternative_to="cache_dir",
+        changes_output=False,
+    )
+    quiet: bool = choice("print nothing but errors", default=False, changes_output=False)
+    verbose: bool = choice(
+        "also print the warnings of other libraries", default=False, changes_output=False
+    )
+
+    def __post_init__(self) -> None:
+        _check_values(self)
+        if self.device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", self.device):
+            raise UserError(f"Unknown device {self.device!r}: choose cpu, cuda, cuda:N or mps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputSettings:
+    """What is written, and where."""
+
+    output_dir: Path | None = choice(
+        "output folder; with several constraints, one subfolder each (default: "
+        "outputs/MODEL/TASK/METRIC-CONSTRAINT/seed-N, or METRIC-drop-POINTS)",
+        default=None,
+        metavar="DIR",
+        changes_output=False,
+    )
+    overwrite: bool = choice("replace an earlier output", default=False, changes_output=False)
+    export: tuple[str, ...] = choice(
+        "also write other formats; dense: the original shapes, filled with zeros; onnx: an ONNX "
+        "file for any batch size and length (needs the packages {onnx_packages})",
+        default=(),
+        choices=EXPORTS,
+        repeatable=True,
+    )
+    quantize: bool = choice(
+        "with --export onnx: also write an ONNX file with int8 weights", default=False
+    )
+    score_stages: bool = choice(
+        "for the report: also score the model after selection, before the remaining weights are "
+        "fitted",
+        default=False,
+    )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "export", tuple(dict.fromkeys(self.export)))
+        _check_values(self)
+        if self.quantize and "onnx" not in self.export:
+            raise UserError(
+                "--quantize writes a second ONNX file, with int8 weights: add --export onnx, or "
+                "leave --quantize out"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubSettings:
+    """Whether the output is uploaded to the Hugging Face hub."""
+
+    push_to_hub: str | None = choice(
+        "upload the output to the repository USER/NAME",
+        default=None,
+        metavar="REPO",
+        changes_output=False,
+    )
+    private: bool = choice("make the repository private", default=False, changes_output=False)
+    hub_dry_run: bool = choice(
+        "upload nothing; print what would be uploaded", default=False, changes_output=False
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("private", "hub_dry_run"):
+            if getattr(self, name) and self.push_to_hub is None:
+                raise UserError(
+                    f"{flag_of(type(self), name)} does nothing without --push-to-hub REPO: add it"
+                )
 
 
 @dataclass(frozen=True)
 class Options:
-    """One run of the command; names and meanings are those of the flags."""
+    """All choices of one run of the command, by subject; the titles are those of --help."""
 
-    model: str
-    task: str
-    constraint: tuple[float, ...]
-    max_drop: float | None
-    metric: str
-    latency_table: Path | None
-    method: str
-    importance: str
-    allocation: str
-    data_dir: Path | None
-    text_columns: tuple[str, ...] | None
-    label_column: str | None
-    samples: int
-    batch_size: int
-    max_length: int | None
-    eval_limit: int | None
-    seed: int
-    use_labels: bool
-    gradients: str
-    teacher: str
-    skip_rearrange: bool
-    skip_tune: bool
-    uniform: bool
-    round_to: int | None
-    rounds: int
-    device: str | None
-    dtype: str | None
-    output_dir: Path | None
-    overwrite: bool
-    score_stages: bool
-    push_to_hub: str | None
-    private: bool
-    hub_dry_run: bool
-    cache_dir: Path | None
-    no_cache: bool
-    export: tuple[str, ...]
-    quantize: bool
-    quiet: bool
-    verbose: bool
+    target: TargetSettings = field(metadata={"title": "what to prune"})
+    data: DataSettings = field(metadata={"title": "data"})
+    settings: Settings = field(metadata={"title": "method"})
+    run: RunSettings = field(metadata={"title": "run"})
+    output: OutputSettings = field(metadata={"title": "output"})
+    hub: HubSettings = field(metadata={"title": "hub"})
 
-    @property
-    def ratios(self) -> tuple[float | None, ...]:
-        """One for each model to make; None for the one that `--max-drop` finds."""
-        return self.constraint or (None,)
+    def __post_init__(self) -> None:
+        if self.settings.uniform and "dense" in self.output.export:
+            raise UserError(
+                "--export dense is for tools that cannot run code from a checkpoint, and a model "
+                "pruned with --uniform needs none: leave --export dense out"
+            )
+        if self.hub.push_to_hub is not None and len(self.target.ratios) > 1:
+            raise UserError(
+                "--push-to-hub uploads one model, but several constraints make several: push each "
+                "afterwards with scripts/push_to_hub.py"
+            )
 
     def output_folder(self, ratio: float | None) -> Path:
-        """Where the model pruned to `ratio` goes; several ratios go to a folder each."""
-        limit = None if self.max_drop is None else f"drop-{self.max_drop:g}"
-        name = f"{self.metric}-{limit or ratio}"
-        if self.output_dir is not None:
-            return self.output_dir if len(self.ratios) == 1 else self.output_dir / name
-        model = re.sub(r"[^\w.-]+", "--", Path(self.model).expanduser().resolve().name)
-        if not Path(self.model).expanduser().exists():
-            model = self.model.replace("/", "--")
-        return Path("outputs", model, self.task, name, f"seed-{self.seed}")
+        """The folder of the model pruned to `ratio`; with several ratios, one subfolder each."""
+        target, folder = self.target, self.output.output_dir
+        limit = None if target.max_drop is None else f"drop-{target.max_drop:g}"
+        name = f"{target.metric}-{limit or ratio}"
+        if folder is not None:
+            return folder if len(target.ratios) == 1 else folder / name
+        model = re.sub(r"[^\w.-]+", "--", Path(target.model).expanduser().resolve().name)
+        if not Path(target.model).expanduser().exists():
+            model = target.model.replace("/", "--")
+        return Path("outputs", model, target.task, name, f"seed-{self.settings.seed}")
 
     def identity(self, ratio: float | None) -> str:
-        """SHA-256 of the flags that tell one output from another; any new flag is one of them."""
-        ratio = ratio if self.max_drop is None else None  # it is found, not given
-        flags = {name: str(value) for name, value in asdict(self).items() if name not in _ASIDE}
-        return hashlib.sha256(json.dumps([ratio, flags], sort_keys=True).encode()).hexdigest()
+        """SHA-256 of the ratio and of all choices that change the output."""
+        ratio = ratio if self.target.max_drop is None else None  # it is found, not given
+        values = {
+            name: str(getattr(subject, name))
+            for subject in (getattr(self, one.name) for one in fields(self))
+            for name, declaration in declarations(type(subject)).items()
+            if declaration.changes_output
+        }
+        return hashlib.sha256(json.dumps([ratio, values], sort_keys=True).encode()).hexdigest()

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
 from rfprune.cli.exit_codes import NOTHING_WRITTEN, script
-from rfprune.cli.flag_values import check_exports
+from rfprune.cli.validation import check_exports
 from rfprune.errors import UserError
 from rfprune.settings import METHODS
 from rfprune.tasks.registry import TASKS, Task, get_task
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process): 0 done, 2 user error, 130 stopped."""
     options = _parser().parse_args(argv)
     task = get_task(options.task)
-    check_exports(["onnx"], quantize=True)
+    check_exports(["onnx"])
     _check_output(options.output)
     result = _measure(options, task)
     text = json.dumps(result, indent=1, allow_nan=False)

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
 from rfprune.cli.exit_codes import RESUMABLE, script
-from rfprune.cli.flag_values import check_exports
+from rfprune.cli.validation import check_exports
 from rfprune.errors import UserError
 from scripts.bench import say
 from scripts.speedup_models import RUNTIMES, SYNTHETIC
@@ -147,13 +147,13 @@ def _runtimes(options: argparse.Namespace) -> list[str]:
                 f"--runtime {name} does not run with --device {options.device}: choose from "
                 f"{', '.join(known)}."
             )
-    check_exports([name for name in runtimes if name == "onnx"], quantize=False)
+    check_exports([name for name in runtimes if name == "onnx"])
     return runtimes
 
 
 def _has_onnx() -> bool:
     try:
-        check_exports(["onnx"], quantize=False)
+        check_exports(["onnx"])
     except UserError as error:
         say(f"without the runtime onnx: {error}")
         return False

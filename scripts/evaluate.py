@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
-from rfprune.cli.data_flags import add_columns, check_data
 from rfprune.cli.exit_codes import NOTHING_WRITTEN, script
-from rfprune.cli.flag_values import check_task
+from rfprune.cli.parser import add_flags
+from rfprune.cli.validation import check_data, check_task
 from rfprune.errors import UserError
+from rfprune.settings import DataSettings
 from rfprune.tasks.registry import TASK_NAMES, default_batch_size
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process); 0 done, 2 user error, 130 stopped."""
     options = _parser().parse_args(argv)
-    check_task(options.task, TASK_NAMES)
+    check_task(options.task)
     check_data(options.task, options.data_dir, options.text_columns, options.label_column)
     if options.output is not None:
         _check_output(options.output)
@@ -43,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="folder (dense or pruned), hub id or alias")
     parser.add_argument("--task", required=True, help=", ".join(TASK_NAMES))
     parser.add_argument("--data-dir", type=Path, help="local data, DIR/TASK/...; else the hub")
-    add_columns(parser)
+    add_flags(parser, DataSettings, ("text_columns", "label_column"))
     parser.add_argument("--batch-size", type=int, help="rows a batch (default: the task's)")
     parser.add_argument("--max-length", type=int, help="tokens a row (default: the task's)")
     parser.add_argument("--limit", type=int, help="score so many random examples of each split")

@@ -12,9 +12,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
-from rfprune.cli.data_flags import add_columns, check_data
 from rfprune.cli.exit_codes import script
+from rfprune.cli.parser import add_flags
+from rfprune.cli.validation import check_data
 from rfprune.errors import UserError
+from rfprune.settings import DataSettings
 from rfprune.tasks.registry import CUSTOM, get_task
 
 
@@ -27,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--task", required=True, help="such as mrpc, sst2, stsb, squad, custom")
     add("--output-dir", type=Path, required=True, help="new folder for the checkpoint")
     add("--data-dir", type=Path, help="folder that holds TASK/train.parquet; else the hub")
-    add_columns(parser)
+    add_flags(parser, DataSettings, ("text_columns", "label_column"))
     add("--regression", action="store_true", help="of --task custom; labels are numbers to predict")
     add("--epochs", type=float, default=3.0)
     add("--learning-rate", type=float, default=3e-5)

@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
 from rfprune.cli.exit_codes import RESUMABLE, script
-from rfprune.cli.flag_values import check_task
+from rfprune.cli.validation import check_task
 from rfprune.errors import UserError
 from rfprune.settings import DTYPES, METRICS
 from rfprune.tasks.registry import TASK_NAMES
@@ -75,7 +75,7 @@ def complete(
         cache: a folder for what is collected, which variants then share; the seconds of collecting
             are those of the first.
     """
-    check_task(options.task, TASK_NAMES)
+    check_task(options.task)
     measured = {key_of(line) for line in read_lines(output)}
     missing = [conditions for conditions in wanted if key_of(conditions) not in measured]
     say(f"{output}: {len(missing)} of {len(wanted)} measurements to make")

@@ -1,27 +1,27 @@
-"""The flags of the command, checked as far as that goes without importing torch.
+"""The flags of the command, made from `rfprune.settings`, and their values as `Options`.
 
-`parse(argv)` gives the settings of a run or raises a UserError of one sentence.
+Everything that can be checked without torch is checked here.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import MISSING, Field, fields
 from importlib.metadata import version
-from typing import NoReturn
+from pathlib import Path
+from types import UnionType
+from typing import Any, NoReturn, get_args, get_type_hints
 
-from rfprune.cli import flag_values as value
-from rfprune.cli.data_flags import add_data, check_data
-from rfprune.cli.hub_flags import add_hub, check_hub
-from rfprune.cli.method_flags import add_method, with_method
+from rfprune.cli.validation import ONNX_PACKAGES, check_data, check_exports, check_hub, check_task
 from rfprune.errors import UserError
 from rfprune.report.output_folder import check_output
-from rfprune.settings import DTYPES, EXPORTS, METRICS, Options
+from rfprune.settings import Allowed, Declaration, Options, Settings, flag_of
 from rfprune.tasks.registry import (
-    CUSTOM,
+    BLOCK_TOKENS,
     LANGUAGE_MODELING,
-    SIMILARITY,
-    TASK_NAMES,
+    OWN_DATA,
     TASKS,
     default_batch_size,
     default_samples,
@@ -37,46 +37,55 @@ examples:
       --label-column verdict --constraint 0.5
 """
 
+_NAMES_IN_HELP = {
+    "tasks": ", ".join(TASKS),
+    "own_data": ", ".join(OWN_DATA),
+    "samples": default_samples(""),
+    "language_samples": default_samples(LANGUAGE_MODELING),
+    "batch_size": default_batch_size(""),
+    "language_batch_size": default_batch_size(LANGUAGE_MODELING),
+    "block_tokens": BLOCK_TOKENS,
+    "onnx_packages": ", ".join(ONNX_PACKAGES),
+}
+
+Reader = Callable[[str], Any]
+
 
 def parse(argv: Sequence[str]) -> Options:
     """Read the flags.
 
     Raises:
-        UserError: a flag is unknown, missing, or has a value that it cannot have.
+        UserError: a flag is unknown or missing, or its value is not allowed.
     """
-    flags = vars(_parser().parse_args(argv))
-    flags["constraint"] = tuple(dict.fromkeys(flags["constraint"] or ()))
-    flags["samples"] = flags["samples"] or default_samples(flags["task"])
-    flags["batch_size"] = flags["batch_size"] or default_batch_size(flags["task"])
-    flags["export"] = tuple(dict.fromkeys(flags["export"]))
-    flags["text_columns"] = flags["text_columns"] and tuple(flags["text_columns"])
-    options = Options(**with_method(flags))
-    if options.latency_table is not None and options.metric != "latency":
-        raise UserError(
-            f"--latency-table does nothing for --metric {options.metric}: leave it out, or give "
-            f"--metric latency."
-        )
-    value.check_task(options.task, TASK_NAMES)
-    check_data(options.task, options.data_dir, options.text_columns, options.label_column)
-    value.check_device(options.device)
-    check_hub(
-        options.push_to_hub,
-        private=options.private,
-        dry_run=options.hub_dry_run,
-        models=len(options.ratios),
-    )
-    value.check_exports(options.export, quantize=options.quantize)
-    for ratio in options.ratios:
+    given = vars(_parser().parse_args(argv))
+    task = given["task"]
+    check_task(task)
+    given.setdefault("samples", default_samples(task))
+    given.setdefault("batch_size", default_batch_size(task))
+    options = Options(**{one.name: _subject(one, given) for one in fields(Options)})
+    data = options.data
+    check_data(task, data.data_dir, data.text_columns, data.label_column)
+    check_hub(options.hub)
+    check_exports(options.output.export)
+    for ratio in options.target.ratios:
         check_output(
             options.output_folder(ratio),
-            overwrite=options.overwrite,
+            overwrite=options.output.overwrite,
             flags=options.identity(ratio),
         )
     return options
 
 
+def _subject(subject: Field[Any], given: Mapping[str, Any]) -> Any:
+    """One part of the options, from the flags that were given."""
+    kind = _type_of(Options, subject.name)
+    values = {one.name: given[one.name] for one in fields(kind) if one.name in given}
+    values = {name: tuple(one) if isinstance(one, list) else one for name, one in values.items()}
+    return Settings.from_flags(values) if kind is Settings else kind(**values)
+
+
 class _Parser(argparse.ArgumentParser):
-    """Leaves it to main to say what is wrong: one sentence, no usage text before it."""
+    """Raises a UserError, where argparse would print the usage text and exit."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see rfprune --help)")
@@ -89,101 +98,113 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,  # so that an absent flag leaves the declared default
     )
     parser.add_argument("--version", action="version", version=f"rfprune {version('rfprune')}")
-    _add_what(parser)
-    add_data(parser)
-    add_method(parser)
-    _add_run(parser)
-    add_hub(parser)
+    for one in fields(Options):
+        group = parser.add_argument_group(one.metadata["title"])
+        add_flags(group, _type_of(Options, one.name))
     return parser
 
 
-def _add_what(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what to prune")
-    group.add_argument(
-        "--model",
-        required=True,
-        type=value.name("--model"),
-        help="a folder, a hub id, an alias such as bert-base, or demo (embedded, needs no network)",
-    )
-    group.add_argument(
-        "--task",
-        required=True,
-        help=f"{', '.join(TASKS)}; or {CUSTOM}: your own checkpoint and data; "
-        f"{LANGUAGE_MODELING}, on any text; {SIMILARITY}, of embeddings",
-    )
-    size = group.add_mutually_exclusive_group(required=True)
-    size.add_argument(
-        "--constraint",
-        nargs="+",
-        type=value.ratio,
-        metavar="RATIO",
-        help="fraction of the original cost to keep, between 0 and 1; several give several models",
-    )
-    size.add_argument(
-        "--max-drop",
-        type=value.points,
-        metavar="POINTS",
-        help="or the smallest model that loses at most so many points (of 100) of the task's score",
-    )
-    group.add_argument(
-        "--metric",
-        choices=METRICS,
-        default="mac",
-        help="the cost that counts: MACs, parameters, bytes of weights, or measured milliseconds "
-        "on this device (default: mac)",
-    )
-    group.add_argument(
-        "--latency-table",
-        type=value.folder("--latency-table"),
-        metavar="FILE",
-        help="of --metric latency; made by scripts/profile_latency.py, for the batch size and "
-        "length that it was made for (default: measured first, on a typical batch)",
-    )
+def add_flags(
+    parser: argparse._ActionsContainer, subject: type[Any], names: Collection[str] | None = None
+) -> None:
+    """Add the flags of one of the dataclasses of `rfprune.settings`.
+
+    Args:
+        parser: a parser, or a group of one.
+        names: only these fields; default: all.
+
+    Absent flags have the declared default, or are left out if the parser's `argument_default` is
+    `argparse.SUPPRESS`.
+    """
+    wanted = [one for one in fields(subject) if names is None or one.name in names]
+    first_of_two = {one.metadata["declaration"].alternative_to for one in wanted}
+    exclusive: dict[str, argparse._ActionsContainer] = {}
+    for one in wanted:
+        declaration: Declaration = one.metadata["declaration"]
+        container = exclusive.get(declaration.alternative_to, parser)
+        if one.name in first_of_two:
+            container = parser.add_mutually_exclusive_group(required=declaration.required)
+            exclusive[one.name] = container
+        argument = _argument(subject, one, declaration)
+        if declaration.required and container is parser:
+            argument["required"] = True
+        if parser.argument_default is not argparse.SUPPRESS and one.default is not MISSING:
+            argument["default"] = one.default
+        container.add_argument(flag_of(subject, one.name), dest=one.name, **argument)
 
 
-def _add_run(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("run")
-    group.add_argument("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
-    group.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help="of the weights (default: float32, and stored as the original's are)",
-    )
-    group.add_argument(
-        "--output-dir",
-        type=value.folder("--output-dir"),
-        metavar="DIR",
-        help="default: outputs/MODEL/TASK/METRIC-CONSTRAINT/seed-N, or METRIC-drop-POINTS; several "
-        "constraints make folders in it",
-    )
-    group.add_argument("--overwrite", action="store_true", help="replace an earlier output")
-    group.add_argument(
-        "--export",
-        nargs="+",
-        action="extend",
-        choices=EXPORTS,
-        default=[],
-        help="dense: also in the original shapes, with zeros; onnx: also as ONNX, any batch size "
-        "and length (needs rfprune[onnx])",
-    )
-    group.add_argument(
-        "--quantize", action="store_true", help="of --export onnx; also with int8 weights"
-    )
-    kept = group.add_mutually_exclusive_group()
-    kept.add_argument(
-        "--cache-dir",
-        type=value.folder("--cache-dir"),
-        metavar="DIR",
-        help="what is collected is kept here for other constraints (default: $RFPRUNE_CACHE, or "
-        "~/.cache/rfprune)",
-    )
-    kept.add_argument("--no-cache", action="store_true", help="collect again and keep nothing")
-    group.add_argument(
-        "--score-stages",
-        action="store_true",
-        help="also score what was selected, before it is fitted, for the report",
-    )
-    group.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    group.add_argument("--verbose", action="store_true", help="print the libraries' warnings too")
+def _argument(subject: type[Any], one: Field[Any], declaration: Declaration) -> dict[str, Any]:
+    """What argparse wants to know about a flag."""
+    kind = _type_of(subject, one.name)
+    shown = declaration.help.format(**_NAMES_IN_HELP)
+    if kind is bool:
+        return {"action": "store_false" if one.default is True else "store_true", "help": shown}
+    if one.default not in (MISSING, None, ()) and "(default:" not in shown:
+        shown += f" (default: {one.default})"
+    argument: dict[str, Any] = {"help": shown, "metavar": declaration.metavar}
+    if get_args(kind):  # a tuple of any length
+        argument["nargs"] = "+"
+        argument["action"] = "extend" if declaration.repeatable else "store"
+        kind = get_args(kind)[0]
+    if declaration.choices:
+        argument["choices"] = declaration.choices
+    return {**argument, "type": _reader(flag_of(subject, one.name), kind, declaration)}
+
+
+def _type_of(subject: type[Any], name: str) -> Any:
+    """The type of a field, without None."""
+    kind = get_type_hints(subject)[name]
+    known = [one for one in get_args(kind) if one is not type(None)]
+    return known[0] if isinstance(kind, UnionType) else kind
+
+
+def _reader(flag: str, kind: Any, declaration: Declaration) -> Reader:
+    """The function that turns the text of a flag into its value."""
+    if kind is Path:
+        return lambda text: _path(flag, text)
+    if declaration.is_path:
+        return lambda text: _name_or_path(flag, text)
+    if (allowed := declaration.allowed) is not None:
+        return lambda text: _number(flag, text, kind, allowed)
+    return kind  # type: ignore[no-any-return]
+
+
+def _number(flag: str, text: str, kind: Any, allowed: Allowed) -> Any:
+    try:
+        number = kind(text) + 0  # turns -0.0 into 0.0
+    except ValueError:
+        number = None
+    if number is None or not allowed.test(number):
+        raise UserError(f"{flag} {text or repr(text)} is not {allowed.description}")
+    return number
+
+
+def _path(flag: str, text: str) -> Path:
+    """A path; ~ is expanded, since shells do not do so in --flag=~/folder."""
+    if not text.strip():
+        raise UserError(f"{flag} is empty: give a name or a path")
+    if any(unicodedata.category(char) in ("Cc", "Cs") for char in text):
+        raise UserError(
+            f"{flag} {ascii(text)[:80]} has control characters, or bytes that are not text: rename "
+            f"it"
+        )
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(
+            f"{flag} {text[:60]!r} is below a home that is not there: give another path"
+        ) from error
+
+
+def _name_or_path(flag: str, text: str) -> str:
+    """A hub id, an alias or a path, as it was given."""
+    try:
+        _path(flag, text).exists()
+    except OSError as error:  # such as a name that is too long
+        raise UserError(
+            f"{flag} {text[:60]!r}... is not a valid path ({error.strerror}): give another name"
+        ) from error
+    return text

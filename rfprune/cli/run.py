@@ -27,7 +27,7 @@ from rfprune.checkpoints.loading import (
 from rfprune.checkpoints.precision import round_to_stored_dtype, stored_dtype
 from rfprune.checkpoints.sentence_transformers import write_sentence_transformer_files
 from rfprune.cli.console import collected_warnings, out_of_memory_is_said
-from rfprune.cli.data_flags import check_kind
+from rfprune.cli.validation import check_kind
 from rfprune.cost.constraint import Constraint
 from rfprune.export.exports import ExportJob, write_exports
 from rfprune.hub.upload import plan_of, push
@@ -45,7 +45,7 @@ from rfprune.report.output_folder import check_output, holds, staged, weight_byt
 from rfprune.report.page import write_family_page, write_run_page
 from rfprune.report.report_json import SCHEMA, read_report, write_report
 from rfprune.result import PruneResult
-from rfprune.settings import Options, Settings
+from rfprune.settings import Options
 from rfprune.tasks.calibration import calibration_batches
 from rfprune.tasks.evaluation import Evaluation, prepare_evaluation
 from rfprune.tasks.own_data import warn_about_truncation
@@ -61,14 +61,14 @@ def run(options: Options, arguments: Sequence[str]) -> None:
         UserError: something that the user can mend.
         OtherProcessError: something was wrong in another of several processes.
     """
-    device = pick_device(distributed.local_device(options.device))
+    device = pick_device(distributed.local_device(options.run.device))
     with distributed.process_group(device):
         _run(options, arguments, device)
 
 
 def _run(options: Options, arguments: Sequence[str], device: torch.device) -> None:
     """Of several processes all prune, and the main one prints, scores and writes."""
-    quiet = options.quiet or not distributed.is_main()
+    quiet = options.run.quiet or not distributed.is_main()
     progress = not quiet and sys.stderr.isatty()
     told = Console(
         file=io.StringIO() if quiet else sys.stderr,
@@ -81,19 +81,19 @@ def _run(options: Options, arguments: Sequence[str], device: torch.device) -> No
     # A file or a pipe has no width: the table's own, rather than 80 columns that cut it.
     screen = Console(quiet=quiet, width=None if sys.stdout.isatty() else LOG_WIDTH)
     with (
-        collected_warnings(told, verbose=options.verbose) as heard,
-        out_of_memory_is_said(options.batch_size),
+        collected_warnings(told, verbose=options.run.verbose) as heard,
+        out_of_memory_is_said(options.data.batch_size),
     ):
         task = resolve_task(
-            options.task,
-            options.model,
-            data_dir=options.data_dir,
-            text_columns=options.text_columns,
-            label_column=options.label_column,
+            options.target.task,
+            options.target.model,
+            data_dir=options.data.data_dir,
+            text_columns=options.data.text_columns,
+            label_column=options.data.label_column,
         )
         prepared = _prepare(options, task, device, told, progress=progress)
         left = distributed.broadcast_from_main(lambda: _unfinished(options, prepared, told, screen))
-        if left and options.metric == "latency":
+        if left and options.target.metric == "latency":
             prepared = _with_latency_table(options, prepared, left, told, progress)
         if not distributed.is_main():
             _help(options, prepared, left)
@@ -117,8 +117,8 @@ def _run(options: Options, arguments: Sequence[str], device: torch.device) -> No
                 "identity": _identity(options, prepared, result.constraint.ratio),
                 "warnings": list(dict.fromkeys([*heard, *result.warnings])),
             }
-            if options.export:
-                told.print(f"Exporting it: {', '.join(options.export)}")
+            if options.output.export:
+                told.print(f"Exporting it: {', '.join(options.output.export)}")
             _save(options, prepared, original, result, stored, report, told)
             print_report(report, screen)
             distributed.barrier()
@@ -134,10 +134,10 @@ def _outcomes(
     progress: bool,
 ) -> Iterator[Outcome]:
     """The pruned models: one a constraint, or the one that a search finds."""
-    if options.max_drop is None:
+    if options.target.max_drop is None:
         yield from map(Outcome, prune_to_each(prepared.problem, _constraints(options, left)))
         return
-    search = DropSearch(options.max_drop, options.metric, prepared, original, progress)
+    search = DropSearch(options.target.max_drop, options.target.metric, prepared, original, progress)
     yield find_smallest_model(
         search,
         lambda constraints: prune_to_each(prepared.problem, constraints),
@@ -149,8 +149,8 @@ def _help(options: Options, prepared: Prepared, left: Sequence[float | None]) ->
     """Do another process' share of the pruning; what comes out is what the main one has."""
     if not left:
         return
-    if options.max_drop is not None:
-        for _ in prune_to_each(prepared.problem, constraints_to_try(options.metric)):
+    if options.target.max_drop is not None:
+        for _ in prune_to_each(prepared.problem, constraints_to_try(options.target.metric)):
             pass  # the main one decides what comes next
         distributed.barrier()
         return
@@ -169,42 +169,42 @@ def _save(
 ) -> None:
     """Write model, masks, tokenizer, report and log, all of them or nothing; completes `report`."""
     folder = options.output_folder(result.constraint.ratio)
-    with staged(folder, overwrite=options.overwrite) as temporary, quiet_transformers():
+    with staged(folder, overwrite=options.output.overwrite) as temporary, quiet_transformers():
         tokenizer = prepared.loaded.tokenizer
         save_pruned(result.model, result.layout, result.masks, temporary, tokenizer, dtype=stored)
         report["pruned"]["bytes"] = weight_bytes(temporary)
         report["embedder"] = write_sentence_transformer_files(
             prepared.loaded.sentence_transformer.files, temporary
         )
-        if options.export:
+        if options.output.export:
             report["exports"] = write_exports(
-                options.export,
+                options.output.export,
                 temporary,
                 _export_job(prepared, original, result, stored),
-                quantize=options.quantize,
+                quantize=options.output.quantize,
             )
         if prepared.problem.latency_table is not None:
             prepared.problem.latency_table.save(temporary / LATENCY_TABLE_FILE)
         write_report(report, temporary)
         write_run_page(report, temporary)
-        write_card(report, temporary, options.push_to_hub)
+        write_card(report, temporary, options.hub.push_to_hub)
         write_log(report, temporary, told.export_text(clear=False))
 
 
 def _publish(options: Options, told: Console, progress: bool) -> None:
     """Put a family on one page, and a model on the hub if that was asked for."""
-    folders = [options.output_folder(ratio) for ratio in options.ratios]
+    folders = [options.output_folder(ratio) for ratio in options.target.ratios]
     page = write_family_page(folders)
     if page is not None:
         told.print(f"All sizes are on one page, '{page}'")
-    repository = options.push_to_hub
+    repository = options.hub.push_to_hub
     if repository is None:
         return
-    if options.hub_dry_run:
-        told.print(plan_of(folders[0], repository, private=options.private))
+    if options.hub.hub_dry_run:
+        told.print(plan_of(folders[0], repository, private=options.hub.private))
         return
     told.print(f"Pushing to {repository}")
-    address = push(folders[0], repository, private=options.private, progress=progress)
+    address = push(folders[0], repository, private=options.hub.private, progress=progress)
     told.print(f"Pushed to {address}")
 
 
@@ -216,7 +216,7 @@ def _with_latency_table(
     progress: bool,
 ) -> Prepared:
     """What sublayers take on this device, from the file that was given, or measured."""
-    path, problem = options.latency_table, prepared.problem
+    path, problem = options.target.latency_table, prepared.problem
     if path is None:
         told.print("Measuring what heads and neurons take on this device")
     table = distributed.broadcast_from_main(
@@ -257,13 +257,13 @@ def _unfinished(
         UserError: an output is there that these flags gave with another model, or other data.
     """
     left = []
-    for ratio in options.ratios:
+    for ratio in options.target.ratios:
         folder = options.output_folder(ratio)
-        if not options.overwrite and holds(folder, _identity(options, prepared, ratio)):
+        if not options.output.overwrite and holds(folder, _identity(options, prepared, ratio)):
             told.print(f"'{folder}' is of this very run: kept (--overwrite makes it again)")
             print_report(read_report(folder), screen)
             continue
-        check_output(folder, overwrite=options.overwrite)
+        check_output(folder, overwrite=options.output.overwrite)
         left.append(ratio)
     return left
 
@@ -274,67 +274,50 @@ def _identity(options: Options, prepared: Prepared, ratio: float | None) -> dict
 
 
 def _cache(options: Options) -> Path | None:
-    return None if options.no_cache else options.cache_dir or default_folder()
+    return (options.run.cache_dir or default_folder()) if options.run.cache else None
 
 
 def _constraints(options: Options, ratios: Sequence[float | None]) -> list[Constraint]:
-    return [Constraint(options.metric, ratio) for ratio in ratios if ratio is not None]
-
-
-def _settings(options: Options) -> Settings:
-    return Settings(
-        method=options.method,
-        importance=options.importance,
-        allocation=options.allocation,
-        use_labels=options.use_labels,
-        gradients=options.gradients,
-        rearrange=not options.skip_rearrange,
-        tune=not options.skip_tune,
-        teacher=options.teacher,
-        uniform=options.uniform,
-        round_to=options.round_to,
-        rounds=options.rounds,
-        seed=options.seed,
-    )
+    return [Constraint(options.target.metric, ratio) for ratio in ratios if ratio is not None]
 
 
 def _prepare(
     options: Options, task: Task, device: torch.device, told: Console, *, progress: bool
 ) -> Prepared:
     """Load the checkpoint and all data: everything that can be wrong with the input shows here."""
-    check_kind(task, exports=options.export, max_drop=options.max_drop)
-    told.print(f"Loading {options.model} and the data of {task.name}")
+    check_kind(task, exports=options.output.export, max_drop=options.target.max_drop)
+    told.print(f"Loading {options.target.model} and the data of {task.name}")
     start = time.perf_counter()
-    dtype = getattr(torch, options.dtype or "float32")
-    loaded = load(options.model, task, device=device, dtype=dtype)
-    stored = stored_dtype(loaded.source) if options.dtype is None else dtype
-    max_length = resolve_max_length(loaded, task, options.max_length)
-    data_dir = resolve_data_dir(options.model, options.data_dir)
+    dtype = getattr(torch, options.run.dtype or "float32")
+    loaded = load(options.target.model, task, device=device, dtype=dtype)
+    stored = stored_dtype(loaded.source) if options.run.dtype is None else dtype
+    max_length = resolve_max_length(loaded, task, options.data.max_length)
+    data_dir = resolve_data_dir(options.target.model, options.data.data_dir)
     batches = calibration_batches(
         task,
         loaded.tokenizer,
         data_dir,
-        num_samples=options.samples,
-        batch_size=options.batch_size,
+        num_samples=options.data.samples,
+        batch_size=options.data.batch_size,
         max_length=max_length,
-        seed=options.seed,
-        with_labels=options.use_labels,
+        seed=options.settings.seed,
+        with_labels=options.settings.use_labels,
     )
     problem = prepare_problem(
-        loaded.model, batches, _settings(options), cache=_cache(options), progress=progress
+        loaded.model, batches, options.settings, cache=_cache(options), progress=progress
     )
     batches = [dict(add_token_mask(loaded.model, problem.layout, batch)) for batch in batches]
-    if options.metric != "latency":  # which needs a table first
-        check_constraints(problem, _constraints(options, options.ratios))
+    if options.target.metric != "latency":  # which needs a table first
+        check_constraints(problem, _constraints(options, options.target.ratios))
     evaluation_set = prepare_evaluation(
         task,
         loaded.tokenizer,
         data_dir,
-        batch_size=options.batch_size,
+        batch_size=options.data.batch_size,
         max_length=max_length,
-        limit=options.eval_limit,
+        limit=options.data.eval_limit,
     )
-    if task.name == CUSTOM and options.max_length is None and "pixel_values" not in batches[0]:
+    if task.name == CUSTOM and options.data.max_length is None and "pixel_values" not in batches[0]:
         warn_about_truncation(evaluation_set.batches, max_length)
     seconds = time.perf_counter() - start
     inputs = inputs_digest(loaded.model, batches, evaluation_set)

@@ -1,6 +1,6 @@
 """A model as ONNX, by PyTorch's exporter: any batch size, any length, and int8 on request.
 
-The packages of the extra `rfprune[onnx]` are imported inside the functions.
+onnx, onnxruntime and onnxscript are imported inside the functions.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def measure(
         data = prepared.evaluation_set
         pruned = evaluate_model(result.model, data, reference=model, progress=progress)
     stages = []
-    if options.score_stages:
+    if options.output.score_stages:
         data = prepared.evaluation_set
         stages = stage_scores(model, result, data, original, pruned, progress=progress)
     latency = measure_latency(
@@ -102,15 +102,15 @@ def measure(
     before = _costs(model, macs[0], original, latency.original_ms, prepared.stored)
     after = _costs(result.model, macs[1], pruned, latency.pruned_ms, stored)
     return {
-        "model": options.model,
+        "model": options.target.model,
         "source": prepared.loaded.source,
-        "task": options.task,
+        "task": options.target.task,
         "kind": original.kind,
         "higher_is_better": prepared.evaluation_set.task.higher_is_better,
-        "method": options.method,
-        "metric": options.metric,
+        "method": options.settings.method,
+        "metric": options.target.metric,
         "constraint": result.constraint.ratio,
-        "seed": options.seed,
+        "seed": options.settings.seed,
         "samples": sum(batch_size(batch) for batch in prepared.batches),
         "settings": dataclasses.asdict(prepared.problem.settings),
         "device": str(model.device),
@@ -136,7 +136,7 @@ def measure(
         "original_layers": original_layers(result.layout),
         "curves": curve_points(result),
         "stages": stages,
-        "data_dir": None if options.data_dir is None else str(options.data_dir),
+        "data_dir": None if options.data.data_dir is None else str(options.data.data_dir),
         "output_dir": str(options.output_folder(result.constraint.ratio)),
     }
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfprune.errors import UserError
+from rfprune.errors import UserError, check_installed
 from rfprune.tasks.files import SHOWN_NAMES, first_line
 from rfprune.tasks.labels import class_ids
 from rfprune.tasks.registry import Task
@@ -125,12 +125,9 @@ def pixels(images: Sequence[Any], processor: Any) -> Tensor:
 
 def _opened(image: Any) -> Any:
     """The file of an image, its head read."""
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError as error:
-        raise UserError(
-            "Images need the package pillow: install it with pip install 'rfprune[vision]'."
-        ) from error
+    check_installed("Image classification", ["pillow"])
+    from PIL import Image, UnidentifiedImageError
+
     try:
         if isinstance(image, dict):
             return Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"])

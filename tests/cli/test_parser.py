@@ -1,16 +1,31 @@
-"""Flags become the settings of a run; what cannot be is one sentence."""
+"""The flags: without these tests a flag could do nothing, or a bad value start a long run."""
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Iterator
+from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rfprune.cli.parser import parse
+from rfprune.cli.parser import add_flags, parse
 from rfprune.errors import UserError
-from rfprune.settings import CRITERIA, METHODS, Options, Settings
+from rfprune.settings import (
+    ALLOCATIONS,
+    CRITERIA,
+    METHODS,
+    METRICS,
+    DataSettings,
+    Options,
+    Settings,
+    TargetSettings,
+    flag_of,
+)
+from rfprune.tasks.registry import LANGUAGE_MODELING, default_batch_size, default_samples
 
 NEEDED = ["--model", "demo", "--task", "sst2", "--constraint", "0.5"]
 CUSTOM = [*NEEDED[:3], "custom", *NEEDED[4:], "--data-dir", "mine"]
@@ -21,47 +36,124 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path)
 
 
-def test_the_defaults_are_those_of_the_paper() -> None:
+# For every field but the required ones: a flag with a value other than the default, and the value.
+OTHER_VALUES: dict[str, tuple[str, Any]] = {
+    "max_drop": ("1", 1.0),
+    "metric": ("params", "params"),
+    "latency_table": ("table.json --metric latency", Path("table.json")),
+    "data_dir": ("mine", Path("mine")),
+    "text_columns": ("a b", ("a", "b")),
+    "label_column": ("c", "c"),
+    "samples": ("7", 7),
+    "batch_size": ("7", 7),
+    "max_length": ("9", 9),
+    "eval_limit": ("7", 7),
+    "method": ("kwon", "kwon"),
+    "importance": ("taylor", "taylor"),
+    "allocation": ("uniform", "uniform"),
+    "use_labels": ("", True),
+    "gradients": ("per-batch --method kwon", "per-batch"),
+    "teacher": ("scheduled --method kwon", "scheduled"),
+    "rearrange": (" --method kwon", False),
+    "tune": ("", False),
+    "uniform": ("", True),
+    "round_to": ("32", 32),
+    "rounds": ("2", 2),
+    "seed": ("3", 3),
+    "device": ("cuda:1", "cuda:1"),
+    "dtype": ("bfloat16", "bfloat16"),
+    "cache_dir": ("kept", Path("kept")),
+    "cache": ("", False),
+    "quiet": ("", True),
+    "verbose": ("", True),
+    "output_dir": ("out", Path("out")),
+    "overwrite": ("", True),
+    "export": ("dense", ("dense",)),
+    "quantize": (" --export onnx", True),
+    "score_stages": ("", True),
+    "push_to_hub": ("me/model --hub-dry-run", "me/model"),
+    "private": (" --push-to-hub me/model --hub-dry-run", True),
+    "hub_dry_run": (" --push-to-hub me/model", True),
+}
+ALIKE = (
+    *("constraint", "cache_dir", "cache", "quiet", "verbose", "output_dir", "overwrite"),
+    *("push_to_hub", "private", "hub_dry_run"),
+)
+"""Fields that do not change the output of one constraint."""
+
+
+def all_fields() -> Iterator[tuple[str, str, Any]]:
+    """Every choice: its subject's name in `Options`, its own, and its default."""
+    for subject in fields(Options):
+        options = getattr(parse(NEEDED), subject.name)
+        for one in fields(type(options)):
+            yield subject.name, one.name, one.default
+
+
+@pytest.mark.parametrize("name", OTHER_VALUES)
+def test_every_flag_sets_its_field(name: str) -> None:
+    """And only a choice that changes the output makes another run of it."""
+    subject = next(subject for subject, field, _ in all_fields() if field == name)
+    values, expected = OTHER_VALUES[name]
+    flag = flag_of(type(getattr(parse(NEEDED), subject)), name)
+    needed = CUSTOM if name in ("text_columns", "label_column") else NEEDED
+    if name == "max_drop":
+        needed = NEEDED[:4]
+    before = parse(needed) if name != "max_drop" else parse(NEEDED)
+    options = parse([*needed, *f"{flag} {values}".split()])
+    assert getattr(getattr(before, subject), name) != expected
+    assert getattr(getattr(options, subject), name) == expected
+    assert (options.identity(0.5) == before.identity(0.5)) == (name in ALIKE)
+
+
+def test_absent_flags_leave_the_declared_defaults() -> None:
+    required = {"model", "task", "constraint"}
+    names = [name for _, name, _ in all_fields()]
+    assert len(names) == len(set(names)), "one flag per name"
+    assert set(names) == OTHER_VALUES.keys() | required, "no field without a test of its flag"
     options = parse(NEEDED)
-    assert (options.samples, options.batch_size, options.seed) == (2048, 32, 0)
-    assert (options.metric, options.method) == ("mac", METHODS[0])
-    assert (options.max_length, options.eval_limit) == (None, None)
-    assert (options.data_dir, options.device) == (None, None)
-    assert not (options.use_labels or options.skip_rearrange or options.skip_tune)
-    assert options.dtype is None, "float32, and stored as the original is"
+    assert options.settings == Settings(), "the command and the API have the same defaults"
+    for subject, name, default in all_fields():
+        if name not in {*required, "samples", "batch_size", "round_to"}:
+            assert default is not MISSING
+            assert getattr(getattr(options, subject), name) == default
+    for task in ("sst2", LANGUAGE_MODELING):
+        data = parse(["--model", "demo", "--task", task, "--constraint", "0.5"]).data
+        assert (data.samples, data.batch_size) == (default_samples(task), default_batch_size(task))
 
 
-def test_a_criterion_or_an_allocation_implies_the_method() -> None:
-    """Nobody wants `--importance taylor` to do nothing, or to be refused for want of --method."""
+def test_a_script_can_reuse_some_flags() -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser, DataSettings, ["text_columns", "label_column"])
+    add_flags(parser, TargetSettings, ["metric"])
+    found = vars(parser.parse_args(["--text-columns", "a", "b"]))
+    assert found == {"text_columns": ["a", "b"], "label_column": None, "metric": METRICS[0]}
+
+
+def test_a_criterion_or_an_allocation_implies_its_method() -> None:
     for criterion in CRITERIA:
-        options = parse([*NEEDED, "--importance", criterion])
-        assert (options.method, options.importance) == ("importance", criterion)
-        assert options.allocation == Settings().allocation
-    options = parse([*NEEDED, "--allocation", "uniform"])
-    assert (options.method, options.importance) == ("importance", Settings().importance)
-    assert options == parse([*NEEDED, "--method", "importance", "--allocation", "uniform"])
-    assert parse(NEEDED).importance == Settings().importance
+        settings = parse([*NEEDED, "--importance", criterion]).settings
+        assert settings == Settings(method="importance", importance=criterion)
+    settings = parse([*NEEDED, "--allocation", "uniform"]).settings
+    assert settings == Settings(method="importance", allocation="uniform")
+    assert ALLOCATIONS[0] != "uniform"
 
 
-def test_rules_for_sizes_make_another_output() -> None:
-    plain = parse(NEEDED)
-    assert (plain.uniform, plain.round_to) == (Settings().uniform, 8)
-    assert parse([*NEEDED, "--round-to", "1"]).round_to == Settings().round_to is None
-    assert parse([*NEEDED, "--method", "kwon"]).round_to is None
-    ruled = parse([*NEEDED, "--uniform", "--round-to", "8"])
-    assert (ruled.uniform, ruled.round_to) == (True, 8)
-    assert ruled.identity(0.5) != plain.identity(0.5)
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [("", 8), ("--round-to 1", None), ("--method kwon", None), ("--method kwon --round-to 16", 16)],
+)
+def test_neurons_are_kept_in_multiples(flags: str, expected: int | None) -> None:
+    assert parse([*NEEDED, *flags.split()]).settings.round_to == expected
 
 
-def test_several_constraints_go_to_a_folder_each(tmp_path: Path) -> None:
-    options = parse([*NEEDED, "0.3", "0.5", "--output-dir", str(tmp_path / "out")])
-    assert options.constraint == (0.5, 0.3), "one that is given twice is pruned to once"
+def test_several_constraints_go_to_one_subfolder_each(tmp_path: Path) -> None:
+    flags = [*NEEDED, "0.3", "0.5", "--output-dir", str(tmp_path / "out")]
+    options = parse(flags)
+    assert options.target.constraint == (0.5, 0.3), "duplicates are pruned once"
     assert options.output_folder(0.3) == tmp_path / "out" / "mac-0.3"
-
-
-def test_one_constraint_goes_to_the_folder_itself(tmp_path: Path) -> None:
-    options = parse([*NEEDED, "--output-dir", str(tmp_path / "out")])
-    assert options.output_folder(0.5) == tmp_path / "out"
+    assert options.identity(0.3) != options.identity(0.5)
+    assert parse([*NEEDED, *flags[-2:]]).output_folder(0.5) == tmp_path / "out"
 
 
 @pytest.mark.parametrize(
@@ -77,37 +169,42 @@ def test_the_default_folder_tells_runs_apart(model: str, name: str | None, tmp_p
 
 @given(st.floats(min_value=0, max_value=1, exclude_min=True, exclude_max=True))
 def test_every_fraction_is_a_constraint(ratio: float) -> None:
-    assert parse([*NEEDED[:5], repr(ratio)]).constraint == (ratio,)
+    assert parse([*NEEDED[:5], repr(ratio)]).target.constraint == (ratio,)
 
 
 @pytest.mark.parametrize(
-    ("flags", "sentence"),
+    ("flags", "message"),
     [
         ([*NEEDED[:4]], "one of the arguments --constraint --max-drop is required"),
         ([*NEEDED, "--tsak", "mrpc"], "unrecognized arguments: --tsak"),
         ([*NEEDED, "--sample", "12"], "unrecognized arguments: --sample"),
-        ([*NEEDED, "--task", "mrcp"], "Unknown task 'mrcp', did you mean mrpc: .*squad_v2"),
-        ([*NEEDED, "--task", "?"], "Unknown task '?': the tasks are mrpc"),
+        ([*NEEDED, "--task", "mrcp"], "'mrcp', did you mean mrpc: .*squad_v2"),
+        ([*NEEDED, "--task", "?"], "'?': the tasks are mrpc"),
         ([*NEEDED[:5], ""], "--constraint '' is not a number between 0 and 1"),
         *(
             ([*NEEDED[:5], value], f"--constraint {value} is not a number between 0 and 1")
             for value in ("0", "1", "1.5", "-1", "-0.5", "abc", "nan", "inf")
         ),
+        *(
+            ([*NEEDED[:4], f"--max-drop={value}"], f"--max-drop {value} .* from 0 up to 100")
+            for value in ("-1", "100", "nan", "one")
+        ),
         ([*NEEDED, "--samples", "0"], "--samples 0 is not a whole number of at least 1"),
-        ([*NEEDED, "--samples", "-3"], "--samples -3 is not a whole number of at least 1"),
         ([*NEEDED, "--samples", "many"], "--samples many is not a whole number"),
         ([*NEEDED, "--batch-size", "0"], "--batch-size 0 is not"),
         ([*NEEDED, "--max-length", "2"], "--max-length 2 is not .* at least 8"),
         ([*NEEDED, "--eval-limit", "0"], "--eval-limit 0 is not"),
         ([*NEEDED, "--seed", "-1"], "--seed -1 is not .* from 0 to"),
         ([*NEEDED, "--seed", str(2**63)], "is not a whole number from 0 to 9223372036854775807"),
-        ([*NEEDED, "--model", " "], "--model is empty"),
-        ([*NEEDED, "--data-dir", ""], "--data-dir is empty"),
-        ([*NEEDED, "--output-dir", ""], "--output-dir is empty"),
+        ([*NEEDED, "--rounds", "17"], "--rounds 17 is not a whole number from 1 to 16"),
+        *(
+            ([*NEEDED, f"--{flag}", ""], f"--{flag} is empty")
+            for flag in ("model", "data-dir", "output-dir", "cache-dir")
+        ),
         ([*NEEDED, "--text-columns", "a"], "--text-columns belongs to --task custom .* for sst2"),
         ([*NEEDED, "--label-column", "a"], "--label-column belongs to --task custom"),
         ([*NEEDED, "--task", "custm"], "did you mean custom"),
-        ([*CUSTOM[:6]], "--task custom needs data of yours: give --data-dir DIR"),
+        ([*CUSTOM[:6]], "--task custom needs .* --data-dir DIR"),
         ([*CUSTOM, "--text-columns", "a", "b", "c"], "--text-columns a b c: .* one text or two"),
         ([*CUSTOM, "--text-columns", "a", "--label-column", "a"], "'a' is named twice"),
         ([*CUSTOM, "--label-column", ""], "column's name is empty"),
@@ -116,21 +213,25 @@ def test_every_fraction_is_a_constraint(ratio: float) -> None:
             for flag in ("model", "data-dir", "output-dir", "cache-dir")
             for name, shown in (("a\0b", r"'a.x00b'"), ("a\x1b[1m", "'a.x1b.1m'"))
         ),
-        ([*NEEDED, "--output-dir", "caf\udce9"], "bytes that are no text"),
-        ([*NEEDED, "--output-dir", "~nobody.here/a"], "below a home that is not there"),
-        ([*NEEDED, "--model", "a" * 5000], "no name that there can be .File name too long"),
-        ([*NEEDED, "--metric", "size"], "--metric: invalid choice: 'size'"),
-        ([*NEEDED, "--method", "magic"], "--method: invalid choice: 'magic'"),
+        ([*NEEDED, "--output-dir", "caf\udce9"], "bytes that are not text"),
+        ([*NEEDED, "--output-dir", "~nobody.here/a"], "home that is not there"),
+        ([*NEEDED, "--model", "a" * 5000], "not a valid path .File name too long"),
         *(
-            ([*NEEDED, "--method", "curvature", *flag.split()], f"{flag} belongs to --method kwon")
+            ([*NEEDED, f"--{flag}", "magic"], f"--{flag}: invalid choice: 'magic'")
+            for flag in ("metric", "method", "importance", "dtype", "export")
+        ),
+        *(
+            (
+                [*NEEDED, "--method", "curvature", *flag.split()],
+                f"{flag} .*belongs to --method kwon",
+            )
             for flag in ("--gradients per-batch", "--teacher scheduled", "--skip-rearrange")
         ),
         *(
-            ([*NEEDED, "--method", method, *flag.split()], f"{flag} belongs to --method importance")
+            ([*NEEDED, "--method", method, *flag.split()], f"{flag} .*to --method importance")
             for flag in ("--importance taylor", "--importance fisher", "--allocation global")
             for method in ("curvature", "kwon")
         ),
-        ([*NEEDED, "--importance", "magic"], "--importance: invalid choice: 'magic'"),
         ([*NEEDED, "--importance", "taylor", "--skip-rearrange"], "belongs to --method kwon"),
         *(
             ([*NEEDED, "--use-labels", "--importance", criterion], "--use-labels does nothing for")
@@ -138,45 +239,52 @@ def test_every_fraction_is_a_constraint(ratio: float) -> None:
         ),
         ([*NEEDED, "--uniform", "--allocation", "uniform"], "leave one of them out"),
         ([*NEEDED, "--uniform", "--export", "dense"], "leave --export dense out"),
+        ([*NEEDED, "--quantize"], "add --export onnx"),
+        ([*NEEDED, "--latency-table", "a"], "does nothing for --metric mac: .* --metric latency"),
         ([*NEEDED, "--round-to", "7"], "--round-to: invalid choice: 7"),
         ([*NEEDED, "--round-to", "all"], "--round-to: invalid int value: 'all'"),
-        ([*NEEDED, "--device", "gpu"], "Unknown device 'gpu': choose cpu, cuda"),
-        ([*NEEDED, "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
+        ([*NEEDED, "--device", "gpu"], "device 'gpu': choose cpu, cuda"),
+        ([*NEEDED, "0.3", "--push-to-hub", "me/a"], "scripts/push_to_hub.py"),
+        ([*NEEDED, "--private"], "--private does nothing without --push-to-hub"),
     ],
     ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "",
 )
-def test_what_cannot_be_is_one_sentence(flags: list[str], sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence.replace("?", r"\?")) as caught:
+def test_a_bad_flag_is_one_sentence(flags: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message.replace("?", r"\?")) as caught:
         parse(flags)
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "magic"}, "method 'magic' is unknown: choose one of curvature, kwon"),
+        ({"importance": "magic"}, "importance 'magic' is unknown: choose one of fisher"),
+        ({"round_to": 7}, "round_to 7 is unknown: choose one of 1, 8, 16, 32, 64"),
+        ({"rounds": 0}, "rounds 0 is not a whole number from 1"),
+        ({"seed": -1}, "seed -1 is not a whole number from 0"),
+        ({"importance": "taylor"}, "importance='taylor'.* belongs to --method importance"),
+        ({"method": "importance", "rearrange": False}, "rearrange=False.* --method kwon"),
+        ({"uniform": True, "method": "importance", "allocation": "uniform"}, "leave one of them"),
+    ],
+    ids=str,
+)
+def test_the_api_checks_the_same_choices(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Settings(**changes)
+
+
+def test_the_docstring_of_settings_has_every_choice() -> None:
+    documented = str(Settings.__doc__)
+    assert all(f"{one.name}: " in documented for one in fields(Settings))
+    assert METHODS[1] in documented
+
+
 def test_a_tilde_is_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Shells leave it alone in --output-dir=~/out, which would make a folder called ~."""
+    """Shells do not expand it in --output-dir=~/out, which would make a folder called ~."""
     monkeypatch.setenv("HOME", str(tmp_path))
     options = parse([*NEEDED, "--output-dir=~/out", "--data-dir=~/data"])
-    assert (options.output_dir, options.data_dir) == (tmp_path / "out", tmp_path / "data")
-
-
-def test_columns_are_those_of_one_s_own_data() -> None:
-    options = parse([*CUSTOM, "--text-columns", "question", "answer", "--label-column", "right"])
-    assert (options.text_columns, options.label_column) == (("question", "answer"), "right")
-    unnamed = parse(CUSTOM)
-    assert (unnamed.text_columns, unnamed.label_column) == (None, None)
-    assert unnamed.identity(0.5) != options.identity(0.5), "other columns make another output"
-
-
-def test_options_cannot_be_changed() -> None:
-    with pytest.raises(AttributeError):
-        parse(NEEDED).model = "other"  # type: ignore[misc]
-
-
-def test_options_are_the_flags() -> None:
-    """A flag that is parsed and then forgotten would silently do nothing."""
-    from rfprune import measure, run
-
-    files = (run.__file__, measure.__file__)
-    source = "".join(Path(file).read_text(encoding="utf-8") for file in files)
-    used_when_parsed = {"constraint", "output_dir", "overwrite"}
-    for name in set(Options.__dataclass_fields__) - used_when_parsed:
-        assert f"options.{name}" in source, name
+    assert (options.output.output_dir, options.data.data_dir) == (
+        tmp_path / "out",
+        tmp_path / "data",
+    )

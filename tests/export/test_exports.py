@@ -339,16 +339,16 @@ def test_a_missing_package_is_told_before_any_work(
         return None if name == missing else find(name, *arguments)
 
     monkeypatch.setattr(importlib.util, "find_spec", without)
-    with pytest.raises(UserError, match=rf"here \({missing}\): run pip install 'rfprune\[onnx\]'"):
+    with pytest.raises(UserError, match=rf"here \({missing}\): run pip install {missing}"):
         parse([*NEEDED.split(), "--export", "onnx"])
-    assert parse([*NEEDED.split(), "--export", "dense"]).export == ("dense",)
+    assert parse([*NEEDED.split(), "--export", "dense"]).output.export == ("dense",)
 
 
 def test_flags_add_up() -> None:
     more = "--export dense --export onnx dense --quantize"
-    options = parse([*NEEDED.split(), *more.split()])
-    assert (options.export, options.quantize) == (("dense", "onnx"), True)
-    assert parse(NEEDED.split()).export == ()
+    output = parse([*NEEDED.split(), *more.split()]).output
+    assert (output.export, output.quantize) == (("dense", "onnx"), True)
+    assert parse(NEEDED.split()).output.export == ()
 
 
 def broken(*_: Any, **__: Any) -> Any:

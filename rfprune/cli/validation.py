@@ -1,0 +1,87 @@
+"""Checks of the flags that need the tasks, the hub or the installed packages.
+
+What the choices alone decide is checked where they are declared, in `rfprune.settings`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from rfprune.errors import UserError, check_installed
+from rfprune.settings import HubSettings
+from rfprune.tasks.registry import CUSTOM, OWN_DATA, SIMILARITY, TASK_NAMES, Task, check_columns
+
+ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+_KINDS_WITHOUT_MAX_DROP = ("language-modeling", "similarity", "token-classification")
+_KINDS_WITHOUT_EXPORT = ("multiple-choice", "similarity", "token-classification")
+
+
+def check_task(name: str) -> None:
+    """Raise a UserError, with the nearest known name, unless the task is known."""
+    if name in TASK_NAMES:
+        return
+    close = difflib.get_close_matches(name.lower(), TASK_NAMES, n=1)
+    guess = f", did you mean {close[0]}" if close else ""
+    raise UserError(f"Unknown task {name!r}{guess}: the tasks are {', '.join(TASK_NAMES)}")
+
+
+def check_data(
+    task: str,
+    data_dir: Path | None,
+    text_columns: Sequence[str] | None,
+    label_column: str | None,
+) -> None:
+    """Raise a UserError unless the flags of the data fit the task."""
+    if task == CUSTOM:
+        check_columns(text_columns, label_column)
+        if data_dir is None:
+            raise UserError(
+                "--task custom needs your own data: give --data-dir DIR, where DIR holds train.csv "
+                "and validation.csv (or .tsv, .jsonl, .parquet)"
+            )
+        return
+    if task in OWN_DATA:
+        check_columns(text_columns, label_column)
+    flags = {
+        "--text-columns": text_columns if task not in OWN_DATA else None,
+        "--label-column": label_column if task != SIMILARITY else None,
+    }
+    for flag, given in flags.items():
+        if given is not None:
+            raise UserError(
+                f"{flag} belongs to --task custom and does nothing for {task}, whose columns are "
+                f"known: leave it out"
+            )
+
+
+def check_kind(task: Task, *, exports: Sequence[str], max_drop: float | None) -> None:
+    """Raise a UserError unless a task of this kind has a search and the exports."""
+    if max_drop is not None and task.kind in _KINDS_WITHOUT_MAX_DROP:
+        raise UserError(
+            f"--max-drop needs a score that is a mean over examples, but {task.metric_name} of "
+            f"{task.kind} is not: give sizes with --constraint, and compare them"
+        )
+    if exports and task.kind in _KINDS_WITHOUT_EXPORT:
+        raise UserError(
+            f"--export supports classifiers, question answering and language models, not "
+            f"{task.kind}: leave it out; the output is an ordinary transformers model"
+        )
+
+
+def check_exports(formats: Collection[str]) -> None:
+    """Raise a UserError if packages for the formats of --export are not installed."""
+    if "onnx" in formats:
+        check_installed("--export onnx", ONNX_PACKAGES, "leave --export onnx out")
+
+
+def check_hub(hub: HubSettings) -> None:
+    """Raise a UserError unless an upload can begin: the name is valid and there is a token."""
+    if hub.push_to_hub is None:
+        return
+    from rfprune.hub.upload import check_access, check_repository
+
+    check_repository(hub.push_to_hub)
+    if not hub.hub_dry_run:
+        check_access()
