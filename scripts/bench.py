@@ -134,7 +134,10 @@ def measure(
     from rfprune.settings import Settings
     from rfprune.tasks.evaluation import divergence, evaluate_model
 
-    settings = Settings(**bench.variants[family[0]["variant"]], seed=family[0]["seed"])
+    # Any number of neurons, as in the published comparisons.
+    settings = Settings(
+        **{"round_to": None, **bench.variants[family[0]["variant"]]}, seed=family[0]["seed"]
+    )
     constraints = [Constraint(one["metric"], one["constraint"]) for one in family]
     original = bench.original
     with _collected_warnings() as heard:

@@ -168,7 +168,7 @@ def _prepare(options: argparse.Namespace, task: Task) -> Bench:
     shape = (options.batch_size, min(LONG, positions))
     ids = torch.randint(loaded.model.config.vocab_size, shape, device=device)
     long = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    settings = Settings(method=options.method, seed=options.seed)
+    settings = Settings(method=options.method, round_to=None, seed=options.seed)
     return Bench(loaded, batches(options.samples), batches(options.sentences), long, settings)
 
 

@@ -125,7 +125,7 @@ def _measure(options: argparse.Namespace, task: Task) -> dict[str, Any]:
         evaluation_set = prepare_evaluation(
             task, loaded.tokenizer, data_dir, max_length=length, limit=options.eval_limit
         )
-        settings = Settings(method=options.method, seed=options.seed)
+        settings = Settings(method=options.method, round_to=None, seed=options.seed)
         result = prune(loaded.model, batches, constraint, settings)
         with tempfile.TemporaryDirectory() as folder, quiet_transformers():
             models, sizes = _export(loaded, result.model, batches, Path(folder))

@@ -179,7 +179,9 @@ def _process(options: argparse.Namespace) -> dict[str, Any]:
         prune(loaded.model, few, constraint)  # the first passes of a process are slower
         for method in options.method:
             distributed.barrier()
-            result = prune(loaded.model, batches, constraint, Settings(method=method))
+            result = prune(
+                loaded.model, batches, constraint, Settings(method=method, round_to=None)
+            )
             kept = b"".join((mask != 0).numpy().tobytes() for mask in result.masks)
             digest = hashlib.sha256(kept).hexdigest()
             found[method] = {"seconds": result.seconds, "masks": digest}

@@ -218,7 +218,7 @@ def _time_methods(model: Any, batches: Batches, options: argparse.Namespace) -> 
     for _ in range(options.rounds):
         for method in options.method:
             constraint = Constraint("mac", options.constraint)
-            result = prune(model, batches, constraint, Settings(method))
+            result = prune(model, batches, constraint, Settings(method, round_to=None))
             yardsticks.append(_yardsticks(model, batches))
             total = result.seconds["prune_total"]
             around = _each(statistics.mean, yardsticks[-2:])
@@ -283,7 +283,12 @@ def _process(name: str, options: argparse.Namespace) -> dict[str, float]:
     loaded = _load(options)
     batches = _batches(options, loaded, max(options.samples))
     if name in METHODS:
-        prune(loaded.model, batches, Constraint("mac", options.constraint), Settings(name))
+        prune(
+            loaded.model,
+            batches,
+            Constraint("mac", options.constraint),
+            Settings(name, round_to=None),
+        )
     return {"peak_bytes": _peak_bytes(), "model_bytes": loaded.model.get_memory_footprint()}
 
 

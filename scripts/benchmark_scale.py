@@ -131,7 +131,10 @@ def _prune(size: str, options: argparse.Namespace) -> dict[str, Any]:
     with watched_memory(options.device) as peaks:
         start = time.perf_counter()
         result = prune(
-            model, batches, Constraint("mac", options.constraint), Settings(method=options.method)
+            model,
+            batches,
+            Constraint("mac", options.constraint),
+            Settings(method=options.method, round_to=None),
         )
         seconds = time.perf_counter() - start
     return {

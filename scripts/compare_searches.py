@@ -138,7 +138,7 @@ def _learn(options: argparse.Namespace, task: Any) -> tuple[Layout, dict[str, Er
         seed=options.seed,
         with_labels=False,
     )
-    problem = prepare_problem(loaded.model, batches, Settings(seed=options.seed))
+    problem = prepare_problem(loaded.model, batches, Settings(round_to=None, seed=options.seed))
     layout = problem.layout
     criterion = replace(problem, settings=Settings(method="importance", seed=options.seed))
     fisher, curvature = collect_statistics(criterion), collect_statistics(problem)

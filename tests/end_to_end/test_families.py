@@ -44,11 +44,11 @@ CASES = [
     *((model_type, "seq2seq-lm") for model_type in DECODING_TYPES),
 ]
 SETTINGS = {
-    "curvature": Settings(),
+    "curvature": Settings(round_to=None),
     "kwon": Settings(method="kwon"),
     "gradient": Settings(method="importance", importance="gradient"),
     "magnitude": Settings(method="importance", importance="magnitude-l2"),
-    "two rounds": Settings(rounds=2),
+    "two rounds": Settings(rounds=2, round_to=None),
 }
 FOR_ALL = ("curvature", "kwon")
 SOME = (
@@ -154,7 +154,9 @@ def test_fitting_brings_the_predictions_back(
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             plain, fitted = (
-                prune(model, batches, Constraint("mac", ratio), Settings(tune=tune)).model
+                prune(
+                    model, batches, Constraint("mac", ratio), Settings(tune=tune, round_to=None)
+                ).model
                 for tune in (False, True)
             )
         before += divergence(model, plain, others)
