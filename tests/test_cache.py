@@ -164,7 +164,7 @@ OTHER_SETTINGS: dict[str, dict[str, Any]] = {
     "importance": {"method": "importance", "importance": "random"},
     "allocation": {"method": "importance", "allocation": "uniform"},
     "use_labels": {"use_labels": True},
-    "gradients": {"gradients": "per-batch"},
+    "gradients": {"method": "kwon", "gradients": "per-batch"},
     "seed": {"seed": 1},
 }
 
