@@ -137,7 +137,9 @@ def _outcomes(
     if options.target.max_drop is None:
         yield from map(Outcome, prune_to_each(prepared.problem, _constraints(options, left)))
         return
-    search = DropSearch(options.target.max_drop, options.target.metric, prepared, original, progress)
+    search = DropSearch(
+        options.target.max_drop, options.target.metric, prepared, original, progress
+    )
     yield find_smallest_model(
         search,
         lambda constraints: prune_to_each(prepared.problem, constraints),

@@ -137,7 +137,9 @@ def test_uniform_below_what_heads_alone_cost_is_refused_before_anything_is_colle
     monkeypatch.undo()
     named = float(re.findall(r"at least ([\d.]+\d)", str(raised.value))[0])
     assert least_ratio(prepare_problem(model, batches, settings), "mac") == named
-    assert least_ratio(prepare_problem(model, batches, replace(settings, uniform=False)), "mac") < 0.3
+    assert (
+        least_ratio(prepare_problem(model, batches, replace(settings, uniform=False)), "mac") < 0.3
+    )
     result = prune(model, batches, Constraint("mac", named), settings)
     assert sizes(result, "neurons") == [1, 1]
 
