@@ -20,9 +20,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
-from rfprune.cli import flag_values
 from rfprune.cli.exit_codes import RESUMABLE, script
-from rfprune.settings import METRICS
+from rfprune.cli.parser import add_flags
+from rfprune.settings import DataSettings, Settings, TargetSettings
 from scripts.bench import say
 from scripts.sweep import append_line, default_output, model_name, read_lines
 
@@ -61,12 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", required=True, help="a folder, hub id, alias, or demo")
     add("--task", required=True)
     add("--data-dir", type=Path, help="local data, DIR/TASK/...; else the hub")
-    add("--points", nargs="+", type=flag_values.points, default=[0.5, 1.0, 2.0], metavar="POINTS")
-    add("--metric", choices=METRICS, default="mac", help="the cost that counts (default: mac)")
-    add("--seed", type=flag_values.whole_number("--seed", 0), default=0, help="default: 0")
-    add("--samples", type=flag_values.whole_number("--samples", 1), default=2048)
-    add("--batch-size", type=flag_values.whole_number("--batch-size", 1), default=32)
-    add("--eval-limit", type=flag_values.whole_number("--eval-limit", 1))
+    add("--points", nargs="+", type=float, default=[0.5, 1.0, 2.0], metavar="POINTS")
+    add_flags(parser, TargetSettings, ["metric"])
+    add_flags(parser, DataSettings, ["samples", "batch_size", "eval_limit"])
+    add_flags(parser, Settings, ["seed"])
+    parser.set_defaults(samples=2048, batch_size=32)
     add("--output", type=Path, help="default: in results, as said above")
     return parser
 

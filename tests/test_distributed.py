@@ -36,7 +36,7 @@ Tiny = Callable[..., Any]
 LAUNCHER = """
 import contextlib, importlib, json, os, signal, socket, sys
 import accelerate, torch
-import rfprune.cli.exit_codes, rfprune.main, rfprune.cli.run
+import rfprune.cli.exit_codes, rfprune.cli.outputs, rfprune.main, rfprune.cli.run
 from rfprune.main import main
 
 for case in json.load(sys.stdin):
@@ -54,7 +54,8 @@ for case in json.load(sys.stdin):
                            "MASTER_PORT": str(port), "RFPRUNE_CACHE": "cache"}
             sys.modules["rfprune.latency.speedup"].MAX_ROUNDS = 1
             rfprune.cli.exit_codes.GRACE_SECONDS = 0  # no launcher stops the others here
-            rfprune.cli.run.write_run_page = rfprune.cli.run.write_family_page = lambda *_: None
+            for page in ("write_run_page", "write_family_page"):
+                setattr(rfprune.cli.outputs, page, lambda *_: None)
             for number, stream in ((1, "out"), (2, "err")):
                 file = os.open(f"{stream}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
                 os.dup2(file, number)
@@ -96,8 +97,8 @@ FAILURES = {
     "a full disk": """
 def full(*_, **__):
     raise OSError(28, "No space left on device")
-from rfprune.cli import run
-run.save_pruned = full
+from rfprune.cli import outputs
+outputs.save_pruned = full
 """,
 }
 NOTHING_WITHIN = """
@@ -202,8 +203,8 @@ def test_two_processes_give_what_one_gives(
 
     monkeypatch.chdir(folder)
     monkeypatch.setattr("rfprune.latency.speedup.MAX_ROUNDS", 1)
-    monkeypatch.setattr("rfprune.cli.run.write_run_page", lambda *_: None)
-    monkeypatch.setattr("rfprune.cli.run.write_family_page", lambda *_: None)
+    monkeypatch.setattr("rfprune.cli.outputs.write_run_page", lambda *_: None)
+    monkeypatch.setattr("rfprune.cli.outputs.write_family_page", lambda *_: None)
     case = CASES[name]
     flags = flags_of(model_of(tiny_folder, case["task"]), tiny_data_dir, **case, output="one")
     threads = torch.get_num_threads()
@@ -251,8 +252,8 @@ def test_the_cache_of_two_processes_serves_one(
     monkeypatch.chdir(folder)
     monkeypatch.setenv("RFPRUNE_CACHE", "cache")
     monkeypatch.setattr("rfprune.latency.speedup.MAX_ROUNDS", 1)
-    monkeypatch.setattr("rfprune.cli.run.write_run_page", lambda *_: None)
-    monkeypatch.setattr("rfprune.cli.run.write_family_page", lambda *_: None)
+    monkeypatch.setattr("rfprune.cli.outputs.write_run_page", lambda *_: None)
+    monkeypatch.setattr("rfprune.cli.outputs.write_family_page", lambda *_: None)
     model = model_of(tiny_folder, "mrpc")
     flags = flags_of(model, tiny_data_dir, method, "mrpc", output="cached")
     assert main(flags) == 0

@@ -196,7 +196,7 @@ def test_a_page_that_fails_leaves_nothing(flags: Flags, monkeypatch: pytest.Monk
         raise RuntimeError("no page")
 
     before = everything_here()
-    monkeypatch.setattr("rfprune.cli.run.write_card", fail)
+    monkeypatch.setattr("rfprune.cli.outputs.write_card", fail)
     with pytest.raises(RuntimeError, match="no page"):
         main(flags())
     assert everything_here() == before

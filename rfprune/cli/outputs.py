@@ -1,0 +1,120 @@
+"""The outputs of a run: which are complete already, writing one, and publishing all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from rfprune.checkpoints.loading import quiet_transformers
+from rfprune.checkpoints.sentence_transformers import write_sentence_transformer_files
+from rfprune.cli.console import Consoles
+from rfprune.export.exports import ExportJob, write_exports
+from rfprune.hub.upload import plan_of, push
+from rfprune.model.checkpoint import save_pruned
+from rfprune.report.card import write_card
+from rfprune.report.console_table import print_report, write_log
+from rfprune.report.measure import Prepared
+from rfprune.report.output_folder import check_output, holds, staged, weight_bytes
+from rfprune.report.page import write_family_page, write_run_page
+from rfprune.report.report_json import read_report, write_report
+from rfprune.result import PruneResult
+from rfprune.settings import Options
+from rfprune.tasks.evaluation import Evaluation
+
+LATENCY_TABLE_FILE = "latency_table.json"
+
+
+def identity_of(options: Options, prepared: Prepared, ratio: float | None) -> dict[str, str]:
+    """What tells one output from another: the flags, and the model and data they named."""
+    return {"flags": options.identity(ratio), "inputs": prepared.inputs}
+
+
+def unfinished_ratios(
+    options: Options, prepared: Prepared, consoles: Consoles
+) -> list[float | None]:
+    """The ratios without a complete output; prints the results of those that are complete.
+
+    Raises:
+        UserError: the folder of an output holds something else.
+    """
+    unfinished = []
+    for ratio in options.target.ratios:
+        folder = options.output_folder(ratio)
+        if not options.output.overwrite and holds(folder, identity_of(options, prepared, ratio)):
+            consoles.log.print(
+                f"'{folder}': already complete, skipping (--overwrite prunes it again)"
+            )
+            print_report(read_report(folder), consoles.results)
+            continue
+        check_output(folder, overwrite=options.output.overwrite)
+        unfinished.append(ratio)
+    return unfinished
+
+
+def save_output(
+    options: Options,
+    prepared: Prepared,
+    result: PruneResult,
+    report: dict[str, Any],
+    exports: ExportJob | None,
+    log: Console,
+) -> None:
+    """Write model, masks, tokenizer, report and log to the output folder: all of them or nothing.
+
+    Args:
+        report: most of report.json; the entries about the files are added.
+        exports: what --export needs, if it was given.
+    """
+    folder = options.output_folder(result.constraint.ratio)
+    with staged(folder, overwrite=options.output.overwrite) as temporary, quiet_transformers():
+        dtype = getattr(torch, report["stored_dtype"])
+        tokenizer = prepared.loaded.tokenizer
+        save_pruned(result.model, result.layout, result.masks, temporary, tokenizer, dtype=dtype)
+        report["pruned"]["bytes"] = weight_bytes(temporary)
+        report["embedder"] = write_sentence_transformer_files(
+            prepared.loaded.sentence_transformer.files, temporary
+        )
+        if exports is not None:
+            report["exports"] = write_exports(
+                options.output.export, temporary, exports, quantize=options.output.quantize
+            )
+        if prepared.problem.latency_table is not None:
+            prepared.problem.latency_table.save(temporary / LATENCY_TABLE_FILE)
+        write_report(report, temporary)
+        write_run_page(report, temporary)
+        write_card(report, temporary, options.hub.push_to_hub)
+        write_log(report, temporary, log.export_text(clear=False))
+
+
+def export_job(
+    prepared: Prepared, original: Evaluation, result: PruneResult, stored: torch.dtype
+) -> ExportJob:
+    """What the exports of a pruned model are made from and compared with."""
+    return ExportJob(
+        original=prepared.loaded.model,
+        result=result,
+        tokenizer=prepared.loaded.tokenizer,
+        batches=prepared.batches,
+        evaluation_set=prepared.evaluation_set,
+        reference=original,
+        stored=stored,
+    )
+
+
+def publish(options: Options, consoles: Consoles) -> None:
+    """Write the page of several sizes, and upload the output if --push-to-hub was given."""
+    log, hub = consoles.log, options.hub
+    folders = [options.output_folder(ratio) for ratio in options.target.ratios]
+    page = write_family_page(folders)
+    if page is not None:
+        log.print(f"Wrote a page of all sizes, '{page}'")
+    if hub.push_to_hub is None:
+        return
+    if hub.hub_dry_run:
+        log.print(plan_of(folders[0], hub.push_to_hub, private=hub.private))
+        return
+    log.print(f"Pushing to {hub.push_to_hub}")
+    address = push(folders[0], hub.push_to_hub, private=hub.private, progress=consoles.progress)
+    log.print(f"Pushed to {address}")
