@@ -1,9 +1,9 @@
-"""A row of `rfprune.families.architectures` for a family that has none, from its tree of modules.
+"""Suggest a row of `rfprune.families.architectures` for a new family, from its modules.
 
-The sizes of linear maps tell most of it: what reads the hidden state makes units, and what gives
-one back reads them. Where all are as large as the hidden state (an attention), names and the order
-in which they are registered tell which one comes last. Norms are told by the order in which they
-run.
+Sizes of linear maps tell most of it: one with the hidden size as input features is a producer, one
+with the hidden size as output features is a consumer. Where both are the hidden size (in an
+attention), names and the execution order tell them apart. The execution order also tells which norm
+follows which sublayer.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoModel, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
@@ -28,6 +28,13 @@ _OUTPUT = re.compile(
 )
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
+_FAILURES = (
+    *(AssertionError, AttributeError, ImportError, RuntimeError, TypeError, ValueError),
+    *(StrictDataclassError, ZeroDivisionError),
+)
+"""What model classes raise for configurations, inputs or the meta device that they do not handle:
+missing entries, entries that are None, missing libraries, values on the meta device."""
+
 
 @dataclass(frozen=True)
 class Suggestion:
@@ -35,33 +42,39 @@ class Suggestion:
 
     Attributes:
         stack: the row's part for this list.
-        left_over: linear maps that fit nowhere, with their inputs and outputs.
-        others: parameters of the layer that are of no linear map and no norm.
+        left_over: linear maps that belong to no sublayer: (input features, output features).
+        other_parameters: those of neither linear maps nor norms; they may be scales or biases.
+        failure: why the model did not run, in which case the order of modules is that of their
+            registration; empty if it ran.
     """
 
     stack: Stack
     left_over: dict[str, tuple[int, int]]
-    others: tuple[str, ...]
+    other_parameters: tuple[str, ...]
+    failure: str = ""
 
 
 def suggest(config: PretrainedConfig) -> list[Suggestion]:
-    """What a row for a configuration's model type could say, one entry a list of layers.
+    """Suggest a row for a configuration's model type.
 
-    The model is made without weights or memory.
+    The model is made on the meta device, without weights or memory.
+
+    Returns:
+        One suggestion per list of layers.
 
     Raises:
         UserError: transformers cannot make such a model, or it has no list of layers.
     """
     if not isinstance(getattr(config, "hidden_size", None), int):
         raise UserError(
-            f"a configuration of type '{config.model_type}' has no hidden_size, as where a model "
-            "is several in one; name the type of the one that is to be pruned"
+            f"a configuration of type '{config.model_type}' has no hidden_size, perhaps because "
+            "it combines several models; name the type of the model that is to be pruned"
         )
-    model = _shapes_of(config)
+    model = _on_meta(config)
     found = []
     for path, layers in _outermost_lists(model):
         layer = layers[0]
-        ran = _order(model, layer)
+        ran, failure = _execution_order(model, layer)
         maps = _linear_maps(layer, ran)
         sublayers, left_over = _sublayers(maps, int(config.hidden_size))
         if sublayers:
@@ -72,17 +85,18 @@ def suggest(config: PretrainedConfig) -> list[Suggestion]:
                 if kind in kinds[:number]:
                     placed[number] = replace(placed[number], label=f"cross_{kind}s")
             stack = Stack(path, tuple(placed), pre_norm)
-            found.append(Suggestion(stack, left_over, _others(layer)))
+            found.append(Suggestion(stack, left_over, _other_parameters(layer), failure))
     if not found:
         raise UserError(
-            f"no list of layers with linear maps that read and give back a hidden state of "
-            f"{config.hidden_size} was found in a {type(model).__name__}, so it does not fit a row"
+            f"a {type(model).__name__} has no list of layers with linear maps from and to a hidden "
+            f"state of {config.hidden_size} features, so it does not fit a row; see 'Adding a "
+            "family' in rfprune/families/README.md"
         )
     return found
 
 
 def as_text(model_type: str, found: Sequence[Suggestion]) -> str:
-    """The row as code, with what did not fit as comments."""
+    """The row as Python code, with what did not fit as comments."""
     lines = [f'"{model_type}": Architecture(', "    ("]
     for each in found:
         lines += [f'        Stack("{each.stack.layers}", (']
@@ -92,9 +106,12 @@ def as_text(model_type: str, found: Sequence[Suggestion]) -> str:
             lines += ["            ),"]
         lines += [f"        ), pre_norm={each.stack.pre_norm}),"]
         for path, (inputs, outputs) in each.left_over.items():
-            lines += [f"        # fits nowhere: {path} ({inputs} -> {outputs})"]
-        if each.others:
-            lines += [f"        # a scale or a bias by heads? {', '.join(each.others)}"]
+            lines += [f"        # in no sublayer: {path} ({inputs} -> {outputs})"]
+        if each.other_parameters:
+            names = ", ".join(each.other_parameters)
+            lines += [f"        # layer_scale, head_bias or position_bias_table? {names}"]
+        if each.failure:
+            lines += [f"        # check the order: the model did not run ({each.failure})"]
     return "\n".join([*lines, "    ),", "),"])
 
 
@@ -107,23 +124,27 @@ def _arguments(sublayer: Sublayer) -> list[str]:
     ]
 
 
-def _shapes_of(config: PretrainedConfig) -> Any:
+def _on_meta(config: PretrainedConfig) -> Any:
     small = copy.deepcopy(config)
     if getattr(small, "num_hidden_layers", 0) > 2 and not getattr(small, "layer_types", None):
         small.num_hidden_layers = 2
     try:
         with torch.device("meta"):
-            # other implementations look at the values of masks, and there are none
+            # other implementations read the values of masks, which the meta device has not
             return AutoModel.from_config(small, attn_implementation="eager").eval()
-    except Exception as error:  # each family fails in its own way
+    except _FAILURES as error:
         raise UserError(
             f"transformers cannot make a model of type '{config.model_type}' from this "
-            f"configuration ({str(error).splitlines()[0]:.200}); give a folder with a config.json"
+            f"configuration ({_first_line(error)}); give a folder with a config.json"
         ) from error
 
 
+def _first_line(error: Exception) -> str:
+    return f"{next(iter(str(error).strip().splitlines()), type(error).__name__):.200}"
+
+
 def _outermost_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
-    """Lists of layers that are in no other list of layers."""
+    """Lists of layers that are not inside another list of layers."""
     found: list[tuple[str, nn.ModuleList]] = []
     for path, module in model.named_modules():
         inside = any(path.startswith(f"{outer}.") for outer, _ in found)
@@ -133,7 +154,7 @@ def _outermost_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
 
 
 def _linear_maps(layer: nn.Module, ran: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of the linear maps of a layer, by path, in the order in which they run."""
+    """Input and output features of a layer's linear maps, by path, in execution order."""
     modules = {path: layer.get_submodule(path) for path in ran}
     return {
         path: (shape[0], shape[1]) if isinstance(module, Conv1D) else (shape[1], shape[0])
@@ -143,7 +164,7 @@ def _linear_maps(layer: nn.Module, ran: Sequence[str]) -> dict[str, tuple[int, i
     }
 
 
-def _others(layer: nn.Module) -> tuple[str, ...]:
+def _other_parameters(layer: nn.Module) -> tuple[str, ...]:
     return tuple(
         name
         for name, _ in layer.named_parameters()
@@ -152,24 +173,26 @@ def _others(layer: nn.Module) -> tuple[str, ...]:
     )
 
 
-def _order(model: Any, layer: nn.Module) -> list[str]:
-    """Paths of the modules of a layer in the order in which they run, or are registered, if that
-    is not known.
+def _execution_order(model: Any, layer: nn.Module) -> tuple[list[str], str]:
+    """Paths of a layer's modules in execution order, and why the model did not run, if so.
 
-    Norms and linear maps are what matters. A run on the device meta computes nothing.
+    Modules that did not run follow in the order of registration. The meta device computes nothing.
     """
     ran: list[str] = []
     handles = []
     leaves = {path: part for path, part in layer.named_modules() if not list(part.children())}
     for path, module in leaves.items():
         handles.append(module.register_forward_hook(lambda *_, path=path: ran.append(path)))
+    failure = ""
     try:
-        with suppress(Exception), torch.no_grad(), torch.device("meta"):
+        with torch.no_grad(), torch.device("meta"):
             model(**_inputs(model))
+    except _FAILURES as error:
+        failure = _first_line(error)
     finally:
         for handle in handles:
             handle.remove()
-    return [*ran, *(path for path in leaves if path not in ran)]
+    return [*ran, *(path for path in leaves if path not in ran)], failure
 
 
 def _inputs(model: Any) -> dict[str, torch.Tensor]:
@@ -186,12 +209,12 @@ def _inputs(model: Any) -> dict[str, torch.Tensor]:
 def _sublayers(
     maps: dict[str, tuple[int, int]], hidden_size: int
 ) -> tuple[list[Sublayer], dict[str, tuple[int, int]]]:
-    """Runs of maps that read the hidden state, each ended by one that gives it back."""
+    """Group the maps from the hidden state with the next map back to it."""
     found: list[Sublayer] = []
     left_over, pending = {}, list[str]()
     for path, (inputs, outputs) in maps.items():
-        gives_back = outputs == hidden_size and bool(pending)
-        if gives_back and (inputs != hidden_size or _OUTPUT.search(path)):
+        returns_to_hidden = outputs == hidden_size and bool(pending)
+        if returns_to_hidden and (inputs != hidden_size or _OUTPUT.search(path)):
             found.append(_sublayer(pending, path, maps))
             pending = []
         elif inputs == hidden_size:
@@ -201,7 +224,7 @@ def _sublayers(
     left_over |= {path: maps[path] for path in pending}
     for number, each in enumerate(found):
         others = (other.consumer for other in found if other is not each)
-        if any(path.startswith(f"{each.module}.") for path in others):  # it holds another one too
+        if any(path.startswith(f"{each.module}.") for path in others):  # holds other sublayers
             found[number] = replace(each, module=each.producers[0])
     return found, left_over
 
@@ -236,7 +259,7 @@ def _norm_comes_first(first: Sublayer, ran: Sequence[str]) -> bool:
 
 
 def _with_norm(sublayer: Sublayer, ran: Sequence[str]) -> Sublayer:
-    """With the norm that runs next after the consumer; after the last one of a layer none does."""
+    """With the norm that runs next after the consumer, if any."""
     after = ran[ran.index(sublayer.consumer) + 1 :]
     following = next((path for path in after if _is_norm(path)), None)
     return replace(sublayer, next_norm=following)

@@ -1,9 +1,12 @@
-"""A Transformer pruned by rfprune: the architecture's own class with smaller projections.
+"""A Transformer pruned by rfprune: the original class of transformers with smaller projections.
 
-This file travels with the weights, so that `from_pretrained(..., trust_remote_code=True)` needs no
-other package than transformers. It reads the sizes of the pruned blocks from the entry "rfprune" of
-config.json, checks them, gives the projections these sizes, and nothing else: it opens no file, no
-connection, and runs no other code.
+This file is saved beside the weights, so `from_pretrained(..., trust_remote_code=True)` needs no
+package but transformers. It reads the sizes of the pruned sublayers from the entry "rfprune" of
+config.json, checks them, and replaces the projections by smaller ones. It opens no files, makes no
+connections and runs no other code.
+
+A block is one attention or FFN. Its units are heads or neurons, its producers are the linear maps
+whose output rows make the units, and its consumer is the output projection.
 """
 
 from functools import partial
@@ -16,36 +19,43 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 FORMAT_VERSION = 2
-BIAS_TABLE = "relative_attention_bias"  # in an attention, a number for each distance and each head
+BIAS_TABLE = "relative_attention_bias"  # in an attention: an embedding, one number per head
+
+# Attributes in which attentions of transformers store their sizes. A family that uses other names
+# needs them here.
+_NUM_HEADS = ("num_attention_heads", "n_heads", "num_heads")
+_NUM_FEATURES = ("all_head_size", "split_size", "inner_dim")
 
 _FIELDS: dict[str, tuple[type, ...]] = {
     "name": (str,),  # such as "layer.0.heads"
     "kind": (str,),  # "head" or "neuron"
-    "num_units": (int,),  # heads or neurons that are left; without any, the sublayer is bypassed
-    "unit_width": (int,),  # input features of the consumer that one unit has
-    "units": (list, type(None)),  # which heads of the unpruned model these are
-    "producers": (list,),  # linear maps whose output rows make the units; see below
-    "consumer": (str,),  # path of the linear map whose input columns are the units
-    "inner": (str,),  # path of the module that holds the producers, or is the only one
+    "num_units": (int,),  # remaining heads or neurons; without any, the sublayer is bypassed
+    "unit_width": (int,),  # input features of the consumer per unit
+    "units": (list, type(None)),  # indices of the remaining heads in the unpruned model
+    "producers": (list,),  # see below
+    "consumer": (str,),  # path of the output projection
+    "inner": (str,),  # path of the module that computes the units, such as the attention
     "inner_returns_tuple": (bool,),
-    "head_bias": (str, type(None)),  # argument of `inner` with one slice a head
-    "bypass": (str,),  # what `inner` does beside computing units: plain, normed or biased
-    "has_bias_table": (bool,),  # whether `inner` looks up a position bias in a table of its own
+    "head_bias": (str, type(None)),  # argument of `inner` with one slice per head
+    # "normed": `inner` also adds the residual and applies the norm; "biased": it also returns a
+    # position bias for later layers; "plain": neither
+    "bypass": (str,),
+    "has_bias_table": (bool,),  # whether `inner` gets a position bias table of its own
 }
 
-_DEFAULTS: dict[str, Any] = {"bypass": "plain", "has_bias_table": False}  # of fields added later
+_DEFAULTS: dict[str, Any] = {"bypass": "plain", "has_bias_table": False}  # not in early outputs
 
 _PRODUCER_FIELDS: dict[str, tuple[type, ...]] = {
     "path": (str,),
-    "parts": (int,),  # how many times it holds all units, one part after the other
-    "width": (int,),  # rows of one unit in one part
+    "parts": (int,),  # copies of the units: 3 for fused queries, keys and values
+    "width": (int,),  # output rows of one unit in one part
 }
 
 
 def pruned_class(base: type) -> Any:
     """The pruned counterpart of a model class of transformers.
 
-    It has the same name, by which pipelines and others tell what a model can do.
+    It has the same name, since pipelines decide by the name what a model can do.
     """
     base = getattr(base, "pruned_from", base)
     name = base.__name__
@@ -57,7 +67,7 @@ def pruned_class(base: type) -> Any:
 
 
 def _auto_class(name: str) -> str:
-    """Of transformers' own Auto classes the one that makes models of a class."""
+    """The Auto class of transformers that makes models of a class."""
     _, found, head = name.removesuffix("WithTeacher").partition("For")
     if name.endswith("LMHeadModel"):
         return "AutoModelForCausalLM"
@@ -67,7 +77,7 @@ def _auto_class(name: str) -> str:
 
 
 def __getattr__(name: str) -> Any:
-    """Make a pruned class when transformers or pickle ask for it by its name."""
+    """Make a pruned class when transformers or pickle look it up by name."""
     base = None if name.startswith("_") else getattr(transformers, name, None)
     if not (isinstance(base, type) and issubclass(base, transformers.PreTrainedModel)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -75,7 +85,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Pruned(nn.Module):
-    """Stands before a model class and shrinks the model when that has built it."""
+    """A mixin: shrinks the model that the original class has built."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -85,13 +95,13 @@ class _Pruned(nn.Module):
 
 
 def check_description(description: Any) -> list[dict[str, Any]]:
-    """The blocks of `description`, the entry "rfprune" of a config.json, as this version has them.
+    """The blocks in `description`, the entry "rfprune" of config.json, in the current format.
 
     Raises:
         ValueError: the entry is missing, malformed or of another format version.
     """
     if not isinstance(description, dict):
-        raise ValueError("there is no entry 'rfprune', so this is not a pruned model")
+        raise ValueError("it has no entry 'rfprune', so this is not a pruned model")
     version, blocks = description.get("format_version"), description.get("blocks")
     if version not in (1, FORMAT_VERSION):
         raise ValueError(
@@ -108,7 +118,7 @@ def check_description(description: Any) -> list[dict[str, Any]]:
 
 
 def _upgraded(block: Any) -> Any:
-    """A block as this version describes it, from one of version 1."""
+    """A block of format version 1 in the current format."""
     try:
         paths, bias = block["producers"], block["shared_position_bias"]
         producers = [{"path": path, "parts": 1, "width": block["unit_width"]} for path in paths]
@@ -161,10 +171,10 @@ def _check_fields(entry: Any, fields: dict[str, tuple[type, ...]]) -> None:
 
 
 def shrink(model: nn.Module, blocks: list[dict[str, Any]]) -> None:
-    """Give the projections of `model` the sizes of `blocks`, which `check_description` has checked.
+    """Give the projections of `model` the sizes in `blocks`, which come from `check_description`.
 
     Raises:
-        ValueError: a path is not that of a linear map at least as large.
+        ValueError: a path does not name a linear map, or names a smaller one.
     """
     for block in blocks:
         width = block["num_units"] * block["unit_width"]
@@ -200,7 +210,7 @@ def _linear(model: nn.Module, path: str) -> nn.Linear | Conv1D:
 
 
 def _sizes(module: nn.Linear | Conv1D) -> tuple[int, int]:
-    """Inputs and outputs of a linear map; a Conv1D keeps its weight the other way round."""
+    """Input and output features of a linear map; a Conv1D stores its weight transposed."""
     first, second = module.weight.shape
     return (first, second) if isinstance(module, Conv1D) else (second, first)
 
@@ -219,11 +229,11 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def _set_heads(attention: Any, block: dict[str, Any], width: int) -> None:
-    """Tell an attention how many heads it has left; several may share one key and one value."""
+    """Set the number of heads of an attention; a unit may hold several query heads."""
     head_width = min(producer["width"] for producer in block["producers"])
     sizes = {
-        **dict.fromkeys(("num_attention_heads", "n_heads", "num_heads"), width // head_width),
-        **dict.fromkeys(("all_head_size", "split_size", "inner_dim"), width),
+        **dict.fromkeys(_NUM_HEADS, width // head_width),
+        **dict.fromkeys(_NUM_FEATURES, width),
         "num_key_value_heads": block["num_units"],
     }
     for name, size in sizes.items():
@@ -240,7 +250,7 @@ def _set_heads(attention: Any, block: dict[str, Any], width: int) -> None:
 
 
 def _make_own_bias(attention: Any, block: dict[str, Any]) -> None:
-    """Let an attention look up the position bias of its heads; the layer below hands on others."""
+    """Let an attention compute the position bias of its own heads: earlier layers have others."""
     if block["has_bias_table"]:
         shape = attention.relative_attention_num_buckets, block["num_units"]
         table = nn.Embedding.from_pretrained(attention.o.weight.new_zeros(shape), freeze=False)
@@ -258,7 +268,7 @@ def _without_bias(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 def _select_bias(
     attention: Any, args: Any, kwargs: dict[str, Any], *, name: str, position: int
 ) -> Any:
-    """From a bias (B, H, S, S) for all heads, take those that are kept; (B, 1, S, S) fits any."""
+    """Select the kept heads of a bias (B, H, S, S); a bias (B, 1, S, S) serves all heads."""
     bias = args[position] if len(args) > position else kwargs.get(name)
     if bias is None or bias.shape[1] == 1:
         return args, kwargs
@@ -275,8 +285,8 @@ def _empty(model: nn.Module, block: dict[str, Any], consumer: nn.Linear | Conv1D
     before = model.get_submodule(path)
     layer_index = getattr(before, "layer_idx", None)
     if "." in name and name != block["consumer"]:
-        raise ValueError(f"'{block['consumer']}' is too deep inside of '{path}'")
-    if name != block["consumer"]:  # the consumer is inside: it stays there, under its name
+        raise ValueError(f"'{block['consumer']}' is too deep inside '{path}'")
+    if name != block["consumer"]:  # the consumer is inside: it keeps its place
         inner = EmptySublayer(num_others, layer_index, name, output)
         if block["bypass"] == "normed":
             inner.LayerNorm = before.get_submodule("LayerNorm")
@@ -287,10 +297,10 @@ def _empty(model: nn.Module, block: dict[str, Any], consumer: nn.Linear | Conv1D
 
 
 class ConstantOutput(nn.Module):
-    """An out-projection that lost all its inputs: its bias is what is left, or zeros.
+    """An output projection without inputs: it returns its bias, or zeros.
 
-    Its weight of no columns is saved too, so that the unpruned class refuses to load the shape
-    instead of making up a weight that it misses.
+    Its weight without columns is saved too: the unpruned class refuses the shape, but would
+    initialise a missing weight at random.
     """
 
     weight: torch.Tensor
@@ -307,14 +317,14 @@ class ConstantOutput(nn.Module):
         outputs = self.weight.shape[self.transposed]
         if self.bias is None:
             return hidden_states.new_zeros(*hidden_states.shape[:-1], outputs)
-        # a copy, for a view of a parameter confuses torch's own counters and in-place operations
+        # a copy: a view of a parameter breaks torch's FLOP counter and in-place operations
         return self.bias.expand(*hidden_states.shape[:-1], -1).clone()
 
 
 class EmptySublayer(nn.Module):
-    """Stands where units were computed when none is left, and costs nothing.
+    """Replaces an attention or FFN without units.
 
-    A residual sum and the norm after it that were inside stay.
+    If the original module also added the residual and applied the norm, so does this one.
     """
 
     def __init__(
@@ -325,7 +335,7 @@ class EmptySublayer(nn.Module):
         output: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.num_others = num_others  # of what an attention returns beside the hidden states
+        self.num_others = num_others  # values returned after the hidden states
         self.layer_idx = layer_index
         self.output_name = output_name
         self.LayerNorm: nn.Module | None = None
@@ -335,11 +345,11 @@ class EmptySublayer(nn.Module):
     def forward(self, hidden_states: torch.Tensor, *_: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
         cache = getattr(cache, "self_attention_cache", cache)
-        crosses = kwargs.get("key_value_states") is not None
-        if cache is not None and self.layer_idx is not None and not crosses:
-            # a cache must know how many tokens it has seen: keys of one head, one number each
-            nothing = hidden_states.new_zeros(*hidden_states.shape[:-1], 1).unsqueeze(1)
-            cache.update(nothing, nothing, self.layer_idx)
+        is_cross = kwargs.get("key_value_states") is not None
+        if cache is not None and self.layer_idx is not None and not is_cross:
+            # the cache counts tokens by its keys, so it gets one number per token
+            placeholder = hidden_states.new_zeros(*hidden_states.shape[:-1], 1).unsqueeze(1)
+            cache.update(placeholder, placeholder, self.layer_idx)
         residual = hidden_states
         if self.output_name:
             hidden_states = self.get_submodule(self.output_name)(hidden_states)

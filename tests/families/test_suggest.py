@@ -1,6 +1,6 @@
-"""Rows that are suggested: what they say of the families whose rows are known.
+"""Suggested rows agree with the rows of known families.
 
-Deleting this lets the suggestion send somebody who adds a family after the wrong modules.
+Deleting this lets a suggestion name the wrong modules to someone who adds a family.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def test_known_rows_are_suggested(model_type: str) -> None:
     scaled = any(
         sublayer.layer_scale or sublayer.position_bias_table for sublayer in expected[0].sublayers
     )
-    assert bool(found[0].others) == scaled, "what modules alone do not tell is named"
+    assert bool(found[0].other_parameters) == scaled, "what modules alone do not tell is named"
 
 
 def visible(sublayer: Sublayer, config: Any) -> dict[str, object]:
@@ -64,26 +64,40 @@ def test_an_encoder_and_its_decoder_are_two_stacks() -> None:
     assert labels == ["", "cross_heads", ""]
 
 
-def test_what_fits_nowhere_is_said() -> None:
-    config = transformers.MobileBertConfig(
+def test_what_does_not_fit_is_named_in_comments() -> None:
+    mobilebert = transformers.MobileBertConfig(
         hidden_size=32, intra_bottleneck_size=16, num_hidden_layers=1, embedding_size=16
     )
-    text = as_text("mobilebert", suggest(config))
-    assert "# fits nowhere: attention.self.query (16 -> 16)" in text
+    text = as_text("mobilebert", suggest(mobilebert))
+    assert "# in no sublayer: attention.self.query (16 -> 16)" in text
+    layoutlm = transformers.LayoutLMConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
+    )
+    text = as_text("layoutlm", suggest(layoutlm))  # reads the values of its boxes
+    assert "# check the order: the model did not run (Tensor.item() cannot be called" in text
+    assert "consumer='output.dense'" in text
 
 
-def test_a_model_without_layers_is_refused() -> None:
-    with pytest.raises(UserError, match="no list of layers"):
+def test_models_that_cannot_be_made_or_have_no_layers_are_refused() -> None:
+    with pytest.raises(UserError, match="ResNetModel has no list of layers .* of 7 features"):
         suggest(transformers.ResNetConfig(hidden_size=7, embedding_size=8, depths=[1, 1, 1, 1]))
+    with pytest.raises(UserError, match=r"of type 'bert' .*multiple.* give a folder with a config"):
+        suggest(transformers.BertConfig(hidden_size=30, num_attention_heads=4))
 
 
-def test_several_models_in_one_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert inspect_architecture.main(["clip"]) == 2
-    assert "name the type of the one" in capsys.readouterr().err
+def test_a_defect_is_not_mistaken_for_a_model_that_cannot_be_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise KeyError("a defect")
+
+    monkeypatch.setattr(transformers.BertModel, "__init__", broken)
+    with pytest.raises(KeyError, match="a defect"):
+        suggest(tiny_config("bert"))
 
 
 def test_an_unknown_type_is_told_where_to_look(
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(UserError, match=r"inspect_architecture\.py data2vec-text'") as caught:
         check_supported(transformers.Data2VecTextConfig())
@@ -92,13 +106,17 @@ def test_an_unknown_type_is_told_where_to_look(
     out = capsys.readouterr().out
     assert out.startswith("# to go into rfprune/families/architectures.py")
     assert "attention.self.query" in out
-
-
-def test_a_folder_is_read_and_nonsense_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
     tiny_config("gpt2").save_pretrained(tmp_path)
     assert inspect_architecture.main([str(tmp_path)]) == 0
     assert "already in" in capsys.readouterr().out
-    assert inspect_architecture.main(["no-such-model"]) == 2
-    assert "neither a model type" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "way_out"),
+    [("clip", "name the type of the model"), ("no-such-model", "neither a model type")],
+)
+def test_a_name_without_a_row_is_refused(
+    name: str, way_out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert inspect_architecture.main([name]) == 2
+    assert way_out in capsys.readouterr().err
