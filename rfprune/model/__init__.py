@@ -1,1 +1,1 @@
-"""The only folder that knows Hugging Face module names: a Transformer seen as prunable blocks."""
+"""A Transformer as prunable blocks: layout, masks, layer-by-layer execution, compaction, saving."""

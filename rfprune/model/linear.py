@@ -1,4 +1,4 @@
-"""Linear maps as matrices (outputs, inputs), whichever way round a module keeps its weight."""
+"""Linear maps as matrices (outputs, inputs), also where a module stores its weight transposed."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from rfprune.families.schema import LINEAR_MAPS
 
 
 def linear(model: nn.Module, path: str) -> Any:
-    """The linear map at `path`, one of `LINEAR_MAPS`.
+    """The linear map at `path`, an instance of `LINEAR_MAPS`.
 
     Raises:
-        UserError: there is none, or its weights are not floating-point numbers.
+        UserError: the path has no module, or one that is not a linear map of floating-point
+            weights, such as an adapter or a quantised layer.
     """
     try:
         module = model.get_submodule(path)
@@ -26,28 +27,28 @@ def linear(model: nn.Module, path: str) -> Any:
         ) from error
     if not (isinstance(module, LINEAR_MAPS) and module.weight.is_floating_point()):
         raise UserError(
-            f"'{path}' is a {type(module).__name__}, which is not a plain linear map; merge "
-            "adapters into the model, and load it without quantisation"
+            f"'{path}' is a {type(module).__name__}, not a linear map with floating-point weights; "
+            "merge adapters into the model, and load it without quantisation"
         )
     return module
 
 
 def weight_of(module: Any) -> Tensor:
-    """The weight (outputs, inputs) of a linear map, a view that can be written to.
+    """The weight (outputs, inputs) of a linear map, as a writable view.
 
-    Of an out-projection that was pruned to nothing but its bias it is (outputs, 0).
+    The weight of an emptied output projection is (outputs, 0).
     """
     weight: Tensor = module.weight
     return weight.T if is_transposed(module) else weight
 
 
 def is_transposed(module: Any) -> bool:
-    """Whether a linear map keeps its weight as (inputs, outputs)."""
+    """Whether a linear map stores its weight as (inputs, outputs)."""
     return bool(getattr(module, "transposed", isinstance(module, Conv1D)))
 
 
 def is_empty(model: nn.Module, consumer: str) -> bool:
-    """Whether the out-projection at path `consumer` has been pruned to nothing but its bias."""
+    """Whether the output projection at path `consumer` has lost all input features."""
     try:
         weight = model.get_submodule(consumer).weight
     except AttributeError:

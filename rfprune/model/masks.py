@@ -1,8 +1,7 @@
-"""Masks on heads and neurons, by hooks on the inputs of the out-projections.
+"""Masks on heads and neurons, by hooks on the inputs of the output projections.
 
-transformers 5 has no `head_mask` and ignores one that is passed, so a mask multiplies the features
-where they enter the block's consumer. That is exact for every architecture, and a mask of ones
-changes no bit.
+transformers 5 has no `head_mask` and silently ignores one, so a mask multiplies the input features
+of the block's consumer. This is exact for every architecture, and a mask of ones changes no bit.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from rfprune.model.layout import Layout
 
 Masks = tuple[Tensor, ...]
-"""One float vector (U,) per block of a layout, in its order; 0 removes a unit, others scale it."""
+"""One float vector (U,) per block of a layout, in its order; 0 removes a unit."""
 
 
 def full_masks(layout: Layout) -> Masks:
@@ -54,11 +53,10 @@ def scale_kept_units(layout: Layout, masks: Masks, scales: Mapping[str, Tensor])
 
 @contextmanager
 def masked(model: nn.Module, layout: Layout, masks: Sequence[Tensor]) -> Iterator[None]:
-    """Run `model` under masks for as long as the context lasts.
+    """A context in which `model` runs under masks.
 
     Args:
-        masks: one tensor per block, (U,), or (B, U) for masks of their own for each example of the
-            batch.
+        masks: one tensor per block of `layout`: (U,), or (B, U) with one mask per example.
     """
     with ExitStack() as stack:
         for block, mask in zip(layout.blocks, masks, strict=True):
@@ -70,7 +68,7 @@ def masked(model: nn.Module, layout: Layout, masks: Sequence[Tensor]) -> Iterato
 
 def _multiply_by(mask: Tensor, unit_width: int) -> Callable[[nn.Module, Any], Any]:
     def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        features = inputs[0]  # (B, ..., U * width); some models flatten to (B * S, U * width)
+        features = inputs[0]  # (B, ..., U * width), or (B * S, U * width) in some models
         factors = mask.to(device=features.device, dtype=features.dtype)
         if unit_width > 1:
             factors = factors.repeat_interleave(unit_width, dim=-1)
