@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable
 
+_LONGEST_SUMMARY = 200  # characters
+
 
 class UserError(Exception):
     """A mistake that the user can mend: shown as one sentence, exit code 2, no traceback.
@@ -41,3 +43,13 @@ def check_installed(feature: str, packages: Iterable[str], alternative: str = ""
             f"{feature} needs packages that are not installed here ({', '.join(missing)}): run pip "
             f"install {' '.join(missing)}" + (f", or {alternative}" if alternative else "")
         )
+
+
+def error_summary(error: BaseException) -> str:
+    """The message of an error as part of one sentence: one line, at most 200 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, KeyError):
+        text = f"unknown {text}"
+    if len(text) > _LONGEST_SUMMARY:
+        text = text[:_LONGEST_SUMMARY] + "..."
+    return text.rstrip(".:")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
 
 from rfprune.cli.exit_codes import NOTHING_WRITTEN, script
-from rfprune.errors import UserError
+from rfprune.errors import UserError, error_summary
 from scripts.speedup_models import SYNTHETIC
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def _load(options: argparse.Namespace, dtype: Any) -> Any:
         torch.manual_seed(0)
         config = transformers.BertConfig(**SYNTHETIC[options.synthetic])
         return transformers.BertForSequenceClassification(config).to(dtype).eval()
-    from rfprune.checkpoints.inspection import read_config, reason
+    from rfprune.checkpoints.inspection import read_config
     from rfprune.checkpoints.loading import quiet_transformers, resolve_model
     from rfprune.model.checkpoint import load_pruned
     from rfprune.tasks.registry import get_task
@@ -135,8 +135,8 @@ def _load(options: argparse.Namespace, dtype: Any) -> Any:
             raise
         except Exception as error:  # each configuration fails in its own way
             raise UserError(
-                f"The checkpoint '{source}' cannot be loaded ({reason(error)}): give a folder, or "
-                f"a hub id where there is a connection."
+                f"The checkpoint '{source}' cannot be loaded ({error_summary(error)}): give a "
+                f"folder, or a hub id where there is a connection."
             ) from error
 
 

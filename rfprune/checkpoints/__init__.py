@@ -1,1 +1,1 @@
-"""From a name to a loaded model."""
+"""From a name to a loaded model: hub ids, folders, aliases and sentence-transformers."""

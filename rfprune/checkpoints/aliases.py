@@ -1,9 +1,9 @@
-"""Which public fine-tuned checkpoint stands for an architecture's name on a task.
+"""Aliases such as bert-base: the public fine-tuned checkpoint for each task.
 
-Only checkpoints whose labels are in the task's order are listed. That excludes textattack's MNLI
-models: they answer in another order under the names LABEL_0 to LABEL_2, so no check can tell.
-textattack's STS-B models give a fifth of the score, which no correlation notices; with
-`--use-labels`, which compares values, choose another checkpoint.
+Only checkpoints with labels in the task's order are listed. textattack's MNLI models are left out:
+their order differs, and their names LABEL_0 to LABEL_2 hide it from every check. textattack's STS-B
+models predict a fifth of the score. Correlations do not change with scale, but `--use-labels`
+compares values: choose another checkpoint there.
 """
 
 import re
@@ -79,19 +79,20 @@ CHECKPOINTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "roberta-base": _ROBERTA_BASE,
     }
 )
-# The hub's own rule for names, with or without an owner.
+# The hub's rule for names, with or without an owner.
 _HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 
 
 def is_alias(model: str) -> bool:
-    """Whether this names an architecture, for which `resolve_checkpoint` has checkpoints."""
+    """Whether this is an alias and not a folder."""
     return model in CHECKPOINTS and not _is_folder(model)
 
 
 def resolve_checkpoint(model: str, task: Task) -> str:
-    """The folder or hub id to load: an alias's checkpoint for the task, all else as it is.
+    """The folder or hub id to load: an alias's checkpoint for the task, any other name unchanged.
 
-    UserError for an alias that has none for the task, and for a folder that does not exist.
+    Raises:
+        UserError: the alias has no checkpoint for the task, or the folder does not exist.
     """
     if is_alias(model):
         known = CHECKPOINTS[model]
@@ -113,7 +114,7 @@ def resolve_checkpoint(model: str, task: Task) -> str:
 
 
 def _is_folder(name: str) -> bool:
-    """Whether there is a folder of this name; no is the answer for what no name can be, too."""
+    """Whether a folder has this name; False also for names that the file system rejects."""
     try:
         return name != "" and Path(name).is_dir()
     except (OSError, ValueError):

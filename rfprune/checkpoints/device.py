@@ -1,4 +1,4 @@
-"""Which device a run uses."""
+"""Choose the device of a run."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from rfprune.errors import UserError
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device of that name, or the best there is.
+    """The named device, or the best available one: cuda, mps or cpu.
 
     Raises:
-        UserError: this machine, or this build of torch, has no such device.
+        UserError: the machine, or this build of torch, has no such device.
     """
     if name is None:
         if torch.cuda.is_available():
@@ -23,11 +23,11 @@ def pick_device(name: str | None) -> torch.device:
         if (device.index or 0) >= count:
             raise UserError(
                 f"--device {name}: torch {torch.__version__} finds {count} CUDA devices here; "
-                f"leave --device out to use the best there is."
+                f"leave --device out to use the best available one."
             )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError(
             f"--device mps: torch {torch.__version__} finds no Metal device here; "
-            f"leave --device out to use the best there is."
+            f"leave --device out to use the best available one."
         )
     return device

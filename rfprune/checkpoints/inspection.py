@@ -1,4 +1,4 @@
-"""What can be told from a checkpoint's files before any weight is read."""
+"""Check a checkpoint's files and configuration before any weight is read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rfprune.errors import UserError
+from rfprune.errors import UserError, error_summary
 from rfprune.tasks.label_order import check_labels
 from rfprune.tasks.own_data import HEADS
 from rfprune.tasks.registry import (
@@ -21,14 +21,13 @@ from rfprune.tasks.registry import (
 
 OTHER_CHECKPOINTS = "give a folder that holds the checkpoint, or try --model demo"
 _SAVE_AGAIN = "save the model again with save_pretrained()"
-_LONGEST_REASON = 200
 
 
 def read_config(source: str) -> dict[str, Any]:
-    """The configuration as it stands in the config.json of a folder or a hub repository.
+    """The content of the config.json of a folder or a hub repository.
 
     Raises:
-        UserError: it is missing or damaged, or there are no safetensors beside it.
+        UserError: the file is missing or damaged, or the folder has no safetensors.
     """
     if not Path(source).is_dir():
         from transformers import PretrainedConfig
@@ -51,7 +50,7 @@ def read_config(source: str) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"'{path}' is not JSON ({reason(error)}): {_SAVE_AGAIN}.") from error
+        raise UserError(f"'{path}' is not JSON ({error_summary(error)}): {_SAVE_AGAIN}.") from error
     if not isinstance(config, dict):
         raise UserError(f"'{path}' does not hold a JSON object: {_SAVE_AGAIN}.")
     _check_files(folder)
@@ -59,11 +58,11 @@ def read_config(source: str) -> dict[str, Any]:
 
 
 def _check_files(folder: Path) -> None:
-    """A folder must hold safetensors: reading a pickle can run whatever code it carries."""
+    """Require safetensors: loading a pickle can run any code."""
     for weights in sorted(folder.glob("*.safetensors")):
         if weights.is_file() and _is_pointer(weights):
             raise UserError(
-                f"'{weights}' is a pointer of git-lfs, not the weights: get them with git lfs pull."
+                f"'{weights}' is a git-lfs pointer instead of weights: run git lfs pull."
             )
     if any((folder / f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
         return
@@ -71,7 +70,7 @@ def _check_files(folder: Path) -> None:
     if pickles:
         raise UserError(
             f"Model folder '{folder}' holds its weights as a pickle ({min(pickles)}), which can "
-            f"run code when read: load it where you trust it and save it with "
+            f"run code when loaded: if you trust it, load it and save it again with "
             f"save_pretrained(), which writes model.safetensors."
         )
     raise UserError(f"Model folder '{folder}' has no model.safetensors: {_SAVE_AGAIN}.")
@@ -83,10 +82,10 @@ def _is_pointer(path: Path) -> bool:
 
 
 def check_config(config: Mapping[str, Any], source: str, task: Task) -> None:
-    """A supported model type, a head of the task's kind, and the task's labels.
+    """Check the model type, the kind of head and the labels against the task.
 
     Raises:
-        UserError: any of them is missing or does not fit.
+        UserError: the type is not supported, or head or labels do not fit the task.
     """
     from rfprune.families.architectures import ARCHITECTURES
 
@@ -100,8 +99,8 @@ def check_config(config: Mapping[str, Any], source: str, task: Task) -> None:
         )
     if task.kind == "similarity" and len(ARCHITECTURES[model_type].stacks) > 1:
         raise UserError(
-            f"'{source}' is an encoder-decoder ({model_type}), or an encoder taken out of one, of "
-            f"which no embeddings are made here: choose an encoder or a decoder."
+            f"'{source}' is an encoder-decoder ({model_type}), or an encoder taken from one, and "
+            f"makes no embeddings here: choose an encoder or a decoder."
         )
     names = class_names(config)
     head = AUTO_CLASSES[task.kind].removeprefix("AutoModel")
@@ -113,17 +112,18 @@ def check_config(config: Mapping[str, Any], source: str, task: Task) -> None:
 
 
 def class_names(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The classes of transformers that a configuration says its weights are of."""
+    """The model classes that a configuration names under `architectures`."""
     names = config.get("architectures") or ()
     return tuple(map(str, names)) if isinstance(names, list | tuple) else (str(names),)
 
 
 def kind_of(config: Mapping[str, Any], source: str) -> Kind:
-    """What task `custom` asks of a checkpoint: by the head it has, a sequence classifier's if its
-    configuration does not say.
+    """The kind of task that `custom` is for a checkpoint, by its head.
+
+    A configuration without `architectures` counts as a sequence classifier.
 
     Raises:
-        UserError: it is a language model, for which there is a task of its own.
+        UserError: the checkpoint is a language model, which has a task of its own.
     """
     names = class_names(config)
     for name in names:
@@ -133,23 +133,23 @@ def kind_of(config: Mapping[str, Any], source: str) -> Kind:
     if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
         raise UserError(
             f"'{source}' is a language model ({names[0]}): use --task {LANGUAGE_MODELING}, which "
-            f"scores it on a text of yours."
+            f"scores it on your text."
         )
     return "classification"
 
 
 def labels_of(config: Mapping[str, Any], source: str) -> Any:
-    """The labels as transformers understands them: an object with `id2label`.
+    """The labels as transformers reads them: an object with `id2label`.
 
     Raises:
-        UserError: transformers cannot read them.
+        UserError: transformers rejects them.
     """
     from transformers import PretrainedConfig
 
     keys = ("id2label", "label2id", "num_labels")
     try:
         return PretrainedConfig.from_dict({key: config[key] for key in keys if key in config})
-    except Exception as error:  # how a wrong type fails differs with the version
+    except Exception as error:  # the error depends on the version of transformers
         raise UserError(
             f"The labels in the config.json of '{source}' cannot be read: id2label must map the "
             f'ids to names, such as {{"0": "no", "1": "yes"}}, but is '
@@ -158,17 +158,9 @@ def labels_of(config: Mapping[str, Any], source: str) -> Any:
 
 
 def missing_head_error(source: str, task: Task, why: str) -> UserError:
-    """The error for a checkpoint that was never trained for a task of this kind."""
+    """The error for a checkpoint without a trained head for this kind of task."""
     data = "your data" if task.name == CUSTOM else task.name
     return UserError(
-        f"'{source}' has no trained head for task {task.name} ({why}): fine-tune it on "
-        f"{data} first, or choose a checkpoint that is."
+        f"'{source}' has no trained head for task {task.name} ({why}): fine-tune it on {data} "
+        f"first, or choose a fine-tuned checkpoint."
     )
-
-
-def reason(error: BaseException) -> str:
-    """What an error says, as part of one sentence."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, KeyError):
-        text = f"unknown {text}"
-    return (text if len(text) <= _LONGEST_REASON else text[:_LONGEST_REASON] + "...").rstrip(".:")

@@ -1,7 +1,6 @@
-"""From what `--model` names to a model, its tokenizer and a device: everything checked first.
+"""Load the checkpoint that `--model` names, with its tokenizer, after checking that it is usable.
 
-What is cheap is checked before what is dear: the folder, the configuration, the task's labels, and
-only then the weights.
+Cheap checks come first: the folder, the configuration and the labels before the weights.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from rfprune.checkpoints.inspection import (
     labels_of,
     missing_head_error,
     read_config,
-    reason,
 )
 from rfprune.checkpoints.sentence_transformers import (
     SentenceTransformerFiles,
@@ -34,7 +32,7 @@ from rfprune.checkpoints.sentence_transformers import (
 )
 from rfprune.demo import DEMO_TASK, demo_data_dir, demo_path
 from rfprune.embeddings import POOLING_ENTRY
-from rfprune.errors import UserError
+from rfprune.errors import UserError, error_summary
 from rfprune.families.architectures import ARCHITECTURES
 from rfprune.model.validation import check_finite_weights
 from rfprune.tasks.max_length import tokenizer_limit
@@ -60,10 +58,13 @@ DEMO = "demo"
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """A checkpoint ready for a task: in eval mode, on its device, all weights finite.
+    """A checkpoint that is ready for a task.
 
-    `source` is the folder or hub id that it came from; the `tokenizer` of a model of images is its
-    image processor. `embedder`: what stands beside the model of an embedder.
+    Attributes:
+        model: in eval mode, on its device, all weights finite.
+        tokenizer: the image processor for a model of images.
+        source: the folder or hub id of the checkpoint.
+        sentence_transformer: pooling and further files, for an embedding model.
     """
 
     model: Any
@@ -80,12 +81,17 @@ def resolve_task(
     text_columns: Sequence[str] | None = None,
     label_column: str | None = None,
 ) -> Task:
-    """The task of that name; `custom` is made from the configuration of `model` and the data.
+    """The task of that name; a task on your own data is made from the checkpoint and the data.
 
-    `text_columns` and `label_column` name the columns of `custom`; None: the usual names.
+    Args:
+        name: a task of `rfprune.tasks.registry`.
+        model: folder, hub id, alias or "demo".
+        data_dir: folder with the data; None: the hub's.
+        text_columns: columns with the text or texts; None: the usual names.
+        label_column: column with the labels; None: the usual names.
 
     Raises:
-        UserError: there is no such task, or model or data do not make one; the sentence says why.
+        UserError: the task is unknown, or the checkpoint or the data does not fit it.
     """
     if name not in OWN_DATA:
         return get_task(name)
@@ -102,17 +108,23 @@ def resolve_task(
 
 
 def load(name: str, task: Task, *, device: torch.device, dtype: torch.dtype) -> LoadedCheckpoint:
-    """Load the checkpoint that `name` (folder, hub id, alias or demo) has for a task.
+    """Load a checkpoint for a task.
+
+    Args:
+        name: folder, hub id, alias (such as bert-base) or "demo".
+        task: the task that its head must fit.
+        device: where the model is put.
+        dtype: of the loaded weights.
 
     Raises:
-        UserError: there is none, it is damaged, of an unsupported type, without a trained head
-            for the task, or with weights that are not finite; the sentence says which.
+        UserError: the checkpoint is missing, damaged, of an unsupported type, without a trained
+            head for the task, or has weights that are not finite.
     """
     source = resolve_model(name, task)
     with quiet_transformers(), _hub_errors(name, source):
         config = read_config(source)
         check_config(config, source, task)
-        beside = (
+        extra = (
             read_sentence_transformer(source)
             if task.kind == "similarity"
             else SentenceTransformerFiles()
@@ -120,12 +132,12 @@ def load(name: str, task: Task, *, device: torch.device, dtype: torch.dtype) -> 
         model = _load_pruned(source, dtype) if "rfprune" in config else _load(source, task, dtype)
         images = task.kind == "image-classification"
         tokenizer = _load_processor(source) if images else _load_tokenizer(source, model)
-    if beside.pooling is not None:
-        setattr(model.config, POOLING_ENTRY, beside.pooling)
-    if beside.max_tokens is not None:
-        tokenizer.model_max_length = min(tokenizer.model_max_length, beside.max_tokens)
+    if extra.pooling is not None:
+        setattr(model.config, POOLING_ENTRY, extra.pooling)
+    if extra.max_tokens is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, extra.max_tokens)
     check_finite_weights(model)
-    return LoadedCheckpoint(model.to(device).eval(), tokenizer, source, beside)
+    return LoadedCheckpoint(model.to(device).eval(), tokenizer, source, extra)
 
 
 def resolve_model(name: str, task: Task) -> str:
@@ -148,31 +160,31 @@ def resolve_model(name: str, task: Task) -> str:
 
 
 def resolve_data_dir(name: str, data_dir: Path | None) -> Path | None:
-    """Where the data is: the folder that was given, the demo's own, or None for the hub."""
+    """The folder with the data: the given one, the demo's own, or None for the hub."""
     return demo_data_dir() if name == DEMO and data_dir is None else data_dir
 
 
 def resolve_max_length(loaded: LoadedCheckpoint, task: Task, requested: int | None) -> int:
-    """Tokens an example: what was asked for, or the task's length if model and tokenizer have it.
+    """Tokens per example: the requested number, or what task, model and tokenizer all allow.
 
     Raises:
-        UserError: more was asked for than the model has positions.
+        UserError: more tokens are requested than the model has positions.
     """
     if task.kind == "image-classification":
-        return task.max_length  # an image has as many patches as the model wants
+        return task.max_length  # the model fixes the number of patches
     positions = _num_positions(loaded.model)
     if requested is None:
         return min(task.max_length, positions, tokenizer_limit(loaded.tokenizer))
     if requested > positions:
         raise UserError(
-            f"--max-length {requested} is more than the {positions} positions that the model of "
-            f"'{loaded.source}' has: choose {positions} or less."
+            f"--max-length {requested} exceeds the {positions} positions of the model "
+            f"'{loaded.source}': choose {positions} or less."
         )
     return requested
 
 
 def _num_positions(model: Any) -> int:
-    """The longest input; where padding has a position (as in RoBERTa) the others come after it."""
+    """The longest input in tokens; RoBERTa's positions start after the one of its padding."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             before = 0 if module.padding_idx is None else module.padding_idx + 1
@@ -182,25 +194,41 @@ def _num_positions(model: Any) -> int:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep back the library's loading report (our errors say what matters) and side jobs."""
+    """Within: no loading report, no progress bar, no conversion service of transformers.
+
+    For a hub repository with pickled weights alone, transformers would ask a service to convert
+    them. Logging and environment are restored at the end.
+    """
     from transformers.utils import logging
 
-    # Where a hub repository holds only a pickle, transformers would ask a service to convert it.
-    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     before = logging.get_verbosity()
     bar = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with _environment_default("DISABLE_SAFETENSORS_CONVERSION", "1"):
+            yield
     finally:
         logging.set_verbosity(before)
         if bar:
             logging.enable_progress_bar()
 
 
+@contextmanager
+def _environment_default(name: str, value: str) -> Iterator[None]:
+    """Within, an environment variable has this value unless it is set already."""
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
 def _load_pruned(source: str, dtype: torch.dtype) -> Any:
-    """A model that rfprune has pruned before, from a folder or the hub."""
+    """An output of rfprune, from a folder or the hub."""
     from rfprune.model.checkpoint import load_pruned
 
     if not Path(source).is_dir():
@@ -211,7 +239,7 @@ def _load_pruned(source: str, dtype: torch.dtype) -> Any:
 
 
 def _load(source: str, task: Task, dtype: torch.dtype) -> Any:
-    """A model as transformers has it, every weight in its place; the caller is quiet."""
+    """A model of transformers in which every weight comes from the checkpoint."""
     import transformers
 
     model_class = getattr(transformers, AUTO_CLASSES[task.kind])
@@ -220,23 +248,23 @@ def _load(source: str, task: Task, dtype: torch.dtype) -> Any:
             source,
             dtype=dtype,
             use_safetensors=True if Path(source).is_dir() else None,
-            ignore_mismatched_sizes=True,  # they are looked for below
+            ignore_mismatched_sizes=True,  # _check_shapes reports them
             trust_remote_code=False,
             output_loading_info=True,
         )
     except SafetensorError as error:
         raise UserError(
-            f"The weights in '{source}' are damaged or cut short ({reason(error)}): copy or "
+            f"The weights in '{source}' are damaged or cut short ({error_summary(error)}): copy or "
             f"download them again."
         ) from error
-    except Exception as error:  # each configuration and model fails in its own way
+    except Exception as error:  # models raise errors of many types
         if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
             raise
         if isinstance(error, OSError) and not Path(source).is_dir():
             raise
         raise UserError(
-            f"The checkpoint '{source}' cannot be loaded ({reason(error)}): its config.json may "
-            f"not be that of its weights, or a file is missing or damaged; copy or download it "
+            f"The checkpoint '{source}' cannot be loaded ({error_summary(error)}): its config.json "
+            f"may belong to other weights, or a file is missing or damaged; copy or download it "
             f"again."
         ) from error
     _check_shapes(info["mismatched_keys"], source)
@@ -246,77 +274,84 @@ def _load(source: str, task: Task, dtype: torch.dtype) -> Any:
 
 
 def _check_shapes(mismatched: Collection[tuple[Any, ...]], source: str) -> None:
-    """`mismatched`: name, shape in the checkpoint, shape by the configuration."""
+    """Refuse weights whose shape differs from the configuration's.
+
+    Args:
+        mismatched: name, shape in the checkpoint, shape according to the configuration.
+    """
     if mismatched:
-        name, saved, promised = min(mismatched, key=lambda entry: str(entry[0]))
+        name, saved, expected = min(mismatched, key=lambda entry: str(entry[0]))
         raise UserError(
-            f"'{name}' in the checkpoint '{source}' has the shape {tuple(saved)}, but by its "
-            f"config.json it should have {tuple(promised)}: the two do not belong together; copy "
-            f"or download both again."
+            f"'{name}' in the checkpoint '{source}' has the shape {tuple(saved)}, but its "
+            f"config.json requires {tuple(expected)}: the two do not belong together; copy or "
+            f"download both again."
         )
 
 
 def _check_missing(missing: Iterable[str], model: Any, source: str, task: Task) -> None:
-    """Weights that transformers would draw at random."""
+    """Refuse a checkpoint with missing weights, which transformers would initialise at random."""
     names = sorted(str(name) for name in missing)
     inside = [name for name in names if name.startswith(f"{model.base_model_prefix}.")]
-    if model.base_model is model:  # no head; the pooler, if it has one, plays no part in embeddings
+    if model.base_model is model:  # no head; embeddings do not use a pooler
         inside = names = [name for name in names if not name.startswith("pooler.")]
     if names and not inside:
         raise missing_head_error(source, task, f"{names[0]} is missing")
     if inside:
         number = "a weight" if len(inside) == 1 else f"{len(inside)} weights"
         raise UserError(
-            f"The checkpoint '{source}' lacks {number} that its config.json asks for, such as "
+            f"The checkpoint '{source}' lacks {number} that its config.json requires, such as "
             f"'{inside[0]}': copy or download it again."
         )
 
 
 def _check_left_over(unexpected: Iterable[str], model: Any, source: str) -> None:
-    """Weights of the layers that transformers would leave out: without them it is another model."""
+    """Refuse a checkpoint with weights of layers that transformers would drop silently."""
     stacks = ARCHITECTURES[model.config.model_type].stacks
     layers = tuple(f"{model.base_model_prefix}.{stack.layers}." for stack in stacks)
     names = sorted(str(name) for name in unexpected if str(name).startswith(layers))
     if names:
         raise UserError(
-            f"The checkpoint '{source}' holds '{names[0]}', for which a {model.config.model_type} "
-            f"model of its config.json has no place: the two do not belong together, or an adapter "
-            f"is to be merged first."
+            f"The checkpoint '{source}' holds '{names[0]}', but the {model.config.model_type} "
+            f"model of its config.json has no such weight: the two do not belong together; copy or "
+            f"download both again, or merge an adapter first."
         )
 
 
 def _load_processor(source: str) -> Any:
-    """The image processor."""
+    """The image processor of a checkpoint."""
     from transformers import AutoImageProcessor
 
     try:
         return AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # each processor fails in its own way
+    except Exception as error:  # processors raise errors of many types
         if not Path(source).is_dir() and isinstance(error, OSError):
             raise
         raise UserError(
-            f"No image processor can be loaded from '{source}' ({reason(error)}): save it beside "
-            f"the model, as preprocessor_config.json."
+            f"No image processor can be loaded from '{source}' ({error_summary(error)}): save it "
+            f"beside the model, as preprocessor_config.json."
         ) from error
 
 
 def _load_tokenizer(source: str, model: Any) -> Any:
-    """The tokenizer, which must be a fast one and make no id that the model has no row for."""
+    """The tokenizer: fast, and with no id beyond the model's embeddings."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # each tokenizer fails in its own way
+    except Exception as error:  # tokenizers raise errors of many types
         if not Path(source).is_dir() and isinstance(error, OSError):
             raise
         raise UserError(
-            f"No tokenizer can be loaded from '{source}' ({reason(error)}): save the "
+            f"No tokenizer can be loaded from '{source}' ({error_summary(error)}): save the "
             f"tokenizer beside the model."
         ) from error
     if not tokenizer.is_fast:
-        raise UserError(f"The tokenizer of '{source}' is a slow one: save a fast tokenizer.json.")
+        raise UserError(
+            f"The tokenizer of '{source}' is slow, and a fast one is needed: save a tokenizer.json."
+        )
     vocabulary = tokenizer.get_vocab()
-    if len(vocabulary) <= len(tokenizer.all_special_tokens):  # made up where files are missing
+    # transformers substitutes an empty tokenizer for missing files
+    if len(vocabulary) <= len(tokenizer.all_special_tokens):
         raise UserError(
             f"'{source}' has no tokenizer.json: save the tokenizer beside the model, with its "
             f"save_pretrained()."
@@ -333,7 +368,7 @@ def _load_tokenizer(source: str, model: Any) -> Any:
 
 @contextmanager
 def _hub_errors(name: str, source: str) -> Iterator[None]:
-    """Turn what hub and network raise into one sentence; answer at once where there is none."""
+    """Turn errors of hub and network into UserErrors; without a connection, answer at once."""
     if Path(source).is_dir():
         yield
         return
@@ -345,7 +380,7 @@ def _hub_errors(name: str, source: str) -> Iterator[None]:
         except (OSError, ValueError) as error:
             wanted = f"'{source}'" if name == source else f"'{source}' (for --model {name})"
             raise UserError(
-                f"The checkpoint {wanted} is neither a folder here nor to be had from the Hugging "
-                f"Face hub ({reason(error)}): check the name and the connection, "
+                f"The checkpoint {wanted} is neither a folder here nor available from the Hugging "
+                f"Face hub ({error_summary(error)}): check the name and the connection, "
                 f"{OTHER_CHECKPOINTS}."
             ) from error

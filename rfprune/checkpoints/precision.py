@@ -1,7 +1,7 @@
-"""The precision in which a checkpoint is stored, which need not be the one it is computed in.
+"""The dtype of stored weights, which may differ from the dtype of the computation.
 
-A pruned model is stored as its original was: a checkpoint in half precision would otherwise come
-out smaller in parameters and larger in bytes.
+A pruned model is stored in the dtype of its original. A half-precision checkpoint would otherwise
+lose parameters and grow in bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ _SHORT = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def stored_dtype(source: str) -> torch.dtype:
-    """float16 or bfloat16 where most weights of a folder or cached hub id are, else float32."""
+    """The dtype of most weights in a folder or cached hub repository: float16, bfloat16 or float32.
+
+    float32 also where there are no weights to look at.
+    """
     sizes: Counter[str] = Counter()
     for path in _weight_files(source):
         with safe_open(path, framework="pt") as file:
@@ -46,9 +49,10 @@ def _weight_files(source: str) -> Iterable[Path]:
 
 
 def round_weights(model: nn.Module, dtype: torch.dtype) -> bool:
-    """Round all weights, in place, to what `dtype` can hold, so that a stored copy is equal.
+    """Round all weights in place to values of `dtype`, so that storing them loses nothing.
 
-    False, and nothing done, where a weight is beyond its range.
+    Returns:
+        False, with all weights unchanged, if one of them is beyond the range of `dtype`.
     """
     tensors: list[Tensor] = [
         tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()
@@ -63,12 +67,16 @@ def round_weights(model: nn.Module, dtype: torch.dtype) -> bool:
 
 
 def round_to_stored_dtype(dtype: torch.dtype, model: nn.Module) -> torch.dtype:
-    """Round the weights to what will be stored of them, so that this is what is measured."""
+    """Round the weights to the dtype they will be stored in, before the model is scored.
+
+    Returns:
+        `dtype`, or float32 with a RfpruneWarning if a weight is beyond its range.
+    """
     if dtype == next(model.parameters()).dtype or round_weights(model, dtype):
         return dtype
     warnings.warn(
-        f"The pruned weights are beyond the range of {str(dtype).removeprefix('torch.')}, the "
-        f"dtype of the original's file: they are stored in float32.",
+        f"The pruned weights exceed the range of {str(dtype).removeprefix('torch.')}, the dtype of "
+        f"the original's file, and are stored in float32.",
         RfpruneWarning,
         stacklevel=2,
     )

@@ -1,8 +1,8 @@
-"""Embedders as sentence-transformers saves them: where the model is, how it pools, what it needs.
+"""Folders of sentence-transformers: where the model is, how it pools, which files it needs.
 
-Such a folder has a modules.json, which lists what a text goes through: the model, a pooling of its
-hidden states, and what may follow. A pruned embedder gets the same files beside it, so that it is
-loaded as the original is. They are read whole before anything else happens.
+Such a folder has a modules.json that lists its modules: the Transformer, a Pooling, and possibly
+Dense, Normalize or Dropout. A pruned model gets copies of these files, so it loads like the
+original. They are read and checked before any work begins.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MODULES_FILE = "modules.json"
 _SETTINGS_FILE = "config_sentence_transformers.json"
 _OWNER = "sentence_transformers."
 _FIRST = ["Transformer", "Pooling"]
-_NO_CHANGE = ("Normalize", "Dropout")  # none of the cosine, when nothing is trained
+_NO_CHANGE = ("Normalize", "Dropout")  # without effect on a cosine at inference
 _KNOWN = (*_FIRST, *_NO_CHANGE, "Dense")
 _WEIGHTS, _PICKLED = "model.safetensors", "pytorch_model.bin"
 _MODES = {
@@ -36,11 +36,12 @@ _SAVE_AGAIN = "save it again with sentence-transformers, or copy or download it 
 
 @dataclass(frozen=True)
 class SentenceTransformerFiles:
-    """What stands beside the model of an embedder.
+    """What sentence-transformers stores beside a model.
 
-    `pooling`: one of `POOLINGS`, None where nothing says. `max_tokens`: that sentence-transformers
-    reads of a text, None where it does not say. `files`: what it needs beside the pruned model,
-    contents by their names within the folder; none where it is not its own folder.
+    Attributes:
+        pooling: one of `POOLINGS`, or None if the folder does not say.
+        max_tokens: tokens read of a text, or None if the folder does not say.
+        files: contents by path within the folder; None if it is no sentence-transformers folder.
     """
 
     pooling: str | None = None
@@ -55,7 +56,7 @@ class _Module:
 
 
 def transformer_folder(folder: Path) -> Path:
-    """Where the config.json is: in the folder, or in that of its first module.
+    """The folder with the config.json: this one, or the one of its first module.
 
     Raises:
         UserError: modules.json is damaged, or leads out of the folder.
@@ -66,11 +67,13 @@ def transformer_folder(folder: Path) -> Path:
 
 
 def read_sentence_transformer(source: str) -> SentenceTransformerFiles:
-    """What a folder or hub repository says of its embeddings; warns of what is not done here.
+    """Read pooling, length and files of a folder or hub repository.
+
+    A RfpruneWarning says where sentence-transformers would do more with a text than is done here.
 
     Raises:
-        UserError: it is damaged, leads elsewhere, or its embeddings are made in a way that is not
-            known here; the sentence says which.
+        UserError: a file is damaged or leads out of the folder, or a module or pooling is not
+            supported.
     """
     folder = _folder_of(source)
     if folder is None:
@@ -90,7 +93,7 @@ def read_sentence_transformer(source: str) -> SentenceTransformerFiles:
 
 
 def write_sentence_transformer_files(files: Mapping[str, bytes] | None, folder: Path) -> bool:
-    """Put the files of an embedder beside its pruned model; whether there are any."""
+    """Write the files into the folder of the pruned model; returns whether there are any."""
     for name, content in (files or {}).items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +102,7 @@ def write_sentence_transformer_files(files: Mapping[str, bytes] | None, folder: 
 
 
 def _folder_of(source: str) -> Path | None:
-    """The folder with the modules.json that this model is the first module of."""
+    """The folder with the modules.json whose first module this model is, if there is one."""
     folder = Path(source)
     if not folder.is_dir():
         return _fetched(source)
@@ -112,7 +115,7 @@ def _folder_of(source: str) -> Path | None:
 
 
 def _fetched(repository: str) -> Path | None:
-    """A copy of what a hub repository holds of such files, None if it is no embedder."""
+    """A local copy of such files of a hub repository; None if it has no modules.json."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -120,7 +123,8 @@ def _fetched(repository: str) -> Path | None:
         folder = Path(hf_hub_download(repository, MODULES_FILE)).parent
     except LocalEntryNotFoundError:
         warnings.warn(
-            f"The hub cannot be asked how '{repository}' pools: the mean over tokens is taken",
+            f"The pooling of '{repository}' cannot be read from the hub, which is not reachable: "
+            f"the mean over tokens is used",
             RfpruneWarning,
             stacklevel=2,
         )
@@ -134,7 +138,7 @@ def _fetched(repository: str) -> Path | None:
 
 
 def _modules(folder: Path) -> list[_Module]:
-    """What modules.json lists, in its order; the model comes first."""
+    """The modules that modules.json lists, in order; the Transformer comes first."""
     path = folder / MODULES_FILE
     entries = _json(path)
     if (
@@ -142,7 +146,7 @@ def _modules(folder: Path) -> list[_Module]:
         or not entries
         or not all(isinstance(entry, dict) and "type" in entry for entry in entries)
     ):
-        raise UserError(f"'{path}' does not list the modules of an embedder: {_SAVE_AGAIN}.")
+        raise UserError(f"'{path}' does not list modules of sentence-transformers: {_SAVE_AGAIN}.")
     modules = [_Module(_kind(entry), _inside(entry.get("path", ""), path)) for entry in entries]
     if not all(module.path for module in modules[1:]):
         raise UserError(f"'{path}' names a module that has no folder: {_SAVE_AGAIN}.")
@@ -150,17 +154,17 @@ def _modules(folder: Path) -> list[_Module]:
 
 
 def _kind(entry: Mapping[str, Any]) -> str:
-    """The class' name if it is one of sentence-transformers, else all of its path."""
+    """The class name of a module of sentence-transformers; the full path of any other class."""
     name = str(entry["type"])
     return name.rpartition(".")[2] if name.startswith(_OWNER) else name
 
 
-def _inside(path: Any, said_by: Path) -> str:
-    """A path within the folder: what a downloaded file says must not lead anywhere else."""
-    there = PureWindowsPath(str(path))  # which knows both kinds of slashes
+def _inside(path: Any, source: Path) -> str:
+    """A checked path within the folder: a downloaded file must not point elsewhere."""
+    there = PureWindowsPath(str(path))  # understands both kinds of slashes
     if not isinstance(path, str) or there.anchor or ".." in there.parts:
         raise UserError(
-            f"'{said_by}' leads out of its folder, to {path!r}, which is not followed: "
+            f"'{source}' leads out of its folder, to {path!r}, which is not followed: "
             f"{_SAVE_AGAIN}."
         )
     return PurePosixPath(*there.parts).as_posix() if there.parts else ""
@@ -168,51 +172,51 @@ def _inside(path: Any, said_by: Path) -> str:
 
 def _check_kinds(modules: Sequence[_Module], folder: Path) -> None:
     kinds = [module.kind for module in modules]
-    strange = [kind for kind in kinds if kind not in _KNOWN]
-    if strange or kinds[:2] != _FIRST or set(kinds[2:]) & set(_FIRST):
-        what = f"'{strange[0]}'" if strange else f"the modules {', '.join(kinds)}"
+    unknown = [kind for kind in kinds if kind not in _KNOWN]
+    if unknown or kinds[:2] != _FIRST or set(kinds[2:]) & set(_FIRST):
+        what = f"the module '{unknown[0]}'" if unknown else f"the modules {', '.join(kinds)}"
         raise UserError(
-            f"The embedder '{folder}' makes its embeddings by {what}, but only a Transformer, its "
-            f"Pooling, and then {', '.join(_KNOWN[2:])} are known here: choose another checkpoint."
+            f"'{folder}' uses {what}, but only a Transformer, then its Pooling, then "
+            f"{', '.join(_KNOWN[2:])} are supported: choose another checkpoint."
         )
 
 
 def _warn_of_differences(
     folder: Path, modules: Sequence[_Module], settings: Mapping[str, Any]
 ) -> None:
-    """Where sentence-transformers would say something else of a text than is scored here."""
-    told = []
+    """Warn where sentence-transformers would compute other embeddings than are scored here."""
+    differences = []
     if any(module.kind == "Dense" for module in modules):
-        told.append(
-            f"The embedder '{folder}' ends in a Dense module: it is pruned and scored by the "
-            f"embeddings that go into it, and the module is kept as it is"
+        differences.append(
+            f"'{folder}' ends in a Dense module: the embeddings before it are pruned and scored, "
+            f"and the module is kept unchanged"
         )
     if settings.get("do_lower_case") is True:
-        told.append(
-            f"The embedder '{folder}' reads texts in lower case, which is left to its tokenizer "
-            f"here: put them in lower case in the data"
+        differences.append(
+            f"'{folder}' converts texts to lower case, which is not done here: convert them in the "
+            f"data"
         )
     path = folder / _SETTINGS_FILE
     prompts = _read(path) if path.is_file() else {}
     named = prompts.get("default_prompt_name")
     prompt = (prompts.get("prompts") or {}).get(named) if named else None
     if prompt:
-        told.append(
-            f"The embedder '{folder}' puts {prompt!r} before every text, which is not done here: "
-            f"write it into the data"
+        differences.append(
+            f"'{folder}' puts {prompt!r} before every text, which is not done here: add it in the "
+            f"data"
         )
-    for sentence in told:
+    for sentence in differences:
         warnings.warn(sentence, RfpruneWarning, stacklevel=3)
 
 
 def _pooling_alone(folder: Path) -> str | None:
-    """The pooling where there is its own folder, but no modules.json."""
+    """The pooling of a folder with a pooling module and without modules.json."""
     beside = sorted(folder.glob("*_Pooling/config.json")) if folder.is_dir() else []
     return _pooling(beside[0]) if beside else None
 
 
 def _pooling(path: Path) -> str:
-    """One of `POOLINGS`, from either of the two ways in which it is written."""
+    """One of `POOLINGS`, from the older flags or the newer list of modes."""
     settings = _read(path)
     modes = [name for name, on in settings.items() if name.startswith("pooling_mode") and on]
     if "pooling_mode" in settings:
@@ -221,21 +225,21 @@ def _pooling(path: Path) -> str:
     found = [_MODES.get(mode, mode) for mode in modes or ["mean"]]
     if len(found) != 1 or found[0] not in POOLINGS:
         raise UserError(
-            f"'{path}' asks for {' and '.join(modes)}, but embeddings are made here by one "
-            f"of {', '.join(POOLINGS)}: choose another checkpoint."
+            f"'{path}' asks for the pooling {' and '.join(modes)}, but one of "
+            f"{', '.join(POOLINGS)} is needed: choose another checkpoint."
         )
     return found[0]
 
 
 def _settings_of(transformer: Path) -> Path | None:
-    """The settings of the first module, whose name was once that of the kind of model."""
+    """The settings of the Transformer; older versions named the file after the model type."""
     found = sorted(transformer.glob("sentence_*_config.json"))
     usual = transformer / "sentence_bert_config.json"
     return usual if usual in found else found[0] if found else None
 
 
 def _files(folder: Path, modules: Sequence[_Module], settings: Path | None) -> dict[str, bytes]:
-    """All that goes beside a pruned model, which itself lies where modules.json is."""
+    """The files to copy. The pruned model lies beside modules.json, so its path becomes ""."""
     entries = _json(folder / MODULES_FILE)
     entries[0]["path"] = ""
     files = {MODULES_FILE: (json.dumps(entries, indent=2) + "\n").encode()}
@@ -253,7 +257,7 @@ def _files(folder: Path, modules: Sequence[_Module], settings: Path | None) -> d
 
 
 def _weights(module: Path, folder: Path) -> bytes:
-    """The weights of a module as safetensors, whatever they were."""
+    """The weights of a module as safetensors, converted if they are a pickle."""
     from safetensors.torch import load, save
 
     path = module / _WEIGHTS
@@ -267,7 +271,7 @@ def _weights(module: Path, folder: Path) -> bytes:
         return save(torch.load(path, map_location="cpu", weights_only=True))
     except UserError:
         raise
-    except Exception as error:  # a damaged file fails in any way
+    except Exception as error:  # damaged files raise errors of many types
         raise UserError(
             f"The weights in '{path}' cannot be read ({type(error).__name__}): {_SAVE_AGAIN}."
         ) from error
@@ -282,8 +286,7 @@ def _content(path: Path, folder: Path) -> bytes:
 
 
 def _check_linked(path: Path, folder: Path) -> None:
-    """Links may lead within the folder, or to where the hub's cache keeps all files: what is copied
-    may be published."""
+    """Refuse links out of the folder, except into the hub's cache: a copy may be published."""
     inside = [folder.resolve()]
     if inside[0].parent.name == "snapshots":
         inside.append(inside[0].parents[1] / "blobs")
@@ -306,5 +309,5 @@ def _json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
-            f"'{path}' is missing, or no JSON ({type(error).__name__}): {_SAVE_AGAIN}."
+            f"'{path}' is missing or not JSON ({type(error).__name__}): {_SAVE_AGAIN}."
         ) from error

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from rfprune.checkpoints.inspection import reason
-from rfprune.errors import RfpruneWarning, UserError
+from rfprune.errors import RfpruneWarning, UserError, error_summary
 from rfprune.report.console_table import LOG_WIDTH
 
 
@@ -58,7 +57,7 @@ def out_of_memory_as_user_error(batch_size: int) -> Iterator[None]:
         if not (on_host or isinstance(error, torch.cuda.OutOfMemoryError)):
             raise
         raise UserError(
-            f"Memory ran out with batches of {batch_size} examples ({reason(error)}): give a "
+            f"Memory ran out with batches of {batch_size} examples ({error_summary(error)}): give a "
             f"smaller --batch-size, fewer --samples or a smaller --max-length"
         ) from error
 

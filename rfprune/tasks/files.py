@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rfprune.errors import UserError
+from rfprune.errors import UserError, error_summary
 
 EXTENSIONS = (".parquet", ".csv", ".tsv", ".jsonl", ".json")
 TEXT = "text"
@@ -81,7 +81,7 @@ def _load_from_disk(path: Path) -> Any:
         return datasets.load_from_disk(str(path), keep_in_memory=True)
     except Exception as error:  # the library promises no particular one
         raise UserError(
-            f"'{path}' is not a readable saved dataset: {first_line(error)}."
+            f"'{path}' is not a readable saved dataset: {error_summary(error)}."
         ) from error
 
 
@@ -98,7 +98,9 @@ def _read_parquet(path: Path, wanted: Collection[str]) -> tuple[list[str], dict[
             table = read_parquet(file, columns=present)
         return names, {name: table.column(name).to_pylist() for name in present}
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"'{path}' is not a readable parquet file: {first_line(error)}.") from error
+        raise UserError(
+            f"'{path}' is not a readable parquet file: {error_summary(error)}."
+        ) from error
 
 
 def _read_json_lines(path: Path, wanted: Collection[str]) -> tuple[list[str], dict[str, list[Any]]]:
@@ -180,9 +182,3 @@ def _read_text(path: Path) -> str:
         raise UserError(
             f"'{path}' is not UTF-8 (line {line}, byte {error.start}): save it as UTF-8."
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what a library says, without its full stop."""
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__).rstrip(".")

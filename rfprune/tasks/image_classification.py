@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfprune.errors import UserError, check_installed
-from rfprune.tasks.files import SHOWN_NAMES, first_line
+from rfprune.errors import UserError, check_installed, error_summary
+from rfprune.tasks.files import SHOWN_NAMES
 from rfprune.tasks.labels import class_ids
 from rfprune.tasks.registry import Task
 
@@ -80,7 +80,7 @@ def _saved(task: Task, folder: Path, labels_required: bool) -> Any:
         dataset = datasets.load_from_disk(str(folder))
     except Exception as error:  # the library promises no particular one
         raise UserError(
-            f"'{folder}' is not a readable saved dataset: {first_line(error)}."
+            f"'{folder}' is not a readable saved dataset: {error_summary(error)}."
         ) from error
     image = _one_of(COLUMNS, dataset.column_names, folder, "images")
     columns: dict[str, Any] = {
@@ -145,4 +145,6 @@ def _decoded(opened: Any, image: Any) -> Any:
 
 def _unreadable(image: Any, error: Exception) -> UserError:
     name = f"'{image['path']}'" if isinstance(image, dict) else f"'{image}'"
-    return UserError(f"The image {name} cannot be read ({first_line(error)}): mend or remove it.")
+    return UserError(
+        f"The image {name} cannot be read ({error_summary(error)}): mend or remove it."
+    )

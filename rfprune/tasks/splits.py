@@ -8,14 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rfprune.errors import UserError
+from rfprune.errors import UserError, error_summary
 from rfprune.tasks import offline
 from rfprune.tasks.columns import checked_columns, label_columns
 from rfprune.tasks.files import (
     EXTENSIONS,
     SHOWN_NAMES,
     Table,
-    first_line,
     read_table,
     table_of,
 )
@@ -61,7 +60,7 @@ def load_split(
         return Dataset.from_dict(columns)
     except (ArrowException, ValueError, TypeError) as error:
         raise UserError(
-            f"{table.source} has values that make no table ({first_line(error)}): one type a "
+            f"{table.source} has values that make no table ({error_summary(error)}): one type a "
             f"column, and text in Unicode, is wanted."
         ) from error
 
@@ -84,7 +83,7 @@ def _from_hub(task: Task, split: str, wanted: Iterable[str]) -> Table:
         try:
             dataset = datasets.load_dataset(task.hub_path, task.hub_config, split=split)
         except Exception as error:  # network, hub, cache and disk each have their own
-            reason = first_line(error) if may_ask else "no connection, and not in the cache"
+            reason = error_summary(error) if may_ask else "no connection, and not in the cache"
             raise UserError(
                 f"The {split} split of dataset {name} could not be had from the Hugging Face hub "
                 f"({reason}): connect to it, or give local files with --data-dir DIR, holding "

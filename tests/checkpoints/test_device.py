@@ -1,4 +1,7 @@
-"""The device is the best there is, or the one asked for, or a sentence."""
+"""The device is the named one, or the best available one.
+
+Without these a run could start on another.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,6 @@ def test_without_a_wish_the_best_there_is(monkeypatch: pytest.MonkeyPatch) -> No
     assert pick_device(None).type == "mps"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pick_device(None).type == "cuda"
-
-
-def test_a_wish_is_granted() -> None:
     assert pick_device("cpu") == torch.device("cpu")
 
 

@@ -6,6 +6,7 @@ Deleting this lets a random head, a foreign label order or a damaged file reach 
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from rfprune.checkpoints.loading import (
     load,
+    quiet_transformers,
     resolve_data_dir,
     resolve_max_length,
     resolve_model,
@@ -93,45 +95,114 @@ def test_weights_in_several_files_are_loaded(
     assert torch.equal(loaded.model.classifier.weight, tiny_model().classifier.weight)
 
 
-def test_no_folder(tmp_path: Path) -> None:
-    assert "does not exist" in refused(tmp_path / "nowhere")
+def _rewrite(name: str, content: bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes(content)
 
 
-def test_a_file_is_no_folder(folder: Path) -> None:
-    assert "is a file" in refused(folder / "config.json")
+def _config(**changes: Any) -> Callable[[Path], object]:
+    return lambda folder: change_config(folder, **changes)
 
 
-def test_an_empty_folder(tmp_path: Path) -> None:
-    assert "is empty" in refused(tmp_path)
+def _weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
+    return lambda folder: change_weights(folder, change)
 
 
-def test_no_config(folder: Path) -> None:
-    (folder / "config.json").unlink()
-    assert "has no config.json" in refused(folder)
+def _unlink(pattern: str) -> Callable[[Path], object]:
+    def unlink(folder: Path) -> None:
+        for path in folder.glob(pattern):
+            path.unlink()
+
+    return unlink
 
 
-@pytest.mark.parametrize("text", ["{", "[]", b"\xff\xfe\x00"])
-def test_a_damaged_config(folder: Path, text: str | bytes) -> None:
-    (folder / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-    assert "config.json' " in refused(folder)
+def _cut_weights(size: int) -> Callable[[Path], object]:
+    def cut(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:size])
+
+    return cut
 
 
-def test_no_model_type(folder: Path) -> None:
-    change_config(folder, model_type=None)
-    assert "names no model_type" in refused(folder)
+def _adapter(folder: Path) -> None:
+    (folder / "config.json").rename(folder / "adapter_config.json")
 
 
-def test_an_unsupported_model_type_names_the_supported(folder: Path) -> None:
-    change_config(folder, model_type="gpt_neo")
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 45439980\n"
+DENSE, QUERY = "layer.1.output.dense.weight", "bert.encoder.layer.1.attention.self.query.weight"
+DAMAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
+    "empty folder": (_unlink("*"), ("is empty",)),
+    "no config": (_unlink("config.json"), ("has no config.json", "save_pretrained")),
+    "config cut short": (_rewrite("config.json", b"{"), ("config.json' ", "save_pretrained")),
+    "config of another kind": (_rewrite("config.json", b"[]"), ("config.json' ",)),
+    "config in UTF-16": (_rewrite("config.json", b"\xff\xfe\x00"), ("config.json' ",)),
+    "no model type": (_config(model_type=None), ("names no model_type",)),
+    "unsupported model type": (
+        _config(model_type="gpt_neo"), ("'gpt_neo'", "bert", "roberta", "distilbert", "mpnet"),
+    ),
+    "wrong model type": (_config(model_type=["bert"]), ("Model type ['bert']",)),
+    "no weights": (_unlink("*.safetensors"), ("has no model.safetensors",)),
+    **{
+        f"weights of {size} bytes": (_cut_weights(size), ("damaged or cut short",))
+        for size in (0, 4, 1000, -8)
+    },
+    "corrupt weights": (_rewrite("model.safetensors", b"\xff" * 4096), ("damaged or cut short",)),
+    "another shape": (
+        _config(intermediate_size=24),
+        ("'bert.encoder.layer.0.intermediate.dense.bias'", "(12,)", "(24,)", "do not belong"),
+    ),
+    "weight missing": (
+        _weights(lambda weights: weights.pop(f"bert.encoder.{DENSE}")), ("lacks a weight", DENSE),
+    ),
+    # transformers would drop a layer silently
+    "more layers": (
+        _config(num_hidden_layers=1), ("holds 'bert.encoder.layer.1.", "do not belong together"),
+    ),
+    "fewer layers": (_config(num_hidden_layers=3), ("lacks 16 weights",)),
+    "size that is text": (_config(hidden_size="big"), ("'hidden_size' expected int",)),
+    "heads": (_config(num_attention_heads=3), ("multiple of the number of attention heads",)),
+    "activation": (_config(hidden_act="magic"), ("unknown 'magic'",)),
+    "negative number of layers": (_config(num_hidden_layers=-1), ("layer",)),
+    "git-lfs pointer": (_rewrite("model.safetensors", LFS), ("git lfs pull",)),
+    "adapter": (_adapter, ("merge_and_unload()",)),
+    "no head by its config": (
+        _config(architectures="BertModel"), ("it is a BertModel", "no trained head for task mrpc"),
+    ),
+    # a config may claim a head that was never trained
+    "no head by its weights": (
+        _weights(lambda weights: weights.pop("classifier.weight")),
+        ("no trained head for task mrpc (classifier.weight is missing)", "fine-tune"),
+    ),
+    "label order": (
+        _config(id2label={"0": "equivalent", "1": "not_equivalent"}),
+        ("label order is (equivalent, not_equivalent)",),
+    ),
+    **{
+        f"labels {id2label}": (_config(id2label=id2label), ("id2label must map the ids to names",))
+        for id2label in ("equivalent", {"zero": "a", "one": "b"}, [0, 1])
+    },
+    **{
+        f"weight {value}": (
+            _weights(lambda weights, value=value: weights[QUERY][0, 0].fill_(value)),  # type: ignore[misc]
+            (QUERY,),
+        )
+        for value in (float("nan"), float("inf"))
+    },
+    "no tokenizer": (_unlink("tokenizer*"), ("tokenizer", "save")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_checkpoint_is_refused(case: str, folder: Path) -> None:
+    damage, parts = DAMAGE[case]
+    damage(folder)
     sentence = refused(folder)
-    assert "'gpt_neo'" in sentence
-    for model_type in ("bert", "roberta", "distilbert", "mpnet"):
-        assert model_type in sentence
+    for part in parts:
+        assert part in sentence, sentence
 
 
-def test_no_weights(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    assert "has no model.safetensors" in refused(folder)
+def test_what_is_no_folder_is_refused(folder: Path) -> None:
+    assert "is a file" in refused(folder / "config.json")
+    assert "does not exist" in refused(folder / "nowhere")
 
 
 def test_a_pickle_is_not_read(folder: Path, tmp_path: Path) -> None:
@@ -149,69 +220,11 @@ def test_a_pickle_is_not_read(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "it ran").exists()
 
 
-@pytest.mark.parametrize("bytes_kept", [0, 4, 1000, -8])
-def test_truncated_weights(folder: Path, bytes_kept: int) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:bytes_kept])
-    assert "damaged or cut short" in refused(folder)
-
-
-def test_corrupt_weights(folder: Path) -> None:
-    (folder / "model.safetensors").write_bytes(b"\xff" * 4096)
-    assert "damaged or cut short" in refused(folder)
-
-
-def test_weights_of_another_shape(folder: Path) -> None:
-    change_config(folder, intermediate_size=24)
-    sentence = refused(folder)
-    assert "do not belong together" in sentence
-    assert "'bert.encoder.layer.0.intermediate.dense.bias'" in sentence
-    assert "(12,)" in sentence
-    assert "(24,)" in sentence
-
-
-def test_a_weight_that_is_missing_inside(folder: Path) -> None:
-    name = "bert.encoder.layer.1.output.dense.weight"
-    change_weights(folder, lambda weights: weights.pop(name))
-    sentence = refused(folder)
-    assert "lacks a weight" in sentence
-    assert name in sentence
-
-
-def test_more_layers_than_the_config_has(folder: Path) -> None:
-    """transformers would leave them out without a word, and it would be another model."""
-    change_config(folder, num_hidden_layers=1)
-    sentence = refused(folder)
-    assert "holds 'bert.encoder.layer.1." in sentence
-    assert "do not belong together" in sentence
-
-
-def test_fewer_layers_than_the_config_has(folder: Path) -> None:
-    change_config(folder, num_hidden_layers=3)
-    assert "lacks 16 weights" in refused(folder)
-
-
 def test_weights_of_another_head_do_no_harm(folder: Path) -> None:
     """What training left behind outside the layers is not read."""
     extra = {"cls.predictions.bias": torch.ones(3)}
     change_weights(folder, lambda weights: weights.update(extra))
     load(str(folder), MRPC, device=CPU, dtype=torch.float32)
-
-
-@pytest.mark.parametrize(
-    ("changes", "word"),
-    [
-        ({"hidden_size": "big"}, "'hidden_size' expected int"),
-        ({"num_attention_heads": 3}, "multiple of the number of attention heads"),
-        ({"hidden_act": "magic"}, "unknown 'magic'"),
-        ({"model_type": ["bert"]}, "Model type ['bert']"),
-        ({"architectures": "BertModel"}, "it is a BertModel"),
-        ({"num_hidden_layers": -1}, "layer"),
-    ],
-)
-def test_a_config_that_makes_no_model(folder: Path, changes: dict[str, Any], word: str) -> None:
-    change_config(folder, **changes)
-    assert word in refused(folder)
 
 
 def test_a_part_of_the_weights_is_missing(
@@ -224,28 +237,6 @@ def test_a_part_of_the_weights_is_missing(
     assert part.name in refused(tmp_path)
 
 
-def test_a_pointer_of_git_lfs(folder: Path) -> None:
-    text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 45439980\n"
-    (folder / "model.safetensors").write_text(text)
-    assert "git lfs pull" in refused(folder)
-
-
-def test_an_adapter(folder: Path) -> None:
-    (folder / "adapter_config.json").write_text("{}")
-    (folder / "config.json").unlink()
-    assert "merge_and_unload()" in refused(folder)
-
-
-def test_a_base_checkpoint_by_its_architecture(tiny_folder: Callable[..., Path]) -> None:
-    assert "no trained head for task mrpc" in refused(tiny_folder("bert", "none"))
-
-
-def test_a_base_checkpoint_by_its_weights(folder: Path) -> None:
-    """Its config claims a head, as that of a model that was never trained may."""
-    change_weights(folder, lambda weights: weights.pop("classifier.weight"))
-    assert "no trained head for task mrpc (classifier.weight is missing)" in refused(folder)
-
-
 def test_the_head_of_another_kind_of_task(folder: Path) -> None:
     assert "not a ...ForQuestionAnswering" in refused(folder, "squad")
 
@@ -254,7 +245,7 @@ def test_the_head_of_another_kind_of_task(folder: Path) -> None:
 def test_an_encoder_decoder_is_no_embedder(model_type: str, folder: Path) -> None:
     """An encoder taken out of one has the same type, and lacks the other half of the weights."""
     change_config(folder, model_type=model_type, architectures=["T5EncoderModel"])
-    with pytest.raises(UserError, match=f"encoder-decoder \\({model_type}\\), or an encoder taken"):
+    with pytest.raises(UserError, match=f"encoder-decoder \\({model_type}\\)"):
         load(str(folder), similarity_task(), device=CPU, dtype=torch.float32)
 
 
@@ -283,30 +274,6 @@ def test_the_number_of_labels_must_fit(tiny_folder: Callable[..., Path]) -> None
     assert "1 output" in refused(tiny_folder(), "stsb")
 
 
-def test_the_order_of_labels_must_fit(folder: Path) -> None:
-    change_config(folder, id2label={"0": "equivalent", "1": "not_equivalent"})
-    assert "label order is (equivalent, not_equivalent)" in refused(folder)
-
-
-@pytest.mark.parametrize("id2label", ["equivalent", {"zero": "a", "one": "b"}, [0, 1]])
-def test_labels_that_cannot_be_read(folder: Path, id2label: Any) -> None:
-    change_config(folder, id2label=id2label)
-    assert "id2label must map the ids to names" in refused(folder)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_weight_that_is_not_finite_is_named(folder: Path, value: float) -> None:
-    name = "bert.encoder.layer.1.attention.self.query.weight"
-    change_weights(folder, lambda weights: weights[name][0, 0].fill_(value))
-    assert name in refused(folder)
-
-
-def test_no_tokenizer(folder: Path) -> None:
-    for path in folder.glob("tokenizer*"):
-        path.unlink()
-    assert "tokenizer" in refused(folder)
-
-
 def test_a_tokenizer_of_another_model(
     tiny_model: Callable[..., Any], tiny_tokenizer: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -328,6 +295,23 @@ def test_what_is_not_on_the_hub_says_what_was_wanted_and_the_ways_out(name: str)
     assert resolve_model(name, MRPC) in sentence
     assert "--model demo" in sentence
     assert "folder" in sentence
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_loading_leaves_the_environment_alone(
+    before: str | None, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers converts pickles of the hub in the background unless a variable forbids it."""
+    name = "DISABLE_SAFETENSORS_CONVERSION"
+    monkeypatch.delenv(name, raising=False)
+    if before is not None:
+        monkeypatch.setenv(name, before)
+    with quiet_transformers():
+        assert os.environ[name] == (before or "1")
+    load(str(folder), MRPC, device=CPU, dtype=torch.float32)
+    (folder / "config.json").unlink()
+    refused(folder)
+    assert os.environ.get(name) == before
 
 
 def test_the_demo_has_one_task() -> None:

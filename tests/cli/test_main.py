@@ -338,7 +338,7 @@ def test_a_checkpoint_in_half_precision_stays_in_it(
         patch.setattr("rfprune.checkpoints.precision.round_weights", lambda *_: False)
         assert main(flags(model="half", output_dir="large")) == 0
     report = read_report(Path("large"))
-    assert "beyond the range of float16" in report["warnings"][0]
+    assert "exceed the range of float16" in report["warnings"][0]
     assert report["stored_dtype"] == "float32"
 
     assert main(flags(model="half", output_dir="whole", dtype="float32")) == 0

@@ -117,7 +117,7 @@ def test_an_interruption_leaves_nothing(
         ("--batch-size 0", "--batch-size 0: give 1 or more"),
         ("--sequence-length -1", "--sequence-length -1: give 1 or more"),
         ("--round-to 0", "--round-to 0: give 1 or more"),
-        ("--sequence-length 600", "--sequence-length 600 is more than the 514 positions"),
+        ("--sequence-length 600", "--sequence-length 600 exceeds the 514 positions"),
         ("--model missing/folder", "missing/folder"),
         ("--model .", "config.json"),
         ("--output missing/file.json", "there is no folder"),
