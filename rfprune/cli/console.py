@@ -57,8 +57,8 @@ def out_of_memory_as_user_error(batch_size: int) -> Iterator[None]:
         if not (on_host or isinstance(error, torch.cuda.OutOfMemoryError)):
             raise
         raise UserError(
-            f"Memory ran out with batches of {batch_size} examples ({error_summary(error)}): give a "
-            f"smaller --batch-size, fewer --samples or a smaller --max-length"
+            f"Memory ran out with batches of {batch_size} examples ({error_summary(error)}): give "
+            f"a smaller --batch-size, fewer --samples or a smaller --max-length"
         ) from error
 
 
