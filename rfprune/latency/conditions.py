@@ -1,4 +1,4 @@
-"""The conditions that milliseconds hold for: device, versions, shape of the batch, threads."""
+"""The conditions that a latency was measured under: device, versions, batch shape, threads."""
 
 from __future__ import annotations
 
@@ -18,13 +18,20 @@ from rfprune.model.layout import Layout
 
 @dataclass(frozen=True)
 class Conditions:
-    """What milliseconds depend on besides the model.
+    """What a latency depends on besides the model.
 
     Attributes:
-        device: its type ("cpu", "cuda", "mps"). device_name: as its maker calls it.
-        attention: the implementation that transformers uses ("sdpa", "eager", ...).
+        device: "cpu", "cuda" or "mps".
+        device_name: the product name of the GPU or processor.
+        platform: operating system and architecture.
+        torch: its version.
+        transformers: its version.
+        dtype: of the weights, such as "float32".
+        batch_size: rows of the batch, B.
+        sequence_length: tokens of each row, S.
+        attention: implementation in transformers ("sdpa", "eager", ...).
         threads: of PyTorch on the CPU.
-        padded: whether some tokens of the batch were padding, which brings an attention mask in.
+        padded: whether the batch has padding, and so an attention mask.
     """
 
     device: str
@@ -43,10 +50,10 @@ class Conditions:
 def conditions_of(
     model: PreTrainedModel, layout: Layout, batch: Mapping[str, Tensor]
 ) -> Conditions:
-    """The conditions under which a model runs on a batch, on its own device, here and now."""
+    """The conditions under which `model` runs on `batch` on its current device."""
     inputs = {name: value.to(model.device) for name, value in batch.items()}
     tokens = batch.get("input_ids")
-    if tokens is None:  # how many an image becomes, only the model knows
+    if tokens is None:  # the model splits an image into tokens
         with torch.no_grad():
             tokens, _ = layer_calls(model, layout, inputs)
     mask = batch.get("attention_mask")
@@ -66,7 +73,7 @@ def conditions_of(
 
 
 def device_name(device: torch.device) -> str:
-    """As its maker calls it; of a CPU the processor."""
+    """The product name of a GPU, or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:

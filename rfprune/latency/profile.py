@@ -1,9 +1,9 @@
-"""Measure a latency table on a model's own modules.
+"""Measure a latency table on the layers of a model itself.
 
-For every shape of sublayer one real layer is copied, that sublayer cut to n units and all else in
-the layer emptied; what this takes more than the layer with everything emptied is the sublayer's
-time. All sizes are timed in one rotation with the whole model, and with the whole model emptied:
-machine and caches are the same for all, and weights come from memory as they do in the model.
+For every shape of sublayer, one layer is copied with that sublayer cut to n units and the layer's
+other sublayers emptied. The difference to the layer with all sublayers emptied is the sublayer's
+time at n units. All sizes are timed in turn with the whole model and with the whole model emptied,
+so that machine and caches are the same for all and weights are read from memory as in the model.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rfprune.errors import UserError
-from rfprune.latency.conditions import Conditions, conditions_of
-from rfprune.latency.table import LatencyCurve, LatencyTable, check_table, scaled, shape_of
+from rfprune.latency.conditions import conditions_of
+from rfprune.latency.table import LatencyCurve, LatencyTable, check_table, shape_of
 from rfprune.latency.timed_batch import timed_batch, typical_batch
 from rfprune.latency.timing import Timing, TimingBudget, time_interleaved
 from rfprune.model.batch import Batch, model_inputs
@@ -36,12 +36,13 @@ BUDGET = TimingBudget(seconds=120.0, min_rounds=3, warm_up_rounds=1)
 ROUND_TO = 32
 """Numbers of neurons that are multiples of this suit the vector units of most machines."""
 
-MAX_POINTS = 24
+MAX_SIZES = 24
+"""Number of sizes of an FFN to measure, about."""
 
 
 @dataclass(frozen=True)
 class _Variant:
-    """A sublayer of some size, alone in its layer."""
+    """A layer in which only `size` units of `block` are left."""
 
     block: Block
     size: int
@@ -124,19 +125,32 @@ def profile_latency(
             normalise_rounds=True,
             progress=progress,
         )
-    timings = [*timings[:2], *(_each(timing, _repeats(model, layout)) for timing in timings[2:])]
-    return _table(layout, conditions, timings[:2], variants, timings[2:], round_to)
+    total, rest, *layers = timings
+    repeats = _repeats(model, layout)
+    layers = [replace(timing, median_ms=timing.median_ms / repeats) for timing in layers]
+    timed = list(zip(variants, layers, strict=True))
+    unscaled = LatencyTable(
+        model=shape_of(layout),
+        conditions=conditions,
+        total_ms=total.median_ms,
+        total_spread=total.spread,
+        rest_ms=rest.median_ms,
+        curves=tuple(_curve(layout, block, timed, round_to) for block in _largest(layout)),
+        scale=1.0,
+        rounds=total.rounds,
+    )
+    return _scaled(unscaled, layout)
 
 
 def _variants(
     model: PreTrainedModel, layout: Layout, inputs: Batch, round_to: int | None
 ) -> list[_Variant]:
-    """Every size that is measured; size 0 is the layer with everything emptied.
+    """Every size to measure; at size 0 all sublayers of the layer are emptied.
 
-    On a GPU a layer runs as often in a row as the model has layers: there the work of one is asked
-    for while that of the one before is done, which alone it would wait for.
+    On a GPU each layer is repeated as many times as the model has layers: in a model, the kernels
+    of a layer are launched while those of the layer before still run.
     """
-    made = []
+    variants = []
     repeats = _repeats(model, layout)
     hidden, calls = layer_calls(model, layout, inputs)
     for layer, blocks in _by_layer(_largest(layout)).items():
@@ -147,8 +161,8 @@ def _variants(
             for size in measured_sizes(block, rounding(block, round_to)):
                 part = _cut(alone, within, block, size).get_submodule(layout.layers[layer])
                 run = partial(part, hidden, *call.args, **call.kwargs)
-                made.append(_Variant(block, size, partial(_repeat, run, repeats)))
-    return made
+                variants.append(_Variant(block, size, partial(_repeat, run, repeats)))
+    return variants
 
 
 def _repeat(call: Callable[[], object], times: int) -> None:
@@ -161,7 +175,7 @@ def _repeats(model: PreTrainedModel, layout: Layout) -> int:
 
 
 def _largest(layout: Layout) -> list[Block]:
-    """Of every shape of sublayer the largest: smaller ones are points on its curve."""
+    """The largest block of every shape of sublayer; smaller ones are points on its curve."""
     found: dict[tuple[str, int], Block] = {}
     for block in layout.blocks:
         key = (block.kind, block.unit_width)
@@ -178,7 +192,7 @@ def _by_layer(blocks: Sequence[Block]) -> dict[int, list[Block]]:
 
 
 def rounding(block: Block, round_to: int | None) -> int:
-    """The multiples in which units of a block are kept."""
+    """The multiples of units that a block may keep; see `round_to` of `profile_latency`."""
     if block.kind == "head":
         return 1
     finest = max(1, block.num_units // ROUND_TO)
@@ -186,19 +200,15 @@ def rounding(block: Block, round_to: int | None) -> int:
 
 
 def measured_sizes(block: Block, round_to: int) -> list[int]:
-    """Sizes to measure, up from 0: all heads; of neurons so many multiples, and all."""
+    """Sizes to measure, increasing from 0: every number of heads; some multiples of neurons."""
     step = round_to
     if block.kind == "neuron":
-        step *= -(-block.num_units // (round_to * MAX_POINTS))
+        step *= -(-block.num_units // (round_to * MAX_SIZES))
     return [*range(0, block.num_units, step), block.num_units]
 
 
-def _each(timing: Timing, repeats: int) -> Timing:
-    return replace(timing, median_ms=timing.median_ms / repeats)
-
-
 def _with_one_layer(model: PreTrainedModel, layout: Layout, layer: int) -> PreTrainedModel:
-    """A copy that shares the weights of one layer, and in which all others have no memory."""
+    """A copy that shares the weights of one layer; all other weights take no memory."""
     own = {id(tensor) for tensor in _tensors(model.get_submodule(layout.layers[layer]))}
     memo = {
         id(tensor): tensor if id(tensor) in own else _without_memory(tensor)
@@ -217,7 +227,7 @@ def _without_memory(tensor: Tensor) -> Tensor:
 
 
 def _cut(model: PreTrainedModel, within: Layout, block: Block, size: int) -> PreTrainedModel:
-    """Only `size` units of `block` stay of a layer's blocks."""
+    """A copy in which the blocks of a layer keep only `size` units of `block`."""
     masks = []
     for other in within.blocks:
         mask = torch.zeros(other.num_units)
@@ -226,63 +236,43 @@ def _cut(model: PreTrainedModel, within: Layout, block: Block, size: int) -> Pre
     return compact(model, within, masks)
 
 
-def _table(
+def _curve(
     layout: Layout,
-    conditions: Conditions,
-    whole: Sequence[Timing],
-    variants: Sequence[_Variant],
-    timings: Sequence[Timing],
+    block: Block,
+    timed: Sequence[tuple[_Variant, Timing]],
     round_to: int | None,
-) -> LatencyTable:
-    """From what was timed to what sublayers take."""
-    total, emptied = whole
-    curves = []
-    for block in _largest(layout):
-        own = [
-            (variant.size, timing)
-            for variant, timing in zip(variants, timings, strict=True)
-            if variant.block == block
-        ]
-        base = fmean(
-            timing.median_ms
-            for variant, timing in zip(variants, timings, strict=True)
-            if variant.block.layer == block.layer and variant.size == 0
-        )
-        curves.append(
-            LatencyCurve(
-                kind=block.kind,
-                hidden_size=layout.hidden_size,
-                unit_width=block.unit_width,
-                round_to=rounding(block, round_to),
-                sizes=tuple(size for size, _ in own),
-                ms=(0.0, *(max(0.0, timing.median_ms - base) for _, timing in own[1:])),
-                spreads=tuple(timing.spread for _, timing in own),
-            )
-        )
-    unscaled = LatencyTable(
-        model=shape_of(layout),
-        conditions=conditions,
-        total_ms=total.median_ms,
-        total_spread=total.spread,
-        rest_ms=emptied.median_ms,
-        curves=tuple(curves),
-        scale=1.0,
-        rounds=total.rounds,
+) -> LatencyCurve:
+    """Milliseconds of one shape of sublayer: each size minus the layer with nothing left."""
+    own = [(variant.size, timing) for variant, timing in timed if variant.block == block]
+    emptied_ms = fmean(
+        timing.median_ms
+        for variant, timing in timed
+        if variant.block.layer == block.layer and variant.size == 0
     )
-    return _adding_up(unscaled, layout)
+    return LatencyCurve(
+        kind=block.kind,
+        hidden_size=layout.hidden_size,
+        unit_width=block.unit_width,
+        round_to=rounding(block, round_to),
+        sizes=tuple(size for size, _ in own),
+        ms=(0.0, *(max(0.0, timing.median_ms - emptied_ms) for _, timing in own[1:])),
+        spreads=tuple(timing.spread for _, timing in own),
+    )
 
 
-def _adding_up(table: LatencyTable, layout: Layout) -> LatencyTable:
-    """Scale what sublayers take so that they and the rest make the total."""
+def _scaled(table: LatencyTable, layout: Layout) -> LatencyTable:
+    """Scale the times of the sublayers so that they and the rest add up to the total."""
     full = sum(
         layout.num_runs(block)
         * float(table.curve_of(block, layout.hidden_size).costs(block.num_units)[-1])
         for block in layout.blocks
     )
     share = table.total_ms - table.rest_ms
-    if full <= 0 or share <= 0:  # too small a model to see what its sublayers take
+    if full <= 0 or share <= 0:  # the sublayers take too little time to be measured
         scale, rest = 0.0, table.total_ms
     else:
         scale, rest = share / full, table.rest_ms
-    curves = tuple(scaled(curve, scale) for curve in table.curves)
+    curves = tuple(
+        replace(curve, ms=tuple(scale * ms for ms in curve.ms)) for curve in table.curves
+    )
     return replace(table, curves=curves, rest_ms=rest, scale=scale)

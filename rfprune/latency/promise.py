@@ -1,10 +1,10 @@
-"""Keep a promise of latency: what a table predicts is measured, and the choice corrected.
+"""Meet a promised latency: measure the latency that a table predicts, and correct the choice.
 
-A table adds up what sublayers take on their own. The whole model may differ: caches, threads and
-Python do not add up. So the chosen sizes are timed beside the original before anything is fitted.
-Where the promise is missed, the saving that was predicted is scaled to the saving that was seen,
-and the search runs again. That finds the true cost in one step where it differs from the table by
-a factor or by a constant. None of the published methods measures what it has promised.
+A table adds up the times of single sublayers, but caches, threads and kernel-launch overhead do not
+add up. So the chosen sizes are timed beside the original before anything is fitted. If the promise
+is missed, the predicted saving is scaled to the measured one and the sizes are chosen again. Where
+the true latency differs from the table by a factor or a constant, one correction is enough. The
+published methods do not measure the latency of the pruned model.
 """
 
 from __future__ import annotations
@@ -17,25 +17,27 @@ from rfprune.errors import UserError
 from rfprune.model.masks import Masks, num_kept
 
 TOLERANCE = 0.03
-"""A promise is kept within this fraction of it, to either side: slower than promised is a broken
-promise, and faster has cost accuracy that nobody asked for."""
+"""Largest relative deviation from the promised latency, to either side: a slower model breaks the
+promise, and a faster one has lost more accuracy than necessary."""
 
-AIM = 0.015
-"""What the choice is corrected for; the rest of the tolerance is for the noise of measurements."""
+TARGET_TOLERANCE = 0.015
+"""Deviation at which corrections stop; the rest of `TOLERANCE` allows for measurement noise."""
 
-CORRECTIONS = 3
+MAX_CORRECTIONS = 3
 
-_LEAST_SHARE = 0.05  # of a predicted saving, so that one bad measurement does not end the search
+_MIN_SAVING = 0.05
+"""Smallest factor on the predicted saving: one bad measurement must not end the search."""
 
 
 @dataclass(frozen=True)
 class LatencyAttempt:
-    """One choice of sizes: fractions of the original's latency.
+    """One choice of sizes, with latencies as fractions of the original's.
 
     Attributes:
         kept: units by block.
-        predicted: by the table, as far as it had been corrected.
-        measured: median of paired measurements. error: its standard error, as a fraction of it.
+        predicted: by the table, with the corrections so far.
+        measured: median of paired measurements.
+        error: standard error of `measured`, as a fraction of it.
     """
 
     kept: tuple[int, ...]
@@ -46,7 +48,13 @@ class LatencyAttempt:
 
 @dataclass(frozen=True)
 class LatencyPromise:
-    """What was promised, and the attempts to keep it; `chosen` is the one that was pruned to."""
+    """A promised latency and the attempts to meet it.
+
+    Attributes:
+        promised: fraction of the original's latency.
+        attempts: all choices that were measured, in their order.
+        chosen: index of the attempt that was pruned to.
+    """
 
     promised: float
     attempts: tuple[LatencyAttempt, ...]
@@ -54,14 +62,17 @@ class LatencyPromise:
 
     @property
     def predicted(self) -> float:
+        """The predicted fraction of the chosen attempt."""
         return self.attempts[self.chosen].predicted
 
     @property
     def measured(self) -> float:
+        """The measured fraction of the chosen attempt."""
         return self.attempts[self.chosen].measured
 
     @property
-    def is_kept(self) -> bool:
+    def is_met(self) -> bool:
+        """Whether the measured fraction is within `TOLERANCE` of the promised one."""
         return abs(self.measured / self.promised - 1) <= TOLERANCE
 
 
@@ -70,68 +81,76 @@ def meet_latency(
     constraint: Constraint,
     choose: Callable[[CostModel, float], Masks],
     measure: Callable[[Masks], tuple[float, float]],
-    kept_by: Callable[[Masks], tuple[int, ...]] = num_kept,
+    count_kept: Callable[[Masks], tuple[int, ...]] = num_kept,
 ) -> tuple[Masks, LatencyPromise]:
-    """Masks whose measured latency is the promised fraction of the original's, as near as it gets.
+    """Choose masks whose measured latency is the promised fraction of the original's.
 
     Args:
-        costs: in milliseconds, by a latency table.
+        costs: in milliseconds, from a latency table.
         choose: from costs and a budget to masks.
-        measure: the fraction of the original's latency that is measured under masks, and its
+        measure: from masks to the measured fraction of the original's latency, and its relative
             standard error.
-        kept_by: units by block of `costs` under masks, which may be those of a student.
+        count_kept: from masks to units by block of `costs`; the masks may be those of a model that
+            was pruned before.
+
+    Returns:
+        The masks of the attempt nearest to the promise, and all attempts. An attempt that is too
+        slow counts as further away than one that is too fast.
 
     Raises:
-        UserError: by the table the constraint cannot be met.
+        UserError: the constraint cannot be met according to the table.
     """
-    corrected, budget, found = costs, costs.budget(constraint), list[tuple[Masks, LatencyAttempt]]()
-    for _ in range(1 + CORRECTIONS):
+    corrected, budget = costs, costs.budget(constraint)
+    found: list[tuple[Masks, LatencyAttempt]] = []
+    for _ in range(1 + MAX_CORRECTIONS):
         try:
             masks = choose(corrected, budget)
         except UserError:
             if not found:
                 raise
-            break  # nothing smaller is left: the nearest is what there is
-        kept = kept_by(masks)
+            break  # no smaller sizes are left
+        kept = count_kept(masks)
         if any(kept == attempt.kept for _, attempt in found):
             break
         predicted = corrected.total(kept) / costs.original
         attempt = LatencyAttempt(kept, predicted, *measure(masks))
         found.append((masks, attempt))
-        if abs(attempt.measured / constraint.ratio - 1) <= AIM:
+        if abs(attempt.measured / constraint.ratio - 1) <= TARGET_TOLERANCE:
             break
-        saved = 1 - costs.total(kept) / costs.original
-        corrected = costs.with_savings(max((1 - attempt.measured) / saved, _LEAST_SHARE))
+        saving = 1 - costs.total(kept) / costs.original
+        corrected = costs.with_savings(max((1 - attempt.measured) / saving, _MIN_SAVING))
         try:
             budget = corrected.budget(constraint)
-        except UserError:  # by one measurement it cannot be met: nearer to nothing tells
-            corrected, budget = (
-                costs,
-                (costs.total(kept) - costs.constant + costs.min_block_cost) / 2,
-            )
+        except UserError:
+            # One measurement says that no sizes can meet it: halve the cost and measure again.
+            blocks_cost = costs.total(kept) - costs.constant
+            corrected, budget = costs, (blocks_cost + costs.min_block_cost) / 2
     attempts = tuple(attempt for _, attempt in found)
-    chosen = min(range(len(found)), key=lambda i: _miss(attempts[i], constraint.ratio))
+    chosen = min(range(len(found)), key=lambda i: _distance(attempts[i], constraint.ratio))
     return found[chosen][0], LatencyPromise(constraint.ratio, attempts, chosen)
 
 
-def _miss(attempt: LatencyAttempt, promised: float) -> tuple[bool, float]:
-    """Too slow is worse than too fast."""
-    miss = attempt.measured / promised - 1
-    return miss > TOLERANCE, abs(miss)
+def _distance(attempt: LatencyAttempt, promised: float) -> tuple[bool, float]:
+    """Sorts attempts that are too slow behind all others."""
+    deviation = attempt.measured / promised - 1
+    return deviation > TOLERANCE, abs(deviation)
 
 
 def missed_latency_warnings(promise: LatencyPromise | None) -> list[str]:
-    """A sentence where a promise is not kept."""
-    if promise is None or promise.is_kept:
+    """A warning if the promised latency is missed, else none."""
+    if promise is None or promise.is_met:
         return []
     return [
-        f"a latency of {promise.promised:g} of the original's was asked for, and "
-        f"{promise.measured:.3g} is measured, the nearest of {len(promise.attempts)} attempts: "
-        f"{_why(promise)}"
+        f"the promised latency of {promise.promised:g} of the original's is missed: "
+        f"{promise.measured:.3g} is measured, the nearest of {len(promise.attempts)} attempts; "
+        f"{_reason(promise)}"
     ]
 
 
-def _why(promise: LatencyPromise) -> str:
+def _reason(promise: LatencyPromise) -> str:
     if promise.measured > promise.promised:
-        return "on this device pruning gains less than that; ask for less, or time larger batches"
+        return (
+            "pruning saves less than that on this device; choose a larger --constraint, or a "
+            "larger batch size"
+        )
     return "the next larger sizes are slower than promised"

@@ -1,9 +1,9 @@
-"""Measured milliseconds of a model by the sizes of its sublayers.
+"""Latency tables: measured milliseconds of a model by the sizes of its sublayers.
 
-A table is measured by `rfprune.latency.profile`, kept in a file (`LatencyTable.save` and `.load`),
-checked against a model and a machine (`check_table`), and made into the costs of a constraint
-(`latency_costs`). Kwon et al. 2022 fit a constant and a line to such a table; here it is used as
-it was measured, and the constant rest of the model is part of it.
+`rfprune.latency.profile` measures a table, `LatencyTable.save` and `.load` keep it in a JSON file,
+`check_table` compares it with a model and a machine, and `latency_costs` makes it the costs of a
+constraint. Kwon et al. 2022 (section 4.1) fit a constant and a line to such a table; here the
+measured values are used directly, and the fixed cost of the rest of the model is included.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import typing
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,11 @@ from rfprune.errors import RfpruneWarning, UserError
 from rfprune.latency.conditions import Conditions
 from rfprune.model.layout import Block, Layout
 
-PROFILE_AGAIN = "measure one that fits with scripts/profile_latency.py"
+PROFILE_AGAIN = "measure a new one with scripts/profile_latency.py"
 FORMAT = "rfprune latency table"
 FORMAT_VERSION = 1
 
-_NEAR = 1e-6  # what rounding may do to a sum
+_NEAR = 1e-6  # relative rounding error of a sum
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class BlockShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Models that agree in this take the same time."""
+    """All of a model that its latency table depends on; models of equal shape share a table."""
 
     model_type: str
     hidden_size: int
@@ -58,13 +58,15 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class LatencyCurve:
-    """What a sublayer takes by its size, without the norm and the residual, which always stay.
+    """Milliseconds of a sublayer by its size, without its norm and residual, which always stay.
 
     Attributes:
-        kind, hidden_size, unit_width: of the sublayers that it is for.
-        round_to: sizes that are multiples of it are allowed, and none and all.
-        sizes: numbers of units that were measured, from 0 up.
-        ms: milliseconds, at none 0.
+        kind: of the units, "head" or "neuron".
+        hidden_size: features of a hidden state.
+        unit_width: features of a unit, 1 for a neuron.
+        round_to: allowed sizes are 0, all units, and multiples of this.
+        sizes: numbers of units that were measured, increasing from 0.
+        ms: milliseconds at each size, 0 at size 0.
         spreads: half the interquartile range of each measurement, as a fraction of its median.
     """
 
@@ -82,16 +84,16 @@ class LatencyCurve:
         return self.sizes[-1]
 
     def costs(self, num_units: int) -> NDArray[np.float64]:
-        """Milliseconds of keeping 0 to `num_units` units; infinite off the allowed sizes.
+        """Milliseconds of keeping 0 to `num_units` units, (num_units + 1,).
 
-        What lies between two measured sizes is interpolated. There the measured ones are made
-        monotone first: a dip is noise that a search would run into. Where every size was measured,
-        they are as measured.
+        Sizes that are not allowed cost infinity. If every size was measured, the values are as
+        measured. If not, the measured values are made monotone (isotonic regression), since a dip
+        would be noise that a search prefers, and sizes between them are interpolated.
         """
         sizes, ms = np.array(self.sizes), np.array(self.ms)
         if len(sizes) <= self.num_units:
             monotone = isotonic_regression(np.clip(ms, 0, ms[-1])).x
-            ms = np.append(np.minimum(monotone[:-1], ms[-1]), ms[-1])  # exact, without rounding
+            ms = np.append(np.minimum(monotone[:-1], ms[-1]), ms[-1])  # no rounding at the end
         units = np.arange(num_units + 1)
         table: NDArray[np.float64] = np.interp(units, sizes, ms)
         table[(units % self.round_to != 0) & (units != num_units)] = np.inf
@@ -100,16 +102,26 @@ class LatencyCurve:
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Milliseconds of a forward pass: `rest_ms` + what every sublayer takes.
+    """Milliseconds of a model's forward pass: `rest_ms` plus the time of every sublayer.
 
     Attributes:
-        total_ms: of the model as it is, end to end. total_spread: as `LatencyCurve.spreads`.
-        rest_ms: of the model with all sublayers emptied: embeddings, norms, head, Python.
-        curves: one for each shape of sublayer; those of all full sublayers and the rest add up to
+        model: shape of the model that was measured.
+        conditions: device, versions and batch shape under which the times hold.
+        total_ms: milliseconds of the unpruned model, end to end.
+        total_spread: half the interquartile range of `total_ms`, as a fraction of it.
+        rest_ms: milliseconds of the model with all sublayers emptied: embeddings, norms, head,
+            kernel-launch overhead.
+        curves: one per shape of sublayer. The times of all full sublayers and `rest_ms` add up to
             `total_ms`.
-        scale: what the sublayers' own times were multiplied by to make that so; near 1 where the
-            parts of the model add up.
-        rounds: how often everything was timed.
+        scale: factor that the measured times of the sublayers were multiplied by to add up to
+            `total_ms`; near 1 if sublayers take the same time alone as in the model.
+        rounds: how many times everything was timed.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from rfprune import Constraint, LatencyTable, prune
+        >>> table = LatencyTable.load(Path("table.json"))
+        >>> result = prune(model, batches, Constraint("latency", 0.5), latency_table=table)
     """
 
     model: ModelShape
@@ -122,10 +134,10 @@ class LatencyTable:
     rounds: int
 
     def curve_of(self, block: Block, hidden_size: int) -> LatencyCurve:
-        """The curve for a block.
+        """The curve for a block of a model with this hidden size.
 
         Raises:
-            UserError: the table has none, or none that is long enough.
+            UserError: no curve has the block's shape and at least its number of units.
         """
         for curve in self.curves:
             same = (curve.kind, curve.hidden_size, curve.unit_width) == (
@@ -137,30 +149,75 @@ class LatencyTable:
                 return curve
         raise UserError(
             f"the latency table has no times for {block.name} ({block.num_units} of width "
-            f"{block.unit_width}, hidden size {hidden_size}): it is that of another model; "
+            f"{block.unit_width}, hidden size {hidden_size}), so it belongs to another model; "
             f"{PROFILE_AGAIN}"
         )
 
     def save(self, path: Path) -> None:
-        """Write the table as JSON; see `save_table`."""
-        save_table(self, path)
+        """Write the table as JSON. An existing file is replaced in one step or stays as it was.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        entries = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
+        text = json.dumps(entries, indent=1, allow_nan=False) + "\n"
+        temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.partial")
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+        except OSError as error:
+            raise UserError(
+                f"the latency table '{path}' cannot be written ({error.strerror}): choose a path "
+                "in a folder that exists and is writable"
+            ) from error
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     @staticmethod
     def load(path: Path) -> LatencyTable:
-        """Read a table that `save` wrote; see `load_table`."""
-        return load_table(path)
+        """Read a table that `save` wrote.
 
-
-def scaled(curve: LatencyCurve, factor: float) -> LatencyCurve:
-    """A curve of which every time is `factor` times as long."""
-    return replace(curve, ms=tuple(factor * ms for ms in curve.ms))
+        Raises:
+            UserError: the file cannot be read, is not a latency table, has another format version,
+                or is damaged.
+        """
+        try:
+            entries = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(
+                f"the latency table '{path}' cannot be read ({error.strerror}): give a file "
+                "written by scripts/profile_latency.py"
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise _damaged(path, "it is not JSON") from error
+        if not isinstance(entries, dict) or entries.pop("format", None) != FORMAT:
+            raise UserError(
+                f"'{path}' is not a latency table: give a file written by "
+                "scripts/profile_latency.py"
+            )
+        version = entries.pop("format_version", None)
+        if type(version) is not int or version != FORMAT_VERSION:
+            raise UserError(
+                f"the latency table '{path}' has format version {version!r:.20}, but only "
+                f"{FORMAT_VERSION} is supported; {PROFILE_AGAIN}"
+            )
+        try:
+            table: LatencyTable = _parse(LatencyTable, entries, "the table")
+            _check_consistency(table)
+        except ValueError as error:
+            raise _damaged(path, str(error)) from error
+        return table
 
 
 def latency_costs(table: LatencyTable, layout: Layout) -> CostModel:
-    """Milliseconds by how many units each block keeps; infinite where a number is not allowed.
+    """Milliseconds of a forward pass by how many units each block keeps.
 
     Args:
-        layout: of the model that was measured, or of what has been pruned from it.
+        layout: of the model that was measured, or of a model that was pruned from it.
+
+    Returns:
+        A cost model with the constant `table.rest_ms`; sizes that are not allowed cost infinity.
 
     Raises:
         UserError: the table has no times for a block of the layout.
@@ -173,8 +230,7 @@ def latency_costs(table: LatencyTable, layout: Layout) -> CostModel:
 
 
 def shape_of(layout: Layout) -> ModelShape:
-    """What a model must agree in with the one that was measured; a block that runs several times
-    is there as often."""
+    """The shape of a model; a block that runs several times is listed once per run."""
     blocks = tuple(
         BlockShape(block.layer, block.kind, block.num_units, block.unit_width)
         for block in layout.blocks
@@ -203,18 +259,18 @@ _WARNED = {
 def check_table(
     table: LatencyTable, model: PreTrainedModel, layout: Layout, conditions: Conditions
 ) -> None:
-    """See that a table was measured for this model and these conditions.
+    """Check that a table was measured for this model and these conditions.
 
-    Warns where only machine, versions, number of threads or padding differ, by their names.
+    Warns where only machine, versions, number of threads or padding differ, and names them.
 
     Raises:
-        UserError: it is of another model, type of device, dtype, batch size, sequence length or
-            attention implementation; all that differ are named.
+        UserError: model, type of device, dtype, batch size, sequence length or attention
+            implementation differ; all that differ are named.
     """
     own = shape_of(layout)
     if table.model != own:
         raise UserError(
-            f"the latency table is of another model: {_described(table.model)}, but this "
+            f"the latency table is for another model: {_described(table.model)}, but this "
             f"{type(model).__name__} is {_described(own)}; {PROFILE_AGAIN}"
         )
     wrong = _differences(table.conditions, conditions, _REFUSED)
@@ -223,14 +279,14 @@ def check_table(
     other = _differences(table.conditions, conditions, _WARNED)
     if other:
         warnings.warn(
-            f"the latency table was measured for {other}, so the times may differ here",
+            f"the latency table was measured for {other}, so times may differ here",
             RfpruneWarning,
             stacklevel=2,
         )
 
 
 def _differences(measured: Conditions, here: Conditions, names: Mapping[str, str]) -> str:
-    """ "sequence length 128, not 64, and dtype float16, not float32", or nothing."""
+    """Such as "sequence length 128, not 64, and dtype float16, not float32"; else empty."""
     before, now = asdict(measured), asdict(here)
     return " and ".join(
         f"{name} {before[field]}, not {now[field]}"
@@ -254,105 +310,51 @@ def _range(values: Iterable[int]) -> str:
     return f"{found[0]}" if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
-def save_table(table: LatencyTable, path: Path) -> None:
-    """Write a table; a file of that name is replaced in one step, or stays as it was.
-
-    Raises:
-        UserError: the disk does not take it.
-    """
-    entries = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(table)}
-    text = json.dumps(entries, indent=1, allow_nan=False) + "\n"
-    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.partial")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(
-            f"the latency table '{path}' cannot be written ({error.strerror}): choose another file"
-        ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def load_table(path: Path) -> LatencyTable:
-    """Read a table that `save_table` wrote.
-
-    Raises:
-        UserError: there is no such file, it is no latency table, of another version, or damaged;
-            the sentence says what is wrong with it.
-    """
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"the latency table '{path}' cannot be read ({error.strerror}): give a file that "
-            "scripts/profile_latency.py has written"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, "it is not JSON") from error
-    if not isinstance(entries, dict) or entries.pop("format", None) != FORMAT:
-        raise UserError(
-            f"'{path}' is no latency table: give a file that scripts/profile_latency.py has written"
-        )
-    version = entries.pop("format_version", None)
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise UserError(
-            f"the latency table '{path}' has format version {version!r:.20}, and this rfprune "
-            f"reads {FORMAT_VERSION}; {PROFILE_AGAIN}"
-        )
-    try:
-        table: LatencyTable = _read(LatencyTable, entries, "it")
-        _check(table)
-    except ValueError as error:
-        raise _damaged(path, str(error)) from error
-    return table
-
-
 def _damaged(path: Path, what: str) -> UserError:
     return UserError(f"the latency table '{path}' is damaged: {what}; {PROFILE_AGAIN}")
 
 
-def _read(kind: Any, value: Any, name: str) -> Any:
-    """`value`, as json gives it, as the type `kind`: a dataclass, a tuple of one type, or plain.
+def _parse(kind: Any, value: Any, name: str) -> Any:
+    """Convert a JSON value to `kind`: a dataclass, a tuple of one type, or a plain type.
 
     Raises:
-        ValueError: it is something else; `name` says where.
+        ValueError: the value has another type; the message starts with `name`.
     """
     if dataclasses.is_dataclass(kind):
-        return _read_fields(kind, value, name)
+        return _parse_fields(kind, value, name)
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, list):
-            raise ValueError(f"{name} is no list")
+            raise ValueError(f"{name} is not a list")
         item = typing.get_args(kind)[0]
-        return tuple(_read(item, one, f"{name}[{i}]") for i, one in enumerate(value))
+        return tuple(_parse(item, one, f"{name}[{i}]") for i, one in enumerate(value))
     if kind is float and type(value) is int:
         value = float(value) if abs(value) < 2**53 else math.inf
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise ValueError(f"{name} is {value!r:.40}, not a {kind.__name__}")
+        raise ValueError(f"{name} is {value!r:.40}, not of type {kind.__name__}")
     return value
 
 
-def _read_fields(kind: Any, value: Any, name: str) -> Any:
+def _parse_fields(kind: Any, value: Any, name: str) -> Any:
     types = typing.get_type_hints(kind)
     if not isinstance(value, dict):
-        raise ValueError(f"{name} is no object")
+        raise ValueError(f"{name} is not an object")
     if value.keys() != types.keys():
         odd = sorted(value.keys() ^ types.keys())
-        raise ValueError(f"{name} lacks, or has no place for, {', '.join(odd):.80}")
-    return kind(**{field: _read(types[field], value[field], field) for field in types})
+        raise ValueError(f"{name} has missing or unknown entries: {', '.join(odd):.80}")
+    return kind(**{field: _parse(types[field], value[field], field) for field in types})
 
 
-def _check(table: LatencyTable) -> None:
-    """Raises ValueError where numbers do not go together."""
+def _check_consistency(table: LatencyTable) -> None:
+    """Raise ValueError where numbers of a table contradict each other."""
     if not 0 <= table.rest_ms <= table.total_ms or table.total_ms == 0:
-        raise ValueError(f"{table.rest_ms} of {table.total_ms} ms are for the rest of the model")
+        raise ValueError(f"rest_ms is {table.rest_ms}, not between 0 and total_ms {table.total_ms}")
     if not table.curves or not table.model.blocks:
-        raise ValueError("there are no sublayers in it")
+        raise ValueError("it has no sublayers")
     for curve in table.curves:
         _check_curve(curve)
-    if min(table.rounds, table.conditions.batch_size, table.conditions.sequence_length) < 1:
-        raise ValueError("it was measured on nothing")
+    conditions = table.conditions
+    if min(table.rounds, conditions.batch_size, conditions.sequence_length) < 1:
+        raise ValueError("rounds, batch_size or sequence_length is below 1")
     full = {(curve.kind, curve.unit_width): curve for curve in table.curves}
     total = table.rest_ms
     for block in table.model.blocks:
@@ -367,12 +369,12 @@ def _check(table: LatencyTable) -> None:
 def _check_curve(curve: LatencyCurve) -> None:
     name = f"the curve of {curve.kind}s"
     if not len(curve.sizes) == len(curve.ms) == len(curve.spreads) >= 2:
-        raise ValueError(f"{name} has too few numbers")
+        raise ValueError(f"{name} has lists of unequal length, or fewer than two sizes")
     if curve.sizes[0] != 0 or any(
         after <= before for before, after in zip(curve.sizes, curve.sizes[1:], strict=False)
     ):
-        raise ValueError(f"the sizes in {name} do not go up from 0")
+        raise ValueError(f"the sizes of {name} do not increase from 0")
     if curve.ms[0] != 0 or min(curve.ms) < 0 or min(curve.spreads) < 0:
-        raise ValueError(f"{name} has negative times, or none for no units")
+        raise ValueError(f"{name} has negative times, or a time other than 0 at size 0")
     if min(curve.round_to, curve.unit_width, curve.hidden_size) < 1:
-        raise ValueError(f"{name} has sizes below 1")
+        raise ValueError(f"round_to, unit_width or hidden_size of {name} is below 1")

@@ -1,11 +1,12 @@
-"""The loop that keeps a promise of latency, against simulated devices whose true cost is known.
+"""The corrections of a promised latency, on simulated devices whose true latency is known.
 
-Deleting this lets a promise be broken in silence, or a search go on for ever on a noisy device.
+Without these tests, a promise could be missed without a warning, or the corrections could go on
+forever on a noisy device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -15,7 +16,13 @@ from hypothesis import strategies as st
 
 from rfprune.cost.constraint import Constraint, CostModel
 from rfprune.errors import UserError
-from rfprune.latency.promise import CORRECTIONS, TOLERANCE, meet_latency, missed_latency_warnings
+from rfprune.latency.promise import (
+    MAX_CORRECTIONS,
+    TOLERANCE,
+    LatencyPromise,
+    meet_latency,
+    missed_latency_warnings,
+)
 from rfprune.model.masks import Masks, num_kept
 from rfprune.stages.allocate import allocate
 
@@ -31,7 +38,7 @@ TABLES = tuple(
 COSTS = CostModel("latency", TABLES, constant=6.0)
 ERRORS = [np.geomspace(3.0 + i, 0.01, len(table)) for i, table in enumerate(TABLES)]
 
-Device = Callable[[tuple[int, ...]], float]
+Latency = Callable[[tuple[int, ...]], float]
 
 
 def choose(costs: CostModel, budget: float) -> Masks:
@@ -41,13 +48,29 @@ def choose(costs: CostModel, budget: float) -> Masks:
     )
 
 
-def simulated(true_ms: Device) -> Callable[[Masks], tuple[float, float]]:
-    full = true_ms(tuple(len(table) - 1 for table in TABLES))
-    return lambda masks: (true_ms(num_kept(masks)) / full, 0.001)
-
-
-def prunable(kept: tuple[int, ...]) -> float:
+def blocks_ms(kept: tuple[int, ...]) -> float:
     return COSTS.total(kept) - COSTS.constant
+
+
+FULL = tuple(len(table) - 1 for table in TABLES)
+
+
+def meet(ratio: float, true_ms: Latency) -> LatencyPromise:
+    """The promise on a device without noise."""
+
+    def measure(masks: Masks) -> tuple[float, float]:
+        return true_ms(num_kept(masks)) / true_ms(FULL), 0.001
+
+    masks, promise = meet_latency(COSTS, Constraint("latency", ratio), choose, measure)
+    assert promise.measured == measure(masks)[0]
+    return promise
+
+
+def meet_measured(ratio: float, measured: Sequence[float]) -> LatencyPromise:
+    """The promise on a device that measures these fractions in turn."""
+    found = iter(measured)
+    constraint = Constraint("latency", ratio)
+    return meet_latency(COSTS, constraint, choose, lambda _: (next(found), 0.001))[1]
 
 
 @given(
@@ -55,85 +78,58 @@ def prunable(kept: tuple[int, ...]) -> float:
     constant=st.floats(0.0, 30.0),
     ratio=st.floats(0.3, 0.95),
 )
-def test_it_converges_where_the_table_is_wrong_by_a_factor_and_a_constant(
+def test_it_is_met_where_the_table_is_wrong_by_a_factor_and_a_constant(
     factor: float, constant: float, ratio: float
 ) -> None:
-    def true_ms(kept: tuple[int, ...]) -> float:
-        return constant + factor * prunable(kept)
-
-    full = prunable(tuple(len(table) - 1 for table in TABLES))
-    assume(ratio > 1.1 * constant / (constant + factor * full))  # else no choice keeps it
+    full = constant + factor * blocks_ms(FULL)
+    assume(ratio > 1.1 * constant / full)  # else no sizes meet it
     assume(ratio * COSTS.original > 1.1 * COSTS.constant)
-    masks, promise = meet_latency(COSTS, Constraint("latency", ratio), choose, simulated(true_ms))
-    assert promise.is_kept
+    promise = meet(ratio, lambda kept: constant + factor * blocks_ms(kept))
+    assert promise.is_met
     assert not missed_latency_warnings(promise)
-    assert promise.measured == pytest.approx(simulated(true_ms)(masks)[0])
     assert promise.measured == pytest.approx(ratio, rel=TOLERANCE)
-    assert len(promise.attempts) <= 3  # the second is right but for steps of the table
+    assert len(promise.attempts) <= 3  # the table's steps may cost one more than the second
 
 
-def test_a_table_that_is_right_needs_one_attempt() -> None:
-    _, promise = meet_latency(COSTS, Constraint("latency", 0.5), choose, simulated(COSTS.total))
+def test_a_correct_table_needs_one_attempt_and_a_wrong_one_a_correction() -> None:
+    promise = meet(0.5, COSTS.total)
     assert len(promise.attempts) == 1
     assert promise.predicted == pytest.approx(promise.measured)
-
-
-def test_a_table_that_is_wrong_breaks_the_promise_unless_it_is_corrected() -> None:
-    def true_ms(kept: tuple[int, ...]) -> float:
-        return 20.0 + prunable(kept)
-
-    _, promise = meet_latency(COSTS, Constraint("latency", 0.6), choose, simulated(true_ms))
+    promise = meet(0.6, lambda kept: 20.0 + blocks_ms(kept))
     first, last = promise.attempts[0], promise.attempts[promise.chosen]
     assert first.measured > 0.6 * (1 + TOLERANCE)
     assert last.measured == pytest.approx(0.6, rel=TOLERANCE)
     assert last.predicted == pytest.approx(last.measured, rel=0.01)
 
 
-def test_what_no_size_can_keep_ends_with_the_nearest_and_says_so() -> None:
-    def true_ms(kept: tuple[int, ...]) -> float:
-        return 100.0 + prunable(kept)  # nearly all of it stays whatever is pruned
-
-    _, promise = meet_latency(COSTS, Constraint("latency", 0.5), choose, simulated(true_ms))
-    assert not promise.is_kept
+def test_an_unreachable_latency_ends_with_the_nearest_attempt_and_a_warning() -> None:
+    promise = meet(0.5, lambda kept: 100.0 + blocks_ms(kept))  # nearly all of it is fixed
+    assert not promise.is_met
     measured = [attempt.measured for attempt in promise.attempts]
     assert len(measured) > 2
     assert measured == sorted(measured, reverse=True)
     assert promise.measured == measured[-1]
-    (sentence,) = missed_latency_warnings(promise)
-    assert "0.5 of the original's was asked for" in sentence
-    assert "pruning gains less than that" in sentence
+    (warning,) = missed_latency_warnings(promise)
+    for part in ("0.5", f"{promise.measured:.3g}", f"{len(measured)} attempts", "--constraint"):
+        assert part in warning
 
 
 def test_one_bad_measurement_does_not_end_it() -> None:
-    measured = iter([0.95, 0.36, 0.3])
-    _, promise = meet_latency(
-        COSTS, Constraint("latency", 0.3), choose, lambda masks: (next(measured), 0.001)
-    )
-    assert promise.is_kept
+    assert meet_measured(0.3, [0.95, 0.36, 0.3]).is_met
 
 
-def test_noise_does_not_go_on_for_ever() -> None:
-    generator = np.random.default_rng(0)
-    _, promise = meet_latency(
-        COSTS,
-        Constraint("latency", 0.5),
-        choose,
-        lambda masks: (float(generator.uniform(0.2, 0.9)), 0.3),
-    )
-    assert len(promise.attempts) <= 1 + CORRECTIONS
-
-
-def test_of_two_misses_the_faster_is_taken() -> None:
-    measured = iter([0.6, 0.42, 0.57, 0.43])
-    _, promise = meet_latency(
-        COSTS, Constraint("latency", 0.5), choose, lambda masks: (next(measured), 0.001)
-    )
+def test_the_faster_of_two_misses_is_chosen() -> None:
+    promise = meet_measured(0.5, [0.6, 0.42, 0.57, 0.43])
     assert promise.measured == 0.43
+    (warning,) = missed_latency_warnings(promise)
+    assert "larger sizes are slower" in warning
 
 
-def test_what_the_table_forbids_is_said_before_anything_is_measured() -> None:
-    def measure(masks: Masks) -> tuple[float, float]:
-        raise AssertionError("measured")
+def test_noise_ends_after_the_last_correction() -> None:
+    measured = np.random.default_rng(0).uniform(0.2, 0.9, 10).tolist()
+    assert len(meet_measured(0.5, measured).attempts) <= 1 + MAX_CORRECTIONS
 
+
+def test_a_latency_that_the_table_rules_out_is_refused_before_any_measurement() -> None:
     with pytest.raises(UserError, match="cannot be met"):
-        meet_latency(COSTS, Constraint("latency", 0.05), choose, measure)
+        meet_measured(0.05, [])

@@ -1,4 +1,7 @@
-"""Latency is measured on both models in turn, on a typical batch, and with nothing else changed."""
+"""Two models are timed in turn on the typical batch, in eval mode and without gradients.
+
+Without these tests, one model could be timed under better conditions than the other.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from rfprune.latency.timing import DEFAULT_BUDGET, TimingBudget
 
 
 class Recorded(nn.Module):
-    """A model that writes down each call."""
+    """A model that records each call."""
 
     def __init__(self, name: str, calls: list[str]) -> None:
         super().__init__()
@@ -32,7 +35,7 @@ def batch(rows: int, tokens: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ones, "attention_mask": ones, "labels": ones}
 
 
-def test_models_alternate_and_swap_places() -> None:
+def test_models_alternate_and_swap_places_every_round() -> None:
     calls: list[str] = []
     models = Recorded("original", calls), Recorded("pruned", calls)
     measured = measure_latency(*models, batch(2, 3), TimingBudget(max_rounds=6, tolerance=0))
@@ -42,7 +45,7 @@ def test_models_alternate_and_swap_places() -> None:
     assert models[0].inputs == {"input_ids", "attention_mask"}, "labels are not timed"
 
 
-def test_slow_models_stop_early() -> None:
+def test_slow_models_stop_after_the_first_rounds() -> None:
     calls: list[str] = []
     measured = measure_latency(
         Recorded("original", calls), Recorded("pruned", calls), batch(1, 1), TimingBudget(-1.0)

@@ -61,7 +61,7 @@ FLAGS = (
     _one_flag("--max-drop 1", "not allowed with argument --constraint"),
     *(_max_drop(text, "is not a number from 0 up to 100") for text in ("-1", "100", "nan", "1,5")),
     _max_drop("", "is not a number from 0 up to 100"),
-    Case("a `--max-drop` that no size keeps", "the most that was tried", _kept_by_none),
+    Case("a `--max-drop` that no size keeps", "the largest ratio that was tried", _kept_by_none),
     _one_flag("--task mrcp", "did you mean mrpc"),
     _one_flag("--task ../mrpc", "Unknown task"),
     _one_flag("--tsak mrpc", "nrecognized arguments: --tsak"),
