@@ -1,21 +1,45 @@
-"""The examples in the docstrings of the stages give the results that they show."""
+"""Examples in docstrings give the results that they show; the README's snippet prunes a model."""
 
 from __future__ import annotations
 
 import doctest
 import importlib
 import pkgutil
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 import rfprune.stages
+from rfprune.cost.macs import total_macs
+from rfprune.model.layout import layout_of
 
-MODULES = sorted(module.name for module in pkgutil.iter_modules(rfprune.stages.__path__))
+FOLDER = Path(rfprune.stages.__path__[0])
+MODULES = sorted(module.name for module in pkgutil.iter_modules([str(FOLDER)]))
 WITH_EXAMPLES = {"allocate", "least_squares", "optimal_brain_surgeon", "rearrange"}
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples(name: str) -> None:
+def test_examples_in_docstrings(name: str) -> None:
     failed, tried = doctest.testmod(importlib.import_module(f"rfprune.stages.{name}"))
     assert failed == 0
     assert (tried > 0) == (name in WITH_EXAMPLES)
+
+
+def test_the_snippet_of_the_readme_prunes_to_its_constraint() -> None:
+    (snippet,) = re.findall(r"```python\n(.*?)```", (FOLDER / "README.md").read_text(), re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(snippet, found)
+    assert found["warnings"] == []
+    sizes = [total_macs(layout_of(found[name]), 32) for name in ("student", "model")]
+    assert 0.4 < sizes[0] / sizes[1] <= 0.5
+
+
+def test_the_files_that_the_readme_links_to_exist() -> None:
+    text = (FOLDER / "README.md").read_text()
+    links = [link.partition("#")[0] for link in re.findall(r"\]\((?!http|#)([^)]+)\)", text)]
+    assert len(links) > 20
+    assert [link for link in links if not (FOLDER / link).exists()] == []
+    modules = {Path(link).name for link in links} | {"__init__.py"}
+    assert {path.name for path in FOLDER.glob("*.py")} <= modules
