@@ -6,36 +6,45 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rfprune.cost.constraint import Constraint
 from rfprune.latency.promise import LatencyPromise
+from rfprune.model.checkpoint import MASKS_FILE, save_pruned
 from rfprune.model.layout import Block, Layout
 from rfprune.model.masks import Masks
+from rfprune.model.staging import check_free, recover, staged
 from rfprune.stages.optimal_brain_surgeon import ErrorCurve
 
 
 @dataclass(frozen=True)
 class PruneResult:
-    """A pruned model and how it came to be.
+    """A pruned model, what was removed from it, and what it costs.
 
     Attributes:
-        model: physically smaller; saves itself with `save_pretrained`.
-        masks: one (U,) per block of `layout`; zeros were removed, other values are tuned scales.
-        layout: of the model that was given.
-        achieved: pruned/original by metric: "mac" (Transformer layers, at the mean length),
-            "params" (all), "memory" (bytes of weights), "latency" (where that was constrained).
-        seconds: by stage (collect, search, rearrange, compact, verify, tune), and in all
+        model: the smaller model; `save` writes it to a folder.
+        masks: one (U,) per block of `layout`: 0 for units that were removed, the tuned scale of the
+            others (1 if the method does not scale units).
+        layout: the blocks of the original model.
+        constraint: the constraint that was asked for.
+        achieved: cost of the pruned model as a fraction of the original's, by metric: "mac"
+            (Transformer layers, at the mean length), "params" (all), "memory" (bytes of weights),
+            and "latency" if that was constrained.
+        seconds: by stage (collect, search, rearrange, compact, verify, tune), and their sum
             (prune_total).
-        warnings: a sentence for whatever did not go as planned.
+        warnings: one sentence for each block that could not be fitted, or a latency that was not
+            met.
         layers: units of every kind kept in every layer; see `units_of_layers`.
         mean_tokens: mean length of the calibration examples, at which MACs are counted.
-        importance: per block the importance (U,) of its units, where the method has one.
-        curves: per block of `layout` its error curve, where the method has one.
-        promise: of a constraint on latency, what was promised, predicted and measured.
-        cached: stages whose outcome was on disk already; their seconds are those of reading it.
+        importance: importance (U,) of the units of each block; None for a method without it.
+        curves: error curve of each block of `layout`; None for a method without them.
+        cached: stages whose result was loaded from the cache; their seconds are those of loading.
+        promise: predicted and measured latency; None unless latency was constrained.
     """
 
     model: PreTrainedModel
@@ -51,6 +60,45 @@ class PruneResult:
     curves: tuple[ErrorCurve, ...] | None = None
     cached: tuple[str, ...] = ()
     promise: LatencyPromise | None = None
+
+    def save(
+        self,
+        folder: str | Path,
+        tokenizer: Any = None,
+        *,
+        dtype: torch.dtype | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Write the pruned model to a folder, as the command does.
+
+        The folder holds config.json, model.safetensors, masks.safetensors, the tokenizer, and
+        modeling_rfprune.py, the code of the model (not after `uniform=True`, which makes a model of
+        its family's own class). It appears whole or not at all.
+
+        Args:
+            folder: new or empty.
+            tokenizer: of the model, or its image processor; None to save the model alone.
+            dtype: in which the weights are stored; None for that of the model.
+            overwrite: replace a folder in which a pruned model was saved.
+
+        Raises:
+            UserError: the folder holds something, or cannot be written, or the model's class is not
+                one of transformers, so that a checkpoint could not be loaded.
+
+        Example:
+            >>> from rfprune import load_pruned
+            >>> from transformers import AutoModelForSequenceClassification
+            >>> result.save("smaller", tokenizer)
+            >>> model = AutoModelForSequenceClassification.from_pretrained(
+            ...     "smaller", trust_remote_code=True
+            ... )
+            >>> model = load_pruned("smaller")  # or without code from the folder
+        """
+        folder = Path(folder)
+        recover(folder)
+        check_free(folder, overwrite=overwrite, marker=MASKS_FILE)
+        with staged(folder, overwrite=overwrite) as temporary:
+            save_pruned(self.model, self.layout, self.masks, temporary, tokenizer, dtype=dtype)
 
 
 def kind_of_units(block: Block) -> str:

@@ -13,10 +13,11 @@ from rfprune.cli.console import Consoles
 from rfprune.export.exports import ExportJob, write_exports
 from rfprune.hub.upload import plan_of, push
 from rfprune.model.checkpoint import save_pruned
+from rfprune.model.staging import staged
 from rfprune.report.card import write_card
 from rfprune.report.console_table import print_report, write_log
 from rfprune.report.measure import Prepared
-from rfprune.report.output_folder import check_output, holds, staged, weight_bytes
+from rfprune.report.output_folder import check_output, holds, weight_bytes
 from rfprune.report.page import write_family_page, write_run_page
 from rfprune.report.report_json import read_report, write_report
 from rfprune.result import PruneResult

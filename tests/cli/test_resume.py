@@ -22,7 +22,8 @@ import pytest
 from rfprune.main import main
 from rfprune.methods import curvature, kwon
 from rfprune.model.checkpoint import load_pruned
-from rfprune.report.output_folder import _beside, check_output, holds, staged
+from rfprune.model.staging import hidden_folder, staged
+from rfprune.report.output_folder import check_output, holds
 from rfprune.report.report_json import read_report
 from rfprune.tasks import evaluation
 
@@ -89,7 +90,7 @@ CASES: dict[str, tuple[str, str, int, bool, bool, int]] = {
         ("masks", "curvature", "model.checkpoint.save_file", 1, True, True, 0),
         ("report", "curvature", "run.write_report", 1, True, True, 0),
         ("log", "curvature", "run.write_log", 1, True, True, 0),
-        ("renaming", "curvature", "output._put_in_place", 1, True, True, 0),
+        ("renaming", "curvature", "model.staging._put_in_place", 1, True, True, 0),
         ("table", "curvature", "run.print_report", 1, True, True, 1),
         ("second", "curvature", "methods.allocation.allocate", 2, True, True, 1),
         ("second report", "curvature", "run.write_report", 2, True, True, 1),
@@ -335,7 +336,7 @@ def left_behind(folder: Path, purpose: str, monkeypatch: pytest.MonkeyPatch) -> 
     with monkeypatch.context() as patch:
         process = ended_process()
         patch.setattr("os.getpid", lambda: process)
-        path = _beside(folder, purpose)
+        path = hidden_folder(folder, purpose)
     path.mkdir(parents=True)
     (path / "file").write_text(purpose)
     return path
@@ -370,11 +371,11 @@ def test_what_running_processes_hide_stays(tmp_path: Path, monkeypatch: pytest.M
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as running:
         with monkeypatch.context() as patch:
             patch.setattr("os.getpid", lambda: running.pid)
-            names.append(_beside(folder, "partial"))
+            names.append(hidden_folder(folder, "partial"))
         with monkeypatch.context() as patch:
             patch.setattr("socket.gethostname", lambda: "elsewhere")
-            names.append(_beside(folder, "partial"))
-        others = [tmp_path / ".out-of-somebody-else", _beside(tmp_path / "other", "partial")]
+            names.append(hidden_folder(folder, "partial"))
+        others = [tmp_path / ".out-of-somebody-else", hidden_folder(tmp_path / "other", "partial")]
         for path in (*names, *others):
             path.mkdir()
         check_output(folder, overwrite=False)
@@ -388,7 +389,7 @@ def test_what_running_processes_hide_stays(tmp_path: Path, monkeypatch: pytest.M
 def test_a_number_that_is_used_again(tmp_path: Path) -> None:
     """In a container a run often has the very number of the one before it."""
     folder = tmp_path / "out"
-    _beside(folder, "partial").mkdir()
+    hidden_folder(folder, "partial").mkdir()
     check_output(folder, overwrite=False)
     with staged(folder, overwrite=False) as temporary:
         (temporary / "file").touch()

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from rfprune.errors import UserError
-from rfprune.report.output_folder import REPORT_FILE, check_output, staged
+from rfprune.model.staging import staged
+from rfprune.report.output_folder import REPORT_FILE, check_output
 
 
 def everything_in(folder: Path) -> set[str]:
