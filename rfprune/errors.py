@@ -1,4 +1,4 @@
-"""What a user can cause, and what a user should know."""
+"""Errors and warnings that are meant for the user."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ _LONGEST_SUMMARY = 200  # characters
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: shown as one sentence, exit code 2, no traceback.
+    """A mistake that the user can correct. The command prints one line and exits with code 2.
 
-    `on_one_process`: of several processes this one has met it first; else all meet it alike.
+    Attributes:
+        on_one_process: true if only one process of several has met the error, so that this process
+            must print it; false if all meet it, and the main process prints it.
     """
 
     on_one_process = False
 
 
 class OtherProcessError(Exception):
-    """Another process of this run has failed, and said why: exit code 2, in silence."""
+    """Another process of this run has failed and prints the reason; exit code 2, no output."""
 
 
 class RfpruneWarning(UserWarning):
-    """Something the user should know about a run that goes on; collected in the report."""
+    """Something that the user should know about a run that goes on; listed in the report."""
 
 
 def check_installed(feature: str, packages: Iterable[str], alternative: str = "") -> None:

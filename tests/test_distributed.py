@@ -6,6 +6,7 @@ its output twice, or hang when one process fails.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -347,7 +349,7 @@ def three(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """`three(rank)`: be one of three processes, as far as counting goes."""
 
     def be(rank: int) -> None:
-        monkeypatch.setattr(distributed, "_joined", True)
+        monkeypatch.setattr(distributed, "_is_active", True)
         monkeypatch.setattr("torch.distributed.get_world_size", lambda: 3)
         monkeypatch.setattr("torch.distributed.get_rank", lambda: rank)
 
@@ -384,6 +386,27 @@ def test_alone_everything_is_the_obvious_thing(monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(rows, torch.ones(2, 3))
     for name in (None, "cpu", "cuda:1", "mps"):
         assert distributed.local_device(name) == name
+
+
+@pytest.mark.parametrize("error", [None, UserError("no data")])
+def test_a_process_group_of_the_caller_outlives_a_run(
+    error: UserError | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A script under `accelerate launch` goes on with its own collective calls."""
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as launched; the caller's group is of this process
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        for _ in range(2):  # a second run in the same group reports its own error, too
+            with contextlib.suppress(UserError), distributed.process_group(torch.device("cpu")):
+                assert distributed.world_size() == 1
+                if error:
+                    raise error
+            assert dist.is_initialized()
+            assert error is None or error.on_one_process
+        dist.all_reduce(torch.ones(1))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_each_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
