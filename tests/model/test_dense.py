@@ -1,14 +1,12 @@
-"""Pruned models in their original shapes: equal outputs, zeros, and nothing of ours in the folder.
+"""Dense models compute what pruned models compute, in the original shapes and without our code.
 
-Deleting this lets a dense export lose the bias of an emptied sublayer, put MPNet's heads beside
-their position bias, or need rfprune to load.
+Without these tests a dense export could lose the bias of an emptied sublayer, give heads of
+MPNet the position bias of others, or need rfprune to load.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from rfprune.model.checkpoint import load_pruned, save_pruned
@@ -98,7 +96,7 @@ def test_zeros_are_where_units_were_removed(tiny_model: Tiny) -> None:
 
 @pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet"])
 def test_a_model_that_was_pruned_twice(model_type: str, tiny_model: Tiny, tiny_batch: Tiny) -> None:
-    """Heads go back to the places that they had at first, by which MPNet looks up positions."""
+    """Heads return to their places in the original, since MPNet's position bias depends on them."""
     model, batch = tiny_model(model_type), tiny_batch()
     first = layout_of(model)
     once = compact(model, first, some_masks(first))
@@ -113,10 +111,10 @@ def test_a_model_that_was_pruned_twice(model_type: str, tiny_model: Tiny, tiny_b
 
 
 @pytest.mark.parametrize("model_type", ["t5", "gpt2"])
-def test_a_head_with_weights_of_its_own_keeps_them(
+def test_untied_output_weights_stay_untied(
     model_type: str, tiny_model: Tiny, tiny_batch: Tiny, tmp_path: Path
 ) -> None:
-    """As FLAN-T5 has them, whose configuration says that they are those of the embedding."""
+    """FLAN-T5 has them, although its configuration ties them to the embedding."""
     head = "seq2seq-lm" if model_type == "t5" else "causal-lm"
     model, batch = tiny_model(model_type, head), tiny_batch(model_type="bert")
     model.lm_head.weight = torch.nn.Parameter(0.3 * torch.randn_like(model.lm_head.weight))
@@ -133,16 +131,8 @@ def test_a_head_with_weights_of_its_own_keeps_them(
     assert torch.equal(outputs_of(loaded, batch), outputs_of(dense, batch))
 
 
-def test_what_is_one_weight_stays_one(tiny_model: Tiny) -> None:
-    model = tiny_model("t5", "seq2seq-lm")
-    layout = layout_of(model)
-    dense = to_dense(compact(model, layout, some_masks(layout)), layout, some_masks(layout))
-    names = ("lm_head", "encoder.embed_tokens", "decoder.embed_tokens")
-    assert all(dense.get_submodule(name).weight is dense.shared.weight for name in names)
-
-
-def test_a_stack_that_lost_all_its_heads(tiny_model: Tiny, tiny_batch: Tiny) -> None:
-    """No layer has a table of position biases left; the unpruned class has one all the same."""
+def test_an_encoder_without_heads_and_tied_weights(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    """No pruned layer has a table of position biases, but the original class needs one."""
     model, batch = tiny_model("t5", "seq2seq-lm"), tiny_batch(model_type="t5")
     batch["decoder_input_ids"] = batch["input_ids"]
     layout = layout_of(model)
@@ -154,9 +144,11 @@ def test_a_stack_that_lost_all_its_heads(tiny_model: Tiny, tiny_batch: Tiny) -> 
     dense = to_dense(small, layout, masks)
     expected = outputs_of(small, batch)
     torch.testing.assert_close(outputs_of(dense, batch), expected, rtol=1e-5, atol=1e-5)
+    names = ("lm_head", "encoder.embed_tokens", "decoder.embed_tokens")
+    assert all(dense.get_submodule(name).weight is dense.shared.weight for name in names)
 
 
-def test_the_pruned_model_is_left_alone(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+def test_the_pruned_model_is_not_changed(tiny_model: Tiny, tiny_batch: Tiny) -> None:
     model = tiny_model()
     layout = layout_of(model)
     small = compact(model, layout, some_masks(layout)).train()
@@ -175,10 +167,10 @@ def test_the_pruned_model_is_left_alone(tiny_model: Tiny, tiny_batch: Tiny) -> N
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16])
-def test_a_folder_loads_where_nobody_knows_rfprune(
+def test_a_dense_folder_is_an_ordinary_checkpoint(
     stored: torch.dtype, tiny_model: Tiny, tiny_tokenizer: Tiny, tiny_batch: Tiny, tmp_path: Path
 ) -> None:
-    """Also after the model has been saved as a pruned one, which marks its configuration."""
+    """Also after the model was saved as a pruned one, which changes its configuration."""
     model, batch = tiny_model("mpnet"), tiny_batch()
     layout = layout_of(model)
     masks = some_masks(layout, empty=3)
@@ -187,38 +179,14 @@ def test_a_folder_loads_where_nobody_knows_rfprune(
     save_pruned(small, layout, masks, tmp_path / "pruned", tokenizer, dtype=stored)
     save_dense(small, layout, masks, folder, tokenizer, dtype=stored)
     assert not list(folder.glob("*.py"))
-    assert "rfprune" not in (folder / "config.json").read_text()
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["MPNetForSequenceClassification"]
+    assert not {"rfprune", "auto_map"} & config.keys()
     weights = load_file(folder / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {stored}
-    program = """
-import sys
-sys.modules["rfprune"] = None
-import torch, transformers
-from safetensors.torch import load_file, save_file
-folder, batch, output = sys.argv[1:]
-model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
-assert transformers.AutoTokenizer.from_pretrained(folder)("a film")["input_ids"]
-with torch.no_grad():
-    save_file({"logits": model(**load_file(batch)).logits}, output)
-"""
-    save_file(batch, tmp_path / "batch")
-    paths = [str(path) for path in (folder, tmp_path / "batch", tmp_path / "logits")]
-    subprocess.run(
-        [sys.executable, "-c", program, *paths], check=True, cwd=tmp_path, capture_output=True
-    )
-    expected = outputs_of(load_pruned(tmp_path / "pruned").eval(), batch)
-    found = load_file(tmp_path / "logits")["logits"]
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_a_dense_folder_is_an_ordinary_checkpoint(
-    tiny_model: Tiny, tiny_tokenizer: Tiny, tmp_path: Path
-) -> None:
-    model = tiny_model()
-    layout = layout_of(model)
-    masks = some_masks(layout)
-    save_dense(compact(model, layout, masks), layout, masks, tmp_path, tiny_tokenizer())
-    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    assert type(loaded) is type(model)
     assert layout_of(loaded) == layout
+    assert transformers.AutoTokenizer.from_pretrained(folder)("a film")["input_ids"]
+    expected = outputs_of(load_pruned(tmp_path / "pruned").eval(), batch)
+    torch.testing.assert_close(outputs_of(loaded, batch), expected, rtol=1e-5, atol=1e-5)

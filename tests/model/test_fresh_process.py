@@ -1,6 +1,6 @@
-"""Every family and head, pruned or made dense again, in a process that has never heard of rfprune.
+"""Pruned and dense folders of every family and head load in a process without rfprune.
 
-Deleting this lets a family's folder lean on what only this process knows: a class that rfprune has
+Without this test a folder could depend on what only this process has: a class that rfprune has
 made, a module that it has imported, an attribute that it has set.
 """
 

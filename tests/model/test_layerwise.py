@@ -1,6 +1,6 @@
-"""Running a model layer by layer: what is captured is what the model computes.
+"""Layers that run one at a time compute what the whole model computes.
 
-Deleting this lets reconstruction fit wrong targets (padding, residuals, order) unseen.
+Without these tests reconstruction could fit wrong targets (padding, residuals, order) unnoticed.
 """
 
 from __future__ import annotations
@@ -12,12 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 from rfprune.errors import UserError
-from rfprune.model.batch import first_tokens, model_inputs, pack, token_mask, unpack
+from rfprune.model.batch import pack, token_mask
 from rfprune.model.compact import compact
 from rfprune.model.layerwise import (
     add_image_token_mask,
@@ -34,58 +32,10 @@ from tests.conftest import ALL_TYPES
 Tiny = Callable[..., Any]
 
 
-@given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=4))
-def test_packing_loses_nothing_but_padding(rows: list[list[bool]]) -> None:
-    tokens = torch.tensor(rows)
-    hidden = torch.randn(*tokens.shape, 3)
-    packed = pack(hidden, tokens)
-    assert packed.shape == (int(tokens.sum()), 3)
-    restored = unpack(packed, tokens)
-    assert torch.equal(restored, hidden * tokens[:, :, None])
-
-
-def test_tokens_are_what_the_attention_mask_says(tiny_batch: Tiny) -> None:
-    batch = tiny_batch(padding="left")
-    assert torch.equal(token_mask(batch).long(), batch["attention_mask"])
-    assert not token_mask(batch).all()
-
-
-def test_without_an_attention_mask_all_are_tokens() -> None:
-    ids = torch.zeros(2, 3, dtype=torch.long)
-    assert token_mask({"input_ids": ids}).tolist() == [[True] * 3] * 2
-    assert token_mask({"inputs_embeds": torch.zeros(2, 3, 16)}).shape == (2, 3)
-
-
-def test_a_batch_that_cannot_be_read_is_named() -> None:
-    with pytest.raises(UserError, match="a batch holds labels, but"):
-        token_mask({"labels": torch.zeros(2)})
-    ids = torch.zeros(2, 3, dtype=torch.long)
-    with pytest.raises(UserError, match=r"shape \(2, 1, 3, 3\) does not fit \(2, 3\)"):
-        token_mask({"input_ids": ids, "attention_mask": torch.zeros(2, 1, 3, 3)})
-
-
-def test_choices_are_sequences_of_their_own() -> None:
-    mask = torch.tensor([[[1, 1], [1, 0]], [[1, 1], [0, 1]]])
-    batch = {"input_ids": torch.zeros(2, 2, 2, dtype=torch.long), "attention_mask": mask}
-    assert token_mask(batch).long().tolist() == [[1, 1], [1, 0], [1, 1], [0, 1]]
-
-
-def test_images_have_as_many_tokens_as_the_model_makes_of_them(
+def test_layers_of_different_kinds_have_their_own_arguments(
     tiny_model: Tiny, tiny_batch: Tiny
 ) -> None:
-    model, batch = tiny_model("deit"), tiny_batch(3, model_type="deit")
-    with pytest.raises(UserError, match="pixel_values"):
-        token_mask(batch)
-    labelled = {**batch, "labels": torch.zeros(3)}
-    prepared = add_image_token_mask(model, layout_of(model), labelled)
-    assert token_mask(prepared).tolist() == [[True] * 6] * 3  # four patches and two more
-    assert list(model_inputs(prepared)) == ["pixel_values"]
-    assert prepared["labels"] is labelled["labels"]
-    assert add_image_token_mask(model, layout_of(model), prepared) is prepared
-
-
-def test_layers_of_different_kinds_have_their_own_calls(tiny_model: Tiny, tiny_batch: Tiny) -> None:
-    """ModernBERT's second layer sees a window alone, and has positions of its own."""
+    """ModernBERT's second layer has local attention and positions of its own."""
     model, batch = tiny_model("modernbert"), tiny_batch(padding="none")
     layout = layout_of(model)
     hidden, calls = layer_calls(model, layout, batch)
@@ -112,11 +62,6 @@ def test_replaying_a_decoder_fills_no_cache(
     assert torch.equal(once, twice)
 
 
-def test_the_first_token_is_found_behind_padding() -> None:
-    tokens = torch.tensor([[1, 1, 1], [0, 1, 1], [1, 0, 0], [0, 0, 1]]).bool()
-    assert first_tokens(tokens).nonzero().tolist() == [[0, 0], [1, 1], [2, 0], [3, 2]]
-
-
 def test_nothing_runs_inside_the_layers(tiny_model: Tiny, tiny_batch: Tiny) -> None:
     model = tiny_model()
     layout = layout_of(model)
@@ -129,14 +74,9 @@ def test_nothing_runs_inside_the_layers(tiny_model: Tiny, tiny_batch: Tiny) -> N
     assert "bert.embeddings" in ran
     assert not [name for name in ran if name.startswith(("bert.encoder.layer.0.", "bert.pooler"))]
     assert all("forward" not in vars(module) for module in model.modules())
-
-
-def test_no_hook_stays_when_the_model_fails(tiny_model: Tiny) -> None:
-    model = tiny_model()
-    layout = layout_of(model)
     with pytest.raises(IndexError):
         layer_calls(model, layout, {"input_ids": torch.full((1, 2), 10**6)})
-    assert all("forward" not in vars(module) for module in model.modules())
+    assert all("forward" not in vars(module) for module in model.modules()), "also after an error"
 
 
 @pytest.mark.parametrize("model_type", ALL_TYPES)
@@ -168,22 +108,22 @@ def test_a_trace_is_consistent_with_the_block(
 
 
 def after_norm(model: Any, block: Block, total: torch.Tensor) -> torch.Tensor:
-    """What goes on after a residual sum."""
+    """What the next block gets of a residual sum."""
     norm = None if block.pre_norm else model.get_submodule(block.sublayer.next_norm)
     return total if norm is None else norm(total)
 
 
 def note_run(ran: list[str], kind: str, module: nn.Module, *_: Any) -> None:
-    if "forward" not in vars(module):  # else another one stands in for it
+    if "forward" not in vars(module):  # else it is replaced
         ran.append(kind)
 
 
 @pytest.mark.parametrize("emptied", [False, True])
 @pytest.mark.parametrize("model_type", ALL_TYPES)
-def test_a_layer_goes_on_after_what_is_done(
+def test_a_layer_goes_on_after_the_blocks_that_are_skipped(
     model_type: str, emptied: bool, tiny_model: Tiny, tiny_batch: Tiny
 ) -> None:
-    """From any block's total, whatever else the layer is given, and without running it again."""
+    """From the residual sum of any block, without running the block again."""
     model, batch = tiny_model(model_type), tiny_batch(model_type=model_type)
     layout = layout_of(model)
     if emptied:
@@ -218,7 +158,7 @@ def test_a_layer_goes_on_after_what_is_done(
 
 
 @pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet", "gpt2", "opt", "llama"])
-def test_masks_of_what_is_done_do_no_harm(
+def test_masks_on_skipped_blocks_do_no_harm(
     model_type: str, tiny_model: Tiny, tiny_batch: Tiny
 ) -> None:
     model, batch = tiny_model(model_type), tiny_batch()
@@ -236,8 +176,10 @@ def test_masks_of_what_is_done_do_no_harm(
     assert (output - plain).abs().max() > 0.1
 
 
-def test_what_others_have_wrapped_stays_wrapped(tiny_model: Tiny, tiny_batch: Tiny) -> None:
-    """Libraries replace a module's forward too; ours must go away, also after an error."""
+def test_a_forward_that_another_library_has_wrapped_stays_wrapped(
+    tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    """As accelerate does; our own replacement must go away, also after an error."""
     model = tiny_model()
     layout = layout_of(model)
     heads, neurons = layout.blocks_of_layer(0)
@@ -253,7 +195,7 @@ def test_what_others_have_wrapped_stays_wrapped(tiny_model: Tiny, tiny_batch: Ti
     assert "forward" not in vars(model.get_submodule(heads.sublayer.module))
 
 
-def test_a_traced_pass_goes_no_further_than_its_block(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+def test_a_trace_runs_no_further_than_its_block(tiny_model: Tiny, tiny_batch: Tiny) -> None:
     model = tiny_model()
     layout = layout_of(model)
     hidden, calls = layer_calls(model, layout, tiny_batch())
@@ -271,14 +213,10 @@ def test_a_traced_pass_goes_no_further_than_its_block(tiny_model: Tiny, tiny_bat
 def test_layers_beyond_the_second_are_called_as_in_a_full_pass(
     model_type: str, tiny_model: Tiny, tiny_batch: Tiny
 ) -> None:
-    """Two layers hide a stand-in that returns the wrong kind of value."""
+    """With two layers a stand-in that returns the wrong kind of value goes unnoticed."""
     model, batch = tiny_model(model_type, num_hidden_layers=6), tiny_batch(model_type=model_type)
     layout = layout_of(model)
-    order = [
-        number
-        for number in layout.execution_order or layout.layer_indices()
-        if number in layout.layer_indices()
-    ]
+    order = layout.execution_order or layout.layer_indices()
     last = layout.layers[layout.layer_indices()[-1]]
     leaving: list[Any] = []
     handle = model.get_submodule(last).register_forward_hook(lambda *args: leaving.append(args[2]))
@@ -296,7 +234,7 @@ def test_layers_beyond_the_second_are_called_as_in_a_full_pass(
 
 
 @pytest.mark.parametrize("wrong", [None, 3])
-def test_a_row_that_is_wrong_about_what_layers_return_is_refused(
+def test_a_row_with_a_wrong_layer_output_length_is_refused(
     wrong: int | None, tiny_model: Tiny, tiny_batch: Tiny
 ) -> None:
     model, batch = tiny_model("mpnet", num_hidden_layers=6), tiny_batch(model_type="mpnet")
