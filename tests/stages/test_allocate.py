@@ -1,4 +1,7 @@
-"""The allocation against enumeration, over tables of every shape."""
+"""Allocation against enumeration, over cost tables of every shape.
+
+Without these tests a budget could be exceeded, or spent on the wrong blocks.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,7 @@ def problems(draw: st.DrawFn) -> tuple[Tables, CostModel, float]:
 
 
 def to_spend(costs: CostModel, budget: float) -> float:
-    """What is left of the budget once every block has its cheapest size: the grid covers that."""
+    """The rest of the budget when every block has its cheapest size."""
     return budget - sum(float(table.min()) for table in costs.tables)
 
 
@@ -70,7 +73,7 @@ def test_no_choice_within_the_budget_is_better(problem: tuple[Tables, CostModel,
     errors, costs, budget = problem
     best = brute_force(errors, costs, budget)
     try:
-        # as many cells as there are units of cost to spend: the grid is exact
+        # As many cells as there are units of cost to spend: the grid is exact.
         kept = allocate(errors, costs, budget, cells=max(1, int(to_spend(costs, budget))))
     except UserError:
         assert best >= sum(float(error[0]) for error in errors) - 1e-9
@@ -96,7 +99,7 @@ def test_a_coarse_grid_never_exceeds_the_budget_and_wastes_a_cell_a_block(
     assert found <= brute_force(errors, costs, spared) + 1e-9
 
 
-def test_a_sublayer_whose_removal_saves_most_is_dropped_whole() -> None:
+def test_a_sublayer_that_is_expensive_as_a_whole_is_dropped() -> None:
     stepped = np.array([0.0, 10.0, 11.0, 12.0])  # the first unit costs nearly all
     linear = np.array([0.0, 4.0, 8.0, 12.0])
     errors = [np.array([0.5, 0.3, 0.1, 0.0]), np.array([9.0, 5.0, 2.0, 0.0])]
@@ -104,7 +107,9 @@ def test_a_sublayer_whose_removal_saves_most_is_dropped_whole() -> None:
 
 
 @pytest.mark.parametrize("budget", [3.0, 0.0, -1.0])
-def test_a_budget_for_nothing_is_refused_and_the_least_is_named(budget: float) -> None:
+def test_a_budget_below_one_unit_is_refused_and_the_smallest_constraint_named(
+    budget: float,
+) -> None:
     costs = CostModel("mac", (np.array([0.0, 5.0, 10.0]), np.array([0.0, 4.0, 10.0])))
     errors = [np.array([2.0, 1.0, 0.0])] * 2
     with pytest.raises(UserError, match=r"at least 0\.2$"):
@@ -112,25 +117,25 @@ def test_a_budget_for_nothing_is_refused_and_the_least_is_named(budget: float) -
     assert allocate(errors, costs, 0.2 * costs.original) == (0, 1)
 
 
-def test_the_least_that_is_named_counts_what_empty_blocks_cost_and_what_is_not_allowed() -> None:
+def test_the_named_constraint_includes_empty_blocks_and_sizes_that_are_not_allowed() -> None:
     first = np.array([1.0, np.inf, 6.0, 10.0])
     second = np.array([3.0, np.inf, np.inf, 10.0])
     errors = [np.array([3.0, 2.0, 1.0, 0.0])] * 2
     costs = CostModel("latency", (first, second), constant=20.0)
-    # of 40 in all: 20 that is never pruned, 6 for two units of the first, 3 for none of the second
+    # Of 40 in total: 20 are never pruned, two units of the first cost 6, none of the second 3.
     for ratio in (0.72, 0.5):
         with pytest.raises(UserError, match=r"at least 0\.725$"):
             allocate(errors, costs, ratio * 40 - 20)
     assert allocate(errors, costs, costs.budget(Constraint("mac", 0.725))) == (2, 0)
 
 
-def test_noise_that_makes_more_units_cheaper_is_made_use_of() -> None:
+def test_more_units_are_kept_where_they_cost_less() -> None:
     noisy = np.array([0.0, 5.0, 4.0, 8.0])
     errors = [np.array([3.0, 2.0, 1.0, 0.0])]
     assert allocate(errors, CostModel("latency", (noisy,)), 5.0) == (2,)
 
 
-def test_the_end_of_a_plateau_is_kept_and_what_is_free_is_never_dropped() -> None:
+def test_the_end_of_a_plateau_is_kept_and_free_units_are_never_dropped() -> None:
     plateau = np.array([0.0, 4.0, 4.0, 4.0, 9.0])
     free = np.zeros(4)
     errors = [np.array([4.0, 3.0, 2.0, 1.0, 0.0]), np.array([3.0, 2.0, 1.0, 0.0])]
@@ -138,8 +143,8 @@ def test_the_end_of_a_plateau_is_kept_and_what_is_free_is_never_dropped() -> Non
     assert allocate(errors, CostModel("latency", (plateau, free)), 0.0) == (0, 3)
 
 
-def test_units_that_are_worth_nothing_are_not_blamed_on_the_constraint() -> None:
-    """So it is where the outputs are constant, or probabilities exactly 0 and 1."""
+def test_a_model_whose_units_have_no_influence_is_refused() -> None:
+    """Its outputs are constant, or its probabilities exactly 0 and 1."""
     costs = CostModel("mac", (np.array([0.0, 5.0, 10.0]), np.array([0.0, 4.0, 10.0])))
     with pytest.raises(UserError, match="no head or neuron has any influence"):
         allocate([np.zeros(3)] * 2, costs, 12.0)

@@ -1,6 +1,6 @@
 """Sums in float64, on devices that have it.
 
-Deleting this lets a stage ask an Apple GPU for float64, which it refuses with a traceback.
+Without these tests a stage could use float64 on an Apple GPU, which ends in a traceback.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ STAGES = Path(__file__).resolve().parents[2] / "rfprune" / "stages"
 @pytest.mark.parametrize(
     ("device", "place"), [("mps", "cpu"), ("cuda:1", "cuda:1"), ("cpu", "cpu")]
 )
-def test_devices_without_float64_leave_it_to_the_cpu(device: str, place: str) -> None:
+def test_the_cpu_replaces_devices_without_float64(device: str, place: str) -> None:
     assert float64_device(torch.device(device)) == torch.device(place)
 
 
-def test_values_come_without_their_gradient() -> None:
+def test_values_are_detached() -> None:
     values = torch.tensor([0.1, 0.2], requires_grad=True)
     found = to_float64(values)
     assert (found.dtype, found.requires_grad) == (torch.float64, False)
@@ -31,7 +31,7 @@ def test_values_come_without_their_gradient() -> None:
     assert to_float64(torch.tensor([True]), torch.device("mps")).item() == 1.0
 
 
-def test_no_stage_makes_them_where_they_are() -> None:
+def test_stages_convert_through_to_float64_only() -> None:
     made = {
         (path.stem, call)
         for path in STAGES.glob("*.py")

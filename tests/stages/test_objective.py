@@ -1,6 +1,6 @@
 """Fisher factors against brute force over all labels, and losses against those of transformers.
 
-Deleting this lets the importance of units be that of another quantity than the one documented.
+Without these tests the importance of units could be that of another quantity than the documented.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from rfprune.errors import UserError
 from rfprune.stages.objective import EXACT_CLASSES, fisher_factors, label_losses
 
 Tiny = Callable[..., Any]
+DRAWS = 20_000
 
 
 def config_of(num_labels: int, problem_type: str | None = None) -> Any:
@@ -24,7 +25,7 @@ def config_of(num_labels: int, problem_type: str | None = None) -> Any:
 
 
 def network(num_outputs: int, seed: int = 0) -> Callable[[Tensor], Tensor]:
-    """From masks (B, 5) to logits (B, num_outputs), in float64; the examples differ."""
+    """A function from masks (B, 5) to logits (B, num_outputs), in float64."""
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(3, 5, generator=generator, dtype=torch.float64)
     weight = torch.randn(5, num_outputs, generator=generator, dtype=torch.float64)
@@ -32,7 +33,7 @@ def network(num_outputs: int, seed: int = 0) -> Callable[[Tensor], Tensor]:
 
 
 def gradients_of(values: Tensor, masks: Tensor) -> Tensor:
-    """d values[b] / d masks[b], (B, 5), of values (B,)."""
+    """Gradients (B, 5) of values (B,) with respect to masks (B, 5)."""
     return torch.autograd.grad(values.sum(), masks, retain_graph=True)[0]
 
 
@@ -46,7 +47,7 @@ def fisher_of_factors(logits: Tensor, masks: Tensor, config: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("num_classes", [2, 3, EXACT_CLASSES])
-def test_classification_is_the_exact_sum_over_classes(num_classes: int) -> None:
+def test_classification_is_the_sum_over_classes(num_classes: int) -> None:
     masks = torch.ones(3, 5, dtype=torch.float64, requires_grad=True)
     logits = network(num_classes)(masks)
     log_probabilities = logits.log_softmax(-1)
@@ -58,7 +59,7 @@ def test_classification_is_the_exact_sum_over_classes(num_classes: int) -> None:
     torch.testing.assert_close(fisher_of_factors(logits, masks, config_of(num_classes)), brute)
 
 
-def test_it_is_the_hessian_of_the_divergence() -> None:
+def test_the_fisher_information_is_the_hessian_of_the_divergence() -> None:
     net, ones = network(4), torch.ones(1, 5, dtype=torch.float64)
 
     def divergence(masks: Tensor) -> Tensor:
@@ -78,33 +79,23 @@ def test_a_certain_model_has_no_fisher_information() -> None:
     assert fisher.abs().max() < 1e-6
 
 
-def test_many_classes_are_sampled_without_bias() -> None:
-    num_classes, draws = EXACT_CLASSES + 1, 20_000
+def categorical_fisher(weight: Tensor) -> Tensor:
+    """Fisher information (5, 5) of logits = masks @ weight, at masks of ones."""
+    p = weight.sum(0).softmax(-1)
+    return weight @ (torch.diag(p) - torch.outer(p, p)) @ weight.T
+
+
+@pytest.mark.parametrize("names", [("logits",), ("start_logits", "end_logits")])
+def test_many_classes_and_answers_are_sampled_without_bias(names: tuple[str, ...]) -> None:
     generator = torch.Generator().manual_seed(1)
-    weight = 0.3 * torch.randn(5, num_classes, generator=generator, dtype=torch.float64)
-    masks = torch.ones(draws, 5, dtype=torch.float64, requires_grad=True)
-    logits = masks @ weight
-    factors = fisher_factors({"logits": logits}, {}, config_of(num_classes), generator)
-    assert len(factors) == 1
-    estimate = outer(gradients_of(factors[0], masks)).mean(0)
-    p = logits[0].detach().softmax(-1)
-    exact = weight @ (torch.diag(p) - torch.outer(p, p)) @ weight.T
-    assert (estimate - exact).norm() < 0.05 * exact.norm()
-
-
-def test_question_answering_adds_start_and_end() -> None:
-    draws, length = 20_000, 6
-    generator = torch.Generator().manual_seed(2)
-    start, end = torch.randn(2, 5, length, generator=generator, dtype=torch.float64)
-    masks = torch.ones(draws, 5, dtype=torch.float64, requires_grad=True)
-    outputs = {"start_logits": masks @ start, "end_logits": masks @ end}
-    (factor,) = fisher_factors(outputs, {}, config_of(2), generator)
-    estimate = outer(gradients_of(factor, masks)).mean(0)
-    exact = torch.zeros(5, 5, dtype=torch.float64)
-    for weight in (start, end):
-        p = weight.sum(0).softmax(-1)
-        exact += weight @ (torch.diag(p) - torch.outer(p, p)) @ weight.T
-    assert (estimate - exact).norm() < 0.05 * exact.norm()
+    size = (5, EXACT_CLASSES + 1)
+    weights = [0.3 * torch.randn(size, generator=generator).double() for _ in names]
+    masks = torch.ones(DRAWS, 5, dtype=torch.float64, requires_grad=True)
+    outputs = {name: masks @ weight for name, weight in zip(names, weights, strict=True)}
+    (factor,) = fisher_factors(outputs, {}, config_of(size[1]), generator)
+    found = outer(gradients_of(factor, masks)).mean(0)
+    exact = torch.stack([categorical_fisher(weight) for weight in weights]).sum(0)
+    assert (found - exact).norm() < 0.05 * exact.norm()
 
 
 @pytest.mark.parametrize(("num_outputs", "problem_type"), [(1, None), (3, "regression")])
@@ -118,7 +109,7 @@ def test_regression_is_the_gradient_of_the_outputs(
     torch.testing.assert_close(fisher, brute)
 
 
-def test_several_labels_are_independent_bernoullis() -> None:
+def test_multi_label_classification_is_the_sum_over_label_sets() -> None:
     masks = torch.ones(3, 5, dtype=torch.float64, requires_grad=True)
     logits = network(3)(masks)
     brute = torch.zeros(3, 5, 5, dtype=torch.float64)
@@ -151,7 +142,7 @@ LABELLED: list[tuple[str, dict[str, Any], dict[str, Tensor]]] = [
         "question-answering",
         {},
         {
-            "start_positions": torch.tensor([0, 3, 1, 7]),  # the last is beyond the 7 tokens
+            "start_positions": torch.tensor([0, 3, 1, 7]),  # the last one is beyond the 7 tokens
             "end_positions": torch.tensor([2, 3, 6, 9]),
         },
     ),
@@ -171,7 +162,7 @@ def test_losses_are_those_of_transformers(
     for row in range(4):
         example = {name: value[row : row + 1] for name, value in {**batch, **labels}.items()}
         if head == "question-answering" and row == 3:
-            expected = torch.tensor(0.0)  # transformers gives nan: a mean over no example
+            expected = torch.tensor(0.0)  # transformers returns nan, a mean over no examples
         else:
             expected = model(**example).loss
         torch.testing.assert_close(losses[row], expected, rtol=1e-4, atol=1e-5)

@@ -1,8 +1,6 @@
-"""Fisher factors of predictions a token, choices and embeddings against the exact Fisher; losses
-that the user gives.
+"""Fisher factors of tokens, choices and embeddings against exact Fisher information; user losses.
 
-Deleting this lets padding count, examples be taken for their choices, or a language model be pruned
-by something else than its divergence, unnoticed.
+Without these tests padding could count, or choices be taken for examples.
 """
 
 from __future__ import annotations
@@ -24,10 +22,10 @@ from rfprune.model.masks import masked
 from rfprune.stages.calibration import Calibration
 from rfprune.stages.fisher import collect_gradients
 from rfprune.stages.objective import PREDICTIONS, fisher_factors, label_losses, objective_values
+from tests.stages.test_objective import DRAWS, categorical_fisher, gradients_of, outer
 
 Tiny = Callable[..., Any]
 
-DRAWS = 20_000
 CONFIG = transformers.BertConfig(num_labels=2, pad_token_id=0)
 
 
@@ -38,26 +36,12 @@ def tiny(tiny_model: Tiny, model_class: Any, **changes: Any) -> Any:
         return model_class(config).eval()
 
 
-def gradients_of(values: Tensor, masks: Tensor) -> Tensor:
-    return torch.autograd.grad(values.sum(), masks, retain_graph=True)[0]
-
-
-def outer(gradients: Tensor) -> Tensor:
-    return torch.einsum("bi,bj->bij", gradients, gradients)
-
-
-def categorical_fisher(weight: Tensor) -> Tensor:
-    """(5, 5), of logits = masks @ weight at masks of ones, weight (5, C)."""
-    p = weight.sum(0).softmax(-1)
-    return weight @ (torch.diag(p) - torch.outer(p, p)) @ weight.T
-
-
 MASKS = {
     "attention_mask": {"attention_mask": torch.tensor([0, 1, 1, 0])},
     "no mask": {},
     "decoder": {
         "attention_mask": torch.ones(9),
-        "decoder_input_ids": torch.tensor([0, 7, 8, 0]),  # starts with what else is padding
+        "decoder_input_ids": torch.tensor([0, 7, 8, 0]),  # the first token is the padding token
     },
     "decoder mask": {
         "decoder_input_ids": torch.tensor([0, 7, 8, 0]),
@@ -73,9 +57,11 @@ REAL = {
 
 
 @pytest.mark.parametrize("case", MASKS)
-def test_tokens_are_sampled_without_bias_and_padding_counts_nothing(case: str) -> None:
+def test_tokens_are_sampled_without_bias_and_without_padding(case: str) -> None:
     generator = torch.Generator().manual_seed(3)
-    weights = torch.randn(4, 5, 11, generator=generator, dtype=torch.float64)  # of 4 tokens
+    weights = torch.randn(
+        4, 5, 11, generator=generator, dtype=torch.float64
+    )  # for each of 4 tokens
     masks = torch.ones(DRAWS, 5, dtype=torch.float64, requires_grad=True)
     logits = torch.einsum("bi,siv->bsv", masks, 0.4 * weights)
     batch = {name: mask.expand(DRAWS, -1) for name, mask in MASKS[case].items()}
@@ -87,7 +73,7 @@ def test_tokens_are_sampled_without_bias_and_padding_counts_nothing(case: str) -
     assert (estimate - exact).norm() < 0.05 * exact.norm()
 
 
-def test_the_gradient_is_that_of_one_drawn_label_a_token() -> None:
+def test_the_gradient_is_that_of_one_sampled_label_per_token() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 4, 6, generator=generator, requires_grad=True)
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [1, 0, 0, 0]])
@@ -98,9 +84,9 @@ def test_the_gradient_is_that_of_one_drawn_label_a_token() -> None:
     torch.testing.assert_close(drawn[mask == 1].sort(-1).values, torch.eye(6)[[5] * 7])
 
 
-def test_what_is_impossible_is_never_drawn() -> None:
+def test_labels_without_probability_are_never_sampled() -> None:
     logits = torch.zeros(1, 4000, 4)
-    logits[..., [0, 3]] = -60.0  # first and last: where rounding could go wrong
+    logits[..., [0, 3]] = -60.0  # first and last, where rounding matters
     logits.requires_grad_()
     (factor,) = fisher_factors({"logits": logits}, {}, CONFIG, torch.Generator().manual_seed(0))
     slopes = gradients_of(factor, logits)
@@ -109,7 +95,7 @@ def test_what_is_impossible_is_never_drawn() -> None:
 
 
 class _Watch(TorchDispatchMode):
-    """Notes the size of every tensor of float64 that is made."""
+    """Records the size of the largest float64 tensor."""
 
     largest = 0
 
@@ -129,14 +115,14 @@ def test_logits_of_a_language_model_are_never_float64(dtype: torch.dtype) -> Non
         slopes = gradients_of(factor, logits)
         assert watch.largest == 0
         logits.double()
-        assert watch.largest == 70, "the watch sees what it is for"
+        assert watch.largest == 70, "float64 tensors are recorded"
     assert slopes.dtype == dtype and slopes.abs().max() > 0
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])
 @pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
 def test_embeddings_have_the_fisher_of_gaussian_noise(padding: str, pooling: str) -> None:
-    """The exact one is JᵀJ, J the Jacobian of the embedding of one example."""
+    """It is JᵀJ, with the Jacobian J of the embedding of one example."""
     generator = torch.Generator().manual_seed(5)
     weight = torch.randn(5, 4 * 3, generator=generator, dtype=torch.float64)
     mask = torch.tensor([1, 1, 1, 0] if padding == "right" else [0, 1, 1, 1])
@@ -162,7 +148,7 @@ def test_embeddings_have_the_fisher_of_gaussian_noise(padding: str, pooling: str
     assert (estimate.sum(0) - exact).norm() < 0.05 * exact.norm()
 
 
-def test_an_embedding_has_length_one_and_ignores_padding() -> None:
+def test_embeddings_have_length_one_and_ignore_padding() -> None:
     hidden = torch.randn(2, 5, 3)
     mask = torch.tensor([[1, 1, 0, 0, 0], [0, 1, 1, 1, 1]])
     embedded = embed(hidden, mask, "mean")
@@ -172,7 +158,7 @@ def test_an_embedding_has_length_one_and_ignores_padding() -> None:
     assert not torch.allclose(embed(hidden, torch.ones(2, 5), "mean"), embedded)
 
 
-def test_choices_are_classes_whatever_the_number_of_labels() -> None:
+def test_choices_are_classes() -> None:
     generator = torch.Generator().manual_seed(7)
     weight = torch.randn(5, 4, generator=generator, dtype=torch.float64)
     masks = torch.ones(3, 5, dtype=torch.float64, requires_grad=True)
@@ -183,7 +169,7 @@ def test_choices_are_classes_whatever_the_number_of_labels() -> None:
 
 
 def test_an_example_is_all_of_its_choices(tiny_model: Tiny, tiny_batch: Tiny) -> None:
-    """The mask of an example acts on all choices: its gradient is a sum over them."""
+    """The mask of an example acts on all its choices, so its gradient is a sum over them."""
     model = tiny(tiny_model, transformers.BertForMultipleChoice)
     flat = tiny_batch(6)
     batch = {name: values.view(2, 3, -1) for name, values in flat.items()}
@@ -226,14 +212,14 @@ def test_losses_of_tokens_and_choices_are_those_of_transformers(
 
 
 def test_labels_of_a_causal_language_model_are_refused(tiny_model: Tiny, tiny_batch: Tiny) -> None:
-    """They are one place further on, which nothing in the outputs says."""
+    """They are shifted by one, and the outputs do not show it."""
     model = tiny(tiny_model, transformers.BertLMHeadModel, is_decoder=True)
     batch = tiny_batch()
     with pytest.raises(UserError, match="no output that an objective is defined for"):
         label_losses(model(**batch), {**batch, "labels": batch["input_ids"]}, model.config)
 
 
-def test_a_loss_may_be_a_number_an_example_or_their_mean() -> None:
+def test_a_loss_is_one_value_per_example_or_their_mean() -> None:
     masks = torch.ones(3, 5, requires_grad=True)
     batch = {"input_ids": torch.ones(3, 2), "labels": torch.tensor([1.0, 2, 3])}
 

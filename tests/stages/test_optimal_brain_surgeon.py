@@ -1,4 +1,7 @@
-"""Greedy OBS against the closed form for every subset, and on planted redundancies."""
+"""Greedy removal against the closed form for every subset, and on planted redundancies.
+
+Without these tests an error curve could differ from the error of the units that were removed.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ def cost_of_removing(block: tuple[Tensor, Tensor, Tensor], columns: list[int]) -
     """The least tr((W - W')·A·(W - W')ᵀ·G) over all W' that are zero in `columns`."""
     inputs, weight, gradients = block
     kept = [column for column in range(len(inputs)) if column not in columns]
-    # the best W' is the same for every G: project W onto the kept columns in the metric of A
+    # The best W' is the same for every G: W projected onto the kept columns in the metric of A.
     compensated = torch.zeros_like(weight)
     if kept:
         part = inputs[kept][:, kept]
@@ -44,7 +47,7 @@ def features_of(units: list[int], width: int) -> list[int]:
 
 
 @pytest.mark.parametrize(("units", "width"), [(8, 1), (4, 3)])
-def test_every_point_of_a_curve_is_the_exact_cost_of_what_was_removed(
+def test_every_point_of_a_curve_is_the_exact_cost_of_the_removed_units(
     units: int, width: int
 ) -> None:
     block = random_block(units * width)
@@ -89,8 +92,8 @@ def test_a_copied_neuron_goes_first_at_no_cost_and_its_twin_stays() -> None:
     assert not {17, 40} <= set(curve.order[:2].tolist())
 
 
-def test_cheap_neurons_that_are_dear_together_do_not_go_in_one_chunk() -> None:
-    """Pairs of copies: a chunk holds several neurons, but no pair, while singles can still go."""
+def test_a_group_holds_no_two_copies_of_a_neuron() -> None:
+    """Each copy is cheap to remove, both together are expensive."""
     generator = torch.Generator().manual_seed(0)
     half = torch.randn(500, 64, generator=generator, dtype=torch.float64)
     x = torch.cat([half, half], dim=1)  # feature i and feature 64 + i are the same
@@ -104,7 +107,7 @@ def test_cheap_neurons_that_are_dear_together_do_not_go_in_one_chunk() -> None:
 
 def test_a_dead_head_goes_first_at_no_cost() -> None:
     inputs, weight, gradients = random_block(12)
-    weight[:, 3:6] = 0.0  # head 1 of width 3 is not read
+    weight[:, 3:6] = 0.0  # head 1, of width 3
     inputs[3:6], inputs[:, 3:6] = 0.0, 0.0
     inputs[3:6, 3:6] = torch.eye(3, dtype=torch.float64)
     curve = removal_curve(inputs, weight, gradients, 3)
@@ -113,15 +116,15 @@ def test_a_dead_head_goes_first_at_no_cost() -> None:
     assert float(curve.errors[2]) > 1e-3
 
 
-def test_chunks_cost_little_against_removing_one_neuron_at_a_time(
+def test_groups_cost_little_more_than_one_neuron_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     block = random_block(160, outputs=24)
-    chunked = removal_curve(*block, 1)
+    grouped = removal_curve(*block, 1)
     monkeypatch.setattr("rfprune.stages.optimal_brain_surgeon.CHUNK", 0.0)
     single = removal_curve(*block, 1)
-    assert chunked.order.tolist() != single.order.tolist()  # chunks did go
-    assert (chunked.errors[8:-1] <= 1.2 * single.errors[8:-1]).all()
+    assert grouped.order.tolist() != single.order.tolist()  # groups were removed
+    assert (grouped.errors[8:-1] <= 1.2 * single.errors[8:-1]).all()
 
 
 @pytest.mark.parametrize("width", [1, 4])
@@ -136,11 +139,10 @@ def test_the_order_of_units_does_not_matter(width: int) -> None:
     torch.testing.assert_close(shuffled.errors, curve.errors)
 
 
-def test_a_mask_keeps_what_is_removed_last() -> None:
+def test_masks_keep_the_units_that_are_removed_last() -> None:
     curve = ErrorCurve(torch.tensor([2, 0, 3, 1]), torch.arange(5.0))
-    assert curve.mask(4).tolist() == [1, 1, 1, 1]
-    assert curve.mask(2).tolist() == [0, 1, 0, 1]
-    assert curve.mask(0).tolist() == [0, 0, 0, 0]
+    masks = [curve.mask(kept).tolist() for kept in (4, 2, 0)]
+    assert masks == [[1, 1, 1, 1], [0, 1, 0, 1], [0, 0, 0, 0]]
 
 
 def test_moments_that_are_not_positive_definite_are_a_numerical_failure() -> None:
