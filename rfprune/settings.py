@@ -61,6 +61,11 @@ FRACTION = Allowed(
     "such as 0.5",
     lambda number: 0 < number < 1,
 )
+HELD_OUT = Allowed(
+    "a number between 0 and 1 (both excluded): it is the fraction of the rows that become "
+    "validation data, such as 0.2",
+    lambda number: 0 < number < 1,
+)
 POINTS = Allowed(
     "a number from 0 up to 100: it is how many points of the task's score may be lost, such as 1",
     lambda number: 0 <= number < 100,
@@ -220,9 +225,17 @@ class DataSettings:
     data_dir: Path | None = choice(
         "local data, as DIR/TASK/{{train,validation}}.{{parquet,csv,tsv,jsonl}}; your own data "
         "also without TASK/, as .txt for language-modeling, and images as "
-        "DIR/{{train,validation}}/CLASS/*.png (default: data from the hub)",
+        "DIR/{{train,validation}}/CLASS/*.png; with --validation-fraction also one file (default: "
+        "data from the hub)",
         default=None,
         metavar="DIR",
+    )
+    validation_fraction: float | None = choice(
+        "with --task {own_data}: hold out this fraction of the training rows, drawn with --seed, "
+        "as validation data; for a --data-dir that is one file or has no validation split",
+        default=None,
+        metavar="FRACTION",
+        allowed=HELD_OUT,
     )
     text_columns: tuple[str, ...] | None = choice(
         "with --task {own_data}: the column of the text, or the two columns of a pair (default: "

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ from rfprune.tasks.registry import (
     LANGUAGE_MODELING,
     OWN_DATA,
     SIMILARITY,
+    HeldOut,
     Task,
     get_task,
 )
@@ -80,15 +81,17 @@ def resolve_task(
     data_dir: Path | None = None,
     text_columns: Sequence[str] | None = None,
     label_column: str | None = None,
+    held_out: HeldOut | None = None,
 ) -> Task:
     """The task of that name; a task on your own data is made from the checkpoint and the data.
 
     Args:
         name: a task of `rfprune.tasks.registry`.
         model: folder, hub id, alias or "demo".
-        data_dir: folder with the data; None: the hub's.
+        data_dir: folder or file with the data; None: the hub's.
         text_columns: columns with the text or texts; None: the usual names.
         label_column: column with the labels; None: the usual names.
+        held_out: makes the validation split from rows of the training split.
 
     Raises:
         UserError: the task is unknown, or the checkpoint or the data does not fit it.
@@ -104,6 +107,7 @@ def resolve_task(
             labels, kind = labels_of(config, source), kind_of(config, source)
             task = custom_task(labels, config.get("problem_type"), source, kind)
         check_config(config, source, task)
+    task = replace(task, held_out=held_out)
     return with_columns(task, data_dir, text_columns, label_column)
 
 

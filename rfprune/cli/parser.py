@@ -64,7 +64,7 @@ def parse(argv: Sequence[str]) -> Options:
     given.setdefault("batch_size", default_batch_size(task))
     options = Options(**{one.name: _subject(one, given) for one in fields(Options)})
     data = options.data
-    check_data(task, data.data_dir, data.text_columns, data.label_column)
+    check_data(task, data.data_dir, data.text_columns, data.label_column, data.validation_fraction)
     check_hub(options.hub)
     check_exports(options.output.export)
     for ratio in options.target.ratios:

@@ -42,7 +42,7 @@ from rfprune.settings import Options
 from rfprune.tasks.calibration import calibration_batches
 from rfprune.tasks.evaluation import Evaluation, prepare_evaluation
 from rfprune.tasks.own_data import warn_about_truncation
-from rfprune.tasks.registry import CUSTOM
+from rfprune.tasks.registry import CUSTOM, HeldOut
 
 
 def run(options: Options, arguments: Sequence[str]) -> None:
@@ -82,12 +82,15 @@ def run(options: Options, arguments: Sequence[str]) -> None:
 def _prepare(options: Options, device: torch.device, consoles: Consoles) -> Prepared:
     """Load the checkpoint and the data, so that a bad input ends the run here."""
     target, data = options.target, options.data
+    fraction = data.validation_fraction
+    held_out = None if fraction is None else HeldOut(fraction, options.settings.seed)
     task = resolve_task(
         target.task,
         target.model,
         data_dir=data.data_dir,
         text_columns=data.text_columns,
         label_column=data.label_column,
+        held_out=held_out,
     )
     check_kind(task, exports=options.output.export, max_drop=target.max_drop)
     consoles.log.print(f"Loading {target.model} and the data of {task.name}")

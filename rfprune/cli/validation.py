@@ -32,14 +32,22 @@ def check_data(
     data_dir: Path | None,
     text_columns: Sequence[str] | None,
     label_column: str | None,
+    validation_fraction: float | None = None,
 ) -> None:
     """Raise a UserError unless the flags of the data fit the task."""
+    if validation_fraction is not None and (task not in OWN_DATA or data_dir is None):
+        problem = "has no data to split" if task in OWN_DATA else f"does nothing for {task}"
+        raise UserError(
+            f"--validation-fraction {validation_fraction:g} {problem} without your own data: leave "
+            f"it out, or give --data-dir FILE with --task {', '.join(OWN_DATA)}"
+        )
     if task == CUSTOM:
         check_columns(text_columns, label_column)
         if data_dir is None:
             raise UserError(
                 "--task custom needs your own data: give --data-dir DIR, where DIR holds train.csv "
-                "and validation.csv (or .tsv, .jsonl, .parquet)"
+                "and validation.csv (or .tsv, .jsonl, .parquet), or --data-dir FILE with "
+                "--validation-fraction 0.2"
             )
         return
     if task in OWN_DATA:

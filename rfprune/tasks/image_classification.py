@@ -22,11 +22,17 @@ _LABELS = ("label", "labels", "fine_label")
 
 
 def load_images(task: Task, split: str, data_dir: Path, *, labels_required: bool) -> Any:
-    """A split as a `datasets.Dataset`: `image`, and `label` (ids) where labels are required.
+    """Load one split of images, unopened.
 
-    From DATA_DIR/SPLIT/CLASS/IMAGE, where the folders are named as the model's classes or by their
-    ids, or from a `save_to_disk` folder at DATA_DIR/SPLIT or DATA_DIR; all of it also below
-    DATA_DIR/TASK. UserError where there is neither, or a class that the model does not know.
+    From DATA_DIR/SPLIT/CLASS/IMAGE, with folders named like the model's classes or their ids, or
+    from a `save_to_disk` folder at DATA_DIR/SPLIT; both also below DATA_DIR/TASK. With
+    `task.held_out` all images of the training split are loaded.
+
+    Returns:
+        A `datasets.Dataset` with the columns `image` and, if required, the label ids.
+
+    Raises:
+        UserError: there are no such folders, or one is named like no class of the model.
     """
     from datasets import Dataset
 
@@ -36,12 +42,18 @@ def load_images(task: Task, split: str, data_dir: Path, *, labels_required: bool
             f"The data folder '{data_dir}' {problem}: give one that holds train/CLASS/*.png and "
             f"validation/CLASS/*.png."
         )
-    found = [folder / split for folder in (data_dir / task.name, data_dir)]
-    found = [folder for folder in found if folder.is_dir()]
+    if task.held_out is not None:
+        split = task.train_split
+        if existing := _split_folders(task, "validation", data_dir):
+            raise UserError(
+                f"'{existing[0]}' is a validation split already, and --validation-fraction makes "
+                f"one: leave the flag out, or remove the folder."
+            )
+    found = _split_folders(task, split, data_dir)
     if not found:
         names = sorted(path.name for path in data_dir.iterdir())[:SHOWN_NAMES] or ["nothing"]
         raise UserError(
-            f"'{data_dir}' has no {split} images: wanted {split}/CLASS/*.png with a folder a "
+            f"'{data_dir}' has no {split} images: needed is {split}/CLASS/*.png with a folder per "
             f"class, or a save_to_disk folder {split}, but it holds {', '.join(names)}."
         )
     if (found[0] / "state.json").is_file():
@@ -51,6 +63,11 @@ def load_images(task: Task, split: str, data_dir: Path, *, labels_required: bool
     if labels_required:
         columns[task.label_column] = class_ids(task, names, f"'{found[0]}'")
     return Dataset.from_dict(columns)
+
+
+def _split_folders(task: Task, split: str, data_dir: Path) -> list[Path]:
+    folders = [folder / split for folder in (data_dir / task.name, data_dir)]
+    return [folder for folder in folders if folder.is_dir()]
 
 
 def _in_folders(folder: Path) -> tuple[list[Path], list[str]]:

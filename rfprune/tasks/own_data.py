@@ -142,7 +142,7 @@ def with_columns(
         return task  # the hub's, whose columns are known
     if data_dir is None:
         raise UserError(
-            f"Task {CUSTOM} needs data of yours: give --data-dir DIR, where DIR holds train.csv "
+            f"Task {CUSTOM} needs your own data: give --data-dir DIR, where DIR holds train.csv "
             f"and validation.csv (or .tsv, .jsonl, .parquet)."
         )
     if task.kind == "image-classification":
@@ -245,11 +245,7 @@ def warn_about_truncation(batches: Sequence[Mapping[str, Tensor]], max_length: i
 
 def _columns(task: Task, split: str, data_dir: Path) -> Table:
     """A split's column names alone."""
-    try:
-        path = find_split(task, split, data_dir)
-    except OSError as error:
-        raise UserError(f"'{data_dir}' cannot be read: {error.strerror or error}.") from error
-    return read_table(path, ())
+    return read_table(find_split(task, split, data_dir), ())
 
 
 def _usual_texts(task: Task, table: Table) -> tuple[str, ...]:

@@ -1,8 +1,9 @@
-"""The tasks as data: columns, label order, metric and lengths, one row a task.
+"""The tasks as data, one row per task: columns, label order, metric and lengths.
 
-Lengths are those of Kwon et al. 2022; columns and label ids are those of the hub's datasets.
+Lengths follow Kwon et al. 2022; columns and label ids are those of the hub's datasets.
 """
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -49,12 +50,46 @@ GLUE = "nyu-mll/glue"
 
 
 @dataclass(frozen=True)
-class Task:
-    """What one task reads and what it is scored by.
+class HeldOut:
+    """Rows of the training split that become the validation split.
 
-    `label_names` is in the order of the label ids and empty where there are no classes;
-    `label_range` bounds a regression's labels; `max_length` and `stride` are in tokens. Where less
-    is better (not `higher_is_better`), the score is no number of points, as for a perplexity.
+    Attributes:
+        fraction: of all rows, between 0 and 1.
+        seed: of the draw; the same rows are drawn for every split and every run.
+    """
+
+    fraction: float
+    seed: int = 0
+
+    def rows(self, split: str, num_rows: int) -> list[int]:
+        """The numbers of the rows of "train" or "validation", ascending; at least one each."""
+        order = list(range(num_rows))
+        random.Random(self.seed).shuffle(order)
+        size = min(max(1, round(self.fraction * num_rows)), num_rows - 1)
+        drawn = order[:size] if split == "validation" else order[size:]
+        return sorted(drawn)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task: its data and its main score.
+
+    Attributes:
+        name: as given with --task.
+        kind: decides the head, the encoding, the scores and the divergence.
+        hub_path: the dataset on the hub, empty if there is none.
+        hub_config: its configuration.
+        text_columns: columns of the model's input.
+        label_column: empty for language modelling.
+        label_names: by label id; empty without classes.
+        metric_name: of the main score.
+        max_length: tokens per example, by default.
+        stride: tokens by which windows of a long context overlap.
+        train_split: the split for calibration.
+        validation_splits: the splits that are scored.
+        label_range: least and largest label of a regression.
+        higher_is_better: False for a perplexity, which is no number of points.
+        held_out: makes the validation split from the training split; None: it has its own file.
     """
 
     name: str
@@ -71,6 +106,7 @@ class Task:
     validation_splits: tuple[str, ...] = ("validation",)
     label_range: tuple[float, float] | None = None
     higher_is_better: bool = True
+    held_out: HeldOut | None = None
 
     @property
     def num_labels(self) -> int:

@@ -42,6 +42,7 @@ OTHER_VALUES: dict[str, tuple[str, Any]] = {
     "metric": ("params", "params"),
     "latency_table": ("table.json --metric latency", Path("table.json")),
     "data_dir": ("mine", Path("mine")),
+    "validation_fraction": ("0.25", 0.25),
     "text_columns": ("a b", ("a", "b")),
     "label_column": ("c", "c"),
     "samples": ("7", 7),
@@ -96,7 +97,8 @@ def test_every_flag_sets_its_field(name: str) -> None:
     subject = next(subject for subject, field, _ in all_fields() if field == name)
     values, expected = OTHER_VALUES[name]
     flag = flag_of(type(getattr(parse(NEEDED), subject)), name)
-    needed = CUSTOM if name in ("text_columns", "label_column") else NEEDED
+    own_data = ("text_columns", "label_column", "validation_fraction")
+    needed = CUSTOM if name in own_data else NEEDED
     if name == "max_drop":
         needed = NEEDED[:4]
     before = parse(needed) if name != "max_drop" else parse(NEEDED)

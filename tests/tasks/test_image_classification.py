@@ -109,7 +109,7 @@ def test_what_is_wrong_is_said(folder: Path) -> None:
             encode(CATS, Halves(), load_split(CATS, split, data_dir))
         return str(caught.value)
 
-    assert "no test images: wanted test/CLASS/*.png" in told("test")
+    assert "no test images: needed is test/CLASS/*.png" in told("test")
     assert "does not exist" in told(data_dir=folder / "missing")
     broken = folder / "validation" / "cat" / "c.PNG"
     broken.write_bytes(b"not an image")

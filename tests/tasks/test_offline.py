@@ -25,12 +25,12 @@ def test_without_the_hub_one_sentence_says_what_was_wanted_and_the_ways_out() ->
 
 def test_what_the_hub_raises_is_shown_short(monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_arguments: Any, **_options: Any) -> None:
-        raise ConnectionError("no route\nto host")
+        raise ConnectionError("no route\nto host.")
 
     monkeypatch.setattr(datasets, "load_dataset", failing)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(offline, "is_reachable", lambda: True)
-    with pytest.raises(UserError, match=r"\(no route\)"):
+    with pytest.raises(UserError, match=r"\(no route to host\)"):
         load_split(MRPC, "train", None)
 
 

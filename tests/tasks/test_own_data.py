@@ -142,8 +142,14 @@ def test_training_texts_need_no_labels_and_nothing_else_is_read(made: Callable[.
         (rows(0), rows(0), ["sentence", "sentence"], None, ["'sentence' is named twice"]),
         (rows(0), rows(0), ["a", "b", "c"], None, ["one text or two"]),
         (rows(0), rows(0), [""], None, ["name is empty"]),
-        (rows(0), None, None, None, ["no validation split", "train.jsonl", "not trained on"]),
-        (None, rows(0), None, None, ["no train split", "validation.jsonl", "need no labels"]),
+        (
+            rows(0),
+            None,
+            None,
+            None,
+            ["no validation split", "train.jsonl", "--validation-fraction"],
+        ),
+        (None, rows(0), None, None, ["no train split", "validation.jsonl", "without labels"]),
     ],
 )
 def test_columns_and_files_that_are_not_there(
