@@ -534,7 +534,7 @@ class Options:
             )
         if self.hub.push_to_hub is not None and len(self.target.ratios) > 1:
             raise UserError(
-                "--push-to-hub uploads one model, but several constraints make several: push each "
+                "--push-to-hub takes one model, but several constraints make several: push each "
                 "afterwards with scripts/push_to_hub.py"
             )
 

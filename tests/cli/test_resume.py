@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KILLER = """
 import contextlib, importlib, json, os, signal, sys
 import rfprune.cli.run
+from rfprune.cli import outputs
 from rfprune.main import main
 
 def kill_at(place, call):
@@ -58,7 +59,7 @@ for case in json.load(sys.stdin):
         os.chdir(case["folder"])
         os.environ["RFPRUNE_CACHE"] = "cache"
         sys.modules["rfprune.latency.speedup"].MAX_ROUNDS = 1
-        rfprune.cli.run.write_run_page = rfprune.cli.run.write_family_page = lambda *_: None
+        outputs.write_run_page = outputs.write_family_page = lambda *_: None
         if case["place"]:
             kill_at(case["place"], case["call"])
         code = main(case["flags"])
@@ -78,23 +79,23 @@ for case in json.load(sys.stdin):
 CASES: dict[str, tuple[str, str, int, bool, bool, int]] = {
     name: (method, f"rfprune.{place}", call, scored, collected, finished)
     for name, method, place, call, scored, collected, finished in (
-        ("loading", "curvature", "run.load", 1, False, False, 0),
+        ("loading", "curvature", "cli.run.load", 1, False, False, 0),
         ("scoring", "curvature", "tasks.evaluation._scores", 1, True, False, 0),
         ("collection", "curvature", "stages.curvature._add_step", 2, True, False, 0),
         ("curves", "curvature", "methods.curvature.error_curves", 1, True, False, 0),
         ("allocation", "curvature", "methods.allocation.allocate", 1, True, True, 0),
-        ("compaction", "curvature", "pipeline.compact", 1, True, True, 0),
+        ("compaction", "curvature", "pruning.compact", 1, True, True, 0),
         ("reconstruction", "curvature", "stages.reconstruct._fit_block", 3, True, True, 0),
-        ("measurement", "curvature", "run.measure", 1, True, True, 0),
-        ("saving", "curvature", "run.save_pruned", 1, True, True, 0),
+        ("measurement", "curvature", "cli.run.measure", 1, True, True, 0),
+        ("saving", "curvature", "cli.outputs.save_pruned", 1, True, True, 0),
         ("masks", "curvature", "model.checkpoint.save_file", 1, True, True, 0),
-        ("report", "curvature", "run.write_report", 1, True, True, 0),
-        ("log", "curvature", "run.write_log", 1, True, True, 0),
+        ("report", "curvature", "cli.outputs.write_report", 1, True, True, 0),
+        ("log", "curvature", "cli.outputs.write_log", 1, True, True, 0),
         ("renaming", "curvature", "model.staging._put_in_place", 1, True, True, 0),
-        ("table", "curvature", "run.print_report", 1, True, True, 1),
+        ("table", "curvature", "cli.run.print_report", 1, True, True, 1),
         ("second", "curvature", "methods.allocation.allocate", 2, True, True, 1),
-        ("second report", "curvature", "run.write_report", 2, True, True, 1),
-        ("end", "curvature", "run.print_report", 2, True, True, 2),
+        ("second report", "curvature", "cli.outputs.write_report", 2, True, True, 1),
+        ("end", "curvature", "cli.run.print_report", 2, True, True, 2),
         ("cache before", "curvature", "cache.save", 2, True, False, 0),
         ("cache after", "curvature", "cache._make_room", 2, True, True, 0),
         ("kwon's collection", "kwon", "stages.fisher._batch_gradients", 2, True, False, 0),
@@ -174,8 +175,8 @@ def test_a_killed_run_goes_on(
     scorings: list[str] = []
     monkeypatch.setattr(evaluation, "_logits", spy(evaluation._logits, scorings))
     monkeypatch.setattr("rfprune.latency.speedup.MAX_ROUNDS", 1)
-    monkeypatch.setattr("rfprune.cli.run.write_run_page", lambda *_: None)
-    monkeypatch.setattr("rfprune.cli.run.write_family_page", lambda *_: None)
+    monkeypatch.setattr("rfprune.cli.outputs.write_run_page", lambda *_: None)
+    monkeypatch.setattr("rfprune.cli.outputs.write_family_page", lambda *_: None)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("RFPRUNE_CACHE", "cache")
     assert main(flags_of(method, tiny_folder(), tiny_data_dir)) == 0
@@ -183,7 +184,7 @@ def test_a_killed_run_goes_on(
     left = 2 - finished
     assert len(collections) == (0 if collected else 1)
     assert len(scorings) == left + (0 if scored else 1)
-    assert capsys.readouterr().err.count("is of this very run: kept") == finished
+    assert capsys.readouterr().err.count("already complete, skipping") == finished
 
     found = {path.name for path in Path("out").iterdir() if path.is_dir()}
     assert found == {"mac-0.7", "mac-0.4"}, "nothing hidden is left"
@@ -209,8 +210,8 @@ def flags(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RFPRUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("rfprune.latency.speedup.MAX_ROUNDS", 1)
-    monkeypatch.setattr("rfprune.cli.run.write_run_page", lambda *_: None)
-    monkeypatch.setattr("rfprune.cli.run.write_family_page", lambda *_: None)
+    monkeypatch.setattr("rfprune.cli.outputs.write_run_page", lambda *_: None)
+    monkeypatch.setattr("rfprune.cli.outputs.write_family_page", lambda *_: None)
     shutil.copytree(tiny_folder(), "model")
     shutil.copytree(tiny_data_dir / "mrpc", "data/mrpc")
     return flags_of("curvature", Path("model"), Path("data"))
@@ -232,7 +233,7 @@ def test_the_same_command_again_shows_what_is_there(
     assert main(flags) == 0
     again = capsys.readouterr()
     assert again.out == first.out
-    assert again.err.count("is of this very run: kept") == 2
+    assert again.err.count("already complete, skipping") == 2
     assert written_at() == times
 
 

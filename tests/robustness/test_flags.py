@@ -168,7 +168,7 @@ OUTPUT = (
     _output("a name of 300 letters", "not writable (File name too long)", lambda _: "a" * 300),
     _output("a path of 5,000 letters", "not writable (File name too long)", lambda _: "a/" * 2500),
     _output("a NUL in the name", "control characters", lambda _: "a\0b"),
-    _output("bytes that are no text in the name", "no text", lambda _: "caf\udce9"),
+    _output("bytes that are no text in the name", "not text", lambda _: "caf\udce9"),
     _output("the current folder (empty), as `.`", "give the name of a new folder", lambda _: "."),
     _output("`..`", "give the name of a new folder", lambda _: ".."),
     _output("`out/..`, where there is no out", "give the name of a new folder", lambda _: "out/.."),

@@ -117,7 +117,7 @@ TASKS = (
           head="ForSequenceClassification"),
     _text("language modelling with `--label-column`", "belongs to --task custom", {},
           label_column="label"),
-    _text("language modelling with `--max-drop`", "perplexity of language-modeling is none", {},
+    _text("language modelling with `--max-drop`", "perplexity of language-modeling is not", {},
           constraint=None, max_drop=1),
     _text("language modelling with `--use-labels`", "has no labels that the model", {},
           use_labels=True),
