@@ -1,8 +1,11 @@
 """Structured pruning of Hugging Face Transformers without retraining.
 
-    result = prune(model, batches, Constraint("mac", 0.5))
+    from rfprune import Constraint, prune
 
-Names are imported when first used, so `import rfprune` and `rfprune --help` answer at once.
+    result = prune(model, batches, Constraint("mac", 0.5))
+    result.save("smaller", tokenizer)
+
+Names are imported on first use, so `import rfprune` and `rfprune --help` take no time.
 """
 
 from __future__ import annotations
@@ -14,15 +17,28 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rfprune.cost.constraint import Constraint
     from rfprune.errors import RfpruneWarning, UserError
+    from rfprune.latency.promise import LatencyPromise
     from rfprune.latency.table import LatencyTable
+    from rfprune.model.batch import Batch
     from rfprune.model.checkpoint import load_pruned, save_pruned
+    from rfprune.model.layout import Block, Layout
+    from rfprune.model.masks import Masks
     from rfprune.pruning import prune, prune_family
     from rfprune.result import PruneResult
     from rfprune.settings import Settings
+    from rfprune.stages.objective import Loss
+    from rfprune.stages.optimal_brain_surgeon import ErrorCurve
 
 __all__ = [
+    "Batch",
+    "Block",
     "Constraint",
+    "ErrorCurve",
+    "LatencyPromise",
     "LatencyTable",
+    "Layout",
+    "Loss",
+    "Masks",
     "PruneResult",
     "RfpruneWarning",
     "Settings",
@@ -35,8 +51,15 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Batch": "rfprune.model.batch",
+    "Block": "rfprune.model.layout",
     "Constraint": "rfprune.cost.constraint",
+    "ErrorCurve": "rfprune.stages.optimal_brain_surgeon",
+    "LatencyPromise": "rfprune.latency.promise",
     "LatencyTable": "rfprune.latency.table",
+    "Layout": "rfprune.model.layout",
+    "Loss": "rfprune.stages.objective",
+    "Masks": "rfprune.model.masks",
     "PruneResult": "rfprune.result",
     "RfpruneWarning": "rfprune.errors",
     "Settings": "rfprune.settings",
