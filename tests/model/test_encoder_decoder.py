@@ -1,6 +1,6 @@
-"""What the decoder of an encoder-decoder reads: its own tokens, and the encoder's output.
+"""The decoder of an encoder-decoder runs on its own tokens and on a given encoder output.
 
-Deleting this lets a decoder be fitted at padding, or to an encoder that is not its own.
+Without these tests a decoder could be fitted at padding, or on another encoder's output.
 """
 
 from __future__ import annotations
@@ -34,51 +34,28 @@ def model(request: pytest.FixtureRequest, tiny_model: Tiny) -> Any:
     return tiny_model(request.param, "seq2seq-lm")
 
 
-def test_labels_are_read_one_token_later_as_in_the_models_own_loss(
-    model: Any, tiny_batch: Tiny
+@pytest.mark.parametrize("model_type", DECODING_TYPES)
+def test_labels_are_shifted_as_in_the_models_own_loss(
+    model_type: str, tiny_model: Tiny, tiny_batch: Tiny
 ) -> None:
-    labels = torch.tensor([[7, 8, 3], [9, 3, -100]])
-    batch = {**tiny_batch(2, 5, model_type="bart"), "labels": labels}
+    """mBART starts with the last token, which names the language; others with a start token."""
+    model = tiny_model(model_type, "seq2seq-lm")
+    batch = {n: v for n, v in tiny_batch(2, 5).items() if n != "decoder_input_ids"}
+    batch["labels"] = torch.tensor([[7, 8, 4], [9, 4, -100]])
     prepared = add_decoder_inputs(model, batch)
-    start = model.config.decoder_start_token_id
-    assert prepared["decoder_input_ids"].tolist() == [[start, 7, 8], [start, 9, 3]]
-    assert decoder_token_mask(prepared).tolist() == [[True] * 3] * 2
+    start = 4 if model_type == "mbart" else model.config.decoder_start_token_id
+    assert prepared["decoder_input_ids"].tolist() == [[start, 7, 8], [start, 9, 4]]
     with torch.no_grad():
         assert torch.equal(model(**model_inputs(prepared)).logits, model(**batch).logits)
     assert add_decoder_inputs(model, prepared) is prepared
-    layout = layout_of(model)
+    layout, tokens = layout_of(model), decoder_token_mask(prepared)
+    assert tokens.tolist() == [[True] * 3] * 2
     assert torch.equal(block_token_mask(layout, layout.blocks[0], prepared), token_mask(batch))
-    assert torch.equal(
-        block_token_mask(layout, layout.blocks[-1], prepared), decoder_token_mask(prepared)
-    )
+    assert torch.equal(block_token_mask(layout, layout.blocks[-1], prepared), tokens)
 
 
 @pytest.mark.parametrize("model_type", DECODING_TYPES)
-def test_what_comes_first_is_what_the_family_begins_with(
-    model_type: str, tiny_model: Tiny, tiny_batch: Tiny
-) -> None:
-    """mBART begins with the last token, which names the language."""
-    model = tiny_model(model_type, "seq2seq-lm")
-    labels = torch.tensor([[7, 8, 4], [9, 4, -100]])
-    inputs = {n: v for n, v in tiny_batch(2, 5).items() if n != "decoder_input_ids"}
-    prepared = add_decoder_inputs(model, inputs | {"labels": labels})
-    begins = 4 if model_type == "mbart" else model.config.decoder_start_token_id
-    assert prepared["decoder_input_ids"].tolist() == [[begins, 7, 8], [begins, 9, 4]]
-    with torch.no_grad():
-        own = model(**inputs, labels=labels)
-        assert torch.equal(model(**model_inputs(prepared)).logits, own.logits)
-
-
-def test_where_decoding_starts_may_be_unknown(tiny_model: Tiny, tiny_batch: Tiny) -> None:
-    model = tiny_model("t5", "seq2seq-lm")
-    model.config.decoder_start_token_id = None
-    batch = {**tiny_batch(2, 5, model_type="t5"), "labels": torch.tensor([[7, 3], [8, 3]])}
-    with pytest.raises(UserError, match="needs decoder_input_ids"):
-        add_decoder_inputs(model, batch)
-
-
-@pytest.mark.parametrize("model_type", DECODING_TYPES)
-def test_a_classifier_reads_its_inputs_again(
+def test_a_classifier_shifts_its_inputs(
     model_type: str, tiny_model: Tiny, tiny_batch: Tiny
 ) -> None:
     classifier, batch = tiny_model(model_type), tiny_batch(model_type=model_type)
@@ -88,10 +65,10 @@ def test_a_classifier_reads_its_inputs_again(
         assert torch.equal(found, classifier(**batch).logits)
 
 
-def test_what_is_given_stays_and_its_padding_counts_for_nothing(
+def test_given_decoder_inputs_stay_and_their_padding_is_masked(
     model: Any, tiny_batch: Tiny
 ) -> None:
-    ids = torch.tensor([[0, 7, 8], [0, 9, 0]])  # decoding may start with padding
+    ids = torch.tensor([[0, 7, 8], [0, 9, 0]])  # T5 starts with the padding token
     batch = {**tiny_batch(2, 5, model_type="bart"), "decoder_input_ids": ids}
     prepared = add_decoder_inputs(model, batch)
     assert prepared["decoder_input_ids"] is ids
@@ -100,15 +77,22 @@ def test_what_is_given_stays_and_its_padding_counts_for_nothing(
     assert decoder_token_mask(add_decoder_inputs(model, given)).sum() == 3
 
 
-def test_a_language_model_without_anything_to_write_is_refused(
-    model: Any, tiny_batch: Tiny
-) -> None:
-    with pytest.raises(UserError, match="has a decoder, which needs decoder_input_ids"):
-        add_decoder_inputs(model, tiny_batch(model_type="bart"))
+def test_a_generator_without_decoder_inputs_is_refused(model: Any, tiny_batch: Tiny) -> None:
+    batch = tiny_batch(2, 5, model_type="bart")
+    with pytest.raises(UserError, match="has a decoder, which needs decoder_input_ids .* labels"):
+        add_decoder_inputs(model, batch)
+
+
+def test_an_unknown_start_token_is_refused(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    model = tiny_model("t5", "seq2seq-lm")
+    model.config.decoder_start_token_id = None
+    batch = {**tiny_batch(2, 5, model_type="t5"), "labels": torch.tensor([[7, 3], [8, 3]])}
+    with pytest.raises(UserError, match="needs decoder_input_ids"):
+        add_decoder_inputs(model, batch)
 
 
 def first(output: Any) -> Tensor:
-    """The hidden states of what a layer returns."""
+    """The hidden states of a layer's output."""
     states: Tensor = output[0] if isinstance(output, tuple) else output
     return states
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import pytest
 import torch
 import transformers
@@ -37,23 +36,23 @@ LOADS = ("with its own code", "with load_pruned")
 def pruned_folder(
     tmp_path_factory: pytest.TempPathFactory, tiny_model: Tiny, tiny_tokenizer: Tiny
 ) -> Folder:
-    """`pruned_folder(model_type="bert", head=...)`: a pruned model whose second attention is empty.
+    """`pruned_folder(model_type)`: a pruned classifier whose second attention is empty.
 
     The first attention has lost one of four heads, the first FFN five of twelve neurons.
     """
-    made: dict[tuple[str, str], Path] = {}
+    made: dict[str, Path] = {}
 
-    def folder(model_type: str = "bert", head: str = "sequence-classification") -> Path:
-        if (model_type, head) not in made:
-            model = tiny_model(model_type, head)
+    def folder(model_type: str = "bert") -> Path:
+        if model_type not in made:
+            model = tiny_model(model_type)
             layout = layout_of(model)
             masks = full_masks(layout)
             masks[0][1], masks[1][:5], masks[2][:] = 0, 0, 0
-            path = tmp_path_factory.mktemp(f"pruned-{model_type}-{head}")
+            path = tmp_path_factory.mktemp(f"pruned-{model_type}")
             tokenizer = tiny_tokenizer(model_type)
             save_pruned(compact(model, layout, masks), layout, masks, path, tokenizer)
-            made[model_type, head] = path
-        return made[model_type, head]
+            made[model_type] = path
+        return made[model_type]
 
     return folder
 
@@ -136,29 +135,6 @@ sys.stdout.write("\\n" + json.dumps(classify("a warm film .")[0]))
     expected = logits_of(load_pruned(folder), inputs).softmax(-1)[0]
     assert found["score"] == pytest.approx(float(expected.max()), abs=1e-5)
     assert found["label"] == f"LABEL_{int(expected.argmax())}"
-
-
-@pytest.mark.parametrize("how", LOADS)
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_question_answering_gives_a_span(
-    model_type: str, how: str, pruned_folder: Folder, tiny_model: Tiny, tiny_tokenizer: Tiny
-) -> None:
-    """By hand, and through the pipeline where transformers still has one (before release 5)."""
-    folder = pruned_folder(model_type, "question-answering")
-    model, tokenizer = load(folder, how), tiny_tokenizer(model_type)
-    question, context = "what film ?", "the plot was weak . the cast was good ."
-    inputs = tokenizer(question, context, return_tensors="pt")
-    with torch.no_grad():
-        outputs = model(**inputs)
-        dense = tiny_model(model_type, "question-answering")(**inputs)
-    assert outputs.start_logits.shape == inputs["input_ids"].shape == outputs.end_logits.shape
-    assert (outputs.start_logits - dense.start_logits).abs().max() > 1e-3
-    again = load_pruned(folder)(**inputs)
-    assert torch.equal(again.start_logits, outputs.start_logits)
-    if "question-answering" in transformers.pipelines.PIPELINE_REGISTRY.get_supported_tasks():
-        answer = transformers.pipeline("question-answering", model=model, tokenizer=tokenizer)
-        found = answer(question=question, context=context)
-        assert context[found["start"] : found["end"]] == found["answer"]
 
 
 def make_trainer(model: Any, batch: dict[str, Tensor], folder: Path, steps: int) -> Any:
@@ -297,19 +273,6 @@ def test_a_device_map_places_the_weights(
         where = {name: "disk" if name == base else "cpu" for name in children}
     model = load(folder, how, device_map=where, offload_folder=str(tmp_path))
     assert any(p.device.type == "meta" for p in model.parameters()) == (place == "disk")
-    assert torch.equal(logits_of(model, batch), expected)
-
-
-def test_accelerate_dispatches_a_loaded_model(
-    pruned_folder: Folder, tiny_batch: Tiny, tmp_path: Path
-) -> None:
-    folder, batch = pruned_folder(), tiny_batch()
-    expected = logits_of(load(folder), batch)
-    places = {"bert": "disk", "dropout": "cpu", "classifier": "cpu"}
-    model = accelerate.dispatch_model(
-        load(folder), places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True
-    )
-    assert {p.device.type for p in model.bert.parameters()} == {"meta"}
     assert torch.equal(logits_of(model, batch), expected)
 
 
