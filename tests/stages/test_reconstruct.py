@@ -1,7 +1,7 @@
-"""Teacher and student side by side: what is fitted, to what, and what a failure leaves behind.
+"""Reconstruction: the targets of each block, on which tokens, and what remains after a failure.
 
-Deleting this lets a block be fitted to the wrong layer, to padding, or to a residual of the wrong
-model; or one failure stop all later blocks.
+Without these tests a block could be fitted to the wrong layer, to padding or to the residual of the
+wrong model, or one failure could stop all later blocks.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ FAMILIES = [
 
 
 class Spy:
-    """A fit that changes nothing and remembers what it was given."""
+    """A solve that changes nothing and keeps the moments of every block."""
 
     def __init__(self) -> None:
         self.moments: dict[str, Moments] = {}
-        self.errors: dict[str, float] = {}  # mean square over tokens with the weights as they are
+        self.errors: dict[str, float] = {}  # mean square over tokens, with the present weights
 
     def __call__(
         self, block: Block, seen: Moments, held_out: Moments, weight: Tensor, bias: Tensor | None
@@ -87,7 +87,7 @@ def noted(model: Any, batch: Batch) -> Batch:
 
 @pytest.mark.parametrize("padding", ["right", "left"])
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_an_equal_student_has_no_error(
+def test_a_student_equal_to_its_teacher_has_no_error(
     model_type: str, padding: str, tiny_model: Tiny, tiny_batch: Tiny
 ) -> None:
     teacher, spy = tiny_model(model_type), Spy()
@@ -131,25 +131,29 @@ def test_damaged_out_projections_are_repaired(
             torch.testing.assert_close(found, true, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_later_blocks_repair_what_was_lost_before(
-    model_type: str, tiny_model: Tiny, tiny_batch: Tiny
+@pytest.mark.parametrize(
+    ("model_type", "dtype"),
+    [*((model_type, torch.float32) for model_type in FAMILIES), ("bert", torch.bfloat16)],
+)
+def test_later_blocks_correct_errors_of_earlier_ones(
+    model_type: str, dtype: torch.dtype, tiny_model: Tiny, tiny_batch: Tiny
 ) -> None:
-    teacher = tiny_model(model_type)
+    teacher = tiny_model(model_type).to(dtype)
     batches = batches_of(tiny_batch, teacher)
     layout = layout_of(teacher)
     masks = full_masks(layout)
     masks[0][:2], masks[1][:6], masks[2][1:], masks[3][:3] = 0, 0, 0, 0
     plain, fitted = compact(teacher, layout, masks), compact(teacher, layout, masks)
     assert run(teacher, fitted, layout, batches, refit) == []
-    expected = hidden_of(teacher, batches[0])
+    assert {parameter.dtype for parameter in fitted.parameters()} == {dtype}
+    expected = hidden_of(teacher, batches[0]).float()
     before = (hidden_of(plain, batches[0]) - expected).square().mean()
     after = (hidden_of(fitted, batches[0]) - expected).square().mean()
     assert after < 0.8 * before
 
 
-def test_the_target_makes_up_for_the_residual(tiny_model: Tiny, tiny_batch: Tiny) -> None:
-    """Output plus the student's residual should be the teacher's total: checked by full passes."""
+def test_the_target_corrects_the_residual(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    """Target plus student residual is the teacher's residual sum, by full forward passes."""
     teacher, batch, spy = tiny_model(), tiny_batch(), Spy()
     layout = layout_of(teacher)
     masks = full_masks(layout)
@@ -187,7 +191,9 @@ def test_the_target_makes_up_for_the_residual(tiny_model: Tiny, tiny_batch: Tiny
     assert spy.errors["layer.0.neurons"] > 1e-2
 
 
-def test_a_failure_is_reported_and_later_blocks_go_on(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+def test_a_failed_block_is_reported_and_later_blocks_are_fitted(
+    tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
     teacher = tiny_model()
     layout = layout_of(teacher)
     student = compact(teacher, layout, full_masks(layout))
@@ -197,14 +203,14 @@ def test_a_failure_is_reported_and_later_blocks_go_on(tiny_model: Tiny, tiny_bat
         block: Block, moments: Moments, _: Moments, weight: Tensor, bias: Tensor | None
     ) -> Pair:
         if block.name == "layer.0.heads":
-            raise NumericalFailure("of old age")
+            raise NumericalFailure("for a test")
         if block.name == "layer.1.heads":
             return weight * torch.nan, bias
         return 2 * weight, None if bias is None else bias + 1
 
     failures = run(teacher, student, layout, [tiny_batch()], fit)
     assert failures == [
-        "layer.0.heads was left unchanged: of old age",
+        "layer.0.heads was left unchanged: for a test",
         "layer.1.heads was left unchanged: the fitted weights are not finite",
     ]
     changed = {
@@ -218,7 +224,7 @@ def test_a_failure_is_reported_and_later_blocks_go_on(tiny_model: Tiny, tiny_bat
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_an_emptied_block_still_gets_its_bias(
+def test_a_block_without_units_gets_the_mean_as_its_bias(
     model_type: str, tiny_model: Tiny, tiny_batch: Tiny
 ) -> None:
     teacher, spy = tiny_model(model_type), Spy()
@@ -232,7 +238,7 @@ def test_an_emptied_block_still_gets_its_bias(
     moments = spy.moments["layer.0.heads"]
     mean = (moments.target_sum / moments.count).float()
     bias = student.get_submodule(layout.blocks[0].consumer).bias
-    if bias is None:  # nothing there can make up for anything
+    if bias is None:
         return
     scale = layer_scale(student, layout.blocks[0])
     torch.testing.assert_close(bias if scale is None else scale * bias, mean, rtol=1e-4, atol=1e-5)
@@ -241,8 +247,8 @@ def test_an_emptied_block_still_gets_its_bias(
     assert (mean - teacher.get_submodule(layout.blocks[0].consumer).bias).abs().max() > 1e-2
 
 
-def test_a_layer_without_blocks_is_passed_through(tiny_model: Tiny, tiny_batch: Tiny) -> None:
-    """A model whose first layer an earlier pruning emptied; the teacher must go on all the same."""
+def test_layers_without_blocks(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    """The first layer of the model has lost all its units in an earlier pruning."""
     dense = tiny_model(num_hidden_layers=3)
     masks = full_masks(layout_of(dense))
     masks[0][:], masks[1][:], masks[4][:] = 0, 0, 0
@@ -256,7 +262,7 @@ def test_a_layer_without_blocks_is_passed_through(tiny_model: Tiny, tiny_batch: 
     assert max(spy.errors.values()) < 1e-5
 
 
-def test_masks_on_the_teacher_act(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+def test_masks_on_the_teacher_have_an_effect(tiny_model: Tiny, tiny_batch: Tiny) -> None:
     teacher, batches, spy, plain = tiny_model(), batches_of(tiny_batch), Spy(), Spy()
     layout = layout_of(teacher)
     masks = full_masks(layout)
@@ -268,18 +274,10 @@ def test_masks_on_the_teacher_act(tiny_model: Tiny, tiny_batch: Tiny) -> None:
     assert max(spy.errors.values()) < 1e-5 < 1e-2 < min(plain.errors.values())
 
 
-def test_what_is_skipped_is_not_fitted(tiny_model: Tiny, tiny_batch: Tiny) -> None:
-    teacher, spy = tiny_model(), Spy()
-    layout = layout_of(teacher)
-    student = compact(teacher, layout, full_masks(layout))
-    skip = {layout.blocks[0].consumer, layout.blocks[3].consumer}
-    run(teacher, student, layout, [tiny_batch()], spy, skip=skip)
-    assert list(spy.moments) == ["layer.0.neurons", "layer.1.heads"]
-    assert max(spy.errors.values()) < 1e-5
-
-
 @pytest.mark.parametrize("padding", ["right", "left"])
-def test_the_first_token_alone(padding: str, tiny_model: Tiny, tiny_batch: Tiny) -> None:
+def test_a_block_fitted_on_the_first_token_alone(
+    padding: str, tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
     teacher, spy = tiny_model(), Spy()
     layout, batch = layout_of(teacher), tiny_batch(padding=padding)
     student = compact(teacher, layout, full_masks(layout))
@@ -296,7 +294,9 @@ def test_the_first_token_alone(padding: str, tiny_model: Tiny, tiny_batch: Tiny)
     torch.testing.assert_close(spy.moments[last.name].feature_sum, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_nothing_but_the_student_changes(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+def test_an_interruption_leaves_the_teacher_and_no_hooks(
+    tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
     teacher = tiny_model()
     layout = layout_of(teacher)
     student = compact(teacher, layout, full_masks(layout))
@@ -313,36 +313,21 @@ def test_nothing_but_the_student_changes(tiny_model: Tiny, tiny_batch: Tiny) -> 
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
-def test_half_precision_is_fitted_in_float64(tiny_model: Tiny, tiny_batch: Tiny) -> None:
-    teacher, batches = tiny_model().to(torch.bfloat16), batches_of(tiny_batch)
-    layout = layout_of(teacher)
-    masks = full_masks(layout)
-    masks[1][:6], masks[2][:2] = 0, 0
-    plain, fitted = compact(teacher, layout, masks), compact(teacher, layout, masks)
-    assert run(teacher, fitted, layout, batches, refit) == []
-    assert {parameter.dtype for parameter in fitted.parameters()} == {torch.bfloat16}
-    expected = hidden_of(teacher, batches[0]).float()
-    before = (hidden_of(plain, batches[0]) - expected).square().mean()
-    after = (hidden_of(fitted, batches[0]) - expected).square().mean()
-    assert after < 0.9 * before
-
-
-def test_every_eighth_batch_is_held_out(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+def test_every_eighth_batch_is_held_out_and_skipped_blocks_are_not_fitted(
+    tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
     model = tiny_model()
+    layout = layout_of(model)
     batches = [tiny_batch(2, 5, padding="none", seed=seed) for seed in range(17)]
-    counts = []
+    counts = {}
 
-    def fit(
-        _: Block, seen: Moments, held_out: Moments, weight: Tensor, bias: Tensor | None
+    def solve(
+        block: Block, train: Moments, held_out: Moments, weight: Tensor, bias: Tensor | None
     ) -> Pair:
-        counts.append((seen.count, held_out.count))
+        counts[block.name] = (train.count, held_out.count)
         return weight, bias
 
-    run(
-        model,
-        compact(model, layout_of(model), full_masks(layout_of(model))),
-        layout_of(model),
-        batches,
-        fit,
-    )
-    assert counts == [(150, 20)] * 4
+    student = compact(model, layout, full_masks(layout))
+    skip = {layout.blocks[0].consumer, layout.blocks[3].consumer}
+    run(model, student, layout, batches, solve, skip=skip)
+    assert counts == {"layer.0.neurons": (150, 20), "layer.1.heads": (150, 20)}

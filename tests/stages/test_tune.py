@@ -1,6 +1,6 @@
-"""Mask tuning: scales that help, as the authors choose what to tune.
+"""Mask tuning: scales that lower the error, for the blocks that the authors tune.
 
-Deleting this lets tuning move a model that was right, or give up at the first block that fails.
+Without these tests tuning could change a model without error, or end at the first failed block.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def distance(student: Any, teacher: Any, batches: list[dict[str, Tensor]]) -> fl
 
 @pytest.mark.parametrize("head", ["sequence-classification", "question-answering"])
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_an_equal_student_is_left_at_one(
+def test_scales_of_a_student_equal_to_its_teacher_are_one(
     model_type: str, head: str, tiny_model: Tiny, tiny_batch: Tiny
 ) -> None:
     teacher, batches = tiny_model(model_type, head), batches_of(tiny_batch)
@@ -61,37 +61,33 @@ def test_an_equal_student_is_left_at_one(
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_planted_damage_is_undone_except_in_the_first_heads(
+def test_planted_scales_are_undone_but_not_those_of_the_first_heads(
     model_type: str, tiny_model: Tiny, tiny_batch: Tiny
 ) -> None:
     teacher, batches = tiny_model(model_type), batches_of(tiny_batch)
     layout = layout_of(teacher)
-    student = compact(teacher, layout, full_masks(layout))
     damage = {
         "layer.0.neurons": torch.linspace(0.5, 2.0, 12),
         "layer.1.heads": torch.tensor([0.6, 1.0, 1.5, 2.0]),
     }
-    for name, scales in damage.items():
-        scale_columns(student, layout, name, scales)
-    before = distance(student, teacher, batches)
-    scales, failures = tune(teacher, student, layout, batches)
-    assert failures == []
-    assert distance(student, teacher, batches) < 0.01 * before
-    for block in layout.blocks[1:3]:
-        undone = scales[block.consumer] * damage[block.name]
-        torch.testing.assert_close(undone, torch.ones_like(undone), rtol=0, atol=0.1)
-
-
-def test_the_heads_of_the_first_layer_are_not_tuned(tiny_model: Tiny, tiny_batch: Tiny) -> None:
-    teacher, batches = tiny_model(), batches_of(tiny_batch)
-    layout = layout_of(teacher)
-    student = compact(teacher, layout, full_masks(layout))
-    scale_columns(student, layout, "layer.0.heads", torch.full((4,), 0.5))
-    damaged = student.get_parameter(f"{layout.blocks[0].consumer}.weight").clone()
-    scales, _ = tune(teacher, student, layout, batches)
-    assert layout.blocks[0].consumer not in scales
-    assert torch.equal(student.get_parameter(f"{layout.blocks[0].consumer}.weight"), damaged)
-    assert (scales[layout.blocks[1].consumer] - 1).abs().max() > 1e-2  # the next block makes up
+    first = {"layer.0.heads": torch.full((4,), 0.5)}
+    for planted in (damage, first):
+        student = compact(teacher, layout, full_masks(layout))
+        for name, scales in planted.items():
+            scale_columns(student, layout, name, scales)
+        heads = student.get_parameter(f"{layout.blocks[0].consumer}.weight").clone()
+        before = distance(student, teacher, batches)
+        scales, failures = tune(teacher, student, layout, batches)
+        assert failures == []
+        assert layout.blocks[0].consumer not in scales
+        assert torch.equal(student.get_parameter(f"{layout.blocks[0].consumer}.weight"), heads)
+        if planted is damage:
+            assert distance(student, teacher, batches) < 0.01 * before
+            for block in layout.blocks[1:3]:
+                undone = scales[block.consumer] * damage[block.name]
+                torch.testing.assert_close(undone, torch.ones_like(undone), rtol=0, atol=0.1)
+        else:  # the next block corrects a part of it
+            assert (scales[layout.blocks[1].consumer] - 1).abs().max() > 1e-2
 
 
 def test_scales_are_folded_into_the_weights(tiny_model: Tiny, tiny_batch: Tiny) -> None:
@@ -111,7 +107,9 @@ def test_scales_are_folded_into_the_weights(tiny_model: Tiny, tiny_batch: Tiny) 
     assert distance(tuned, teacher, batches) < distance(plain, teacher, batches)
 
 
-def test_one_block_that_fails_does_not_stop_the_others(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+def test_a_failed_block_keeps_its_weights_and_the_others_are_tuned(
+    tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
     teacher, batches = tiny_model(), batches_of(tiny_batch)
     layout = layout_of(teacher)
     student = compact(teacher, layout, full_masks(layout))
@@ -126,8 +124,8 @@ def test_one_block_that_fails_does_not_stop_the_others(tiny_model: Tiny, tiny_ba
 
 
 @pytest.mark.parametrize("num_kept", [0, 1])
-def test_exactly_one_neuron_or_none(num_kept: int, tiny_model: Tiny, tiny_batch: Tiny) -> None:
-    """The authors' code crashes where a layer keeps exactly one neuron."""
+def test_one_neuron_or_none(num_kept: int, tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    """The authors' code crashes for a layer with one neuron."""
     teacher, batches = tiny_model(), batches_of(tiny_batch)
     layout = layout_of(teacher)
     masks = full_masks(layout)
@@ -140,7 +138,7 @@ def test_exactly_one_neuron_or_none(num_kept: int, tiny_model: Tiny, tiny_batch:
     assert torch.isfinite(student(**batches[0]).logits).all()
 
 
-def test_which_ffn_sees_the_first_token_alone(tiny_model: Tiny) -> None:
+def test_the_last_ffn_of_classifiers_is_tuned_on_the_first_token(tiny_model: Tiny) -> None:
     model = tiny_model()
     layout = layout_of(model)
     assert last_ffn(layout) == ["bert.encoder.layer.1.output.dense"]
