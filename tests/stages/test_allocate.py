@@ -129,12 +129,6 @@ def test_the_named_constraint_includes_empty_blocks_and_sizes_that_are_not_allow
     assert allocate(errors, costs, costs.budget(Constraint("mac", 0.725))) == (2, 0)
 
 
-def test_more_units_are_kept_where_they_cost_less() -> None:
-    noisy = np.array([0.0, 5.0, 4.0, 8.0])
-    errors = [np.array([3.0, 2.0, 1.0, 0.0])]
-    assert allocate(errors, CostModel("latency", (noisy,)), 5.0) == (2,)
-
-
 def test_the_end_of_a_plateau_is_kept_and_free_units_are_never_dropped() -> None:
     plateau = np.array([0.0, 4.0, 4.0, 4.0, 9.0])
     free = np.zeros(4)

@@ -18,7 +18,7 @@ from rfprune.model.frozen import frozen
 from rfprune.model.layout import layout_of
 from rfprune.stages.calibration import Calibration
 from rfprune.stages.curvature import DEPTH_WEIGHT, KroneckerFactors, collect_curvature, error_curves
-from rfprune.stages.objective import LABELLED, fisher_factors
+from rfprune.stages.objective import fisher_factors
 from rfprune.stages.optimal_brain_surgeon import removal_curve
 
 
@@ -73,19 +73,6 @@ def test_curves_do_not_depend_on_batches_or_repeated_examples(
             torch.testing.assert_close(one.errors, two.errors, rtol=1e-3, atol=1e-8)
     other = error_curves(model, layout, collect(model, [tiny_batch(4, 7, seed=1)]))
     assert not torch.allclose(reference[0].errors, other[0].errors, rtol=1e-2)
-
-
-def test_labels_have_an_influence_only_if_they_are_asked_for(
-    tiny_model: Any, tiny_batch: Any
-) -> None:
-    model, batch = tiny_model("bert"), tiny_batch(4, 7)
-    labelled = {**batch, "labels": torch.tensor([0, 1, 1, 0])}
-    free, with_labels = collect(model, [labelled]), collect(model, [labelled], objective=LABELLED)
-    unlabelled = collect(model, [batch])
-    assert torch.equal(free[0].gradient_moment, unlabelled[0].gradient_moment)
-    assert not torch.allclose(free[0].gradient_moment, with_labels[0].gradient_moment)
-    with pytest.raises(UserError, match="labels"):
-        collect(model, [batch], objective=LABELLED)
 
 
 def test_a_block_whose_gradients_are_not_finite_is_named(tiny_model: Any, tiny_batch: Any) -> None:

@@ -12,6 +12,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import (
+    BertForMultipleChoice,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+)
 
 from rfprune.errors import UserError
 from rfprune.stages.objective import EXACT_CLASSES, fisher_factors, label_losses
@@ -122,50 +128,51 @@ def test_multi_label_classification_is_the_sum_over_label_sets() -> None:
     torch.testing.assert_close(fisher_of_factors(logits, masks, config), brute)
 
 
-@pytest.mark.parametrize(
-    "outputs", [{"logits": torch.zeros(2, 7)}, {}], ids=["electra's discriminator", "none"]
-)
-def test_other_heads_are_refused(outputs: dict[str, Tensor]) -> None:
-    with pytest.raises(UserError, match="no output that an objective is defined for"):
-        fisher_factors(outputs, {}, config_of(2), torch.Generator())
-
-
-LABELLED: list[tuple[str, dict[str, Any], dict[str, Tensor]]] = [
-    ("sequence-classification", {"num_labels": 3}, {"labels": torch.tensor([0, 2, 1, 2])}),
-    ("sequence-classification", {"num_labels": 1}, {"labels": torch.tensor([0.5, 2, -1, 3])}),
+LABELLED: list[tuple[Any, dict[str, Any], dict[str, Tensor]]] = [
+    (BertForSequenceClassification, {"num_labels": 3}, {"labels": torch.tensor([0, 2, 1, 2])}),
+    (BertForSequenceClassification, {"num_labels": 1}, {"labels": torch.tensor([0.5, 2, -1, 3])}),
     (
-        "sequence-classification",
+        BertForSequenceClassification,
         {"num_labels": 3, "problem_type": "multi_label_classification"},
         {"labels": torch.tensor([[0.0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 1]])},
     ),
     (
-        "question-answering",
+        BertForQuestionAnswering,
         {},
         {
             "start_positions": torch.tensor([0, 3, 1, 7]),  # the last one is beyond the 7 tokens
             "end_positions": torch.tensor([2, 3, 6, 9]),
         },
     ),
+    (
+        BertForTokenClassification,
+        {"num_labels": 3},
+        {"labels": torch.tensor([[-100, 0, 2, 1, -100, -100, -100]] * 4)},
+    ),
+    (BertForMultipleChoice, {}, {"labels": torch.tensor([1, 0])}),
 ]
 
 
-@pytest.mark.parametrize(("head", "changes", "labels"), LABELLED)
+@pytest.mark.parametrize(("model_class", "changes", "labels"), LABELLED)
 def test_losses_are_those_of_transformers(
-    head: str,
+    model_class: Any,
     changes: dict[str, Any],
     labels: dict[str, Tensor],
     tiny_model: Tiny,
     tiny_batch: Tiny,
 ) -> None:
-    model, batch = tiny_model("bert", head, **changes), tiny_batch()
-    (losses,) = label_losses(model(**batch), labels, model.config)
-    for row in range(4):
+    torch.manual_seed(0)
+    model, batch = model_class(tiny_model("bert", **changes).config).eval(), tiny_batch()
+    if model_class is BertForMultipleChoice:
+        batch = {name: values.view(2, 2, -1) for name, values in batch.items()}
+    (losses,) = label_losses(model(**batch), {**batch, **labels}, model.config)
+    for row, loss in enumerate(losses):
         example = {name: value[row : row + 1] for name, value in {**batch, **labels}.items()}
-        if head == "question-answering" and row == 3:
+        if model_class is BertForQuestionAnswering and row == 3:
             expected = torch.tensor(0.0)  # transformers returns nan, a mean over no examples
         else:
             expected = model(**example).loss
-        torch.testing.assert_close(losses[row], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
     assert losses[:3].min() > 0
 
 
@@ -174,3 +181,14 @@ def test_missing_labels_are_named(head: str, tiny_model: Tiny, tiny_batch: Tiny)
     model, batch = tiny_model("bert", head), tiny_batch()
     with pytest.raises(UserError, match=r"hold no (labels|start_positions and end_positions),"):
         label_losses(model(**batch), batch, model.config)
+
+
+def test_outputs_without_an_objective_are_refused() -> None:
+    labels = torch.ones(2, 7, dtype=torch.long)
+    discriminator, causal = {"logits": torch.zeros(2, 7)}, {"logits": torch.zeros(2, 7, 11)}
+    for outputs in (discriminator, {}):
+        with pytest.raises(UserError, match="no output that an objective is defined for"):
+            fisher_factors(outputs, {}, config_of(2), torch.Generator())
+    for outputs in (discriminator, causal, {}):
+        with pytest.raises(UserError, match="no output that an objective is defined for"):
+            label_losses(outputs, {"labels": labels}, config_of(2))

@@ -21,7 +21,7 @@ from rfprune.model.layout import layout_of
 from rfprune.model.masks import masked
 from rfprune.stages.calibration import Calibration
 from rfprune.stages.fisher import collect_gradients
-from rfprune.stages.objective import PREDICTIONS, fisher_factors, label_losses, objective_values
+from rfprune.stages.objective import PREDICTIONS, fisher_factors, objective_values
 from tests.stages.test_objective import DRAWS, categorical_fisher, gradients_of, outer
 
 Tiny = Callable[..., Any]
@@ -184,39 +184,6 @@ def test_an_example_is_all_of_its_choices(tiny_model: Tiny, tiny_batch: Tiny) ->
     for found, block_gradients in zip(collected, zip(*expected, strict=True), strict=True):
         assert found.abs().max() > 1e-4
         torch.testing.assert_close(found, torch.cat(block_gradients), rtol=1e-4, atol=1e-6)
-
-
-def test_losses_of_tokens_and_choices_are_those_of_transformers(
-    tiny_model: Tiny, tiny_batch: Tiny
-) -> None:
-    tokens = tiny_batch()
-    words = torch.full_like(tokens["input_ids"], -100)
-    words[:, 1:4] = torch.tensor([0, 2, 1])
-    cases = [
-        (transformers.BertForTokenClassification, {**tokens, "labels": words}),
-        (
-            transformers.BertForMultipleChoice,
-            {
-                **{name: values.view(2, 2, -1) for name, values in tokens.items()},
-                "labels": torch.tensor([1, 0]),
-            },
-        ),
-    ]
-    for model_class, batch in cases:
-        model = tiny(tiny_model, model_class, num_labels=3)
-        outputs = model(**{name: values for name, values in batch.items() if name != "labels"})
-        (losses,) = label_losses(outputs, batch, model.config)
-        for row in range(len(losses)):
-            expected = model(**{name: values[row : row + 1] for name, values in batch.items()}).loss
-            torch.testing.assert_close(losses[row], expected, rtol=1e-4, atol=1e-5)
-
-
-def test_labels_of_a_causal_language_model_are_refused(tiny_model: Tiny, tiny_batch: Tiny) -> None:
-    """They are shifted by one, and the outputs do not show it."""
-    model = tiny(tiny_model, transformers.BertLMHeadModel, is_decoder=True)
-    batch = tiny_batch()
-    with pytest.raises(UserError, match="no output that an objective is defined for"):
-        label_losses(model(**batch), {**batch, "labels": batch["input_ids"]}, model.config)
 
 
 def test_a_loss_is_one_value_per_example_or_their_mean() -> None:

@@ -76,17 +76,6 @@ def test_one_pruned_or_one_kept_unit_is_optimal(block: tuple[Tensor, Tensor]) ->
         assert found == pytest.approx(brute, abs=1e-8)
 
 
-@given(st.lists(st.floats(0, 100), min_size=1, max_size=10), st.data())
-def test_a_diagonal_fisher_gives_the_least_important_units(
-    diagonal: list[float], data: st.DataObject
-) -> None:
-    num_pruned = data.draw(st.integers(0, len(diagonal)))
-    start = mask_of(tuple(range(num_pruned)), len(diagonal))
-    fisher = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-    found = quadratic_form(rearrange(start, fisher), fisher)
-    assert found == pytest.approx(sum(sorted(diagonal)[:num_pruned]), abs=1e-6)
-
-
 def test_units_that_cancel_are_pruned_together() -> None:
     fisher = block_fisher(torch.tensor([[1.0, 5.0, -5.0]]))
     assert rearrange(torch.tensor([0.0, 1.0, 0.0]), fisher).tolist() == [1.0, 0.0, 0.0]
