@@ -18,12 +18,9 @@ from rfprune import load_pruned
 from rfprune.cost.constraint import Constraint
 from rfprune.errors import UserError
 from rfprune.main import main
-from rfprune.methods.budget import check_constraints, least_ratio
-from rfprune.methods.problem import prepare_problem
 from rfprune.pruning import prune_family
 from rfprune.report.figures import max_drop_figure
 from rfprune.report.report_json import read_report
-from rfprune.settings import Settings
 from rfprune.stages.curvature import collect_curvature
 from rfprune.tasks import evaluation
 from rfprune.tasks.bootstrap import Drop
@@ -164,13 +161,6 @@ def test_a_family_takes_the_next_constraint_after_it_has_yielded_a_result(
     order.extend(f"yield {result.constraint.ratio}" for result in family)
     assert order == ["take 0.7", "yield 0.7", "take 0.4", "yield 0.4"]
     assert len(collections) == 1
-    usual = [Constraint("mac", 0.7), Constraint("mac", 0.4)]
-    expected = list(prune_family(tiny_model(), batches_of(tiny_batch), usual))
-    again = list(prune_family(tiny_model(), batches_of(tiny_batch), iter(usual)))
-    for one, other in zip(expected, again, strict=True):
-        assert one.layers == other.layers
-        for name, tensor in one.model.state_dict().items():
-            assert torch.equal(tensor, other.model.state_dict()[name])
 
 
 def test_an_impossible_constraint_of_a_list_is_refused_at_once_and_of_an_iterator_in_turn(
@@ -184,17 +174,6 @@ def test_an_impossible_constraint_of_a_list_is_refused_at_once_and_of_an_iterato
     assert next(family).constraint == given[0]
     with pytest.raises(UserError, match="cannot be met"):
         next(family)
-
-
-@pytest.mark.parametrize("metric", ["mac", "params", "memory"])
-def test_the_least_ratio_is_the_smallest_that_is_not_refused(
-    metric: str, tiny_model: Tiny, tiny_batch: Tiny
-) -> None:
-    problem = prepare_problem(tiny_model(), batches_of(tiny_batch), Settings())
-    least = least_ratio(problem, metric)
-    check_constraints(problem, [Constraint(metric, least)])
-    with pytest.raises(UserError, match=f"choose {least:g} or more"):
-        check_constraints(problem, [Constraint(metric, least - 1e-4)])
 
 
 @pytest.mark.parametrize("task", ["sst2", "stsb", "squad"])
