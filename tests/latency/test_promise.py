@@ -133,3 +133,26 @@ def test_noise_ends_after_the_last_correction() -> None:
 def test_a_latency_that_the_table_rules_out_is_refused_before_any_measurement() -> None:
     with pytest.raises(UserError, match="cannot be met"):
         meet_measured(0.05, [])
+
+
+def test_it_ends_when_the_same_sizes_or_no_sizes_are_chosen() -> None:
+    masks = choose(COSTS, COSTS.budget(Constraint("latency", 0.5)))
+
+    def choices(outcomes: list[Masks | UserError]) -> Callable[[CostModel, float], Masks]:
+        def next_choice(*_: object) -> Masks:
+            outcome = outcomes.pop(0)
+            if isinstance(outcome, UserError):
+                raise outcome
+            return outcome
+
+        return next_choice
+
+    for second in (masks, UserError("no smaller sizes")):
+        _, promise = meet_latency(
+            COSTS, Constraint("latency", 0.5), choices([masks, second]), lambda _: (0.7, 0.001)
+        )
+        assert [attempt.measured for attempt in promise.attempts] == [0.7]
+    with pytest.raises(UserError, match="no sizes"):
+        meet_latency(
+            COSTS, Constraint("latency", 0.5), choices([UserError("no sizes")]), lambda _: (1, 0)
+        )

@@ -5,14 +5,16 @@ Without these tests, one model could be timed under better conditions than the o
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from rfprune.latency.speedup import measure_latency
-from rfprune.latency.timed_batch import typical_batch
+from rfprune.latency.timed_batch import timed_batch, typical_batch
 from rfprune.latency.timing import DEFAULT_BUDGET, TimingBudget
+from tests.latency.test_table import CONDITIONS, TABLE
 
 
 class Recorded(nn.Module):
@@ -56,3 +58,17 @@ def test_slow_models_stop_after_the_first_rounds() -> None:
 def test_the_typical_batch_is_full_and_of_median_length() -> None:
     batches = [batch(4, 9), batch(4, 5), batch(4, 2), batch(1, 40)]
     assert typical_batch(batches)["input_ids"].shape == (4, 5)
+
+
+def test_the_typical_batch_is_resized_to_the_shape_of_a_table(tiny_batch: Any) -> None:
+    given = tiny_batch(3, 5)
+    assert not given["attention_mask"].all()
+    assert timed_batch([given]) is given
+    resized = timed_batch([given], replace(TABLE, conditions=replace(CONDITIONS, batch_size=2)))
+    assert {name: tuple(value.shape) for name, value in resized.items()} == dict.fromkeys(
+        given, (2, CONDITIONS.sequence_length)
+    )
+    assert resized["attention_mask"].all(), "without padding"
+    assert torch.equal(resized["input_ids"][:, :5], given["input_ids"][:2])
+    images = {"pixel_values": torch.ones(1, 3, 8, 8)}
+    assert timed_batch([images], TABLE)["pixel_values"].shape == (4, 3, 8, 8)
