@@ -1,11 +1,12 @@
-"""What is learnt about an unpruned model is kept on disk: another constraint collects nothing.
+"""A cache on disk for the statistics and the scores of an unpruned model.
 
-An entry is one file: a line of JSON, which says what the entry is of and what SHA-256 the rest has,
-and then the tensors as safetensors. It is named after a hash of everything that its contents
-depend on: weights, configuration, data, settings, the code that computes them and the versions
-below it. A damaged entry is computed again, with a warning; a folder that cannot be written is a
-warning too. Files appear by renaming, so readers never see half an entry, and of several writers
-the last one wins, with the same contents. The entries longest unused go when the folder is full.
+Another constraint, or another run, then collects nothing. An entry is one file: a line of JSON with
+the key and the SHA-256 of the rest, followed by the tensors as safetensors. Its name is a hash of
+the key: weights, configuration, data, settings, the code that computes the tensors, and the
+versions of the libraries. A damaged entry is computed again, with a warning; a folder that cannot
+be written is a warning, too. Files appear by renaming, so readers never see half an entry, and the
+last of several writers wins, with the same contents. The least recently used entries are removed
+when the folder is full.
 """
 
 from __future__ import annotations
@@ -36,28 +37,28 @@ from rfprune.settings import Settings
 
 Tensors = tuple[Tensor, ...]
 Key = Mapping[str, Any]
-"""What an entry depends on, as JSON can write it."""
+"""Everything that the tensors of an entry depend on, as JSON can write it."""
 
-MOST_BYTES = 4 * 2**30
-"""Of all entries together."""
+MAX_BYTES = 4 * 2**30
+"""Largest size of all entries together."""
 
 SUFFIX = ".rfprune"
 _PARTIAL = ".partial"
 _ABANDONED_SECONDS = 3600.0
-"""A half-written file this old is of a process that was killed."""
+"""A half-written file that is older than this belongs to a process that was killed."""
 
-_LATER_SETTINGS = ("allocation", "rearrange", "tune", "teacher", "uniform", "round_to", "rounds")
-"""Settings of what follows the collection. Any other is part of the key, also one that is new."""
+LATER_SETTINGS = ("allocation", "rearrange", "tune", "teacher", "uniform", "round_to", "rounds")
+"""Settings that statistics do not depend on. All others are part of the key, new ones included."""
 
 _COMPUTED_BY = ("rfprune.methods.statistics", "rfprune.tasks.evaluation")
 """The modules that compute what is cached: statistics of a method, and the original's logits."""
 
-_SINCE_LOADING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
-"""Entries of a configuration that say where a model comes from, not what it computes."""
+_SOURCE_ENTRIES = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+"""Entries of a configuration that name the source of a model and do not change its outputs."""
 
 
 def default_folder() -> Path:
-    """$RFPRUNE_CACHE, else $XDG_CACHE_HOME/rfprune, else ~/.cache/rfprune."""
+    """The folder of the cache: $RFPRUNE_CACHE, or $XDG_CACHE_HOME/rfprune, or ~/.cache/rfprune."""
     if own := os.environ.get("RFPRUNE_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rfprune"
@@ -72,12 +73,16 @@ def load_or_compute(
     *,
     shared: bool = False,
 ) -> Tensors:
-    """Tensors of an entry, or computed and written to it; without a folder only computed.
+    """Load the tensors of an entry; if there is none, compute them and write the entry.
 
     Args:
-        key: of the entry; called only with a folder, since it hashes model and data.
-        timer: takes the seconds of reading and writing, and notes a stage that was loaded.
-        shared: several processes compute together; the main process looks up the entry for all.
+        folder: of the cache; None to compute without it.
+        key: makes the key of the entry; called only with a folder, since it hashes model and data.
+        timer: takes the seconds of reading and writing, and the name of a stage that was loaded.
+        stage: under which the timer counts them.
+        shared: all processes of a run compute together, and the main one looks up the entry.
+
+    Six parameters: the cache is below the methods, and cannot know their `Problem`.
     """
     if folder is None:
         return compute()
@@ -99,27 +104,28 @@ def load_or_compute(
 
 
 def read(folder: Path, key: Key) -> Tensors | None:
-    """The tensors of an entry, or None where there is none, or a damaged one (RfpruneWarning)."""
+    """The tensors of an entry; None if there is none, or if it is damaged (RfpruneWarning)."""
     path = _path(folder, key)
     try:
         content = path.read_bytes()
-        os.utime(path)  # in use: others go first
+        os.utime(path)  # other entries are removed first
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        _warn(f"The cache entry '{path}' cannot be read ({error.strerror}): it is computed again.")
+        _warn(f"The cache entry '{path}' cannot be read ({error.strerror}); it is computed again.")
         return None
     start = content.find(b"\n") + 1
     payload = memoryview(content)[start:]
     if content[:start] != _header(key, payload):
-        _warn(f"The cache entry '{path}' is damaged or out of date: it is computed again.")
+        _warn(f"The cache entry '{path}' is damaged or out of date; it is computed again.")
         return None
     named = load(bytes(payload))
     return tuple(named[str(i)] for i in range(len(named)))
 
 
 def write(folder: Path, key: Key, tensors: Sequence[Tensor]) -> None:
-    """Keep tensors (they come back on the CPU); a RfpruneWarning where the folder does not let."""
+    """Write an entry; RfpruneWarning if the folder cannot be written. Tensors are read back on the
+    CPU."""
     named = {str(i): tensor.detach().cpu().contiguous() for i, tensor in enumerate(tensors)}
     payload = save(named)
     path = _path(folder, key)
@@ -136,13 +142,13 @@ def write(folder: Path, key: Key, tensors: Sequence[Tensor]) -> None:
         _make_room(folder, path)
     except OSError as error:
         _warn(
-            f"Nothing can be kept in the cache folder '{folder}' ({error.strerror}): the next run "
+            f"The cache folder '{folder}' cannot be written ({error.strerror}), so the next run "
             f"collects again; choose another with --cache-dir, or none with --no-cache."
         )
 
 
 def _make_room(folder: Path, newest: Path) -> None:
-    """Remove the entries that were used the longest ago, and what killed processes left."""
+    """Remove the least recently used entries, and the files of killed processes."""
     entries = []
     for path in folder.iterdir():
         try:
@@ -151,11 +157,11 @@ def _make_room(folder: Path, newest: Path) -> None:
                 entries.append((status.st_mtime, status.st_size, path))
             elif path.suffix == _PARTIAL and time.time() - status.st_mtime > _ABANDONED_SECONDS:
                 path.unlink(missing_ok=True)
-        except FileNotFoundError:  # another process was faster
+        except FileNotFoundError:  # another process has removed it
             continue
     total = newest.stat().st_size + sum(size for _, size, _ in entries)
     for _, size, path in sorted(entries):
-        if total <= MOST_BYTES:
+        if total <= MAX_BYTES:
             return
         path.unlink(missing_ok=True)
         total -= size
@@ -166,7 +172,7 @@ def _path(folder: Path, key: Key) -> Path:
 
 
 def _header(key: Key, payload: bytes | memoryview) -> bytes:
-    """Compared whole, so that no bit of a file goes unchecked."""
+    """The first line of an entry. It is compared whole, so every bit of a file is checked."""
     return _canonical({"of": key, "sha256": hashlib.sha256(payload).hexdigest()}) + b"\n"
 
 
@@ -204,10 +210,8 @@ def load_or_collect(
 def statistics_key(
     model: nn.Module, batches: Iterable[Mapping[str, Tensor]], settings: Settings
 ) -> Key:
-    """What the statistics of a method depend on; the constraint is no part of it."""
-    chosen = {
-        name: value for name, value in asdict(settings).items() if name not in _LATER_SETTINGS
-    }
+    """The key of a method's statistics. They do not depend on the constraint."""
+    chosen = {name: value for name, value in asdict(settings).items() if name not in LATER_SETTINGS}
     return {
         "statistics": chosen,
         "model": model_digest(model),
@@ -217,7 +221,7 @@ def statistics_key(
 
 
 def environment(model: nn.Module) -> dict[str, str]:
-    """What else numbers depend on: code, versions, and the kind of device."""
+    """The part of a key besides model and data: code, library versions, and the kind of device."""
     return {
         "code": code_digest(),
         "torch": torch.__version__,
@@ -228,9 +232,9 @@ def environment(model: nn.Module) -> dict[str, str]:
 
 
 def model_digest(model: Any) -> str:
-    """SHA-256 of a model's weights and configuration, wherever they were loaded from."""
+    """SHA-256 of a model's weights and configuration, the same for every source of the model."""
     config = {
-        name: value for name, value in model.config.to_dict().items() if name not in _SINCE_LOADING
+        name: value for name, value in model.config.to_dict().items() if name not in _SOURCE_ENTRIES
     }
     config["attention"] = model.config._attn_implementation
     digest = hashlib.sha256(_canonical([type(model).__name__, config]))
@@ -240,7 +244,7 @@ def model_digest(model: Any) -> str:
 
 
 def data_digest(batches: Iterable[Mapping[str, Tensor]]) -> str:
-    """SHA-256 of batches: what is in them, and how they are divided."""
+    """SHA-256 of batches: their entries, and the division into batches."""
     digest = hashlib.sha256()
     for number, batch in enumerate(batches):
         for name in sorted(batch):

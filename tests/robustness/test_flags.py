@@ -216,10 +216,10 @@ CACHE = (
     _cache("every entry empty", "damaged", _spoilt_cache(lambda _: b"")),
     _cache(
         "a file for a folder",
-        "Nothing can be kept",
+        "cannot be written",
         lambda _: Path("c").write_text("mine", encoding="utf-8") and "c",
     ),
-    _cache("where nothing can be written", "Nothing can be kept", lambda _: "/proc/cache"),
+    _cache("where nothing can be written", "cannot be written", lambda _: "/proc/cache"),
 )
 
 
