@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from rfprune.cost.constraint import Constraint
 from rfprune.latency.promise import LatencyPromise
 from rfprune.model.checkpoint import MASKS_FILE, save_pruned
-from rfprune.model.layout import Block, Layout
+from rfprune.model.layout import Layout
 from rfprune.model.masks import Masks
 from rfprune.model.staging import check_free, recover, staged
 from rfprune.stages.optimal_brain_surgeon import ErrorCurve
@@ -101,11 +101,6 @@ class PruneResult:
             save_pruned(self.model, self.layout, self.masks, temporary, tokenizer, dtype=dtype)
 
 
-def kind_of_units(block: Block) -> str:
-    """What a block has many of: "heads", "cross_heads" (which read an encoder) or "neurons"."""
-    return block.name.rpartition(".")[2]
-
-
 def units_of_layers(layout: Layout, counts: Sequence[int]) -> list[dict[str, int]]:
     """Units of every kind in every layer; `counts`: one per block of `layout`.
 
@@ -117,7 +112,7 @@ def units_of_layers(layout: Layout, counts: Sequence[int]) -> list[dict[str, int
         for place in range(len(layout.layers))
     ]
     for block, count in zip(layout.blocks, counts, strict=True):
-        layers[block.layer][kind_of_units(block)] = count
+        layers[block.layer][block.sublayer.name] = count
     return layers
 
 

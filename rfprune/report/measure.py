@@ -21,7 +21,7 @@ from rfprune.model.compact import compact
 from rfprune.model.layout import Layout, layout_of
 from rfprune.model.masks import masked, num_kept
 from rfprune.report.report_json import ratios, stage_seconds, versions
-from rfprune.result import PruneResult, kind_of_units, units_of_layers
+from rfprune.result import PruneResult, units_of_layers
 from rfprune.settings import Options
 from rfprune.tasks.evaluation import Evaluation, EvaluationSet, divergence, evaluate_model
 from rfprune.tasks.generation import continuations
@@ -228,7 +228,7 @@ def curve_points(result: PruneResult) -> list[dict[str, Any]]:
         units = _thinned(len(errors) - 1, kept)
         curves.append(
             {
-                "kind": kind_of_units(block),
+                "kind": block.sublayer.name,
                 "layer": block.layer,
                 "units": units,
                 "errors": [float(f"{float(errors[n]):.6g}") for n in units],
