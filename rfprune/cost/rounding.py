@@ -1,8 +1,8 @@
 """Numbers of neurons that suit the hardware: multiples of 8, 16, 32 or 64.
 
 Matrix units work in tiles: 1,537 neurons take as long as 1,600. A number of neurons that is not a
-multiple gets an infinite cost, so that no search chooses it. Heads are not restricted: their width
-is a multiple already.
+multiple gets an infinite cost, and no search chooses it. Heads are not restricted: their width is a
+multiple already.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Milliseconds on this device: measured, tabulated, promised."""
+"""Latency on this device: measured, kept in a table, and promised by a constraint."""

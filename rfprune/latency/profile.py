@@ -2,8 +2,8 @@
 
 For every shape of sublayer, one layer is copied with that sublayer cut to n units and the layer's
 other sublayers emptied. The difference to the layer with all sublayers emptied is the sublayer's
-time at n units. All sizes are timed in turn with the whole model and with the whole model emptied,
-so that machine and caches are the same for all and weights are read from memory as in the model.
+time at n units. All sizes are timed in turn with the whole model and with the whole model emptied:
+machine and caches are the same for all, and weights are read from memory as in the model.
 """
 
 from __future__ import annotations
@@ -261,7 +261,7 @@ def _curve(
 
 
 def _scaled(table: LatencyTable, layout: Layout) -> LatencyTable:
-    """Scale the times of the sublayers so that they and the rest add up to the total."""
+    """Scale the times of the sublayers: with the rest they must add up to the total."""
     full = sum(
         layout.num_runs(block)
         * float(table.curve_of(block, layout.hidden_size).costs(block.num_units)[-1])

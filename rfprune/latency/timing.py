@@ -113,8 +113,8 @@ def time_interleaved(
         device: where the calls compute; on a GPU each is timed until its work is done.
         budget: when to stop. A median that is below the mean of all medians has to be as steady in
             milliseconds as one at that mean.
-        normalise_rounds: divide every time by how slow its round was, so that slow phases of the
-            machine cancel. For many calls, none of which makes up most of a round.
+        normalise_rounds: divide every time by the slowness of its round, which cancels slow phases
+            of the machine. Only for many calls: no single one may dominate a round.
         progress: whether to show a bar.
         timer: replaces the wall clock; on CUDA only the budget's seconds are taken from it.
 
@@ -196,10 +196,9 @@ def _timing(values: Sequence[float]) -> Timing:
 
 
 def _normalised(times: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Times by call and round, divided by how slow the round was relative to the median round.
+    """Times by call and round, divided by the slowness of the round relative to the median round.
 
-    A round's slowness is the median over its calls, so that one slow call does not count as a slow
-    round.
+    The slowness of a round is the median over its calls: one slow call does not make a slow round.
     """
     usual = [statistics.geometric_mean([max(value, 1e-9) for value in own]) for own in times]
     slow = [
