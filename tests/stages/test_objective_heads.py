@@ -148,6 +148,14 @@ def test_embeddings_have_the_fisher_of_gaussian_noise(padding: str, pooling: str
     assert (estimate.sum(0) - exact).norm() < 0.05 * exact.norm()
 
 
+def test_a_mask_of_another_length_is_refused() -> None:
+    logits = torch.zeros(2, 5, 7, requires_grad=True)
+    with pytest.raises(UserError, match=r"shape \(2, 4\); use one number per token"):
+        fisher_factors(
+            {"logits": logits}, {"attention_mask": torch.ones(2, 4)}, CONFIG, torch.Generator()
+        )
+
+
 def test_embeddings_have_length_one_and_ignore_padding() -> None:
     hidden = torch.randn(2, 5, 3)
     mask = torch.tensor([[1, 1, 0, 0, 0], [0, 1, 1, 1, 1]])

@@ -157,6 +157,8 @@ def test_unequal_unit_costs_are_left_to_the_allocation() -> None:
     unequal = linear_costs("params", [2.0, 1.0], [2, 2])
     assert num_kept(search(layout, importance, equal, 8.0)) == (2, 2)
     assert num_kept(search(layout, importance, unequal, 6.0)) == (0, 1)
+    free = linear_costs("params", [2.0, 0.0], [2, 2])
+    assert num_kept(search(layout, importance, free, 0.0)) == (0, 1)
 
 
 def test_units_of_unequal_cost() -> None:

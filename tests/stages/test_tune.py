@@ -150,3 +150,7 @@ def test_the_last_ffn_of_classifiers_is_tuned_on_the_first_token(tiny_model: Tin
     assert classifies_first_token(small, layout_of(small))
     answering = tiny_model("bert", "question-answering")
     assert not classifies_first_token(answering, layout_of(answering))
+    pooled = tiny_model("modernbert")
+    for pooling in ("cls", "mean"):
+        pooled.config.classifier_pooling = pooling
+        assert classifies_first_token(pooled, layout_of(pooled)) == (pooling == "cls")
