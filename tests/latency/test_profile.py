@@ -146,14 +146,6 @@ def state_of(model: Any) -> list[Any]:
     return [type(model), model.config.to_json_string(), modules, weights]
 
 
-@pytest.mark.usefixtures("counted")
-def test_the_table_is_the_same_in_inference_mode(tiny_model: Tiny, tiny_batch: Tiny) -> None:
-    model = tiny_model()
-    with torch.inference_mode():
-        inside = profile_latency(model, layout_of(model), tiny_batch())
-    assert inside == profile_latency(model, layout_of(model), tiny_batch())
-
-
 def test_if_sublayers_take_no_measurable_time_nothing_can_be_saved(
     tiny_model: Tiny, tiny_batch: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -81,20 +81,12 @@ def test_all_units_cost_the_total_and_no_units_the_rest(layout: Layout) -> None:
     assert costs.total([1, 12, 0, 4]) == pytest.approx(4 + 2 + 3 + 0 + 1.9)
 
 
-def test_only_multiples_no_units_and_all_units_are_allowed(layout: Layout) -> None:
-    heads, neurons = latency_costs(TABLE, layout).tables[:2]
-    assert np.isfinite(heads).all()
-    assert np.flatnonzero(np.isfinite(neurons)).tolist() == [0, 2, 4, 6, 8, 10, 12]
-    assert np.isfinite(NEURONS.costs(11)).tolist() == [True, False] * 5 + [True, True]
-    three = replace(NEURONS, round_to=5).costs(12)
-    assert np.flatnonzero(np.isfinite(three)).tolist() == [0, 5, 10, 12]
-
-
 def test_complete_measurements_are_kept_and_dips_between_others_are_noise() -> None:
     assert HEADS.costs(4).tolist() == [0, 2, 3, 5.5, 5]
     assert NEURONS.costs(12)[[0, 2, 4, 6, 8, 10, 12]] == pytest.approx(
         [0, 0.95, 1.9, 1.9, 1.9, 2.45, 3]
     )
+    assert np.isfinite(NEURONS.costs(11)).tolist() == [True, False] * 5 + [True, True]
     rising = LatencyCurve("neuron", 16, 1, 1, (0, 4, 5, 12), (0.0, 1.0, 3.0, 3.0), (0.0,) * 4)
     assert rising.costs(12)[[0, 4, 5, 12]].tolist() == [0, 1, 3, 3]
 
@@ -140,9 +132,6 @@ def test_a_block_without_times_is_named(tiny_model: Tiny, shape: dict[str, int])
     name = "layer.0.heads" if "num_attention_heads" in shape else "layer.0.neurons"
     with pytest.raises(UserError, match=rf"no times for {name} .*another model"):
         latency_costs(TABLE, layout_of(tiny_model(**shape)))
-
-
-# --- the check of model and conditions ---
 
 
 def test_conditions_are_those_of_the_model_and_the_batch(
@@ -217,9 +206,6 @@ def test_another_model_is_refused(
         UserError, match=rf"another model: bert, hidden size 16.*{name}.*profile_latency"
     ):
         check_table(TABLE, model, layout_of(model), CONDITIONS)
-
-
-# --- files ---
 
 
 def test_a_saved_table_loads_unchanged(tmp_path: Path) -> None:

@@ -69,12 +69,8 @@ def test_smooth_curves_take_a_few_trials(name: str, max_drop: float) -> None:
     curve = CURVES[name]
     truth = min(r / 1000 for r in range(10, 951) if curve(r / 1000) <= max_drop + 1e-6)
     assert answer(curve, max_drop) - truth <= 3 * RESOLUTION
-    assert len(search(curve, max_drop)) <= MAX_TRIALS
-
-
-def test_the_usual_case_takes_three_trials() -> None:
-    curve = CURVES["proportional to the divergence"]
-    assert [len(search(curve, max_drop)) for max_drop in (0.5, 1.0)] == [3, 3]
+    usual = name == "proportional to the divergence" and max_drop < 2
+    assert len(search(curve, max_drop)) <= (3 if usual else MAX_TRIALS)
 
 
 @pytest.mark.parametrize("max_drop", [0.0, 1.0])
