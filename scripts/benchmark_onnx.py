@@ -216,7 +216,7 @@ def _shapes(loaded: LoadedCheckpoint, batches: Sequence[Batch]) -> list[Batch]:
 
 
 def _time(models: Mapping[str, nn.Module], batch: Batch, rounds: int, clock: str) -> dict[str, Any]:
-    from rfprune.export.exports import time_on_cpu
+    from rfprune.export.contract import time_on_cpu
     from rfprune.latency.timing import TimingBudget
 
     budget = TimingBudget(1e9, max_rounds=rounds, tolerance=0)

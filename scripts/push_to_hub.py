@@ -19,7 +19,7 @@ from rfprune.hub.upload import (
     check_access,
     check_folder,
     check_repository,
-    plan_of,
+    describe_push,
     push,
 )
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_repository(options.repository)
     check_folder(options.folder)
     if options.dry_run:
-        print(plan_of(options.folder, options.repository, private=options.private))
+        print(describe_push(options.folder, options.repository, private=options.private))
         return 0
     check_access()
     address = push(

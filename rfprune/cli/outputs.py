@@ -10,8 +10,9 @@ from rich.console import Console
 from rfprune.checkpoints.loading import quiet_transformers
 from rfprune.checkpoints.sentence_transformers import write_sentence_transformer_files
 from rfprune.cli.console import Consoles
-from rfprune.export.exports import ExportJob, write_exports
-from rfprune.hub.upload import plan_of, push
+from rfprune.export.contract import ExportJob
+from rfprune.export.formats import write_exports
+from rfprune.hub.upload import describe_push, push
 from rfprune.model.checkpoint import save_pruned
 from rfprune.model.staging import staged
 from rfprune.report.card import write_card
@@ -78,9 +79,7 @@ def save_output(
             prepared.loaded.sentence_transformer.files, temporary
         )
         if exports is not None:
-            report["exports"] = write_exports(
-                options.output.export, temporary, exports, quantize=options.output.quantize
-            )
+            report["exports"] = write_exports(options.output.export, temporary, exports)
         if prepared.problem.latency_table is not None:
             prepared.problem.latency_table.save(temporary / LATENCY_TABLE_FILE)
         write_report(report, temporary)
@@ -90,7 +89,11 @@ def save_output(
 
 
 def export_job(
-    prepared: Prepared, original: Evaluation, result: PruneResult, stored: torch.dtype
+    options: Options,
+    prepared: Prepared,
+    original: Evaluation,
+    result: PruneResult,
+    stored: torch.dtype,
 ) -> ExportJob:
     """What the exports of a pruned model are made from and compared with."""
     return ExportJob(
@@ -101,6 +104,7 @@ def export_job(
         evaluation_set=prepared.evaluation_set,
         reference=original,
         stored=stored,
+        quantize=options.output.quantize,
     )
 
 
@@ -114,7 +118,7 @@ def publish(options: Options, consoles: Consoles) -> None:
     if hub.push_to_hub is None:
         return
     if hub.hub_dry_run:
-        log.print(plan_of(folders[0], hub.push_to_hub, private=hub.private))
+        log.print(describe_push(folders[0], hub.push_to_hub, private=hub.private))
         return
     log.print(f"Pushing to {hub.push_to_hub}")
     address = push(folders[0], hub.push_to_hub, private=hub.private, progress=consoles.progress)

@@ -186,7 +186,7 @@ def _make_models(
         exports = None
         if options.output.export:
             log.print(f"Exporting: {', '.join(options.output.export)}")
-            exports = export_job(prepared, original, result, stored)
+            exports = export_job(options, prepared, original, result, stored)
         save_output(options, prepared, result, report, exports, log)
         print_report(report, consoles.results)
         distributed.barrier()

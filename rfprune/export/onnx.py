@@ -1,16 +1,14 @@
-"""A model as ONNX, by PyTorch's exporter: any batch size, any length, and int8 on request.
+"""The ONNX export, by PyTorch's exporter: any batch size, any length, and int8 weights on request.
 
 onnx, onnxruntime and onnxscript are imported inside the functions.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -18,51 +16,100 @@ import torch
 from torch import Tensor, nn
 
 from rfprune.errors import UserError
+from rfprune.export.contract import (
+    Export,
+    ExportJob,
+    check_outputs,
+    file_bytes,
+    float32_cpu_copy,
+    model_inputs,
+)
+from rfprune.latency.timed_batch import typical_batch
 
 Batch = Mapping[str, Tensor]
 
-LARGEST_FILE_BYTES = 1_800_000_000
-"""Of a model in one file: protobuf takes 2 GiB, so what is larger has its weights beside it."""
+MODEL_FILE = "model.onnx"
+QUANTIZED_FILE = "model_quantized.onnx"
+
+MAX_FILE_BYTES = 1_800_000_000
+"""Protobuf has a limit of 2 GiB: the weights of larger models go to a second file."""
+
+
+def write_onnx(folder: Path, job: ExportJob) -> dict[str, Export]:
+    """Write folder/onnx/model.onnx, and model_quantized.onnx with int8 weights on request.
+
+    Raises:
+        UserError: the model cannot be expressed in ONNX, or the file computes something else.
+    """
+    path = folder / "onnx"
+    path.mkdir()
+    pruned = job.pruned_on_cpu
+    write_model(pruned, typical_batch(job.batches), path / MODEL_FILE)
+    runtime = OnnxModel(path / MODEL_FILE, pruned.config)
+    difference = check_outputs("onnx", pruned, runtime, job.batches)
+    exports = {"onnx": _export(path / MODEL_FILE, runtime, difference)}
+    if job.quantize:
+        quantize_onnx(path / MODEL_FILE, path / QUANTIZED_FILE)
+        runtime = OnnxModel(path / QUANTIZED_FILE, pruned.config)
+        exports["onnx_int8"] = _export(path / QUANTIZED_FILE, runtime, {})
+    return exports
+
+
+def _export(path: Path, runtime: nn.Module, difference: Mapping[str, Any]) -> Export:
+    """With the bytes of the second file, model.onnx.data, which large models have."""
+    num_bytes = file_bytes(path.parent, f"{path.name}*")
+    return Export(f"{path.parent.name}/{path.name}", num_bytes, difference, runtime)
 
 
 def export_onnx(model: Any, batch: Batch, path: Path) -> Any:
-    """Write a model to `path` as ONNX in float32; gives the float32 model that was exported.
-
-    Inputs are those of `batch` that the model takes, (B, S) each, with both sizes free, or images
-    in batches of any size; outputs are `logits`, or `start_logits` and `end_logits`. A decoder is
-    written without its cache of keys and values.
+    """Write any model to `path` as ONNX in float32, and return the float32 copy that was written.
 
     Args:
-        model: of transformers, dense or pruned, on any device; it is left as it is.
+        model: a dense or pruned model of transformers on any device; it is not changed.
+        batch: see `write_model`.
 
     Raises:
-        UserError: the exporter cannot express the model, or one file would not do for it.
+        UserError: the model cannot be expressed in ONNX.
+    """
+    plain = float32_cpu_copy(model)
+    write_model(plain, batch, path)
+    return plain
+
+
+def write_model(model: Any, batch: Batch, path: Path) -> None:
+    """Write a model as ONNX, with free batch size and length.
+
+    Outputs are `logits`, or `start_logits` and `end_logits`. A decoder is written without its cache
+    of keys and values.
+
+    Args:
+        model: from `float32_cpu_copy`.
+        batch: example inputs, (B, S) each, or images; the model's inputs among them are exported.
+
+    Raises:
+        UserError: the model cannot be expressed in ONNX.
     """
     import onnx
 
     if getattr(model.config, "is_encoder_decoder", False) and model.can_generate():
         raise UserError(
-            f"a {type(model).__name__} runs its encoder once and its decoder at every token, which "
-            "one ONNX file cannot: leave --export onnx out, or give a dense export (to_dense) to a "
-            "tool that writes both parts"
+            f"a {type(model).__name__} runs its encoder once and its decoder once per token, which "
+            "takes two ONNX files: leave onnx out of --export, or use --export dense and a tool "
+            "that writes both parts"
         )
-    plain = copy.deepcopy(model).to("cpu", torch.float32).eval().requires_grad_(False)
-    for module in plain.modules():  # the decoder of an encoder-decoder has a copy of its own
-        if getattr(getattr(module, "config", None), "use_cache", False):
-            module.config.use_cache = False
-    example = {  # a size of one would become a constant
+    example = {  # a batch of one would become a constant
         name: torch.cat([value, value]) if len(value) == 1 else value
-        for name, value in model_inputs(plain, batch).items()
+        for name, value in model_inputs(model, batch).items()
     }
     free = {
         name: {0: "batch"} if name == "pixel_values" else {0: "batch", 1: "sequence"}
         for name in example
     }
     with torch.no_grad(), _quiet_exporter():
-        outputs = [name for name in plain(**example) if name.endswith("logits")]
+        outputs = [name for name in model(**example) if name.endswith("logits")]
         try:
             program = torch.onnx.export(
-                plain,
+                model,
                 kwargs=example,
                 dynamo=True,
                 dynamic_shapes=free,
@@ -73,33 +120,31 @@ def export_onnx(model: Any, batch: Batch, path: Path) -> Any:
             )
         except torch.onnx.errors.OnnxExporterError as error:
             raise UserError(
-                f"PyTorch's exporter cannot turn this {type(model).__name__} into ONNX "
-                f"({_first_line(error)}): leave --export onnx out"
+                f"PyTorch's exporter cannot express this {type(model).__name__} in ONNX "
+                f"({_root_cause(error)}): leave onnx out of --export"
             ) from error
     assert program is not None
-    written = _cleaned(program.model_proto)
-    size = sum(value.numel() * value.itemsize for value in plain.state_dict().values())
+    num_bytes = sum(value.numel() * value.itemsize for value in model.state_dict().values())
     onnx.save_model(
-        written,
+        _without_traces(program.model_proto),
         path,
-        save_as_external_data=size > LARGEST_FILE_BYTES,
+        save_as_external_data=num_bytes > MAX_FILE_BYTES,
         location=f"{path.name}.data",
     )
-    return plain
 
 
 def quantize_onnx(source: Path, target: Path) -> None:
-    """Write `source` with int8 weights to `target`; activations are quantised as they come.
+    """Write `source` with int8 weights to `target`; activations are quantised at run time.
 
-    Each output of a linear map has a scale of its own, which loses least. Weights have seven bits:
-    with eight, processors without VNNI instructions overflow in silence.
+    Each output feature has its own scale, which loses the least accuracy. Weights have seven bits:
+    processors without VNNI instructions overflow silently with eight.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     root = logging.getLogger()
     level = root.level
-    root.setLevel(logging.ERROR)  # it recommends a preparation that changes nothing here
+    root.setLevel(logging.ERROR)  # it recommends a preprocessing step that changes nothing here
     try:
         quantize_dynamic(
             onnx.load(source),
@@ -107,16 +152,16 @@ def quantize_onnx(source: Path, target: Path) -> None:
             per_channel=True,
             reduce_range=True,
             weight_type=QuantType.QInt8,
-            use_external_data_format=source.stat().st_size > LARGEST_FILE_BYTES,
+            use_external_data_format=source.stat().st_size > MAX_FILE_BYTES,
         )
     finally:
         root.setLevel(level)
 
 
 class OnnxModel(nn.Module):
-    """An ONNX file that is called as the PyTorch model it was made from: on the CPU, no gradients.
+    """An ONNX file that is called like the PyTorch model it was made from.
 
-    It runs on as many threads as PyTorch has.
+    It runs on the CPU, on as many threads as PyTorch, without gradients.
     """
 
     def __init__(self, path: Path, config: Any = None) -> None:
@@ -133,10 +178,11 @@ class OnnxModel(nn.Module):
         self.config = config
         self.input_names = [entry.name for entry in self.session.get_inputs()]
         self.output_names = [entry.name for entry in self.session.get_outputs()]
-        self.where = nn.Parameter(torch.zeros(0), requires_grad=False)  # tells the device
+        # Callers take the device of a model from its parameters.
+        self.device_parameter = nn.Parameter(torch.zeros(0), requires_grad=False)
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
-        """Logits by name; inputs that the model does not take are left out."""
+        """Logits by name; inputs that the file does not have are ignored."""
         arrays = {name: inputs[name].numpy() for name in self.input_names}
         outputs = self.session.run(self.output_names, arrays)
         return {
@@ -145,64 +191,11 @@ class OnnxModel(nn.Module):
         }
 
 
-def model_inputs(model: Any, batch: Batch) -> dict[str, Tensor]:
-    """What of a batch the model takes, on the CPU: DistilBERT, for one, has no token types."""
-    known = signature(model.forward).parameters
-    return {
-        name: batch[name].cpu()
-        for name in ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
-        if name in batch and name in known
-    }
+def _without_traces(model: Any) -> Any:
+    """Remove what the exporter records about its own work.
 
-
-def varied_inputs(batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
-    """Real inputs of different batch sizes and lengths, with padding where the data has any.
-
-    The longest batch, half of a middling one, and the shortest example alone. Images are of one
-    size: a batch of them, half of one, and one alone.
-    """
-    if "input_ids" not in batches[0]:
-        first, sizes = batches[0], (None, max(1, len(next(iter(batches[0].values()))) // 2), 1)
-        return [{name: value[:size] for name, value in first.items()} for size in sizes]
-    ordered = sorted(batches, key=lambda batch: batch["input_ids"].shape[1])
-    longest, middle, shortest = ordered[-1], ordered[len(ordered) // 2], ordered[0]
-    if len(longest["input_ids"]) == 1:
-        longest = {name: value.repeat(2, 1) for name, value in longest.items()}
-    row = int(shortest["attention_mask"].sum(1).argmin())
-    alone = _trimmed({name: value[row : row + 1] for name, value in shortest.items()})
-    length = alone["input_ids"].shape[1]
-    if length == longest["input_ids"].shape[1]:
-        alone = {name: value[:, : max(1, length // 2)] for name, value in alone.items()}
-    half = max(1, len(middle["input_ids"]) // 2)
-    return [dict(longest), _trimmed({name: v[:half] for name, v in middle.items()}), alone]
-
-
-def max_difference(one: Any, other: Any, batches: Sequence[Batch]) -> tuple[float, float]:
-    """The largest difference between logits of two models, and the largest logit of the first.
-
-    What is not a number stays so.
-    """
-    differences, sizes = [], []
-    with torch.inference_mode():
-        for batch in batches:
-            first, second = one(**batch), other(**batch)
-            for name in (name for name in first if name.endswith("logits")):
-                differences.append((first[name].float() - second[name].float()).abs().max().cpu())
-                sizes.append(first[name].float().abs().max().cpu())
-    return float(torch.stack(differences).max()), float(torch.stack(sizes).max())
-
-
-def _trimmed(batch: Batch) -> dict[str, Tensor]:
-    """Without the columns in which no row has a token."""
-    used = batch["attention_mask"].any(0)
-    return {name: value[:, used] for name, value in batch.items()}
-
-
-def _cleaned(model: Any) -> Any:
-    """Take out what the exporter noted on the way.
-
-    Shapes in between are those from before weights were transposed, on which other tools stumble;
-    stack traces name folders of this machine.
+    Shapes of intermediate values are outdated after weights were transposed, and stop other tools.
+    Stack traces contain paths of this machine.
     """
     del model.graph.value_info[:]
     for node in model.graph.node:
@@ -216,7 +209,7 @@ def _cleaned(model: Any) -> Any:
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Keep back what torch.onnx says about itself."""
+    """Suppress the messages and warnings of torch.onnx."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -228,8 +221,9 @@ def _quiet_exporter() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _first_line(error: BaseException) -> str:
-    while error.__cause__ is not None:  # what wraps it says what to do about PyTorch
+def _root_cause(error: BaseException) -> str:
+    """The first line of the innermost error; the outer ones say how to report a bug to PyTorch."""
+    while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:200].rstrip(".") if lines else type(error).__name__

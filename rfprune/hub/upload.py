@@ -1,7 +1,7 @@
-"""Put an output folder on the Hugging Face hub, in one commit, by the hub's own library.
+"""Uploads an output folder to the Hugging Face hub in one commit, with huggingface_hub.
 
-The library handles tokens, and resumes: what is there already is not sent again. Whatever goes
-wrong is one sentence, and the folder on disk stays as it is.
+The library handles tokens and resumes: files that are on the hub already are not sent again. Every
+failure becomes a `UserError`, and the local folder stays as it is.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from rfprune.report.card import CARD_FILE, set_repository
 from rfprune.report.output_folder import REPORT_FILE
 
 ANSWER_SECONDS = 30.0
-"""How long the hub may say nothing; the library itself would wait for ever."""
+"""Limit for each answer of the hub; the library has none."""
 
 _SILENT = 50  # logging.CRITICAL
-_NEEDED = ("config.json", REPORT_FILE, CARD_FILE)
+_REQUIRED_FILES = ("config.json", REPORT_FILE, CARD_FILE)
 
 
 def check_repository(name: str) -> None:
-    """See that a name can be one on the hub.
+    """Check that a name is valid on the hub.
 
     Raises:
-        UserError: it cannot; the sentence says what one looks like.
+        UserError: it is not.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -36,53 +36,55 @@ def check_repository(name: str) -> None:
         validate_repo_id(name)
     except HFValidationError as error:
         raise UserError(
-            f"{name!r} cannot be the name of a repository: give NAME or USER/NAME of at most 96 "
+            f"{name!r} is not a valid name of a repository: give NAME or USER/NAME, at most 96 "
             f"letters, digits, '-', '_' and '.', without '--' and '..', not ending in '.git'."
         ) from error
     if len(name) > 96:
-        raise UserError(f"{name!r} is too long for a repository: its name has at most 96 signs.")
+        raise UserError(
+            f"{name!r} is too long for a repository: give a name of at most 96 characters."
+        )
 
 
 def check_access() -> None:
-    """See that there is a token and that the hub may be asked, before anything takes time.
+    """Check that there is a token and that the hub may be used, before a run starts.
 
     Raises:
-        UserError: there is none, or the library is told to stay offline.
+        UserError: there is no token, or HF_HUB_OFFLINE is set.
     """
     from huggingface_hub import constants, get_token
 
     if constants.HF_HUB_OFFLINE:
         raise UserError(
-            "HF_HUB_OFFLINE is set, so nothing can be pushed to the hub: unset it, or leave the "
-            "push out and do it later with scripts/push_to_hub.py."
+            "HF_HUB_OFFLINE is set, so nothing can be pushed to the hub: unset it, or push later "
+            "with scripts/push_to_hub.py."
         )
     if get_token() is None:
         raise UserError(
-            "There is no token for the hub: log in with 'hf auth login' or set HF_TOKEN to a token "
-            "with write access."
+            "There is no token for the hub: log in with 'hf auth login', or set HF_TOKEN to a "
+            "token with write access."
         )
 
 
 def check_folder(folder: Path) -> None:
-    """See that a folder is one that a run has left whole.
+    """Check that a folder is the complete output of a run.
 
     Raises:
-        UserError: it is not.
+        UserError: it does not exist, or files are missing.
     """
     if not folder.is_dir():
         raise UserError(f"There is no folder '{folder}': give the output folder of a run.")
-    missing = [name for name in _NEEDED if not (folder / name).is_file()]
+    missing = [name for name in _REQUIRED_FILES if not (folder / name).is_file()]
     if not any(folder.glob("model*.safetensors")):
         missing.append("model.safetensors")
     if missing:
         raise UserError(
-            f"'{folder}' has no {' and no '.join(missing)}, so it is no output folder of a run: "
-            f"give one that is, or run the command again."
+            f"'{folder}' has no {' and no '.join(missing)}, so it is not the output of a run: give "
+            f"the output folder of a run, or run the command again."
         )
 
 
-def files_of(folder: Path) -> list[tuple[str, int]]:
-    """What a push uploads: names within the folder, and bytes."""
+def list_files(folder: Path) -> list[tuple[str, int]]:
+    """The files that a push uploads: path within the folder, and size in bytes."""
     return sorted(
         (path.relative_to(folder).as_posix(), path.stat().st_size)
         for path in folder.rglob("*")
@@ -90,54 +92,61 @@ def files_of(folder: Path) -> list[tuple[str, int]]:
     )
 
 
-def plan_of(folder: Path, repository: str, *, private: bool = False) -> str:
-    """What a push would do, for a dry run."""
-    files = files_of(folder)
+def describe_push(folder: Path, repository: str, *, private: bool = False) -> str:
+    """The text of a dry run: the files that a push would send."""
+    files = list_files(folder)
     lines = [f"  {name} ({size / 1e6:.2f} MB)" for name, size in files]
     total = sum(size for _, size in files)
     kind = "private " if private else ""
     return "\n".join(
         [
             f"Nothing was uploaded. A push to the {kind}repository '{repository}' would send "
-            f"{len(files)} files of {total / 1e6:.2f} MB in one commit:",
+            f"{len(files)} files ({total / 1e6:.2f} MB) in one commit:",
             *lines,
         ]
     )
 
 
 def push(folder: Path, repository: str, *, private: bool = False, progress: bool = False) -> str:
-    """Upload a folder to a repository of the hub, which is made if need be; gives its address.
+    """Upload a folder to a repository of the hub, and create the repository if needed.
 
     Args:
-        private: nobody else sees the repository. One that is public already is not pushed to.
+        private: create a private repository, and refuse one that is public.
+
+    Returns:
+        The address of the repository.
 
     Raises:
-        UserError: the hub or the network did not play along.
+        UserError: the folder is not complete, or the hub or the network failed.
     """
     from huggingface_hub import HfApi
 
     check_folder(folder)
-    with _said(folder, repository), _quiet(progress), _patience(ANSWER_SECONDS):
+    with (
+        _errors_for_users(folder, repository),
+        _quiet(progress),
+        _answer_timeout(ANSWER_SECONDS),
+    ):
         hub = HfApi()
-        # False would be asked of an organisation whose repositories are private by default.
-        made = hub.create_repo(repository, private=True if private else None, exist_ok=True)
-        if private and not hub.repo_info(made.repo_id).private:
+        # None, not False: the repositories of an organisation may be private by default.
+        created = hub.create_repo(repository, private=True if private else None, exist_ok=True)
+        if private and not hub.repo_info(created.repo_id).private:
             raise UserError(
-                f"The repository '{made.repo_id}' exists and is public, so nothing was pushed to "
-                f"it: choose another name, make it private on the hub, or leave out --private."
+                f"The repository '{created.repo_id}' exists and is public, so nothing was pushed: "
+                f"choose another name, make it private on the hub, or leave out --private."
             )
-        set_repository(folder, made.repo_id)
+        set_repository(folder, created.repo_id)
         hub.upload_folder(
-            repo_id=made.repo_id,
+            repo_id=created.repo_id,
             folder_path=folder,
             commit_message="Pruned by rfprune",
         )
-        return str(made)
+        return str(created)
 
 
 @contextmanager
-def _said(folder: Path, repository: str) -> Iterator[None]:
-    """Turn what the library, its HTTP client or its storage client raise into one sentence."""
+def _errors_for_users(folder: Path, repository: str) -> Iterator[None]:
+    """Turn errors of the library, its HTTP client and its storage client into a UserError."""
     try:
         yield
     except UserError:
@@ -151,7 +160,7 @@ def _said(folder: Path, repository: str) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """What to say of an error, by the status or the kind of failure behind it."""
+    """The reason of a failure: the HTTP status or the type of the error behind it."""
     chain = list(_causes(error))
     for cause in chain:
         status = getattr(getattr(cause, "response", None), "status_code", None)
@@ -163,7 +172,7 @@ def _reason(error: BaseException) -> str:
     if names & {"TransportError", "ConnectionError"}:
         return "the hub cannot be reached (no network, or HF_ENDPOINT is wrong)"
     text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0].rstrip('.') if text else 'no more is known'}"
+    return f"{type(error).__name__}: {text[0].rstrip('.') if text else 'no details'}"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -176,21 +185,21 @@ def _status(status: int) -> str:
     reasons = {
         401: "the hub does not accept the token (401): log in again with 'hf auth login', or set "
         "HF_TOKEN to a token with write access",
-        403: "the token may not write there (403): take one with write access, or a repository of "
-        "your own",
-        404: "the hub does not know the repository or its owner (404), or the token may not see it",
-        409: "somebody else is changing the repository (409)",
-        413: "the hub finds the files too large (413)",
-        429: "the hub asks for patience (429: too many requests)",
+        403: "the token may not write there (403): use a token with write access, or your own "
+        "repository",
+        404: "the repository or its owner does not exist (404), or the token has no access to it",
+        409: "another process is changing the repository (409)",
+        413: "the files are too large for the hub (413)",
+        429: "too many requests (429)",
     }
     if status >= 500:
-        return f"the hub itself failed ({status})"
-    return reasons.get(status, f"the hub refused ({status})")
+        return f"the hub has an error of its own ({status})"
+    return reasons.get(status, f"the hub refused the request ({status})")
 
 
 @contextmanager
-def _patience(seconds: float) -> Iterator[None]:
-    """Wait so long for each answer, and no longer."""
+def _answer_timeout(seconds: float) -> Iterator[None]:
+    """Limit the time that the library waits for each answer."""
     from huggingface_hub.utils import get_session
 
     session: Any = get_session()
@@ -204,7 +213,7 @@ def _patience(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def _quiet(progress: bool) -> Iterator[None]:
-    """No log lines of the library, which come before each of its retries; bars where wanted."""
+    """Without log lines of the library (one before each retry), and progress bars on request."""
     from huggingface_hub.utils import (
         are_progress_bars_disabled,
         disable_progress_bars,

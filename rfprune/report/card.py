@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from rfprune.report.summary import (
     seconds_line,
     summary_rows,
 )
+from rfprune.settings import Settings
 from rfprune.tasks.registry import TASKS, Task
 
 CARD_FILE = "README.md"
@@ -40,6 +42,7 @@ UNKNOWN_REPOSITORY = "<this repository, or the path of this folder>"
 _TEMPLATES = Path(__file__).with_name("templates")
 # Scores that are a share of correct answers have the standard error of a proportion.
 _PROPORTIONS = ("accuracy", "exact", "exact_match")
+_OTHER_LINES = {"method", "seed", "use_labels"}
 _PIPELINES = {
     "classification": "text-classification",
     "regression": "text-classification",
@@ -280,11 +283,12 @@ def _units_kept(report: Report) -> list[str]:
 
 
 def _method(settings: Mapping[str, Any], method: str) -> str:
-    """The method and its settings."""
+    """The method and the settings that differ from their defaults; seed and labels have lines."""
+    defaults = asdict(Settings())
     values = [
         f"{name} {value}"
         for name, value in settings.items()
-        if name not in ("method", "seed", "use_labels") and value not in (None, False)
+        if name not in _OTHER_LINES and value != defaults.get(name)
     ]
     return f"{method} ({', '.join(values)})" if values else method
 

@@ -74,7 +74,7 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
 
     console.print(render(report))
     code = " and without custom code" if is_plain(report) else ""
-    console.print(f"Saved; open report.html to see the figures. Load it without rfprune{code}:")
+    console.print(f"Saved; report.html has figures. To load the model without rfprune{code}:")
     console.print(Text(f"  {reload_line(report)}", style="bold"), soft_wrap=True)
 
 

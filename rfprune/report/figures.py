@@ -238,8 +238,8 @@ def error_curves(report: Report) -> FigureSpec | None:
         "Error curves and chosen sizes",
         f"Line charts, one curve per layer, of the error against the share of units kept; dots are "
         f"the chosen sizes; {'; '.join(texts)}.",
-        f"Each curve is the error of a sublayer as it keeps fewer units; dots are the chosen sizes."
-        f"{dashed}",
+        f"Each curve is the error of a sublayer as it keeps fewer units. Dots are the chosen "
+        f"sizes. Colours run from the first layer to the last.{dashed}",
         (WIDTH_INCHES, 2.0 + 1.7 * len(kinds)),
         draw,
     )

@@ -18,13 +18,13 @@ REPORT_FILE = "report.json"
 
 
 def check_output(folder: Path, *, overwrite: bool, flags: str | None = None) -> None:
-    """See that a run may write its output to `folder`, before it works for minutes.
+    """Check that a run can write its output to `folder`, before it starts.
 
     Args:
-        flags: what identifies the run; see `holds`.
+        flags: identity of the flags; a finished output of the same flags is accepted.
 
     Raises:
-        UserError: it is a file, holds something already, or cannot be written.
+        UserError: the folder is a file or a link, is not empty, or cannot be written.
     """
     try:
         recover(folder)
@@ -34,26 +34,28 @@ def check_output(folder: Path, *, overwrite: bool, flags: str | None = None) -> 
         existing = next(path for path in folder.absolute().parents if path.exists())
         if not existing.is_dir():
             raise UserError(
-                f"The output folder '{folder}' cannot be made, since '{existing}' is a file: "
-                f"choose another with --output-dir."
+                f"The output folder '{folder}' cannot be created, because '{existing}' is a file: "
+                f"choose another folder with --output-dir."
             )
         temporary = hidden_folder(existing / folder.name, "partial")
         try:
-            # All of it, since a name can be too long, or not allowed on this disk.
+            # The whole path: any name in it may be too long, or invalid on this disk.
             (temporary / folder.absolute().relative_to(existing)).mkdir(parents=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise UserError(
             f"The output folder '{folder}' is not writable ({error.strerror}): choose another "
-            f"with --output-dir."
+            f"folder with --output-dir."
         ) from error
 
 
 def holds(folder: Path, identity: Mapping[str, str]) -> bool:
-    """Whether a folder holds the finished output of a run, all entries of whose identity are these.
+    """Whether a folder has the complete output of a run with this identity.
 
-    A folder that was put in place is complete; weights that were taken away since are noticed.
+    Args:
+        identity: entries that the "identity" of report.json must have. Weights that were removed
+            or changed since are noticed by their size.
     """
     try:
         report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
@@ -65,5 +67,5 @@ def holds(folder: Path, identity: Mapping[str, str]) -> bool:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of the weights that were saved to a folder."""
+    """Size of the saved weights of a model."""
     return sum(path.stat().st_size for path in folder.glob("model*.safetensors"))

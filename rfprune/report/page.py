@@ -124,11 +124,11 @@ def render_run(report: Report, plots: Sequence[Plot]) -> str:
         plots=plots,
         tiles=_tiles(report),
         headings=SUMMARY_HEADINGS,
-        rows=[[_with_fixed_spaces(cell) for cell in row] for row in summary_rows(report)],
+        rows=_fixed_rows(summary_rows(report)),
         scoring=scoring_line(report),
         search=[*latency_lines(report), *max_drop_lines(report)],
         seconds=seconds_line(report["seconds"]),
-        exports=export_rows(report),
+        exports=_fixed_rows(export_rows(report)),
         exports_caption=export_caption(report),
         export_headings=EXPORT_HEADINGS,
         export_lines=export_lines(report),
@@ -184,9 +184,10 @@ def _render(template: str, **values: Any) -> str:
     )
 
 
-def _with_fixed_spaces(cell: str) -> str:
-    """With no line break between a number and its unit."""
-    return re.sub(r"(?<=\d) (?=(?:G|M|k|MB|ms)\b)", "\N{NO-BREAK SPACE}", cell)
+def _fixed_rows(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The rows without a line break between a number and its unit."""
+    pattern = r"(?<=\d) (?=(?:G|M|k|MB|ms)\b)"
+    return [[re.sub(pattern, "\N{NO-BREAK SPACE}", cell) for cell in row] for row in rows]
 
 
 def _tiles(report: Report) -> list[tuple[str, str]]:

@@ -1,7 +1,7 @@
-"""report.json: one run as numbers, every one of them measured in that run.
+"""report.json: the numbers of one run, all measured in that run.
 
-Scores are in points of 100, sizes in bytes, latencies in milliseconds (medians), and
-`seconds.prune_total` covers collection to compaction, not loading or evaluation.
+Scores are in points of 100, sizes in bytes, latencies are medians in milliseconds, and
+`seconds.prune_total` covers all stages of the pruning without loading and evaluation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PACKAGES = ("torch", "transformers", "datasets", "numpy", "safetensors")
 
 
 def versions() -> dict[str, str]:
-    """What the numbers were made with."""
+    """Versions of rfprune, Python and the packages that determine the numbers."""
     found = {"rfprune": version("rfprune"), "python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -34,23 +34,23 @@ def versions() -> dict[str, str]:
 
 
 def ratios(original: Mapping[str, float], pruned: Mapping[str, float]) -> dict[str, float]:
-    """pruned/original of every cost that can be a constraint."""
+    """pruned/original of each cost that can be a constraint, by metric."""
     keys = {"mac": "macs", "params": "params", "memory": "bytes", "latency": "latency_ms"}
     return {metric: pruned[key] / original[key] for metric, key in keys.items()}
 
 
 def stage_seconds(stages: Mapping[str, float], *, load: float, evaluate: float) -> dict[str, float]:
-    """Seconds by stage; a stage that was left out took none."""
+    """Seconds by stage, with 0 for a stage that did not run."""
     seconds = {"load": load}
     seconds |= dict.fromkeys(STAGES, 0.0) | dict(stages)
     return seconds | {"evaluate": evaluate}
 
 
 def write_report(report: Mapping[str, Any], folder: Path) -> Path:
-    """Write `report` as folder/report.json; what is not a finite number becomes null."""
+    """Write `report` to folder/report.json; NaN and infinity become null."""
     path = folder / REPORT_FILE
     text = json.dumps(_finite(report), indent=2, ensure_ascii=False, allow_nan=False)
-    # Lists of numbers on one line each; a line break is never within a text.
+    # Put lists of numbers on one line; line breaks within strings are escaped, so none match.
     text = re.sub(r"\[\n[-+.\deE,\s]+\]", lambda found: " ".join(found[0].split()), text)
     path.write_text(text + "\n", encoding="utf-8")
     return path
@@ -60,7 +60,7 @@ def read_report(folder: Path) -> dict[str, Any]:
     """Read folder/report.json.
 
     Raises:
-        ValueError: it is of another schema.
+        ValueError: the report has another schema.
     """
     report: dict[str, Any] = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
     if report.get("schema") != SCHEMA:

@@ -15,16 +15,15 @@ import pytest
 import torch
 
 from rfprune import load_pruned
-from rfprune.hub.upload import files_of
+from rfprune.hub.upload import list_files
 from rfprune.main import main
 from rfprune.report.card import UNKNOWN_REPOSITORY
 from rfprune.report.figures import error_curves, kept_per_layer, scores_by_stage
 from rfprune.report.report_json import read_report
 from tests.cli.test_main import SAVED, everything_here, flags, logits_of, refused
 from tests.hub.stub_hub import StubHub
-from tests.report.conftest import hub
 
-__all__ = ["flags", "hub", "refused"]  # fixtures
+__all__ = ["flags", "refused"]  # fixtures
 
 Flags = Callable[..., list[str]]
 
@@ -95,7 +94,7 @@ def test_a_run_is_pushed_whole(flags: Flags, hub: StubHub, tmp_path: Path) -> No
     assert hub.repositories == {"someone/small": True}
     assert {name.split("/")[0] for name in hub.files} == SAVED - {"plots"}
     assert hub.files == {
-        name: (Path("out") / name).read_bytes() for name, _ in files_of(Path("out"))
+        name: (Path("out") / name).read_bytes() for name, _ in list_files(Path("out"))
     }
     assert 'name = "someone/small"' in hub.files["README.md"].decode()
     # What was uploaded is a model that works.
@@ -119,9 +118,9 @@ def test_a_finished_run_is_pushed_by_the_same_command(
     ("answers", "words"),
     [
         ({"create": 401}, "does not accept the token"),
-        ({"create": 404}, "does not know the repository"),
+        ({"create": 404}, "does not exist (404)"),
         ({"preupload": 403}, "may not write there"),
-        ({"commit": 500}, "the hub itself failed (500)"),
+        ({"commit": 500}, "error of its own (500)"),
     ],
 )
 def test_a_push_that_fails_leaves_the_model(
@@ -159,8 +158,8 @@ def test_a_dry_run_uploads_nothing(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"push_to_hub": "../evil"}, "cannot be the name of a repository"),
-        ({"push_to_hub": "a/b/c"}, "cannot be the name of a repository"),
+        ({"push_to_hub": "../evil"}, "is not a valid name of a repository"),
+        ({"push_to_hub": "a/b/c"}, "is not a valid name of a repository"),
         ({"push_to_hub": "someone/small", "constraint": "0.7 0.4"}, "several constraints"),
         ({"private": True}, "--private does nothing without --push-to-hub"),
         ({"hub_dry_run": True}, "--hub-dry-run does nothing without --push-to-hub"),

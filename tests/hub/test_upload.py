@@ -1,6 +1,7 @@
-"""A push puts the whole folder on the hub in one commit, or says in one sentence why not.
+"""A push uploads the whole folder in one commit, or ends with one sentence about the reason.
 
-Deleting this lets a hub that answers 401 or hangs end in a traceback, or a private model go public.
+Without these tests an answer of 401, or none, could end in a traceback, or a private model become
+public.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from rfprune.errors import UserError
 from rfprune.hub import upload as rfprune_hub
-from rfprune.hub.upload import check_access, check_folder, check_repository, files_of, push
+from rfprune.hub.upload import check_access, check_folder, check_repository, list_files, push
 from rfprune.report.card import CARD_FILE, UNKNOWN_REPOSITORY
 from tests.hub.stub_hub import HANG, StubHub
 
@@ -31,7 +32,7 @@ HOSTILE_NAMES = [
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name, _ in files_of(folder)}
+    return {name: (folder / name).read_bytes() for name, _ in list_files(folder)}
 
 
 @pytest.fixture(params=["streamed", "large file storage"])
@@ -116,12 +117,11 @@ def test_what_should_be_private_never_goes_to_a_public_repository(
 @pytest.mark.parametrize(
     ("status", "words"),
     [
-        (400, "refused (400)"),
+        (400, "refused the request (400)"),
         (401, "does not accept the token (401)"),
         (403, "may not write there (403)"),
-        (404, "does not know the repository or its owner (404)"),
-        (500, "the hub itself failed (500)"),
-        (503, "the hub itself failed (503)"),
+        (404, "does not exist (404)"),
+        (503, "error of its own (503)"),
     ],
 )
 def test_an_error_is_one_sentence_and_the_folder_stays(

@@ -1,17 +1,14 @@
-"""A report with every part a page can show, a folder that looks like a run's output, and a hub."""
+"""Reports with every part that a page can show."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from rfprune.report.card import write_card
-from rfprune.report.report_json import SCHEMA, write_report
-from tests.hub.stub_hub import TOKEN, StubHub, stub_hub
+from rfprune.report.report_json import SCHEMA
 
 Report = dict[str, Any]
 NUM_LAYERS, NUM_HEADS, NUM_NEURONS = 3, 4, 12
@@ -126,32 +123,3 @@ def make_encoder_decoder_report(**changes: Any) -> Report:
 def report() -> Callable[..., Report]:
     """`report(**changes)`: see `make_report`."""
     return make_report
-
-
-@pytest.fixture
-def run_folder(tmp_path: Path) -> Path:
-    """A folder with the files of a run's output, the weights but a few bytes."""
-    folder = tmp_path / "output"
-    (folder / "plots").mkdir(parents=True)
-    report = make_report(output_dir=str(folder))
-    write_report(report, folder)
-    write_card(report, folder)
-    (folder / "config.json").write_text("{}\n", encoding="utf-8")
-    (folder / "modeling_rfprune.py").write_text("# code\n", encoding="utf-8")
-    (folder / "model.safetensors").write_bytes(bytes(range(256)) * 40)
-    (folder / "plots" / "kept.png").write_bytes(b"\x89PNG not really")
-    return folder
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[StubHub]:
-    """A local hub that this process's hub library talks to, with the token it wants."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import close_session
-
-    with stub_hub() as running:
-        monkeypatch.setattr(constants, "ENDPOINT", running.endpoint)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        yield running
-        close_session()

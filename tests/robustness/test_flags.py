@@ -223,7 +223,7 @@ CACHE = (
 )
 
 
-def _repository(name: str, says: str = "cannot be the name of a repository") -> Case:
+def _repository(name: str, says: str = "is not a valid name of a repository") -> Case:
     return Case(
         f"`--push-to-hub {name[:40] or repr(name)}`",
         says,

@@ -8,8 +8,8 @@ from types import ModuleType
 
 import pytest
 
+from tests.hub.conftest import hub, run_folder
 from tests.hub.stub_hub import StubHub
-from tests.report.conftest import hub, run_folder
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "push_to_hub.py"
 __all__ = ["hub", "run_folder"]  # fixtures
@@ -53,8 +53,8 @@ def test_a_dry_run_asks_nobody(
     [
         (["nowhere", "someone/small"], "There is no folder 'nowhere'"),
         ([".", "someone/small"], "is no output folder of a run"),
-        ([".", "../someone"], "cannot be the name of a repository"),
-        ([".", ""], "cannot be the name of a repository"),
+        ([".", "../someone"], "is not a valid name of a repository"),
+        ([".", ""], "is not a valid name of a repository"),
     ],
 )
 def test_what_cannot_be_pushed_is_one_sentence(

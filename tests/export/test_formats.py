@@ -1,0 +1,252 @@
+"""`--export` and `--quantize` write files that compute what was pruned, or an error and no files.
+
+Without these tests an export that computes something else could pass, and a missing package could
+be reported after minutes of pruning.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from rfprune import load_pruned
+from rfprune.cli.parser import parse
+from rfprune.errors import UserError
+from rfprune.export.formats import FORMATS
+from rfprune.export.onnx import OnnxModel, write_model
+from rfprune.main import main
+from rfprune.report.report_json import read_report
+from rfprune.settings import EXPORTS
+
+Tiny = Callable[..., Any]
+NEEDED = "--model no/such/folder --task sst2 --constraint 0.5 --output-dir out"
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path.parent / "cache"))
+    monkeypatch.setattr("rfprune.latency.speedup.MAX_ROUNDS", 1)
+
+
+@pytest.fixture
+def flags(tiny_folder: Callable[..., Path], tiny_data_dir: Path) -> Callable[..., list[str]]:
+    """`flags("--export onnx", task="mrpc", head=...)`: those of a small run to the folder `out`."""
+
+    def make(more: str, task: str = "mrpc", model_type: str = "bert", **model: Any) -> list[str]:
+        folder = tiny_folder(model_type, **model)
+        text = f"--model {folder} --task {task} --data-dir {tiny_data_dir} --constraint 0.5"
+        text += f" --samples 16 --batch-size 8 --output-dir out {more}"
+        return text.split()
+
+    return make
+
+
+@pytest.fixture
+def log_messages() -> Iterator[list[str]]:
+    """The messages that the exporter and the quantiser log."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    loggers = [logging.getLogger(name) for name in ("", "torch.onnx")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield said
+    for logger in loggers:
+        logger.removeHandler(handler)
+
+
+def test_a_run_writes_checks_and_reports_every_export(
+    flags: Callable[..., list[str]],
+    tiny_tokenizer: Tiny,
+    capfd: pytest.CaptureFixture[str],
+    log_messages: list[str],
+) -> None:
+    assert main(flags("--export dense onnx --quantize")) == 0
+    report = read_report(Path("out"))
+    exports = report["exports"]
+    assert set(exports) == {"dense", "onnx", "onnx_int8", "latency"}
+    onnx, int8 = exports["onnx"], exports["onnx_int8"]
+    for entry in (onnx, int8):
+        path = Path("out", entry["path"])
+        assert path.stat().st_size == entry["bytes"]
+        assert entry["latency_ms"] > 0
+    assert int8["bytes"] < onnx["bytes"]
+    assert exports["dense"]["bytes"] == Path("out/dense/model.safetensors").stat().st_size
+    for entry in (exports["dense"], onnx):
+        assert entry["max_difference"] < 1e-4
+        rows, lengths = zip(*entry["checked_on"], strict=True)
+        assert len(set(rows)) >= 2
+        assert len(set(lengths)) >= 2
+    assert onnx["score"] == report["pruned"]["score"]
+    assert onnx["divergence"] == pytest.approx(report["divergence"], rel=1e-3)
+    assert abs(int8["divergence"] - onnx["divergence"]) > 1e-9, "another model was scored"
+
+    said = capfd.readouterr()
+    assert "pruned, ONNX Runtime, int8" in said.out
+    assert "onnx/model_quantized.onnx" in said.out
+    for name in ("log.txt", "report.html", "README.md"):
+        assert "pruned, ONNX Runtime, int8" in Path("out", name).read_text(encoding="utf-8")
+    assert "torch.onnx" not in said.out + said.err
+    assert not log_messages
+
+    inputs = tiny_tokenizer()(["a warm film .", "bad"], padding=True, return_tensors="pt")
+    pruned = load_pruned("out").eval()
+    dense = transformers.AutoModelForSequenceClassification.from_pretrained("out/dense").eval()
+    runs = OnnxModel(Path("out/onnx/model.onnx"))
+    with torch.no_grad():
+        expected = pruned(**inputs).logits
+        torch.testing.assert_close(dense(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(runs(**inputs)["logits"], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("task", ["stsb", "squad_v2"])
+def test_every_kind_of_task_is_exported_and_scored(
+    task: str, flags: Callable[..., list[str]]
+) -> None:
+    head = "question-answering" if task == "squad_v2" else "sequence-classification"
+    labels = {"num_labels": 1} if task == "stsb" else {}
+    arguments = flags("--export onnx --quantize", task, "distilbert", head=head, **labels)
+    assert main(arguments) == 0
+    report = read_report(Path("out"))
+    exports = report["exports"]
+    assert exports["onnx"]["score"] == pytest.approx(report["pruned"]["score"], abs=1e-3)
+    assert exports["onnx"]["divergence"] == pytest.approx(report["divergence"], rel=1e-2)
+    assert exports["onnx_int8"]["scores"].keys() == report["scores"]["pruned"].keys()
+
+
+def test_without_the_flag_there_are_no_exports(flags: Callable[..., list[str]]) -> None:
+    assert main(flags("")) == 0
+    report = read_report(Path("out"))
+    assert "exports" not in report
+    assert not Path("out/onnx").exists()
+    assert not Path("out/dense").exists()
+
+
+def test_a_dense_export_in_half_precision_can_be_pruned_again(
+    flags: Callable[..., list[str]], tiny_data_dir: Path
+) -> None:
+    """It is an ordinary checkpoint, stored in the precision of the pruned one."""
+    assert main(flags("--export dense --dtype bfloat16")) == 0
+    report = read_report(Path("out"))
+    assert set(report["exports"]) == {"dense"}
+    again = f"--model out/dense --task mrpc --data-dir {tiny_data_dir} --constraint 0.5 --quiet"
+    assert main([*again.split(), "--samples", "8", "--output-dir", "again"]) == 0
+    assert read_report(Path("again"))["stored_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--export", "--export: expected at least one argument"),
+        ("--export ONNX", "--export: invalid choice: 'ONNX'"),
+        ("--export onnx,dense", "--export: invalid choice: 'onnx,dense'"),
+        ("--quantize --export dense", "add --export onnx, or leave --quantize out"),
+    ],
+)
+def test_wrong_flags(more: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*NEEDED.split(), *more.split()]) == 2
+    said = capsys.readouterr()
+    assert message.lower() in said.err.lower()
+    assert said.err.count("\n") == 1
+    assert (said.out, list(Path().iterdir())) == ("", [])
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxruntime", "onnxscript"])
+def test_a_missing_package_is_an_error_before_the_run(
+    missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+
+    def without(name: str, *arguments: Any) -> Any:
+        return None if name == missing else find(name, *arguments)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    with pytest.raises(UserError, match=rf"\({missing}\).*pip install {missing}"):
+        parse([*NEEDED.split(), "--export", "onnx"])
+    assert parse([*NEEDED.split(), "--export", "dense"]).output.export == ("dense",)
+
+
+def test_repeated_flags_are_combined() -> None:
+    more = "--export dense --export onnx dense --quantize"
+    output = parse([*NEEDED.split(), *more.split()]).output
+    assert (output.export, output.quantize) == (("dense", "onnx"), True)
+    assert parse(NEEDED.split()).output.export == ()
+
+
+def test_the_flag_has_the_formats_of_the_registry() -> None:
+    assert tuple(FORMATS) == EXPORTS
+
+
+def broken(*_: Any, **__: Any) -> Any:
+    raise torch.onnx.errors.OnnxExporterError("No decomposition for aten.odd\nmany lines")
+
+
+def shifted(model: Any, *arguments: Any) -> None:
+    write_model(model, *arguments)
+    model.classifier.bias += 1.0
+
+
+def not_finite(model: Any, *arguments: Any) -> None:
+    write_model(model, *arguments)
+    model.classifier.bias.fill_(torch.nan)
+
+
+def full_disk(*_: Any, **__: Any) -> Any:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("where", "fault", "sentence"),
+    [
+        ("torch.onnx.export", broken, "in ONNX (No decomposition for aten.odd)"),
+        ("rfprune.export.onnx.write_model", shifted, "onnx export differs from"),
+        ("rfprune.export.onnx.write_model", not_finite, "by up to nan"),
+        ("rfprune.export.onnx.quantize_onnx", full_disk, "No space left on device"),
+        ("rfprune.export.dense.save_dense", full_disk, "No space left on device"),
+    ],
+)
+def test_an_export_that_fails_leaves_nothing(
+    where: str,
+    fault: Any,
+    sentence: str,
+    flags: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(where, fault)
+    assert main(flags("--export dense onnx --quantize --skip-tune")) == 2
+    said = capsys.readouterr()
+    assert sentence in said.err
+    assert "Traceback" not in said.err
+    assert not Path("out").exists()
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "step", ["dense.save_dense", "onnx.write_model", "onnx.quantize_onnx", "formats.time_on_cpu"]
+)
+def test_ctrl_c_in_an_export_leaves_nothing(
+    step: str, flags: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"rfprune.export.{step}", interrupt)
+    assert main(flags("--export dense onnx --quantize --skip-tune")) == 130
+    assert list(Path().iterdir()) == []
+
+
+def test_load_pruned_refuses_exports(flags: Callable[..., list[str]]) -> None:
+    """The dense export is an ordinary checkpoint."""
+    assert main(flags("--export dense")) == 0
+    with pytest.raises(UserError, match="out/dense.*not a pruned model"):
+        load_pruned("out/dense")
