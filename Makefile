@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check coverage format lint types clean
+.PHONY: help demo test check coverage format lint types tables clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -53,7 +53,11 @@ lint: $(VENV)/installed-dev
 types: $(VENV)/installed-dev
 	$(BIN)/mypy
 
-check: lint types test
+# Every table in README.md and results/ shows what its result files hold.
+tables: $(VENV)/installed-dev
+	$(BIN)/python -m scripts.bench.tables --check
+
+check: lint types tables test
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -21,8 +21,6 @@ from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
-
 from rfprune.cli.exit_codes import script
 from rfprune.demo import DEMO_TASK, demo_data_dir, demo_path
 from rfprune.errors import UserError

@@ -12,8 +12,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
-
 from rfprune.cli.exit_codes import NOTHING_WRITTEN, script
 from rfprune.cli.parser import add_flags
 from rfprune.cli.validation import check_data, check_task

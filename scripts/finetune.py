@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
-
 from rfprune.cli.exit_codes import script
 from rfprune.cli.parser import add_flags
 from rfprune.cli.validation import check_data

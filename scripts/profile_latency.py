@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
-
 from rfprune.cli.exit_codes import NOTHING_WRITTEN, script
 from rfprune.errors import UserError, error_summary
-from scripts.speedup_models import SYNTHETIC
+from rfprune.settings import DTYPES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +25,12 @@ if TYPE_CHECKING:
     from rfprune.latency.table import LatencyCurve, LatencyTable
     from rfprune.model.layout import Layout
 
-DTYPES = ("float32", "bfloat16", "float16")
+SYNTHETIC: Mapping[str, Mapping[str, int]] = {
+    "bert-base": {},
+    "minilm": {"num_hidden_layers": 6, "hidden_size": 384, "intermediate_size": 1536},
+}
+"""Arguments of `transformers.BertConfig`, whose defaults are BERT-base."""
+
 SHOWN = (1.0, 0.75, 0.5, 0.25, 0.0)
 """Fractions of all units that are shown."""
 

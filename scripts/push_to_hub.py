@@ -12,8 +12,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import one another
-
 from rfprune.cli.exit_codes import RESUMABLE, script
 from rfprune.hub.upload import (
     check_access,

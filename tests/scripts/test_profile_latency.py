@@ -5,9 +5,8 @@ Deleting this lets minutes of measuring end without a file, or with half of one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,15 +18,10 @@ from rfprune.latency.table import LatencyTable, check_table, latency_costs
 from rfprune.latency.timing import Timing
 from rfprune.model.compact import compact
 from rfprune.model.layout import layout_of
-from tests.bench.test_benchmarks import load_script
+from scripts import profile_latency as script
 
 TinyFolder = Callable[..., Path]
 SHAPE = "--batch-size 2 --sequence-length 5 --device cpu --seconds 0"
-
-
-@pytest.fixture(scope="module")
-def script() -> Iterator[ModuleType]:
-    yield from load_script("profile_latency")
 
 
 @pytest.fixture
@@ -36,7 +30,7 @@ def output(tmp_path: Path) -> Path:
 
 
 def test_a_folder_becomes_a_table_that_fits_its_model(
-    script: ModuleType, tiny_folder: TinyFolder, output: Path, capsys: pytest.CaptureFixture[str]
+    tiny_folder: TinyFolder, output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tiny_folder()
     flags = f"--model {folder} {SHAPE} --round-to 4 --dtype bfloat16 --output {output}"
@@ -55,16 +49,13 @@ def test_a_folder_becomes_a_table_that_fits_its_model(
 
 
 @pytest.mark.parametrize("head", ["question-answering", "none"])
-def test_any_head_will_do(
-    script: ModuleType, tiny_folder: TinyFolder, output: Path, head: str
-) -> None:
+def test_any_head_will_do(tiny_folder: TinyFolder, output: Path, head: str) -> None:
     flags = f"--model {tiny_folder('distilbert', head)} {SHAPE} --output {output}"
     assert script.main(flags.split()) == 0
     assert LatencyTable.load(output).model.model_type == "distilbert"
 
 
 def test_a_pruned_model_and_one_of_random_weights(
-    script: ModuleType,
     tiny_model: Callable[..., Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -84,7 +75,7 @@ def test_a_pruned_model_and_one_of_random_weights(
     assert len(LatencyTable.load(tmp_path / "random.json").model.blocks) == 2
 
 
-def test_the_shapes_that_have_names(script: ModuleType) -> None:
+def test_the_shapes_that_have_names() -> None:
     import transformers
 
     base, small = (transformers.BertConfig(**shape) for shape in script.SYNTHETIC.values())
@@ -94,7 +85,6 @@ def test_the_shapes_that_have_names(script: ModuleType) -> None:
 
 
 def test_an_interruption_leaves_nothing(
-    script: ModuleType,
     tiny_folder: TinyFolder,
     output: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -126,7 +116,6 @@ def test_an_interruption_leaves_nothing(
     ],
 )
 def test_what_a_user_can_mend_is_one_sentence(
-    script: ModuleType,
     tiny_folder: TinyFolder,
     output: Path,
     changes: str,
@@ -146,7 +135,7 @@ def test_what_a_user_can_mend_is_one_sentence(
 
 
 def test_weights_that_are_damaged_are_one_sentence(
-    script: ModuleType, tiny_folder: TinyFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_folder: TinyFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "model"
     folder.mkdir()

@@ -1,0 +1,305 @@
+"""Score and divergence of pruned models: variants of the method x constraints x seeds.
+
+python -m scripts.bench.quality --model CHECKPOINT --task mrpc --data-dir data \\
+    --constraint 0.7 0.5 0.3 --seed 0 1 2 --variant kwon-scheduled curvature
+python -m scripts.bench.quality --suite ablation --model CHECKPOINT --task sst2 --constraint 0.5 0.3
+python -m scripts.bench.quality --suite decoder --model CHECKPOINT --data-dir text --constraint 0.8
+
+A suite is a set of variants: `quality` compares the methods and the stages of the published one,
+`ablation` the classical criteria without and with the least-squares fit, `decoder` methods on a
+language model, with the text that it generates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import resource
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from rfprune.cache import default_folder
+from rfprune.cli.exit_codes import RESUMABLE, script
+from rfprune.errors import UserError
+from rfprune.settings import ALLOCATIONS, CRITERIA
+from rfprune.tasks.registry import LANGUAGE_MODELING
+from scripts.bench import harness
+from scripts.bench.harness import Conditions, NotMeasured, say
+from scripts.bench.models import Checkpoint, load_checkpoint, num_examples, settings_of
+
+if TYPE_CHECKING:
+    from rfprune.tasks.evaluation import Evaluation, EvaluationSet
+
+Variants = Mapping[str, Mapping[str, Any]]
+"""By name, what a variant asks of `rfprune.Settings`."""
+
+SELECT = "-select"
+"""Ends the name of a variant that fits nothing after it has pruned."""
+
+STAGES: Variants = {
+    "kwon-search": {"method": "kwon", "rearrange": False, "tune": False},
+    "kwon-rearrange": {"method": "kwon", "tune": False},
+    "kwon-scheduled": {"method": "kwon", "teacher": "scheduled"},
+    "kwon-dense": {"method": "kwon", "teacher": "dense"},
+    "kwon-authors": {
+        "method": "kwon",
+        "use_labels": True,
+        "gradients": "per-batch",
+        "teacher": "scheduled",
+    },
+    "curvature-select": {"method": "curvature", "tune": False},
+    "curvature": {"method": "curvature"},
+    "curvature-rounds-2": {"method": "curvature", "rounds": 2},
+    "curvature-rounds-3": {"method": "curvature", "rounds": 3},
+}
+
+IN_ROUNDS = ("taylor", "fisher")
+"""Criteria that are also measured in three rounds, with the global allocation."""
+
+
+def _criteria() -> Variants:
+    found: dict[str, dict[str, Any]] = {
+        f"{criterion}-{allocation}": {
+            "method": "importance",
+            "importance": criterion,
+            "allocation": allocation,
+        }
+        for criterion in CRITERIA
+        for allocation in ALLOCATIONS
+    }
+    found |= {
+        f"{name}-global-rounds-3": found[f"{name}-global"] | {"rounds": 3} for name in IN_ROUNDS
+    }
+    found |= {method: {"method": method} for method in ("kwon", "curvature")}
+    return {
+        name: settings
+        for own, fitted in found.items()
+        for name, settings in ((f"{own}{SELECT}", fitted | {"tune": False}), (own, fitted))
+    }
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A set of variants.
+
+    Attributes:
+        defaults: of the flags, where they differ from the others' defaults.
+        repeated: seeds after the first are for variants whose name starts so.
+        share: variants take what others have collected from the cache; else each collects anew,
+            and its seconds are its own.
+    """
+
+    variants: Variants
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    repeated: str = ""
+    share: bool = False
+
+
+_MAGNITUDE = {"method": "importance", "importance": "magnitude-l2"}
+SUITES: Mapping[str, Suite] = {
+    "quality": Suite(STAGES),
+    "ablation": Suite(_criteria(), {"samples": [512]}, repeated="random", share=True),
+    "decoder": Suite(
+        {
+            "curvature": {"method": "curvature"},
+            "curvature-select": {"method": "curvature", "tune": False},
+            "kwon-dense": {"method": "kwon"},
+            "kwon-rearrange": {"method": "kwon", "tune": False},
+            "magnitude-l2": _MAGNITUDE,
+            "magnitude-l2-select": {**_MAGNITUDE, "tune": False},
+        },
+        {"task": LANGUAGE_MODELING, "samples": [64], "batch_size": 8},
+        share=True,
+    ),
+}
+
+PROMPTS = ("The capital of France is", "Photosynthesis is the process by which")
+"""Continued by language models, original and pruned."""
+
+NEW_TOKENS = 30
+
+
+@script(RESUMABLE)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run with these flags (default: those of the process): 0 done, 1 something could not be
+    measured, 2 user error, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    chosen, _ = _suite_parser(add_help=False).parse_known_args(arguments)
+    suite = SUITES[chosen.suite]
+    options = _parser(suite).parse_args(arguments)
+    measurements = list(wanted(options, suite))
+    output = options.output or default_output(options)
+    bench = Bench(options, suite)
+    return harness.complete(
+        __file__,
+        output,
+        measurements,
+        bench.measure,
+        group_by=("seed", "requested_samples", "variant"),
+    )
+
+
+def _suite_parser(**settings: Any) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(allow_abbrev=False, **settings)
+    parser.add_argument("--suite", choices=SUITES, default="quality", help="default: quality")
+    return parser
+
+
+def _parser(suite: Suite) -> argparse.ArgumentParser:
+    names = "model task data-dir constraint metric seed samples batch-size max-length eval-limit"
+    defaults = {"constraint": [harness.REQUIRED], "seed": [0], "samples": [2048]}
+    parser = harness.parser_of(__doc__, f"{names} device dtype", **{**defaults, **suite.defaults})
+    parser.add_argument("--suite", choices=SUITES, default="quality", help="default: quality")
+    parser.add_argument(
+        "--variant",
+        nargs="+",
+        choices=suite.variants,
+        default=list(suite.variants),
+        help="default: all of the suite",
+    )
+    return parser
+
+
+def wanted(options: argparse.Namespace, suite: Suite) -> Iterator[Conditions]:
+    """The conditions that the flags ask for: by seed, then samples, variant and constraint."""
+    names = ("task", "metric", "eval_limit", "batch_size", "max_length", "dtype", "model")
+    shared = harness.conditions_of(options, names)
+    for one in harness.each_combination(
+        seed=options.seed,
+        requested_samples=options.samples,
+        variant=options.variant,
+        constraint=options.constraint,
+    ):
+        if one["seed"] == options.seed[0] or one["variant"].startswith(suite.repeated):
+            yield shared | one
+
+
+def default_output(options: argparse.Namespace) -> Any:
+    """results/SUITE_MODEL_TASK_METRIC_Nsamples[_Mevaluated].jsonl."""
+    if len(options.samples) > 1:
+        raise UserError(
+            f"--samples {' '.join(map(str, options.samples))} has no default file, which is named "
+            f"by one number: give --output, such as results/study_samples_MODEL_TASK_mac.jsonl."
+        )
+    return harness.default_output(
+        options.suite,
+        harness.model_name(options),
+        options.task,
+        options.metric,
+        f"{options.samples[0]}samples",
+        options.eval_limit and f"{options.eval_limit}evaluated",
+    )
+
+
+class Bench:
+    """A model with its data and its own score; loaded when the first measurement asks for it."""
+
+    def __init__(self, options: argparse.Namespace, suite: Suite) -> None:
+        """Nothing is loaded yet."""
+        self.options, self.suite = options, suite
+        self._calibration: dict[tuple[int, int, bool], tuple[Any, list[str]]] = {}
+
+    @cached_property
+    def _prepared(self) -> tuple[Checkpoint, EvaluationSet, Evaluation, list[str], dict[str, str]]:
+        from rfprune.tasks.evaluation import evaluate_model
+
+        with harness.warnings_on_stderr() as warnings:
+            checkpoint = load_checkpoint(self.options)
+            data = checkpoint.evaluation_set(self.options.eval_limit)
+            original = evaluate_model(checkpoint.model, data)
+        say(f"original: {original.score:.2f} on {original.num_examples} examples")
+        return checkpoint, data, original, warnings, _continued(checkpoint, checkpoint.model)
+
+    def _batches(self, samples: int, seed: int, labels: bool) -> tuple[Any, list[str]]:
+        """Calibration batches and the warnings about them; the last ones are kept."""
+        key = samples, seed, labels
+        if key not in self._calibration:
+            self._calibration.clear()
+            with harness.warnings_on_stderr() as warnings:
+                batches = self._prepared[0].batches(samples, seed, labels=labels)
+            self._calibration[key] = batches, warnings
+        return self._calibration[key]
+
+    def measure(self, group: Sequence[Conditions]) -> Iterator[dict[str, Any]]:
+        """Prune to the constraints of one variant and seed, and score each model.
+
+        Scores are in points of 100; the constraints share one collection, and its seconds.
+        """
+        from rfprune.cost.constraint import Constraint
+        from rfprune.pruning import prune_family
+        from rfprune.tasks.evaluation import divergence, evaluate_model
+
+        checkpoint, data, original, early, continued = self._prepared
+        first = group[0]
+        asked = self.suite.variants[first["variant"]]
+        settings = settings_of(**asked, seed=first["seed"])
+        batches, later = self._batches(
+            first["requested_samples"], first["seed"], asked.get("use_labels", False)
+        )
+        constraints = [Constraint(one["metric"], one["constraint"]) for one in group]
+        cache = default_folder() if self.suite.share else None
+        with harness.warnings_on_stderr() as warnings:
+            results = prune_family(checkpoint.model, batches, constraints, settings, cache=cache)
+            for conditions in group:
+                try:
+                    result = next(results)
+                    pruned = evaluate_model(result.model, data, reference=checkpoint.model)
+                except UserError as error:
+                    name = f"seed {first['seed']} {first['variant']}"
+                    raise NotMeasured(f"{name}: {error}") from error
+                yield {
+                    **conditions,
+                    "samples": num_examples(batches),
+                    "settings": dataclasses.asdict(settings),
+                    "device": checkpoint.model.device.type,
+                    "metric_name": original.metric_name,
+                    "original_score": original.score,
+                    "score": pruned.score,
+                    "scores": {"original": dict(original.scores), "pruned": dict(pruned.scores)},
+                    "divergence": divergence(original, pruned),
+                    **_generated(checkpoint, result.model, continued),
+                    "evaluated_examples": original.num_examples,
+                    "achieved": result.achieved,
+                    "mean_tokens": result.mean_tokens,
+                    "seconds": {**result.seconds, "evaluate": pruned.seconds},
+                    "layers": list(result.layers),
+                    "warnings": list(dict.fromkeys([*early, *later, *warnings, *result.warnings])),
+                }
+
+
+def _generated(
+    checkpoint: Checkpoint, pruned: Any, by_original: Mapping[str, str]
+) -> dict[str, Any]:
+    """The text that language models generate, and the most memory that the process has had."""
+    if checkpoint.task.name != LANGUAGE_MODELING:
+        return {}
+    return {
+        "written": _continued(checkpoint, pruned),
+        "written_by_original": by_original,
+        "peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    }
+
+
+def _continued(checkpoint: Checkpoint, model: Any) -> dict[str, str]:
+    """The likeliest next tokens after each prompt; of language models only."""
+    if checkpoint.task.name != LANGUAGE_MODELING:
+        return {}
+    tokenizer, found = checkpoint.loaded.tokenizer, {}
+    for prompt in PROMPTS:
+        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+        tokens = model.generate(
+            **inputs,
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+        new = tokens[0, inputs["input_ids"].shape[1] :]
+        found[prompt] = tokenizer.decode(new, skip_special_tokens=True)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,456 @@
+"""Tables of scores: quality, published numbers beside it, ablation, studies, decoders, max-drop."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rfprune.errors import UserError
+from rfprune.settings import ALLOCATIONS, CRITERIA, METHODS
+from rfprune.tasks.registry import TASKS
+from scripts.bench.harness import Line, grouped
+from scripts.bench.markdown import Mark, marked, table
+
+PLACE = ("metric", "requested_samples", "batch_size", "max_length", "dtype")
+"""One table of results for each combination of these."""
+
+ROW = (*PLACE, "model", "task", "eval_limit", "variant")
+"""One row of a table for each combination of these."""
+
+COSTS = {"mac": "MACs", "params": "parameters", "memory": "memory", "latency": "latency"}
+OURS = {"curvature": "rfprune, curvature", "kwon-scheduled": "rfprune, kwon as published"}
+"""Variants that stand beside published numbers."""
+
+DRAWN = {
+    "kwon-scheduled": ("Kwon et al. 2022", "#b35806", "o"),
+    "kwon-dense": ("the same, tuned to the dense model", "#8073ac", "^"),
+    "curvature": ("rfprune's own method, curvature", "#2166ac", "s"),
+}
+"""Variants in the figure: label, colour and marker; the colours suit colour-blind readers."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Measurements that differ only in the seed."""
+
+    row: tuple[Any, ...]
+    constraint: float
+    lines: tuple[Line, ...]
+
+    def values(self, *path: str) -> list[float]:
+        """A number of every line."""
+        found: list[Any] = list(self.lines)
+        for name in path:
+            found = [value[name] for value in found]
+        return [float(value) for value in found]
+
+    def mean(self, *path: str) -> float:
+        """The mean over the seeds of a number in the lines."""
+        return fmean(self.values(*path))
+
+
+def cells_of(lines: Iterable[Line]) -> list[Cell]:
+    """Measurements grouped over the seeds.
+
+    Tasks come in the registry's order, variants as they were first measured, constraints falling.
+
+    Raises:
+        UserError: the same measurement is there twice.
+    """
+    cells = []
+    for group in grouped(lines, (*ROW, "constraint")):
+        first = group[0]
+        if len({line["seed"] for line in group}) < len(group):
+            raise UserError(
+                f"{first['model']} {first['variant']} {first['constraint']} has two results of one "
+                f"seed: remove one of the lines from results."
+            )
+        row = tuple(first[name] for name in ROW)
+        cells.append(Cell(row, float(first["constraint"]), tuple(group)))
+    variants = list(dict.fromkeys(cell.row[-1] for cell in cells))
+    return sorted(cells, key=lambda cell: _order(cell, variants))
+
+
+def _order(cell: Cell, variants: Sequence[str]) -> tuple[Any, ...]:
+    line = cell.lines[0]
+    tasks = [*TASKS, line["task"]]
+    place = ["" if value is None else value for value in cell.row[: len(PLACE)]]
+    return (
+        *(str(value).rjust(12) for value in place),
+        tasks.index(line["task"]),
+        line["task"],
+        line["model"],
+        line["eval_limit"] or 0,
+        variants.index(line["variant"]),
+        -cell.constraint,
+    )
+
+
+def _by(cells: Iterable[Cell], names: int) -> list[list[Cell]]:
+    """Cells grouped by the first so many conditions of their rows."""
+    groups: dict[tuple[Any, ...], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell.row[:names], []).append(cell)
+    return list(groups.values())
+
+
+def _constraints(cells: Iterable[Cell]) -> list[float]:
+    return sorted({cell.constraint for cell in cells}, reverse=True)
+
+
+def entry(cell: Cell | None, mark: Mark) -> str:
+    """Score and divergence at one constraint."""
+    if cell is None:
+        return ""
+    scores = cell.values("score")
+    spread = f" ({min(scores):.1f}..{max(scores):.1f})" if len(scores) > 1 else ""
+    return f"{fmean(scores):.1f}{spread} / {cell.mean('divergence'):.3f}{mark(cell.lines)}"
+
+
+def caption(cells: Sequence[Cell]) -> str:
+    """What the numbers of a table are, and the conditions that they hold for."""
+    line = cells[0].lines[0]
+    counts = sorted({len(cell.lines) for cell in cells})
+    seeds = f"{counts[0]} seed{'s' if counts[0] > 1 else ''}"
+    if len(counts) > 1:
+        seeds = f"{counts[0]} to {counts[-1]} seeds"
+    length = "" if line["max_length"] is None else f", at most {line['max_length']} tokens"
+    return (
+        f"Score in points (lowest..highest of several seeds) / divergence from the original's "
+        f"predictions (KL in nats; of a regression half the mean squared difference). Means over "
+        f"{seeds}; {line['requested_samples']} calibration examples in batches of "
+        f"{line['batch_size']}{length}, {line['dtype']}."
+    )
+
+
+def quality(lines: Sequence[Line]) -> str:
+    """A table for each combination of conditions: variants in rows, constraints in columns."""
+    return "\n".join(_quality_table(cells) for cells in _by(cells_of(lines), len(PLACE)))
+
+
+def _quality_table(cells: Sequence[Cell]) -> str:
+    constraints = _constraints(cells)
+    metric = cells[0].lines[0]["metric"]
+    heads = [f"{ratio:.4g} of {COSTS.get(metric, metric)}" for ratio in constraints]
+
+    def rows(mark: Mark) -> Iterator[list[str]]:
+        above = ["", ""]
+        for own in _by(cells, len(ROW)):
+            line = own[0].lines[0]
+            same = [cell for cell in cells if cell.row[:-1] == own[0].row[:-1]]
+            original = fmean(cell.mean("original_score") for cell in same)
+            scored = f"{line['metric_name']}, {line['evaluated_examples']} examples"
+            names = [line["model"], f"{line['task']} [{original:.1f}] ({scored})"]
+            by_constraint = {cell.constraint: cell for cell in own}
+            entries = [entry(by_constraint.get(ratio), mark) for ratio in constraints]
+            yield [*(["", ""] if names == above else names), line["variant"], *entries]
+            above = names
+
+    heads = ["model", "task [original]", "variant", *heads]
+    text = marked(
+        [line for cell in cells for line in cell.lines], lambda mark: table(heads, rows(mark))
+    )
+    return f"{caption(cells)}\n\n{text}"
+
+
+def summary(lines: Sequence[Line]) -> str:
+    """summary.csv: a line a cell, scores in points of 100, seconds of pruning."""
+    file = io.StringIO()
+    rows = [_summary_row(cell) for cell in cells_of(lines)]
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def _summary_row(cell: Cell) -> dict[str, Any]:
+    line = cell.lines[0]
+    spread = {
+        f"{name}_{which}": function(cell.values(name))
+        for name in ("score", "divergence")
+        for which, function in (("mean", fmean), ("min", min), ("max", max))
+    }
+    numbers = {
+        "original_score": cell.mean("original_score"),
+        **spread,
+        "mac_kept": cell.mean("achieved", "mac"),
+        "params_kept": cell.mean("achieved", "params"),
+        "prune_seconds": cell.mean("seconds", "prune_total"),
+    }
+    return {
+        **{name: line[name] for name in (*ROW, "constraint", "metric_name")},
+        "evaluated_examples": line["evaluated_examples"],
+        "seeds": len(cell.lines),
+        **{name: f"{number:.4f}" for name, number in numbers.items()},
+    }
+
+
+def overview(lines: Sequence[Line], peers: str) -> str:
+    """Scores by MACs kept, published numbers (peers.csv) beside ours, tasks in their order."""
+    published = list(csv.DictReader(peers.splitlines()))
+    chosen = [
+        line
+        for line in lines
+        if line["metric"] == "mac" and line["variant"] in OURS and line["task"] in TASKS
+    ]
+    ratios = [name for name in published[0] if name.replace(".", "").isdigit()]
+
+    def rows(mark: Mark) -> Iterator[list[str]]:
+        found = [*published, *(_own_row(cells, mark) for cells in _by(cells_of(chosen), len(ROW)))]
+        for row in sorted(found, key=lambda row: list(TASKS).index(row["task"])):
+            names = [row[name] for name in ("task", "method", "model", "dense")]
+            yield [*names, *(row.get(ratio, "") for ratio in ratios), row["source"]]
+
+    heads = ["task", "method", "model", "original", *ratios, "numbers"]
+    return marked(chosen, lambda mark: table(heads, rows(mark)))
+
+
+def _own_row(cells: Sequence[Cell], mark: Mark) -> dict[str, str]:
+    """A checkpoint and a method: means over the seeds."""
+    line = cells[0].lines[0]
+    scores = {
+        f"{cell.constraint:g}": f"{cell.mean('score'):.1f}{mark(cell.lines)}" for cell in cells
+    }
+    return {
+        "task": line["task"],
+        "method": OURS[line["variant"]],
+        "model": line["model"],
+        "source": "measured here",
+        "dense": f"{cells[0].mean('original_score'):.1f}",
+        **scores,
+    }
+
+
+def ablation(lines: Sequence[Line]) -> str:
+    """For every model and task the classical criteria, without and with the least-squares fit."""
+    return "\n".join(_ablation_table(cells) for cells in _by(cells_of(lines), len(ROW) - 1))
+
+
+def _ablation_table(cells: Sequence[Cell]) -> str:
+    constraints = _constraints(cells)
+    line = cells[0].lines[0]
+    by_names: dict[tuple[str, ...], dict[tuple[float, bool], Cell]] = {}
+    for cell in sorted(cells, key=lambda cell: _criterion_order(cell.lines[0]["settings"])):
+        settings = cell.lines[0]["settings"]
+        place = by_names.setdefault(_criterion_names(settings), {})
+        place[cell.constraint, settings["tune"]] = cell
+    heads = [f"{ratio:g} {fit}" for ratio in constraints for fit in ("pruned", "fitted")]
+
+    def rows(mark: Mark) -> Iterator[list[str]]:
+        for names, own in by_names.items():
+            places = [(ratio, tuned) for ratio in constraints for tuned in (False, True)]
+            yield [*names, *(entry(own.get(place), mark) for place in places)]
+
+    text = marked(
+        [line for cell in cells for line in cell.lines],
+        lambda mark: table(["importance", "allocation", "rounds", *heads], rows(mark)),
+    )
+    original = f"{line['metric_name']} of the original: {line['original_score']:.1f}"
+    scored = f"{original}, {line['evaluated_examples']} examples"
+    return f"**{line['model']}, {line['task']}** ({scored}). {caption(cells)}\n\n{text}"
+
+
+def _criterion_names(settings: Mapping[str, Any]) -> tuple[str, str, str]:
+    rounds = str(settings["rounds"])
+    if settings["method"] == "importance":
+        return settings["importance"], settings["allocation"], rounds
+    return f"`--method {settings['method']}`", "", rounds
+
+
+def _criterion_order(settings: Mapping[str, Any]) -> tuple[int, ...]:
+    """The classical criteria first, in any order of measuring."""
+    return (
+        -METHODS.index(settings["method"]),
+        CRITERIA.index(settings["importance"]),
+        ALLOCATIONS.index(settings["allocation"]),
+        settings["rounds"],
+    )
+
+
+def study(lines: Sequence[Line]) -> str:
+    """A row for each number of examples and variant, a column for each constraint."""
+    cells = cells_of(lines)
+    constraints = _constraints(cells)
+    first = lines[0]
+    by_row: dict[tuple[int, str], dict[float, Cell]] = {}
+    for cell in cells:
+        line = cell.lines[0]
+        row = by_row.setdefault((line["requested_samples"], line["variant"]), {})
+        row[cell.constraint] = cell
+
+    def rows(mark: Mark) -> Iterator[list[str]]:
+        for (samples, variant), own in sorted(by_row.items()):
+            seconds = max(cell.mean("seconds", "prune_total") for cell in own.values())
+            entries = [entry(own.get(ratio), mark) for ratio in constraints]
+            yield [str(samples), variant, *entries, f"{seconds:.0f}"]
+
+    heads = ["examples", "variant", *(f"{ratio:g}" for ratio in constraints), "seconds"]
+    text = marked(lines, lambda mark: table(heads, rows(mark)))
+    original = f"original: {first['original_score']:.1f}"
+    return f"**{first['model']}, {first['task']}** ({original}): score / divergence.\n\n{text}"
+
+
+def max_drop(lines: Sequence[Line]) -> str:
+    """A row for every model and limit."""
+    heads = [
+        *("model, calibration examples", "original", "may lose", "MACs kept"),
+        *("loses (standard error)", "sizes tried", "time of single runs"),
+    ]
+    ordered = sorted(lines, key=lambda line: (_samples(line), line["points"]))
+
+    def rows(mark: Mark) -> Iterator[list[str]]:
+        for line in ordered:
+            yield [
+                f"{_samples(line)}{mark([line])}",
+                f"{line['original_score']:.1f}",
+                f"{line['points']:g}",
+                f"{line['achieved']['mac']:.0%}",
+                f"{line['drop']:.2f} ({line['standard_error']:.2f})",
+                str(line["probes"]),
+                f"{line['seconds'] / line['single_seconds']:.1f}",
+            ]
+
+    return marked(lines, lambda mark: table(heads, rows(mark)))
+
+
+def _samples(line: Line) -> str:
+    return f"{line['model']}, {line['requested_samples']:,}"
+
+
+DECODERS = """\
+# Language models
+
+Perplexity on held-out text; "times" is its ratio to the original's perplexity. KL is the mean of
+KL(original || pruned) in nats a token (the oldest lines have none). Seconds are by stage (several
+constraints share one collection), memory is the peak of the process by then, model and data
+included. Below is the text that the models generate greedily after two prompts.
+
+"""
+STAGES = ("collect", "search", "rearrange", "compact", "tune")
+
+
+def decoders_short(lines: Sequence[Line]) -> str:
+    """A row for every method, a column for every constraint: perplexity (KL)."""
+    ratios = sorted({line["constraint"] for line in lines}, reverse=True)
+    named = [{**line, "where": _text_length(line)} for line in lines]
+
+    def rows(mark: Mark) -> Iterator[list[str]]:
+        for group in grouped(named, ("where", "variant")):
+            own = {line["constraint"]: line for line in group}
+            entries = [_perplexity(own[ratio]) + mark([own[ratio]]) if ratio in own else ""
+                       for ratio in ratios]  # fmt: skip
+            yield [group[0]["where"], group[0]["variant"], *entries]
+
+    heads = ["model [original], samples", "method", *(f"{ratio:g} of MACs" for ratio in ratios)]
+    return marked(lines, lambda mark: table(heads, rows(mark)))
+
+
+def decoders(lines: Sequence[Line]) -> str:
+    """decoders.md: a row for every measurement, and then the generated text."""
+    heads = [
+        *("model [original], samples", "method", "MACs", "parameters", "perplexity", "times"),
+        *("KL", *STAGES, "memory"),
+    ]
+
+    def rows(mark: Mark) -> Iterator[list[str]]:
+        for line in lines:
+            seconds = [line["seconds"].get(stage) for stage in STAGES]
+            yield [
+                f"{_text_length(line)}{mark([line])}",
+                line["variant"],
+                *(f"{line['achieved'][name]:.3f}" for name in ("mac", "params")),
+                f"{line['score']:.2f}",
+                f"{line['score'] / line['original_score']:.2f}",
+                _kl(line),
+                *("" if value is None else f"{value:.0f} s" for value in seconds),
+                f"{line['peak_memory_bytes'] / 2**30:.1f} GiB",
+            ]
+
+    originals = {
+        f"- {line['model']}, original: *{prompt}* {_inline(text)}": None
+        for line in lines
+        for prompt, text in line["written_by_original"].items()
+    }
+    pruned = [
+        f"- {line['model']}, {line['variant']} at {line['constraint']:g}, "
+        f"{line['samples']} x {line['mean_tokens']:g} tokens: *{prompt}* {_inline(text)}"
+        for line in lines
+        for prompt, text in line["written"].items()
+    ]
+    text = marked(lines, lambda mark: table(heads, rows(mark)))
+    return "\n".join([DECODERS + text, *originals, *pruned]) + "\n"
+
+
+def _text_length(line: Line) -> str:
+    tokens = f"{line['samples']} x {line['mean_tokens']:g} tokens"
+    return f"{line['model']} [{line['original_score']:.1f}], {tokens}"
+
+
+def _perplexity(line: Line) -> str:
+    divergence = _kl(line)
+    return f"{line['score']:.1f}" + f" ({divergence})" * bool(divergence)
+
+
+def _kl(line: Line) -> str:
+    return "" if line["divergence"] is None else f"{line['divergence']:.3f}"
+
+
+def _inline(text: str) -> str:
+    """On one line, without markup."""
+    return " ".join(text.split()).replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")
+
+
+def drawn_rows(summary_csv: str) -> list[dict[str, str]]:
+    """The rows of summary.csv that the figure shows."""
+    rows = csv.DictReader(summary_csv.splitlines())
+    return [row for row in rows if row.get("variant") in DRAWN and row["metric"] == "mac"]
+
+
+def draw(summary_csv: str, path: Path, digest: str) -> None:
+    """summary.png: a column a model and task, score above, divergence below; mean and range over
+    seeds. The picture carries the digest."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in drawn_rows(summary_csv):
+        columns.setdefault((row["model"], row["task"]), []).append(row)
+    figure, axes = plt.subplots(
+        2, len(columns), figsize=(3.2 * len(columns) + 0.6, 5.2), sharex=True, squeeze=False
+    )
+    for column, own in enumerate(sorted(columns.values(), key=len, reverse=True)):
+        _draw_column(axes[0][column], axes[1][column], own)
+    axes[0][0].set_ylabel("score (points)")
+    axes[1][0].set_ylabel("divergence from the original")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.savefig(path, dpi=130, metadata={"Software": None, "Description": digest})
+    plt.close(figure)
+
+
+def _draw_column(above: Any, below: Any, rows: Sequence[Mapping[str, str]]) -> None:
+    first = rows[0]
+    above.set_title(f"{first['task']} ({first['metric_name']})\n{first['model']}", fontsize=10)
+    above.axhline(float(first["original_score"]), color="black", linestyle=":", label="original")
+    for variant, (label, colour, marker) in DRAWN.items():
+        own = [row for row in rows if row["variant"] == variant]
+        own.sort(key=lambda row: float(row["constraint"]))
+        kept = [100 * float(row["constraint"]) for row in own]
+        for axis, name in ((above, "score"), (below, "divergence")):
+            mean, low, high = (
+                [float(row[f"{name}_{which}"]) for row in own] for which in ("mean", "min", "max")
+            )
+            axis.plot(kept, mean, color=colour, marker=marker, markersize=4, label=label)
+            axis.fill_between(kept, low, high, color=colour, alpha=0.15, linewidth=0)
+    below.set_yscale("log")
+    below.set_xlabel("MACs kept (%)")
+    for axis in (above, below):
+        axis.grid(alpha=0.3)

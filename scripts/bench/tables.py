@@ -1,0 +1,245 @@
+"""Every table and figure made of the result files; `--check` finds those that are stale.
+
+python -m scripts.bench.tables            # write what is stale
+python -m scripts.bench.tables --check    # write nothing; exit code 1 if something is stale
+
+A table stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->` in README.md or
+results/README.md, or is a file of its own in results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from rfprune.cli.exit_codes import NOTHING_WRITTEN, script
+from rfprune.errors import UserError
+from scripts.bench import score_tables, time_tables
+from scripts.bench.harness import RESULTS, ROOT, Line
+from scripts.bench.markdown import table
+
+Files = Mapping[str, Sequence[Line]]
+"""Lines of the result files by file name, in the order of the names."""
+
+Lines = Sequence[Line]
+MARKERS = "<!-- {}:begin -->", "<!-- {}:end -->"
+
+SECTIONS: Mapping[str, tuple[str, Callable[[Lines], str]]] = {
+    "quality": ("quality", score_tables.quality),
+    "max-drop": ("max_drop", score_tables.max_drop),
+    "decoders": ("decoder", score_tables.decoders_short),
+    "ablation": ("ablation", score_tables.ablation),
+    "promise": ("promise", time_tables.promise_short),
+    "speedup": ("speedup", time_tables.speedup_short),
+    "compact": ("compact", time_tables.compact),
+    "exports": ("exports", time_tables.exports),
+    "pruning-time": ("pruning_time", time_tables.pruning_time),
+    "processes": ("processes", time_tables.processes),
+    "scale": ("scale", time_tables.scale),
+    "first-model": ("first_model", time_tables.first_model),
+}
+"""Tables of results/README.md: the kind of file that each is made of, and how."""
+
+PAGES: Mapping[str, tuple[str, Callable[[Lines], str]]] = {
+    "decoders.md": ("decoder", score_tables.decoders),
+    "promise.md": ("promise", time_tables.promise),
+    "speedup.md": ("speedup", time_tables.speedup),
+    "operators.md": ("operators", time_tables.operators),
+    "summary.csv": ("quality", score_tables.summary),
+}
+"""Files of their own in results/."""
+
+NOT_MEASURED = "Not measured yet.\n"
+
+
+@script(NOTHING_WRITTEN)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run with these flags (default: those of the process): 0 done, 1 something is stale, 2 user
+    error, 130 interrupted."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--check", action="store_true", help="only list what is stale")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
+    options = parser.parse_args(argv)
+    wanted = texts(options.results, options.readme)
+    stale = [path for path, text in wanted.items() if not path.exists() or read(path) != text]
+    figure, summary = options.results / "summary.png", wanted[options.results / "summary.csv"]
+    has_figure = bool(score_tables.drawn_rows(summary))
+    figure_is_stale = has_figure and not _is_figure_of(figure, summary)
+    if not options.check:
+        for path in stale:
+            write(path, wanted[path])
+        if figure_is_stale:
+            score_tables.draw(summary, figure, _digest(summary))
+    for path in [*stale, *[figure] * figure_is_stale]:
+        advice = ": run python -m scripts.bench.tables" if options.check else ""
+        sys.stderr.write(f"tables: {path} {'is stale' if options.check else 'written'}{advice}\n")
+    return 1 if options.check and (stale or figure_is_stale) else 0
+
+
+def texts(results: Path, readme: Path) -> dict[Path, str]:
+    """What each file should hold.
+
+    Raises:
+        UserError: a result file cannot be read, or a marker is missing.
+    """
+    files = read_results(results)
+    of_results = results / "README.md"
+    page = read(of_results)
+    for name, (kind, make) in SECTIONS.items():
+        page = with_section(page, name, made(files, kind, make), of_results)
+    page = with_section(page, "studies", studies(files), of_results)
+    page = with_section(page, "provenance", provenance(files), of_results)
+    peers = read(results / "peers.csv")
+    overview = made(files, "quality", lambda lines: score_tables.overview(lines, peers))
+    return {
+        readme: with_section(read(readme), "results", overview, readme),
+        of_results: page,
+        **{results / name: made(files, kind, make) for name, (kind, make) in PAGES.items()},
+    }
+
+
+def read_results(folder: Path) -> Files:
+    """The lines of all result files.
+
+    Raises:
+        UserError: a line is not JSON.
+    """
+    files = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        lines = []
+        for number, text in enumerate(read(path).splitlines(), start=1):
+            try:
+                lines.append(dict(json.loads(text)))
+            except (ValueError, TypeError) as error:
+                raise _no_result(path.name, number, error) from error
+        files[path.name] = lines
+    return files
+
+
+def of_kind(files: Files, kind: str) -> Files:
+    """The files whose names begin with the kind."""
+    return {name: lines for name, lines in files.items() if name.startswith(f"{kind}_")}
+
+
+def made(files: Files, kind: str, make: Callable[[Lines], str]) -> str:
+    """A table of all lines of a kind.
+
+    Raises:
+        UserError: a line lacks what the table needs.
+    """
+    own = of_kind(files, kind)
+    lines = [line for part in own.values() for line in part]
+    if not lines:
+        return NOT_MEASURED
+    try:
+        return make(lines)
+    except (KeyError, TypeError, ValueError):
+        for name, part in own.items():
+            for number, line in enumerate(part, start=1):
+                try:
+                    make([line])
+                except (KeyError, TypeError, ValueError) as error:
+                    raise _no_result(name, number, error) from error
+        raise
+
+
+def _no_result(name: str, number: int, error: Exception) -> UserError:
+    return UserError(
+        f"Line {number} of {name} is not a result that its table can show ({type(error).__name__}: "
+        f"{error}): remove the line, and measure again."
+    )
+
+
+def studies(files: Files) -> str:
+    """A table for each file of a study, which varies the samples or the variant."""
+    own = of_kind(files, "study")
+    return "\n".join(made({name: own[name]}, "study", score_tables.study) for name in own) or (
+        NOT_MEASURED
+    )
+
+
+def provenance(files: Files) -> str:
+    """Which code measured the lines of each file."""
+    rows = []
+    for name, lines in files.items():
+        groups: dict[tuple[str, ...], list[Line]] = {}
+        for line in lines:
+            groups.setdefault(_made_with(line), []).append(line)
+        for (package, code, torch, transformers), part in groups.items():
+            days = sorted(str(line.get("measured_at", ""))[:10] for line in part)
+            day = days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
+            rows.append([f"`{name}`", len(part), day, package, code, torch, transformers])
+    heads = ["file", "lines", "measured", "rfprune", "code", "torch", "transformers"]
+    return table(heads, rows)
+
+
+def _made_with(line: Line) -> tuple[str, ...]:
+    versions = line.get("versions") or line.get("machine", {}).get("versions", {})
+    code = f"`{line['code']}`" if line.get("code") else "not recorded"
+    if line.get("commit"):
+        code += f" ({line['commit']})"
+    names = ("torch", "transformers")
+    return versions.get("rfprune", ""), code, *(versions.get(name, "") for name in names)
+
+
+def with_section(page: str, name: str, text: str, path: Path) -> str:
+    """A page with the text between the markers of one section replaced.
+
+    Raises:
+        UserError: the markers are not there once each, in their order.
+    """
+    begin_line, end_line = (marker.format(name) for marker in MARKERS)
+    before, begin, rest = page.partition(begin_line)
+    _, end, after = rest.partition(end_line)
+    if not (begin and end) or begin in rest or end in before + after:
+        raise UserError(
+            f"{path} needs the lines {begin_line} and {end_line}, once each, in this order."
+        )
+    return f"{before}{begin}\n\n{text}\n{end}{after}"
+
+
+def _digest(summary: str) -> str:
+    return hashlib.sha256(summary.encode()).hexdigest()
+
+
+def _is_figure_of(path: Path, summary: str) -> bool:
+    """The picture carries the digest of the numbers that it shows."""
+    return path.exists() and _digest(summary).encode() in path.read_bytes()
+
+
+def read(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        UserError: it is missing, or not readable as UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise UserError(f"{path} cannot be read: {reason}.") from error
+
+
+def write(path: Path, text: str) -> None:
+    """Put text into a file.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

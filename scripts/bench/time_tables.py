@@ -1,0 +1,353 @@
+"""Tables of times, memory and bytes: promises, speedup, exports, pruning itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from rfprune.latency.promise import TOLERANCE
+from scripts.bench.harness import Line, grouped
+from scripts.bench.markdown import Mark, device_of, marked, table
+
+DTYPES = ("float32", "bfloat16", "float16")
+RUNTIMES = ("eager", "compile", "compile-graphs", "onnx")
+"""In the order of the tables."""
+
+SHOWN = (32, 128)
+"""Batch size and length of the short table of speedups."""
+
+PROMISE = f"""\
+# Promised latencies
+
+Fractions of the original's latency, end to end: what was asked for, what the latency table of the
+machine predicted and what was measured at the first attempt, and what was measured again in the end
+(median of paired rounds, ± its standard error; the spread is half the interquartile range of single
+rounds). A promise is kept within {TOLERANCE:.0%} of what was asked for.
+
+"""
+
+SPEEDUP = """\
+# Realised speedup
+
+Speedup **of** the ideal, and their quotient in parentheses. The speedup is the median of the
+rounds' ratios of times, original over pruned, both timed in turn. The ideal is the original's
+multiply-accumulates over the pruned model's, Transformer layers alone. `by 8` keeps neurons in
+multiples of 8. Weights are random, which changes no time. [README.md](README.md#realised-speed)
+explains the numbers.
+
+"""
+
+OPERATORS = """\
+# Where the rest of the speed goes
+
+Milliseconds of a forward pass of the original by kind of operator. For each pruned model: what a
+kind of operator takes beyond the original's time over the ideal speedup, as a part of the ideal
+time of the whole pass. The parts add up to what is missing.
+
+"""
+
+
+def promise(lines: Sequence[Line]) -> str:
+    """promise.md: a row for every constraint."""
+    heads = [
+        *("model, shape", "asked for", "predicted", "first measured", "attempts"),
+        *("measured again", "miss", "spread", "MACs"),
+    ]
+
+    def rows(mark: Mark) -> Iterator[list[str]]:
+        for line in lines:
+            first, measured = line["attempts"][0], line["measured"]
+            yield [
+                f"{_shape_and_device(line)}{mark([line])}",
+                f"{line['constraint']:g}",
+                f"{first['predicted']:.3f}",
+                f"{first['measured']:.3f}",
+                str(len(line["attempts"])),
+                f"{measured:.3f} ± {measured * line['error']:.3f}",
+                f"{_miss(line):+.1%}",
+                f"{line['spread']:.1%}",
+                f"{line['mac']:.3f}",
+            ]
+
+    return PROMISE + marked(lines, lambda mark: table(heads, rows(mark)))
+
+
+def promise_short(lines: Sequence[Line]) -> str:
+    """A row for every model, shape and machine."""
+    heads = ["model, shape", "latencies asked for", "misses of the table alone"]
+    heads += ["misses in the end", "kept"]
+
+    def rows(mark: Mark) -> Iterator[list[str]]:
+        named = [{**line, "where": _shape_and_device(line)} for line in lines]
+        for own in grouped(named, ("where",)):
+            first = [abs(line["attempts"][0]["measured"] / line["constraint"] - 1) for line in own]
+            last = [abs(_miss(line)) for line in own]
+            kept = sum(miss <= TOLERANCE for miss in last)
+            yield [
+                f"{own[0]['where']}{mark(own)}",
+                ", ".join(f"{line['constraint']:g}" for line in own),
+                f"up to {max(first):.1%}",
+                f"up to {max(last):.1%}",
+                f"{kept} of {len(own)}",
+            ]
+
+    return marked(lines, lambda mark: table(heads, rows(mark)))
+
+
+def _miss(line: Line) -> float:
+    return float(line["measured"] / line["constraint"] - 1)
+
+
+def _shape_and_device(line: Line) -> str:
+    shape = f"{line['batch_size']} x {line['length']}"
+    return f"{line['model']}, {shape}, {line['dtype']}, {device_of(line)}"
+
+
+def speedup(lines: Sequence[Line]) -> str:
+    """speedup.md: a table for each model, machine and dtype, with all runtimes and shapes."""
+    ordered = sorted(lines, key=_speedup_order)
+    return SPEEDUP + "\n".join(_speedup_table(group) for group in _by(ordered, _place))
+
+
+def _speedup_table(group: Sequence[Line]) -> str:
+    columns, first = _columns(group), group[0]
+
+    def rows(mark: Mark) -> Iterator[list[str]]:
+        for row in grouped(group, ("runtime", "batch_size", "length")):
+            shape = f"{row[0]['batch_size']} x {row[0]['length']}"
+            names = [f"{row[0]['runtime']}{mark(row)}", shape, _ms(row[0]["dense_ms"])]
+            yield [*names, *_speedups(row, columns)]
+
+    heads = ["runtime", "batch x length", "original", *map(_column_head, columns)]
+    versions = first["machine"]["versions"]
+    worst = max(line["spread"] for line in group)
+    return (
+        f"## {first['model']}, {device_of(first)}, {first['dtype']}\n\n"
+        f"{', '.join(f'{name} {number}' for name, number in versions.items())}; spread of the "
+        f"rounds' ratios (half the interquartile range) at most {worst:.1%}.\n\n"
+        f"{marked(group, lambda mark: table(heads, rows(mark)))}"
+    )
+
+
+def speedup_short(lines: Sequence[Line]) -> str:
+    """One table of all machines and runtimes at the shape `SHOWN`."""
+    chosen = [line for line in lines if (line["batch_size"], line["length"]) == SHOWN]
+    chosen.sort(key=_speedup_order)
+    columns = _columns(chosen)
+
+    def rows(mark: Mark) -> Iterator[list[str]]:
+        for row in _by(chosen, lambda line: (*_place(line), line["runtime"])):
+            model, device, dtype = _place(row[0])
+            names = [f"{model}, {device}{mark(row)}", dtype, row[0]["runtime"]]
+            yield [*names, *_speedups(row, columns)]
+
+    heads = ["model, machine", "dtype", "runtime", *map(_column_head, columns)]
+    text = marked(chosen, lambda mark: table(heads, rows(mark))) if chosen else ""
+    return f"Speedup of ideal (quotient) at batch {SHOWN[0]}, length {SHOWN[1]}.\n\n{text}"
+
+
+def _by(lines: Iterable[Line], key: Callable[[Line], Any]) -> list[list[Line]]:
+    groups: dict[Any, list[Line]] = {}
+    for line in lines:
+        groups.setdefault(key(line), []).append(line)
+    return list(groups.values())
+
+
+def _place(line: Line) -> tuple[str, str, str]:
+    return line["model"], device_of(line), line["dtype"]
+
+
+def _speedup_order(line: Line) -> tuple[Any, ...]:
+    model, device, dtype = _place(line)
+    shape = line["batch_size"], line["length"]
+    return model, device, DTYPES.index(dtype), RUNTIMES.index(line["runtime"]), *shape
+
+
+def _columns(lines: Iterable[Line]) -> list[tuple[float, int]]:
+    found = {(float(line["constraint"]), int(line["round_to"])) for line in lines}
+    return sorted(found, key=lambda column: (-column[0], column[1]))
+
+
+def _column_head(column: tuple[float, int]) -> str:
+    constraint, round_to = column
+    return f"{constraint:g} of MACs" + (f", by {round_to}" if round_to > 1 else "")
+
+
+def _speedups(row: Sequence[Line], columns: Sequence[tuple[float, int]]) -> list[str]:
+    own = {_columns([line])[0]: line for line in row}
+    return [
+        f"{own[column]['speedup']:.2f} of {own[column]['ideal']:.2f} "
+        f"({own[column]['quotient']:.2f})"
+        if column in own
+        else ""
+        for column in columns
+    ]
+
+
+def _ms(milliseconds: float) -> str:
+    return f"{milliseconds:.3g} ms" if milliseconds < 1000 else f"{milliseconds / 1000:.3g} s"
+
+
+def operators(lines: Sequence[Line]) -> str:
+    """operators.md: what each kind of operator takes beyond its share of the ideal time."""
+    return OPERATORS + "\n".join(_operators_table(line) for line in lines)
+
+
+def _operators_table(line: Line) -> str:
+    own = line["pruned"]
+    ideals = [row["ms"]["all"] - row["lost_ms"]["all"] for row in own]
+    speedups = [f"{row['speedup']:.2f} of {row['ideal']:.2f}" for row in own]
+    rows = [["speedup in these passes", "", *speedups]]
+    for kind, milliseconds in line["dense"]["ms"].items():
+        lost = zip(own, ideals, strict=True)
+        entries = [f"{row['lost_ms'][kind] / ideal:+.1%}" for row, ideal in lost]
+        rows.append([kind, f"{milliseconds:.3g}", *entries])
+    heads = ["", "original", *(_column_head((row["constraint"], row["round_to"])) for row in own)]
+    shape = f"{line['batch_size']} x {line['length']}"
+    where = f"{line['model']}, {device_of(line)}, {line['dtype']}, {line['runtime']}, {shape}"
+    return f"## {where}\n\n{marked([line], lambda _: table(heads, rows))}"
+
+
+def compact(lines: Sequence[Line]) -> str:
+    """A row for every compact model: difference from the masked one, bytes, speedup by shape."""
+    heads = ["model, method", "MACs", "compact - masked", "compact - original", "weights"]
+    heads += ["speedup of ideal (quotient), by batch x tokens"]
+
+    def rows(mark: Mark) -> Iterator[list[str]]:
+        for line in lines:
+            speeds = [
+                f"{one['batch_size']} x {one['tokens']}: {one['speedup']:.2f} of "
+                f"{one['ideal']:.2f} ({one['speedup'] / one['ideal']:.2f})"
+                for one in line["speed"]
+            ]
+            yield [
+                f"{line['model']}, {line['method']}{mark([line])}",
+                f"{line['achieved']['mac']:.3f}",
+                f"{line['max_difference']:.1e}",
+                f"{line['original_difference']:.2g}",
+                f"{line['bytes'] / 1e6:.1f} of {line['original_bytes'] / 1e6:.1f} MB",
+                "; ".join(speeds),
+            ]
+
+    sentences = max(line["sentences"] for line in lines)
+    text = marked(lines, lambda mark: table(heads, rows(mark)))
+    return f"Largest difference of a logit over {sentences:,} sentences; {_on(lines)}.\n\n{text}"
+
+
+def _on(lines: Sequence[Line]) -> str:
+    return "; ".join(dict.fromkeys(device_of(line) for line in lines))
+
+
+def exports(lines: Sequence[Line]) -> str:
+    """For every pruned model six ways to run: score, divergence, bytes, milliseconds by shape."""
+    return "\n".join(_exports_table(line) for line in lines)
+
+
+def _exports_table(line: Line) -> str:
+    shapes = [f"{one['batch_size']} x {one['sequence_length']}" for one in line["speed"]]
+    rows = []
+    for name, row in line["models"].items():
+        times = [(one["ms"][name], one["ms"]["original"]) for one in line["speed"]]
+        entries = [f"{own:.1f} ms ({original / own:.2f}x)" for own, original in times]
+        size = f"{row['bytes'] / 1e6:.1f} MB"
+        rows.append([name, f"{row['score']:.2f}", f"{row['divergence']:.4f}", size, *entries])
+    text = marked([line], lambda _: table(["model", "score", "KL", "weights", *shapes], rows))
+    clock = "processor time" if line["clock"] == "cpu" else "wall time"
+    return (
+        f"**{line['model']}, {line['task']}**, {line['constraint']:g} of MACs ({line['method']}): "
+        f"milliseconds of a forward pass (speedup over the original by PyTorch) by batch x tokens; "
+        f"{clock}, {device_of(line)}.\n\n{text}"
+    )
+
+
+def pruning_time(lines: Sequence[Line]) -> str:
+    """A row for every method: seconds by stage, multiples of a training step, peak memory."""
+    heads = ["model, examples", "method", "seconds", "by stage", "of a forward-backward pass"]
+    heads += ["of the floor", "peak memory", "peak of loading alone"]
+    skipped = ("prune_total", "times_forward_backward", "times_floor")
+
+    def rows(mark: Mark) -> Iterator[list[str]]:
+        for line in lines:
+            seconds = line["seconds"]
+            stages = [f"{name} {own:.1f}" for name, own in seconds.items() if name not in skipped]
+            yield [
+                f"{line['model']}, {line['requested_samples']:,}{mark([line])}",
+                line["method"],
+                f"{seconds['prune_total']:.1f}",
+                ", ".join(stages),
+                f"{seconds['times_forward_backward']:.2f} x",
+                f"{seconds['times_floor']:.2f} x",
+                f"{line['peak_bytes'] / 1e9:.2f} GB",
+                f"{line['load_peak_bytes'] / 1e9:.2f} GB",
+            ]
+
+    return f"{_on(lines)}.\n\n{marked(lines, lambda mark: table(heads, rows(mark)))}"
+
+
+def processes(lines: Sequence[Line]) -> str:
+    """A row for every method and number of processes: seconds, beside those of the fewest."""
+    stages = ("collect", "search", "tune", "prune_total")
+    heads = ["model, examples", "method", "processes", *stages, "same masks in all runs"]
+
+    def rows(mark: Mark) -> Iterator[list[str]]:
+        for group in grouped(lines, ("model", "requested_samples", "method")):
+            first = min(group, key=lambda line: line["processes"])
+            for line in group:
+                seconds = [
+                    f"{line['seconds'][name]:.1f} "
+                    f"({line['seconds'][name] / first['seconds'][name]:.2f})"
+                    for name in stages
+                ]
+                yield [
+                    f"{line['model']}, {line['samples']:,}{mark([line])}",
+                    line["method"],
+                    str(line["processes"]),
+                    *seconds,
+                    "yes" if line["same_masks"] else "NO",
+                ]
+
+    text = marked(lines, lambda mark: table(heads, rows(mark)))
+    return f"Seconds (as a fraction of one process), one thread each; {_on(lines)}.\n\n{text}"
+
+
+def scale(lines: Sequence[Line]) -> str:
+    """A row for every size and machine: of each stage the seconds and the peak memory."""
+    stages = ("collect", "search", "compact", "tune")
+
+    def rows(mark: Mark) -> Iterator[list[str]]:
+        for line in lines:
+            peak = max(line["peak_bytes"].values())
+            tokens = f"{line['dtype']}, {line['samples']} x {line['length']}"
+            yield [
+                f"{device_of(line)}, {tokens}{mark([line])}",
+                f"{line['params'] / 1e6:,.0f} M",
+                f"{line['weight_bytes'] / 1e9:.2f} GB",
+                *(
+                    f"{line['seconds'][name]:,.0f} s, {line['peak_bytes'][name] / 1e9:.1f} GB"
+                    for name in stages
+                ),
+                f"{line['seconds']['wall']:,.0f} s",
+                f"{peak / 1e9:.1f} GB, {peak / line['weight_bytes']:.1f} x weights",
+            ]
+
+    heads = ["machine, tokens", "parameters", "weights", *stages, "in all", "peak"]
+    return marked(lines, lambda mark: table(heads, rows(mark)))
+
+
+def first_model(lines: Sequence[Line]) -> str:
+    """A row for every machine and commit: seconds by step, bytes on the disk."""
+    heads = ["machine", "commit", "clone", "install", "prune", "in all", "environment"]
+    heads += ["output", "repository"]
+
+    def rows(mark: Mark) -> Iterator[list[str]]:
+        for line in lines:
+            steps = [f"{line['seconds'][name]:.0f} s" for name in (*heads[2:5], "total")]
+            sizes = [line["bytes"][name] for name in ("environment", "model", "repository")]
+            yield [
+                f"{line['cores']} cores, load {line['load_average']:g}{mark([line])}",
+                line["cloned_commit"][:7],
+                *steps,
+                *(f"{size / 1e6:,.0f} MB" for size in sizes),
+            ]
+
+    return marked(lines, lambda mark: table(heads, rows(mark)))

@@ -1,0 +1,383 @@
+"""Every measurement of time, memory and bytes once, end to end, at tiny size; no time is judged.
+
+Without these tests an hour of measuring could compare a model with itself, count MACs that were not
+run, or lose its numbers at the end.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rfprune.cost.macs import total_macs
+from rfprune.errors import UserError
+from rfprune.model.layout import layout_of
+from rfprune.result import StageTimer
+from scripts.bench import (
+    compact,
+    exports,
+    first_model,
+    max_drop,
+    models,
+    processes,
+    promise,
+    pruning_time,
+    scale,
+    speedup,
+)
+from tests.bench.conftest import ReadLines
+
+TinyFolder = Callable[..., Path]
+STAGES = {"collect", "search", "compact", "tune", "prune_total"}
+HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript"))
+needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="needs the extra rfprune[onnx]")
+
+
+@pytest.mark.parametrize(
+    ("method", "compared"), [("kwon", "after tuning"), ("curvature", "before the refit")]
+)
+def test_compact_is_compared_with_masked(
+    method: str, compared: str, flags: str, lines: ReadLines
+) -> None:
+    more = f"--constraint 0.7 0.4 --sentences 40 --rounds 2 --method {method}"
+    assert compact.main(f"{flags} {more}".split()) == 0
+    found = lines()
+    assert [line["constraint"] for line in found] == [0.7, 0.4]
+    for line in found:
+        assert (line["samples"], line["sentences"], line["compared"]) == (16, 40, compared)
+        assert 0 <= line["max_difference"] <= 1e-5
+        assert line["original_difference"] > 0.01
+        assert 0 < line["bytes"] < line["original_bytes"]
+        typical, long = line["speed"]
+        assert typical["tokens"] < long["tokens"] == 128
+        for speed in line["speed"]:
+            assert speed["rounds"] == 2
+            assert speed["ideal"] == pytest.approx(1 / line["achieved"]["mac"], rel=0.2)
+            assert min(speed["speedup"], speed["ms"]) > 0
+
+
+def test_a_compact_model_that_differs_is_reported(
+    flags: str, lines: ReadLines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compact, "TOLERANCE", -1.0)
+    more = "--constraint 0.5 --sentences 16 --rounds 1 --method kwon"
+    assert compact.main(f"{flags} {more}".split()) == 1
+    assert len(lines()) == 1
+
+
+@needs_onnx
+def test_exports_are_scored_and_timed_beside_the_original(flags: str, lines: ReadLines) -> None:
+    assert exports.main(f"{flags} --rounds 1 --eval-limit 12".split()) == 0
+    (line,) = lines()
+    rows = line["models"]
+    assert list(rows) == [
+        f"{name}{suffix}"
+        for name in ("original", "pruned")
+        for suffix in ("", "-onnx", "-onnx-int8")
+    ]
+    assert rows["original"]["divergence"] == 0
+    assert rows["original-onnx"]["divergence"] < 1e-6 < rows["pruned"]["divergence"]
+    assert rows["pruned-onnx"]["divergence"] == pytest.approx(rows["pruned"]["divergence"], 1e-3)
+    assert rows["pruned"]["bytes"] < rows["original"]["bytes"]
+    shapes = [(one["batch_size"], one["sequence_length"]) for one in line["speed"]]
+    assert shapes[0] == (1, shapes[1][1])
+    assert shapes[2] == (8, 128)
+    assert all(set(one["ms"]) == set(rows) for one in line["speed"])
+
+
+def test_pruning_is_timed_by_stage_beside_a_training_step(flags: str, lines: ReadLines) -> None:
+    assert pruning_time.main(f"{flags} --method curvature kwon --rounds 1".split()) == 0
+    found = lines()
+    assert [line["method"] for line in found] == ["curvature", "kwon"]
+    for line in found:
+        assert line["seconds"].keys() >= STAGES
+        assert 0 < line["yardsticks"]["forward_backward"] < line["yardsticks"]["floor"]
+        assert 0 < line["seconds"]["times_floor"] < line["seconds"]["times_forward_backward"]
+        assert min(line["peak_bytes"], line["load_peak_bytes"]) > line["model_bytes"]
+        assert line["all_seconds"] == [line["seconds"]["prune_total"]]
+
+
+def test_a_training_step_is_the_yardstick(tiny_model: Callable[..., Any]) -> None:
+    """With a gradient for every parameter, and no gradients left behind."""
+    model = tiny_model()
+    batch = models.random_batch(model, 2, 5) | {"labels": torch.tensor([0, 1])}
+    reached: set[str] = set()
+    for name, parameter in model.named_parameters():
+        parameter.register_hook(lambda _, name=name: reached.add(name))
+    pruning_time.yardsticks_of(model, [batch])
+    assert reached == {name for name, _ in model.named_parameters()}
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_processes_prune_alike(flags: str, lines: ReadLines) -> None:
+    assert processes.main(f"{flags} --method kwon --rounds 1".split()) == 0
+    found = lines()
+    assert [(line["method"], line["processes"]) for line in found] == [("kwon", 1), ("kwon", 2)]
+    for line in found:
+        assert line["same_masks"]
+        assert line["seconds"].keys() >= STAGES
+        assert len(line["all_seconds"]) == 1
+
+
+def test_max_drop_is_searched_and_its_report_kept(
+    flags: str, lines: ReadLines, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert max_drop.main(f"{flags} --points 99 --eval-limit 12".split()) == 0
+    (line,) = lines()
+    assert (line["points"], line["evaluated_examples"]) == (99, 12)
+    assert line["probes"] == len(line["path"]) > 0
+    assert line["drop"] == pytest.approx(line["original_score"] - line["score"])
+    assert min(line["seconds"], line["single_seconds"]) > 0
+    assert line["settings"]["method"] == "curvature"
+    assert max_drop.main(f"{flags} --points 0 --task stsb".split()) == 1
+    assert "not measured" in capsys.readouterr().err
+
+
+@pytest.fixture
+def shape_flags(tiny_folder: TinyFolder, output: Path) -> str:
+    return f"--model {tiny_folder(intermediate_size=64)} --seconds 0 --output {output}"
+
+
+def test_promised_latencies_are_measured_again(shape_flags: str, lines: ReadLines) -> None:
+    more = "--batch-size 2 --length 8 --constraint 0.9 0.6 --profile-seconds 0"
+    assert promise.main(f"{shape_flags} {more}".split()) == 0
+    found = lines()
+    assert [line["constraint"] for line in found] == [0.9, 0.6]
+    for line in found:
+        assert line["attempts"][0]["predicted"] <= line["constraint"] + 1e-6
+        assert line["measured"] > 0
+        assert line["rounds"] >= promise.MIN_ROUNDS
+        assert line["table"]["total_ms"] > 0
+        assert line["threads"] == torch.get_num_threads()
+
+
+def test_the_ideal_speedup_counts_what_the_pruned_model_runs(
+    shape_flags: str, lines: ReadLines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pruned = []
+
+    def pruned_to(*args: Any) -> Any:
+        pruned.append(models.pruned_to(*args))
+        return pruned[-1]
+
+    monkeypatch.setattr(speedup, "pruned_to", pruned_to)
+    more = "--runtime eager --rounds 2 --cells 1x5 3x9 --constraint 0.75 0.25 --round-to 1 8"
+    assert speedup.main(f"{shape_flags} {more}".split()) == 0
+    found = lines()
+    cells = [(line["batch_size"], line["length"], line["constraint"]) for line in found[::2]]
+    assert cells == [(1, 5, 0.75), (1, 5, 0.25), (3, 9, 0.75), (3, 9, 0.25)]
+    assert [line["round_to"] for line in found] == [1, 8] * 4
+    dense = models.load_dense(None, shape_flags.split()[1])
+    for line, model in zip(found, pruned * 2, strict=True):
+        before, after = (total_macs(layout_of(one), line["length"]) for one in (dense, model))
+        assert line["ideal"] == pytest.approx(before / after, rel=1e-4)
+        assert line["quotient"] == pytest.approx(line["speedup"] / line["ideal"], rel=1e-3)
+        assert (line["rounds"], line["machine"]["threads"]) == (2, torch.get_num_threads())
+        sizes = [block.num_units for block in layout_of(model).blocks]
+        kept = [size for layer in line["layers"] for size in layer.values()]
+        assert [size for size in kept if size] == [size for size in sizes if size]
+    assert found[0]["ideal"] != found[4]["ideal"], "the length matters"
+
+
+def test_processes_prepare_side_by_side_and_measure_one_at_a_time(tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    path = tmp_path / "turns"
+    with speedup.taking_turns(path) as wait, path.open("a") as third:
+        wait(False)
+        with speedup.taking_turns(path) as other_waits:
+            other_waits(False)
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(third, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        wait(True)  # the other is done
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(third, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ("--turns missing/file", "--turns missing/file"),
+        ("--cells 32by128", "32by128 is no shape"),
+        ("--cells 0x5", "--cells 0x5"),
+        ("--cells 1x900", "--length 900"),
+        ("--constraint 1.5", "1.5"),
+        ("--round-to 0", "--round-to 0"),
+        ("--seconds nan", "--seconds nan"),
+        ("--runtime compile-graphs", "--device cpu"),
+        ("--model missing/folder", "missing/folder"),
+        ("--runtime compile --profile", "leave --runtime out"),
+        pytest.param("--runtime onnx --dtype bfloat16", "float32", marks=needs_onnx),
+    ],
+)
+def test_a_user_error_is_one_line(
+    changes: str,
+    words: str,
+    shape_flags: str,
+    tmp_path: Path,
+    output: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert speedup.main(f"{shape_flags} --runtime eager --cells 1x5 {changes}".split()) == 2
+    printed = [line for line in capsys.readouterr().err.splitlines() if "to make" not in line]
+    assert words in printed[0]
+    assert len(printed) == 1
+    assert not output.exists() or not output.read_text()
+
+
+def test_every_runtime_runs_the_model_that_it_was_given(tiny_model: Callable[..., Any]) -> None:
+    one, other = tiny_model(), tiny_model(seed=1)
+    batch = models.random_batch(one, 3, 9)
+    with torch.inference_mode():
+        expected = one(**batch).logits
+        assert not torch.allclose(expected, other(**batch).logits, atol=1e-2)
+        for runtime in ("eager", *["onnx"] * HAS_ONNX):
+            found: Any = speedup.runner(runtime, one)(batch)
+            assert torch.allclose(found["logits"], expected, atol=1e-4)
+
+
+def test_each_compiled_model_has_code_of_its_own(
+    tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch compiles a code object again for each model, at most eight times."""
+    compiled: list[Any] = []
+
+    def note(run: Any, **_: Any) -> Any:
+        compiled.append(run)
+        return run
+
+    monkeypatch.setattr(torch, "compile", note)
+    batch = models.random_batch(tiny_model(), 2, 5)
+    for model in (tiny_model(), tiny_model(seed=1)):
+        found: Any = speedup.runner("compile", model)(batch)
+        assert torch.equal(found.logits, model(**batch).logits)
+    assert compiled[0].__code__ is not compiled[1].__code__
+
+
+def test_drawn_structures_are_uneven_nested_and_emptied_when_little_is_left(
+    tiny_model: Callable[..., Any],
+) -> None:
+    layout = layout_of(tiny_model(num_hidden_layers=4, intermediate_size=64))
+    draw = models.draw_structure
+    large, small = (draw(layout, ratio, seed=0) for ratio in (0.75, 0.25))
+    assert all(few <= many for few, many in zip(small, large, strict=True))
+    assert len(set(large[1::2])) > 1
+    assert small[::2].count(0) >= 1
+    assert small[1::2].count(0) >= 1
+    assert draw(layout, 0.75, seed=1) != large
+    rounded = draw(layout, 0.75, seed=0, round_to=16)
+    assert all(count % 16 == 0 for count in rounded[1::2])
+    assert rounded[::2] == large[::2]
+
+
+def test_a_profile_adds_up(shape_flags: str, lines: ReadLines) -> None:
+    more = "--profile --rounds 2 --cells 1x5 3x9 --constraint 0.25"
+    assert speedup.main(f"{shape_flags} {more}".split()) == 0
+    (line,) = lines()
+    (row,) = line["pruned"]
+    assert (line["batch_size"], line["length"], row["constraint"]) == (1, 5, 0.25)
+    for own in (line["dense"]["ms"], row["ms"], row["lost_ms"]):
+        parts = [value for name, value in own.items() if name != "all"]
+        assert sum(parts) == pytest.approx(own["all"], abs=1e-3)
+    assert min(line["dense"]["ms"][kind] for kind in ("matrix products", "norms")) > 0
+    products = {(one["inputs"], one["outputs"]) for one in line["dense"]["products"]}
+    assert {(16, 64), (64, 16), (16, 16)} <= products
+    neurons = {layer["neurons"] for layer in row["layers"]} - {0}
+    assert neurons <= {one["outputs"] for one in row["products"] if one["inputs"] == 16}
+
+
+@pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+def test_the_gpu_runs_every_runtime(shape_flags: str, output: Path, lines: ReadLines) -> None:
+    cells = f"{shape_flags} --rounds 2 --cells 1x5 3x9 --device cuda --constraint 0.5"
+    runtimes = "--runtime eager compile compile-graphs --dtype float32 bfloat16"
+    assert speedup.main(f"{cells} {runtimes}".split()) == 0
+    assert len(lines()) == 12
+    assert {line["device"] for line in lines()} == {"cuda"}
+    output.unlink()
+    assert speedup.main(f"{cells} --profile".split()) == 0
+    assert lines()[0]["dense"]["ms"]["matrix products"] > 0
+
+
+def test_a_scale_line_holds_seconds_and_memory_by_stage(output: Path, lines: ReadLines) -> None:
+    flags = f"--size tiny --samples 2 --length 8 --output {output}"
+    assert scale.main(flags.split()) == 0
+    (line,) = lines()
+    stages = set(line["seconds"]) - {"prune_total", "wall"}
+    assert {"collect", "search", "compact", "tune"} <= stages
+    assert set(line["peak_bytes"]) == stages | {"start"}
+    assert min(line["peak_bytes"].values()) > line["weight_bytes"]
+    assert 0 < line["achieved"]["mac"] <= 0.7
+
+
+def test_memory_is_attributed_to_the_stage_that_uses_it() -> None:
+    own, size = StageTimer.stage, 256 * 2**20
+    deadline = time.monotonic() + 60
+    with scale.sampled_memory("cpu") as peaks:
+        enough = peaks["start"] + size // 2  # imports may free some meanwhile
+        with StageTimer().stage("collect"):
+            block = bytearray(size)
+            block[:: 2**12] = b"x" * len(block[:: 2**12])
+            while peaks.get("collect", 0) < enough and time.monotonic() < deadline:
+                time.sleep(scale.SECONDS_BETWEEN)
+            del block  # else the stages after it have it too
+    assert peaks["collect"] >= enough
+    assert peaks["start"] < peaks["collect"], peaks
+    assert StageTimer.stage is own
+
+
+REPORT = '{"command": "x", "seconds": {"tune": 1}, "achieved": {"mac": 0.5}, "versions": {}}'
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A repository whose script leaves what a run leaves."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "prune.sh").write_text(
+        f"mkdir -p outputs/a; echo '{REPORT}' > outputs/a/report.json; "
+        "printf 12345 > outputs/a/model.safetensors\n"
+    )
+    git = ["git", "-C", str(source), "-c", "user.name=n", "-c", "user.email=e@x"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+    return source
+
+
+def test_the_first_model_is_timed_from_the_clone(
+    repository: Path, output: Path, lines: ReadLines
+) -> None:
+    flags = ["--source", str(repository), "--output", str(output)]
+    flags += ["--install-command", "mkdir .venv", "--command", "sh prune.sh"]
+    assert first_model.main(flags) == 0
+    (line,) = lines()
+    assert line["seconds"].keys() == {"clone", "install", "prune", "total"}
+    assert line["bytes"]["weights"] == 5
+    assert line["run"]["achieved"] == {"mac": 0.5}
+    assert len(line["cloned_commit"]) == 40
+    assert first_model.main(flags) == 0
+    assert len(lines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("install", "prune", "words"),
+    [
+        ("sh -c 'exit 3'", "sh prune.sh", "ended with 3"),
+        ("true", "true", "left no model"),
+        ("no-such-program", "true", "cannot be run"),
+    ],
+)
+def test_a_step_that_fails_is_named(
+    install: str, prune: str, words: str, repository: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "new").mkdir()
+    with pytest.raises(UserError, match=words):
+        first_model.measure(str(repository), tmp_path / "new", install, prune)

@@ -1,0 +1,203 @@
+"""`scripts.bench.quality`: a line holds what the package measures, for the settings that it names.
+
+Without these tests hours of measuring could score other settings than the tables say.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from rfprune.cost.constraint import Constraint
+from rfprune.errors import UserError
+from rfprune.pruning import prune
+from rfprune.settings import ALLOCATIONS, CRITERIA, Settings
+from rfprune.tasks.calibration import calibration_batches
+from rfprune.tasks.evaluation import divergence, evaluate_model, prepare_evaluation
+from rfprune.tasks.registry import get_task
+from scripts.bench import quality
+from tests.bench.conftest import ReadLines
+from tests.conftest import make_tiny_model, make_tiny_tokenizer
+
+Run = Callable[[str], int]
+
+
+@pytest.fixture
+def run(flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`run("--seed 0 1 ...")`; later flags win."""
+    monkeypatch.setenv("RFPRUNE_CACHE", str(tmp_path / "cache"))
+    return lambda more: quality.main(f"{flags} --device cpu --constraint 0.5 {more}".split())
+
+
+def test_a_line_is_what_the_package_measures(
+    run: Run,
+    lines: ReadLines,
+    tiny_folder: Callable[..., Path],
+    tiny_model: Callable[..., Any],
+    tiny_tokenizer: Callable[..., Any],
+    tiny_data_dir: Path,
+) -> None:
+    more = "--variant kwon-rearrange --seed 3 --eval-limit 20 --metric params --constraint 0.9"
+    assert run(more) == 0
+    (line,) = lines()
+    model, tokenizer, task = tiny_model(), tiny_tokenizer(), get_task("mrpc")
+    batches = calibration_batches(
+        task,
+        tokenizer,
+        tiny_data_dir,
+        num_samples=16,
+        batch_size=8,
+        max_length=None,
+        seed=3,
+        with_labels=False,
+    )
+    settings = Settings(method="kwon", tune=False, seed=3)
+    result = prune(model, batches, Constraint("params", 0.9), settings)
+    data = prepare_evaluation(task, tokenizer, tiny_data_dir, limit=20)
+    original, pruned = evaluate_model(model, data), evaluate_model(result.model, data)
+    assert line["divergence"] == pytest.approx(divergence(original, pruned), rel=1e-4)
+    assert line["divergence"] > 1e-3
+    assert line["scores"] == {"original": original.scores, "pruned": pruned.scores}
+    assert (line["score"], line["original_score"]) == (pruned.score, original.score)
+    assert line["achieved"] == pytest.approx(result.achieved)
+    assert line["layers"] == list(result.layers)
+    assert line["seconds"]["prune_total"] > 0
+    assert (line["samples"], line["evaluated_examples"]) == (16, 20)
+    expected = {"variant": "kwon-rearrange", "seed": 3, "constraint": 0.9, "metric": "params"}
+    assert expected.items() <= line.items()
+    assert line["model"] == tiny_folder().name
+
+
+def test_every_variant_runs_as_its_settings_say(run: Run, lines: ReadLines) -> None:
+    assert run("--constraint 0.7 0.5") == 0
+    variants = quality.SUITES["quality"].variants
+    assert [(line["variant"], line["constraint"]) for line in lines()] == [
+        (variant, constraint) for variant in variants for constraint in (0.7, 0.5)
+    ]
+    for line in lines():
+        asked = variants[line["variant"]]
+        assert asked.items() <= line["settings"].items()
+        assert ("tune" in line["seconds"]) == asked.get("tune", True)
+        assert line["achieved"]["mac"] <= line["constraint"]
+    outcomes = {line["divergence"] for line in lines() if line["constraint"] == 0.5}
+    assert len(outcomes) == len(variants), "no two variants are the same"
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["--samples 8", "--eval-limit 9", "--batch-size 4", "--max-length 8", "--dtype bfloat16"],
+)
+def test_another_condition_is_another_measurement(run: Run, lines: ReadLines, change: str) -> None:
+    assert run("--variant kwon-search --constraint 0.9") == 0
+    assert run(f"--variant kwon-search --constraint 0.9 {change}") == 0
+    assert len(lines()) == 2
+
+
+def test_one_variant_that_fails_leaves_the_others(
+    run: Run,
+    lines: ReadLines,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise UserError("no gradients today")
+
+    monkeypatch.setattr("rfprune.methods.kwon.collect_gradients", fail)
+    assert run("--variant kwon-search curvature-select") == 1
+    assert [line["variant"] for line in lines()] == ["curvature-select"]
+    assert "kwon-search: no gradients today" in capsys.readouterr().err
+
+
+def test_warnings_are_in_the_line(run: Run, lines: ReadLines) -> None:
+    assert run("--variant kwon-search --samples 60") == 0
+    (line,) = lines()
+    assert (line["samples"], line["requested_samples"]) == (48, 60)
+    assert "only 48" in line["warnings"][0]
+
+
+def test_every_criterion_is_in_the_ablation_without_and_with_the_fit() -> None:
+    variants = quality.SUITES["ablation"].variants
+    settings = {name: Settings(**asked) for name, asked in variants.items()}
+    assert len(set(settings.values())) == len(variants), "no two variants are the same"
+    for tune in (True, False):
+        own = [one for one in settings.values() if one.tune == tune]
+        one_shot = {(s.importance, s.allocation) for s in own if s.method == "importance"}
+        assert one_shot == {(i, a) for i in CRITERIA for a in ALLOCATIONS}
+        assert {s.method for s in own} == {"importance", "kwon", "curvature"}
+        assert {s.importance for s in own if s.rounds > 1} == set(quality.IN_ROUNDS)
+    assert all(name.endswith("-select") == (not own.tune) for name, own in settings.items())
+
+
+def test_later_seeds_of_an_ablation_are_for_random_importance(run: Run, lines: ReadLines) -> None:
+    chosen = "random-uniform random-uniform-select taylor-global taylor-global-rounds-3 curvature"
+    assert run(f"--suite ablation --seed 0 1 --variant {chosen}") == 0
+    found = [(line["seed"], line["variant"]) for line in lines()]
+    assert found == [
+        *((0, name) for name in chosen.split()),
+        *((1, name) for name in chosen.split()[:2]),
+    ]
+    assert {line["settings"]["method"] for line in lines()} == {"importance", "curvature"}
+
+
+def test_a_language_model_continues_prompts(
+    tmp_path: Path, output: Path, lines: ReadLines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RFPRUNE_CACHE", str(tmp_path / "cache"))
+    tokenizer = make_tiny_tokenizer("gpt2")
+    model = make_tiny_model("gpt2", "causal-lm", vocab_size=len(tokenizer))
+    assert isinstance(model, transformers.PreTrainedModel)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    generator = random.Random(0)
+    words = "the a film was not very good bad and it".split()
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.txt").write_text(" ".join(generator.choices(words, k=400)))
+    flags = (
+        f"--suite decoder --model {tmp_path / 'model'} --data-dir {tmp_path} --output {output} "
+        "--device cpu --constraint 0.7 --samples 8 --max-length 12 --eval-limit 4 "
+        "--variant curvature magnitude-l2-select"
+    )
+    monkeypatch.setattr(quality, "PROMPTS", ("film",))
+    assert quality.main(flags.split()) == 0
+    assert [line["variant"] for line in lines()] == ["curvature", "magnitude-l2-select"]
+    for line in lines():
+        assert line["metric_name"] == "perplexity"
+        assert line["score"] != line["original_score"]
+        assert line["evaluated_examples"] == 4
+        assert line["written"].keys() == line["written_by_original"].keys() == {"film"}
+        assert line["divergence"] > 0
+        assert line["peak_memory_bytes"] > 1e7
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("--task mrcp", "mrcp"),
+        ("--model no/such/folder", "no/such/folder"),
+        ("--output scores.json", ".jsonl"),
+        ("--constraint 1", "--constraint 1"),
+    ],
+)
+def test_a_user_error_is_one_line(
+    run: Run, output: Path, more: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(more) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("quality: error: ")
+    assert words in message
+    assert not output.exists() or not output.read_text()
+
+
+def test_the_file_name_says_the_conditions(tmp_path: Path) -> None:
+    suite = quality.SUITES["quality"]
+    flags = ["--model", "user/name", "--task", "rte", "--constraint", "0.5", "--samples", "512"]
+    options = quality._parser(suite).parse_args([*flags, "--eval-limit", "100"])
+    expected = "quality_user--name_rte_mac_512samples_100evaluated.jsonl"
+    assert quality.default_output(options).name == expected
+    with pytest.raises(UserError, match="--output"):
+        quality.default_output(quality._parser(suite).parse_args([*flags, "64"]))
