@@ -1,4 +1,5 @@
-"""What a model without a head says about an example: one vector of length one."""
+"""Embeddings: one vector of length one per example, from the hidden states of a model without a
+head."""
 
 from __future__ import annotations
 
@@ -8,24 +9,28 @@ from torch import Tensor
 from torch.nn import functional
 
 POOLINGS = ("mean", "cls", "lasttoken")
-"""Of the last hidden states of an example: the mean over its tokens, its first, or its last one."""
+"""How the last hidden states of an example are pooled: the mean over its tokens, its first token,
+or its last token."""
 
 POOLING_ENTRY = "sentence_pooling"
-"""The entry of a configuration that names one of them; without it, it is the mean."""
+"""The entry of config.json that names the pooling; mean pooling without it."""
 
 
 def pooling_of(config: Any) -> str:
-    """How the model of this configuration makes an embedding of its hidden states."""
+    """The pooling that a configuration names."""
     return str(getattr(config, POOLING_ENTRY, None) or POOLINGS[0])
 
 
 def embed(hidden: Tensor, tokens: Tensor, pooling: str) -> Tensor:
-    """Embeddings (B, d) of length one, as sentence-transformers makes them.
+    """Compute embeddings as sentence-transformers does.
 
     Args:
         hidden: (B, S, d), the last hidden states.
-        tokens: (B, S), 1 or true where there is a token, on whichever side the padding is.
+        tokens: (B, S), 1 or true at tokens, 0 or false at padding on either side.
         pooling: one of `POOLINGS`.
+
+    Returns:
+        (B, d), each row of length one.
     """
     weights = tokens.to(hidden)
     if pooling == "cls":

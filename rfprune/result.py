@@ -102,14 +102,15 @@ class PruneResult:
 
 
 def units_of_layers(layout: Layout, counts: Sequence[int]) -> list[dict[str, int]]:
-    """Units of every kind in every layer; `counts`: one per block of `layout`.
+    """Number of units of every kind in every layer; 0 for a block that was emptied before.
 
-    What was emptied by an earlier pruning has none.
+    Args:
+        counts: number of units of each block of `layout`.
     """
     decoder = layout.layer_indices(decoder=True)
     layers = [
-        {"heads": 0, **({"cross_heads": 0} if place in decoder else {}), "neurons": 0}
-        for place in range(len(layout.layers))
+        {"heads": 0, **({"cross_heads": 0} if layer in decoder else {}), "neurons": 0}
+        for layer in range(len(layout.layers))
     ]
     for block, count in zip(layout.blocks, counts, strict=True):
         layers[block.layer][block.sublayer.name] = count
@@ -118,13 +119,19 @@ def units_of_layers(layout: Layout, counts: Sequence[int]) -> list[dict[str, int
 
 @dataclass
 class StageTimer:
-    """Seconds by stage, and the stages that were not computed, since a cache had them."""
+    """Seconds by stage.
+
+    Attributes:
+        seconds: by name of the stage.
+        cached: names of the stages that were loaded from the cache.
+    """
 
     seconds: dict[str, float] = field(default_factory=dict)
     cached: set[str] = field(default_factory=set)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        """Add the time of the context to a stage."""
         start = time.perf_counter()
         try:
             yield
@@ -132,9 +139,9 @@ class StageTimer:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def fork(self) -> StageTimer:
-        """A timer that goes on from what this one has."""
+        """A copy that goes on counting on its own."""
         return StageTimer(dict(self.seconds), set(self.cached))
 
     def report(self) -> dict[str, float]:
-        """Seconds by stage and their sum as "prune_total"."""
+        """Seconds by stage, and their sum as "prune_total"."""
         return {**self.seconds, "prune_total": sum(self.seconds.values())}
