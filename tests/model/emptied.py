@@ -1,4 +1,4 @@
-"""Masks under which whole sublayers go, for the tests of several modules."""
+"""Masks that empty whole sublayers, for the tests of several modules."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from rfprune.model.masks import Masks, full_masks
 
 
 def emptied(layout: Layout, *empty: str) -> Masks:
-    """Masks that remove all units of the blocks named and one of every other."""
+    """Masks that remove all units of the named blocks and one unit of every other block."""
     masks = full_masks(layout)
     for block, mask in zip(layout.blocks, masks, strict=True):
         mask[: block.num_units if block.name in empty else 1] = 0

@@ -1,8 +1,8 @@
-"""What every architecture must satisfy, with every head: the contract that pruning rests on.
+"""The contract: what pruning needs of every family, checked with every head.
 
-Deleting this lets a new row of the table, or a new release of transformers, break pruning for one
-family in silence: masks that miss a unit, a compact model that computes something else, a folder
-that loads into the wrong shapes.
+Without these tests a new row, or a new release of transformers, could break a family unnoticed: a
+mask that misses a unit, a compact model that computes something else, a folder that loads into the
+wrong shapes.
 """
 
 from __future__ import annotations
@@ -81,13 +81,13 @@ def layout(model: Any) -> Layout:
 
 @pytest.fixture
 def batches(case: tuple[str, str], tiny_batch: Callable[..., Batch]) -> Callable[..., Batch]:
-    """`tiny_batch` for the family; a language model's decoder reads the same tokens."""
+    """`tiny_batch` for the family; decoders of generators get the encoder's tokens."""
 
     def make(*args: Any, **settings: Any) -> Batch:
         batch: Batch = tiny_batch(*args, model_type=case[0], **settings)
-        return batch | {"decoder_input_ids": batch["input_ids"]} if read_twice else batch
+        return batch | {"decoder_input_ids": batch["input_ids"]} if generates else batch
 
-    read_twice = case[1] == "seq2seq-lm"
+    generates = case[1] == "seq2seq-lm"
     return make
 
 
@@ -97,7 +97,7 @@ def batch(batches: Callable[..., Batch]) -> Batch:
 
 
 def outputs_of(model: Any, batch: Batch) -> Tensor:
-    """In evaluation, (B, n); images are given in the model's own precision."""
+    """All logits (B, n), without gradients; images are cast to the model's dtype."""
     inputs = {n: v.to(model.dtype) if v.is_floating_point() else v for n, v in batch.items()}
     with torch.no_grad():
         return flat_outputs(model(**inputs), batch)
@@ -108,7 +108,7 @@ def flat_outputs(outputs: Any, batch: Batch) -> Tensor:
     found = []
     for name in (name for name in outputs if name.endswith("logits")):
         logits = outputs[name]
-        if name != "logits" or logits.dim() == 3:  # one a token, or a row of them
+        if name != "logits" or logits.dim() == 3:  # per token
             tokens = batch["attention_mask"]
             logits = logits * (tokens[:, :, None] if logits.dim() == 3 else tokens)
         found.append(logits.flatten(1))
@@ -116,7 +116,7 @@ def flat_outputs(outputs: Any, batch: Batch) -> Tensor:
 
 
 def mixed_masks(layout: Layout) -> tuple[Tensor, ...]:
-    """A third of the units removed, a third scaled, a third as they were, in another order each."""
+    """A third of the units removed, a third scaled and a third kept; the order differs by block."""
     values = torch.tensor([0.0, 1.0, 0.5, 0.0, -1.5, 1.0])
     return tuple(
         values.repeat(block.num_units)[start : start + block.num_units]
@@ -129,14 +129,14 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 
 
 def assert_same(actual: Tensor, expected: Tensor, model_type: str) -> None:
-    """To the bit; but DeBERTa multiplies an embedding as it lies in the file it was loaded from,
-    and where a matrix lies in memory decides on the order in which a product is summed."""
+    """Equal to the bit. DeBERTa multiplies an embedding in the memory of the file it was loaded
+    from, and the alignment of a matrix decides in which order a product is summed."""
     limit = 1e-6 if model_type == "deberta-v2" else 0
     torch.testing.assert_close(actual, expected, rtol=limit, atol=limit)
 
 
 def folded(model: Any, layout: Layout, masks: Sequence[Tensor]) -> Any:
-    """A copy of the model with the masks in the columns of its out-projections, nothing removed."""
+    """A copy of the model with the masks folded into its output projections, nothing removed."""
     copied = copy.deepcopy(model)
     for block, mask in zip(layout.blocks, masks, strict=True):
         consumer = copied.get_submodule(block.consumer)
@@ -151,7 +151,7 @@ def masked_outputs(model: Any, layout: Layout, masks: Sequence[Tensor], batch: B
 
 def test_the_layout_finds_all_heads_and_neurons(layout: Layout, case: tuple[str, str]) -> None:
     shapes = [(b.kind, b.layer, b.num_units, b.unit_width) for b in layout.blocks]
-    width = 8 if case[0] in GROUPED_TYPES else 4  # of two query heads that share a key
+    width = 8 if case[0] in GROUPED_TYPES else 4  # two query heads per key
     neurons = 16 if case[0].startswith("dinov2") else 12
     encoder = [(("head", n, 4, width), ("neuron", n, neurons, 1)) for n in range(2)]
     decoder = [(("head", n, 4, 4), ("head", n, 4, 4), ("neuron", n, 12, 1)) for n in (2, 3)]
@@ -167,17 +167,17 @@ def test_masks_of_ones_change_no_bit(model: Any, layout: Layout, batch: Batch) -
     assert torch.equal(masked_outputs(model, layout, per_example, batch), plain)
 
 
-def test_every_unit_moves_the_output(model: Any, layout: Layout, batch: Batch) -> None:
+def test_every_unit_changes_the_output(model: Any, layout: Layout, batch: Batch) -> None:
     plain = outputs_of(model, batch)
     seen = [plain]
     for i, block in enumerate(layout.blocks):
         for unit in range(block.num_units):
             masks = full_masks(layout)
             masks[i][unit] = 0
-            moved = masked_outputs(model, layout, masks, batch)
-            nearest = min(float((moved - other).abs().max()) for other in seen)
-            assert nearest > 1e-4, f"unit {unit} of {block.name} changes nothing of its own"
-            seen.append(moved)
+            changed = masked_outputs(model, layout, masks, batch)
+            nearest = min(float((changed - other).abs().max()) for other in seen)
+            assert nearest > 1e-4, f"unit {unit} of {block.name} has no effect of its own"
+            seen.append(changed)
 
 
 @pytest.mark.parametrize("padding", ["right", "left", "none"])
@@ -207,7 +207,7 @@ def test_masked_folded_compact_and_reloaded_agree(
     assert_same(outputs_of(with_code, batch), exact, case[0])
 
 
-def test_a_batch_of_one_without_attention_mask(
+def test_a_batch_of_one_without_an_attention_mask(
     model: Any, layout: Layout, batches: Callable[..., Batch]
 ) -> None:
     batch = batches(1, padding="none")
@@ -249,10 +249,10 @@ def test_emptied_sublayers_agree_and_cost_nothing(
 
 
 def test_an_unpruned_class_refuses_an_emptied_checkpoint(
-    model: Any, layout: Layout, case: tuple[str, str], tmp_path: Path, capfd: Any
+    model: Any, layout: Layout, case: tuple[str, str], tmp_path: Path
 ) -> None:
     masks = full_masks(layout)
-    masks[0].zero_()  # nothing is resized: only an attention is missing
+    masks[0].zero_()  # no other projection changes its shape
     compact(model, layout, masks).save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="size"):
         HEADS[case[1]].from_pretrained(tmp_path)
@@ -287,7 +287,7 @@ def test_pruned_again_after_an_emptied_sublayer(model: Any, layout: Layout, batc
     again = layout_of(once)
     second = [torch.ones(block.num_units) for block in again.blocks]
     second[0][1] = 0
-    masks[1][2] = 0  # the second of the neurons left in layer 0, the first of which is gone already
+    masks[1][2] = 0  # the second remaining neuron of layer 0, which has lost its first
     twice = compact(once, again, second)
     assert_close(outputs_of(twice, batch), masked_outputs(model, layout, masks, batch))
     assert len(twice.config.rfprune["blocks"]) == len(layout.blocks)
@@ -309,7 +309,7 @@ def test_bfloat16_stays_and_agrees_within_its_precision(
 
 @pytest.mark.parametrize("padding", ["right", "left", "none"])
 @pytest.mark.parametrize("num_examples", [1, 4])
-def test_layers_replayed_are_the_full_forward_pass(
+def test_layers_one_at_a_time_are_the_full_forward_pass(
     model: Any,
     layout: Layout,
     case: tuple[str, str],
@@ -330,7 +330,7 @@ def test_layers_replayed_are_the_full_forward_pass(
             for run, layer in enumerate(order):
                 path = layout.layers[layer]
                 assert_close(pack(hidden, tokens), pack(entering[run], tokens))
-                through = unpack(pack(hidden, tokens), tokens)  # what was at padding is lost
+                through = unpack(pack(hidden, tokens), tokens)  # drops hidden states at padding
                 hidden = run_layer(net, path, through, calls)
             assert_close(pack(hidden, tokens), pack(leaving[len(order) - 1], tokens))
             assert (leaving[-1] - entering[0]).abs().max() > 0.1
@@ -339,16 +339,16 @@ def test_layers_replayed_are_the_full_forward_pass(
 def states_of(
     net: Any, layout: Layout, batch: Mapping[str, Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """What enters and leaves every layer in a full forward pass."""
+    """The inputs and outputs of every layer in a full forward pass."""
     entering: list[Tensor] = []
     leaving: list[Tensor] = []
 
-    def note(_: Any, args: Any, kwargs: Any, output: Any) -> None:
+    def record(_: Any, args: Any, kwargs: Any, output: Any) -> None:
         entering.append(args[0] if args else kwargs["hidden_states"])
         leaving.append(output[0] if isinstance(output, tuple) else output)
 
     layers = [net.get_submodule(path) for path in layout.layers]
-    handles = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
+    handles = [layer.register_forward_hook(record, with_kwargs=True) for layer in layers]
     net(**model_inputs(batch))
     for handle in handles:
         handle.remove()
@@ -366,7 +366,7 @@ def test_mask_gradients_are_finite_differences(
         score = (weights * flat_outputs(model(**batch), batch)).sum()
     gradients = torch.autograd.grad(score, masks)
     assert all(gradient.abs().max() > 1e-2 for gradient in gradients)
-    # some families compute their norms or positions in float32 whatever the model is in
+    # some families always compute norms or positions in float32
     single = case[0] in (*CAUSAL_TYPES[2:], "modernbert", "t5", "mt5")
     step = 3e-3 if single else 1e-5
     for i, block in enumerate(layout.blocks):
@@ -376,7 +376,7 @@ def test_mask_gradients_are_finite_differences(
                 moved = [mask.double() for mask in full_masks(layout)]
                 moved[i][unit] += sign * step
                 values.append((weights * masked_outputs(model, layout, moved, batch)).sum(1))
-            expected = (values[0] - values[1]) / (2 * step)  # (B,): one gradient an example
+            expected = (values[0] - values[1]) / (2 * step)  # (B,): one gradient per example
             scale = float(gradients[i].abs().max())
             rtol, atol = (1e-2, 1e-3 * scale) if single else (1e-5, 1e-7)
             torch.testing.assert_close(gradients[i][:, unit], expected, rtol=rtol, atol=atol)

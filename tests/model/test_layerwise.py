@@ -32,25 +32,8 @@ from tests.conftest import ALL_TYPES
 Tiny = Callable[..., Any]
 
 
-def test_layers_of_different_kinds_have_their_own_arguments(
-    tiny_model: Tiny, tiny_batch: Tiny
-) -> None:
-    """ModernBERT's second layer has local attention and positions of its own."""
-    model, batch = tiny_model("modernbert"), tiny_batch(padding="none")
-    layout = layout_of(model)
-    hidden, calls = layer_calls(model, layout, batch)
-    first, second = (calls[path] for path in layout.layers)
-    assert not torch.equal(
-        first.kwargs["position_embeddings"][0], second.kwargs["position_embeddings"][0]
-    )
-    with torch.no_grad():
-        right = run_layer(model, layout.layers[1], hidden, calls)
-        wrong = run_layer(model, layout.layers[1], hidden, {layout.layers[1]: first})
-    assert (right - wrong).abs().max() > 1e-3
-
-
 @pytest.mark.parametrize("model_type", ["gpt2", "opt", "llama"])
-def test_replaying_a_decoder_fills_no_cache(
+def test_running_a_decoder_layer_fills_no_cache(
     model_type: str, tiny_model: Tiny, tiny_batch: Tiny
 ) -> None:
     model, batch = tiny_model(model_type, "causal-lm"), tiny_batch(padding="none")

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -109,32 +107,6 @@ def test_a_pipeline_warns_of_an_unknown_class(
     model.__class__ = type("Unknown", (type(model),), {})
     transformers.pipeline("text-classification", model=model, tokenizer=tiny_tokenizer())
     assert [message for message in messages if "'Unknown' is not supported" in message]
-
-
-def test_a_pipeline_is_made_from_the_folder_where_there_is_no_rfprune(
-    pruned_folder: Folder, tmp_path: Path, tiny_tokenizer: Tiny
-) -> None:
-    program = """
-import sys
-sys.modules["rfprune"] = None  # importing it is an error, wherever it is installed
-import json, transformers
-classify = transformers.pipeline("text-classification", model=sys.argv[1], trust_remote_code=True)
-sys.stdout.write("\\n" + json.dumps(classify("a warm film .")[0]))
-"""
-    folder = pruned_folder("mpnet")
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(folder)],
-        check=True,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert "not supported" not in done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    inputs = tiny_tokenizer("mpnet")("a warm film .", return_tensors="pt")
-    expected = logits_of(load_pruned(folder), inputs).softmax(-1)[0]
-    assert found["score"] == pytest.approx(float(expected.max()), abs=1e-5)
-    assert found["label"] == f"LABEL_{int(expected.argmax())}"
 
 
 def make_trainer(model: Any, batch: dict[str, Tensor], folder: Path, steps: int) -> Any:

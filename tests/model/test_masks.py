@@ -42,24 +42,6 @@ def test_transformers_ignores_head_mask_but_not_our_masks(
     assert (without_heads - plain).abs().max() > 1e-2
 
 
-def test_a_mask_multiplies_the_features_of_its_unit(tiny_model: Tiny, tiny_batch: Tiny) -> None:
-    model, batch, seen = tiny_model(), tiny_batch(), []
-    layout = layout_of(model)
-    heads = layout.blocks[0]
-    masks = full_masks(layout)
-    masks[0][2] = -0.5
-    consumer = model.get_submodule(heads.consumer)
-    watch = consumer.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
-    model(**batch)
-    with masked(model, layout, masks):
-        model(**batch)
-    watch.remove()
-    plain, scaled = seen
-    factors = torch.tensor([1.0, 1.0, -0.5, 1.0]).repeat_interleave(heads.unit_width)
-    assert torch.equal(scaled, plain * factors)
-    assert not torch.equal(scaled, plain)
-
-
 def test_each_example_may_have_its_own_masks(tiny_model: Tiny, tiny_batch: Tiny) -> None:
     model, batch = tiny_model(), tiny_batch()
     layout = layout_of(model)

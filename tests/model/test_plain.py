@@ -89,21 +89,6 @@ def test_modes_and_gradient_flags_are_those_of_the_pruned_model(tiny_model: Tiny
     assert plain.bert.encoder.layer[0].output.dense.weight.requires_grad
 
 
-def test_a_plain_model_can_be_pruned_again(tiny_model: Tiny, tiny_batch: Tiny) -> None:
-    model, batch = tiny_model("distilbert"), tiny_batch()
-    layout = layout_of(model)
-    first = to_plain(compact(model, layout, masks_of(layout, None, 7)))
-    layout = layout_of(first)
-    assert {block.num_units for block in layout.blocks} == {4, 7}
-    smaller = compact(first, layout, masks_of(layout, 1, 2))
-    with masked(first, layout, masks_of(layout, 1, 2)):
-        torch.testing.assert_close(
-            logits(smaller, batch), logits(first, batch), rtol=1e-4, atol=1e-5
-        )
-    again = to_plain(compact(first, layout, masks_of(layout, None, 2)))
-    assert again.config.hidden_dim == 2
-
-
 @pytest.mark.parametrize(("model_type", "groups"), [("llama", (1, 2, 4)), ("qwen2", (1, 2, 3, 4))])
 def test_groups_of_heads_are_removed_where_the_configuration_has_their_width(
     model_type: str, groups: tuple[int, ...], tiny_model: Tiny, tiny_batch: Tiny
@@ -166,11 +151,6 @@ def test_masks_of_another_model_are_noticed(tiny_model: Tiny, tmp_path: Path) ->
         load_masks(tmp_path)
     with pytest.raises(UserError, match="not of the same model"):
         load_pruned(tmp_path)
-
-
-def test_what_was_never_pruned_is_still_refused(tiny_folder: Tiny) -> None:
-    with pytest.raises(UserError, match="not a pruned model"):
-        load_pruned(tiny_folder())
 
 
 def test_only_a_refusal_by_the_configuration_makes_a_number_of_heads_invalid(
