@@ -1,4 +1,9 @@
-"""From encoded rows to padded batches, longest rows first; images are opened here, when needed."""
+"""From encoded rows to padded batches, longest rows first.
+
+Batches equal those of Hugging Face's collators where these apply (a test compares them). They are
+not used here since they need a padding token, which GPT-2 lacks, and leave answer positions where
+they were when the padding is on the left.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +18,7 @@ from rfprune.tasks.image_classification import IMAGE, pixels
 from rfprune.tasks.question_answering import POSITIONS
 
 TOKEN_LABELS = "token_labels"
-"""The column with a label for every token; in a batch it is `labels`, -100 where there is none."""
+"""The column with a label per token, -100 for none; it is called `labels` in a batch."""
 
 LABELS = ("labels", TOKEN_LABELS, *POSITIONS)
 _NOT_A_LABEL = -100
@@ -23,7 +28,7 @@ Batch = Mapping[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class LazyBatches(Sequence[Batch]):
-    """Batches that are made each time they are looked at, for rows that fill the memory."""
+    """Batches that are made at each access, for images, which would fill the memory."""
 
     columns: Mapping[str, Sequence[Any]]
     rows: Sequence[Sequence[int]]
@@ -42,21 +47,23 @@ class LazyBatches(Sequence[Batch]):
 
 
 def length_sorted_rows(encoded: Any, batch_size: int) -> list[list[int]]:
-    """Row numbers of each batch, longest rows first: a lack of memory shows at once."""
+    """Row numbers of each batch, longest rows first: if memory runs out, it does so at once."""
     if batch_size < 1:
-        raise UserError(f"A batch size of {batch_size} is not possible: it must be at least 1.")
+        raise UserError(
+            f"A batch size of {batch_size} is not possible: choose --batch-size 1 or more."
+        )
     lengths = np.array([_length(row) for row in encoded[first_column(encoded)][:]])
     order = np.argsort(-lengths, kind="stable").tolist()
     return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
 
 
 def first_column(encoded: Any) -> str:
-    """The column of a model's input that there is one of, whatever the kind of task."""
+    """The column that every row has: images, or token ids."""
     return IMAGE if IMAGE in getattr(encoded, "column_names", encoded) else "input_ids"
 
 
 def _length(row: Any) -> int:
-    """Tokens of a row, of the longest one where it is several; all images are of one size."""
+    """Tokens of a row, or of its longest choice; 1 for an image."""
     if isinstance(row, str | dict):
         return 1
     return max((len(part) for part in row), default=0) if _is_several(row) else len(row)
@@ -71,23 +78,32 @@ def make_batches(
 ) -> list[dict[str, Tensor]]:
     """Batches of up to `batch_size` rows, in the order of `length_sorted_rows`.
 
-    Tensors are (B, S) with S the longest row of the batch, int64, (B, C, S) where a row is C
-    choices; images are pixel_values (B, channels, height, width). Labels are (B,), int64 or, for a
-    regression, float32; (B, L) float32 for several at once; (B, S) for tokens. UserError where
-    labels are asked for and there are none.
+    Args:
+        encoded: a `datasets.Dataset` of `rfprune.tasks.encoding.encode`.
+        tokenizer: or the image processor.
+        batch_size: rows per batch.
+        with_labels: whether batches have labels.
+
+    Returns:
+        Per batch, int64 tensors (B, S), S the longest row of the batch, or (B, C, S) for C choices
+        per row; for images pixel_values (B, channels, height, width). Labels are (B,), int64, or
+        float32 for a regression; (B, L) float32 for several labels per row; (B, S) for tokens.
+
+    Raises:
+        UserError: labels are needed and the data has none, or the batch size is below 1.
     """
     names = [name for name in encoded.column_names if with_labels or name not in LABELS]
     if with_labels and not set(LABELS) & set(names):
-        raise UserError("Labels are needed here, but the data has none.")
+        raise UserError(
+            f"The data has no labels ({', '.join(names)}), but they are needed here: add a column "
+            f"of labels, or leave --use-labels out."
+        )
     chosen = encoded.select_columns(names)
     return [collate(chosen[rows], tokenizer) for rows in length_sorted_rows(encoded, batch_size)]
 
 
 def collate(columns: Mapping[str, list[Any]], processor: Any) -> dict[str, Tensor]:
-    """Pad columns of token lists to their longest, on the tokenizer's side, and make tensors.
-
-    Rows that are several lists of tokens become (B, C, S). Images become pixel values.
-    """
+    """One batch from columns of rows: padded on the tokenizer's side, see `make_batches`."""
     if IMAGE in columns:
         batch = {"pixel_values": pixels(columns[IMAGE], processor)}
         return batch | {name: torch.tensor(columns[name]) for name in columns if name != IMAGE}

@@ -1,8 +1,8 @@
-"""How sure a difference of two scores is: a paired bootstrap over the evaluation's examples.
+"""Standard error of a drop in score: a paired bootstrap over the validation examples.
 
-Both models are scored on the same examples, drawn again and again with replacement. What is an easy
-example for one is mostly so for the other, so their difference is far surer than either score
-(Efron and Tibshirani 1993, chapter 6; Berg-Kirkpatrick et al. 2012 for scores of tasks like these).
+Both models are scored on the same resamples of the examples. Examples that are easy for one are
+mostly easy for the other, so the difference has a much smaller error than either score (Efron and
+Tibshirani 1993, chapter 6; Berg-Kirkpatrick et al. 2012 for language tasks).
 """
 
 from collections.abc import Callable
@@ -23,15 +23,17 @@ from rfprune.tasks.metrics import SCORE_FUNCTIONS
 from rfprune.tasks.squad_scores import squad_scores, squad_v2_scores
 
 RESAMPLES = 200
-_ROUNDING = 1e-9  # of scores that are 100 x a fraction
+_ROUNDING = 1e-9  # points: rounding errors of scores that are 100 x a fraction
 
 
 @dataclass(frozen=True)
 class Drop:
-    """By how many points another model scores lower; negative where it scores higher.
+    """How many points another model scores lower.
 
-    `standard_error`: of the drop, from the resamples. `within`: the share of the resamples in which
-    the drop is at most what is allowed.
+    Attributes:
+        points: negative if it scores higher.
+        standard_error: of `points`, in points.
+        within: fraction of the resamples with at most the allowed drop.
     """
 
     points: float
@@ -48,11 +50,15 @@ def paired_drop(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Drop:
-    """The drop of the task's main score from one model to another, and how sure it is.
+    """The drop of the main score from one model to another, with its standard error.
 
     Args:
-        evaluation_set: that both were scored on.
-        allowed: the points that the drop is compared with.
+        evaluation_set: the data that both models were scored on.
+        original: evaluation of the first model.
+        other: evaluation of the second model.
+        allowed: drop in points that `Drop.within` compares with.
+        resamples: number of bootstrap samples.
+        seed: of the resampling.
     """
     before, after = (_scorer(evaluation_set, one) for one in (original, other))
     num_examples = _num_examples(evaluation_set)
@@ -69,17 +75,17 @@ def paired_drop(
 
 
 def _num_examples(evaluation_set: EvaluationSet) -> int:
-    """Of the first split, which the main score is of."""
+    """Examples of the first split, on which the main score is computed."""
     return next(iter(evaluation_set.split_sizes.values()))
 
 
 def _scorer(
     evaluation_set: EvaluationSet, evaluation: Evaluation
 ) -> Callable[[NDArray[np.int64]], float]:
-    """From numbers of examples to the main score on them, in points of 100."""
+    """A function from row numbers to the main score on these rows, in points of 100."""
     if evaluation_set.questions is not None:
-        one_by_one = _scores_of_questions(evaluation_set, evaluation)
-        return lambda rows: float(one_by_one[rows].mean())
+        per_question = _scores_of_questions(evaluation_set, evaluation)
+        return lambda rows: float(per_question[rows].mean())
     assert evaluation_set.labels is not None
     score = SCORE_FUNCTIONS[evaluation_set.task.metric_name]
     predictions = predictions_from_logits(evaluation_set.task, evaluation.logits)
@@ -90,7 +96,7 @@ def _scorer(
 def _scores_of_questions(
     evaluation_set: EvaluationSet, evaluation: Evaluation
 ) -> NDArray[np.floating[Any]]:
-    """(Q,): SQuAD's main scores are means over questions, each of which is scored on its own."""
+    """The score of each question, (Q,): SQuAD's main scores are their means."""
     task, questions = evaluation_set.task, evaluation_set.questions
     assert questions is not None
     texts, no_answer = answers_from_logits(task, evaluation.logits, questions)

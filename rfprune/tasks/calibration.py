@@ -1,4 +1,4 @@
-"""Calibration: a seeded sample of a task's training set as padded batches, labels not needed."""
+"""Calibration batches: a seeded sample of a task's training split, without labels by default."""
 
 import warnings
 from pathlib import Path
@@ -17,16 +17,21 @@ _WITHOUT_LABELS = ("language-modeling", "similarity")
 
 
 def sample(dataset: Any, num_samples: int, seed: int) -> Any:
-    """`num_samples` rows of a `datasets.Dataset`, drawn without replacement.
+    """Draw rows of a `datasets.Dataset` without replacement.
 
-    A smaller sample of the same seed is the beginning of a larger one. Where there are fewer
-    rows, all of them and a RfpruneWarning. UserError if `num_samples` is below 1.
+    A smaller sample is the beginning of a larger one of the same seed. If there are fewer rows,
+    all are returned, with a RfpruneWarning.
+
+    Raises:
+        UserError: `num_samples` is below 1.
     """
     if num_samples < 1:
-        raise UserError(f"{num_samples} calibration samples are not possible: ask for 1 or more.")
+        raise UserError(
+            f"{num_samples} calibration samples are too few: choose --samples 1 or more."
+        )
     if num_samples > len(dataset):
         warnings.warn(
-            f"{num_samples} calibration samples were asked for, but there are only "
+            f"{num_samples} calibration samples were requested, but there are only "
             f"{len(dataset)}: all of them are used.",
             RfpruneWarning,
             stacklevel=2,
@@ -46,23 +51,37 @@ def calibration_batches(
     seed: int,
     with_labels: bool,
 ) -> list[dict[str, Tensor]]:
-    """Batches of `num_samples` examples of the task's training split.
+    """Batches of examples drawn from the task's training split.
 
-    An example of question answering is a window: of so many questions drawn, so many windows; of
-    similarity it is one of the two texts, of language modelling a block. Only what is drawn is
-    tokenised, but for a running text; without `with_labels` the data needs no label column. See
-    `load_split`, `encode` and `make_batches` for the shapes and for what is refused.
+    An example is a window in question answering, one of the two texts in similarity, and a block
+    in language modelling. Only drawn rows are tokenised, except for language modelling.
+
+    Args:
+        task: see `rfprune.tasks.registry`.
+        tokenizer: or the image processor.
+        data_dir: see `rfprune.tasks.splits.find_split`; None: the hub.
+        num_samples: number of examples.
+        batch_size: examples per batch.
+        max_length: tokens per example; None: the task's own.
+        seed: of the draw.
+        with_labels: whether batches have labels; without, the data needs none.
+
+    Returns:
+        Batches as made by `rfprune.tasks.batching.make_batches`.
+
+    Raises:
+        UserError: data is missing or wrong, or a number is not allowed.
     """
     if with_labels and task.kind in _WITHOUT_LABELS:
         raise UserError(
-            f"--use-labels is of no use for task {task.name}, which has no labels that the model "
-            f"predicts: leave it out."
+            f"--use-labels does nothing for task {task.name}, whose model predicts no labels: "
+            f"leave it out."
         )
     train = load_split(task, task.train_split, data_dir, labels_required=with_labels)
     check_more_than_one_row(task, task.train_split, train)
-    running = task.kind == "language-modeling"
-    drawn = train if running else sample(train, num_samples, seed)
+    is_text = task.kind == "language-modeling"
+    drawn = train if is_text else sample(train, num_samples, seed)
     encoded = encode(task, tokenizer, drawn, max_length)
-    if len(encoded) > num_samples or running:
+    if len(encoded) > num_samples or is_text:
         encoded = sample(encoded, num_samples, seed)
     return make_batches(encoded, tokenizer, batch_size, with_labels=with_labels)

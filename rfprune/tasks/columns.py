@@ -1,4 +1,4 @@
-"""Check a task's columns as a whole: what is wrong is a UserError naming file and row (from 1)."""
+"""Check the columns of a split completely; errors name the file and the row, counted from 1."""
 
 import math
 import re
@@ -13,11 +13,15 @@ from rfprune.tasks.multiple_choice import LISTED
 from rfprune.tasks.registry import OWN_DATA, Kind, Task
 
 _Check = Callable[[Task, Sequence[Any], str], Any]
-_OF_NUMBERS = ("regression", "similarity")
+_KINDS_WITH_NUMBERS = ("regression", "similarity")
 
 
 def checked_columns(task: Task, table: Table, labels_required: bool) -> dict[str, list[Any]]:
-    """The table's columns, complete and of the right types, labels as numbers; else UserError."""
+    """The columns of a task, complete and of the right types, with labels as numbers.
+
+    Raises:
+        UserError: a column or value is missing, or of the wrong type.
+    """
     columns = dict(table.columns)
     if labels_required and task.kind == "multi-label":
         columns = with_one_label_column(task, columns)
@@ -31,17 +35,17 @@ def checked_columns(task: Task, table: Table, labels_required: bool) -> dict[str
     if not columns[needed[0]]:
         raise UserError(f"{table.source} is empty: it has no rows.")
     for name in task.text_columns:
-        is_list = name == LISTED or _of_words(task)
+        is_list = name == LISTED or _has_words(task)
         (_check_lists if is_list else _check_texts)(columns[name], name, table.source)
     if labels_required:
-        checked: _Check = _CHECKED.get(task.kind, _checked_labels)
-        columns[task.label_column] = checked(task, columns[task.label_column], table.source)
-        if _of_words(task):
-            _check_one_each(task, columns, table.source)
+        check: _Check = _LABEL_CHECKS.get(task.kind, _checked_labels)
+        columns[task.label_column] = check(task, columns[task.label_column], table.source)
+        if _has_words(task):
+            _check_one_label_per_word(task, columns, table.source)
     return {name: columns[name] for name in columns if name in needed or name in table.columns}
 
 
-def _of_words(task: Task) -> bool:
+def _has_words(task: Task) -> bool:
     return task.kind == "token-classification"
 
 
@@ -51,8 +55,8 @@ def _check_lists(rows: Sequence[Any], column: str, source: str) -> None:
             raise UserError(f"{source}, row {row}: {column} is an empty list; drop the row.")
         if not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
             raise UserError(
-                f"{source}, row {row}: {column} is {_shown(words)}, not a list of texts; lists "
-                f"come in a jsonl or parquet file."
+                f"{source}, row {row}: {column} is {_shown(words)}, not a list of texts; use a "
+                f"jsonl or parquet file, which can hold lists."
             )
 
 
@@ -60,30 +64,30 @@ def _shown(value: Any) -> str:
     return "missing" if value is None else repr(value)[:60]
 
 
-def _check_one_each(task: Task, columns: dict[str, list[Any]], source: str) -> None:
+def _check_one_label_per_word(task: Task, columns: dict[str, list[Any]], source: str) -> None:
     words, labels = columns[task.text_columns[0]], columns[task.label_column]
     for row, (own, names) in enumerate(zip(words, labels, strict=True), start=1):
         if len(own) != len(names):
             raise UserError(
                 f"{source}, row {row}: {len(own)} {task.text_columns[0]} but {len(names)} "
-                f"{task.label_column}: a label a word is wanted."
+                f"{task.label_column}; give one label per word."
             )
 
 
 def _checked_lists(task: Task, labels: Sequence[Any], source: str) -> list[list[int]]:
-    """Label ids of rows that are lists of ids or names."""
+    """Label ids of rows that are lists of label ids or names."""
     for row, own in enumerate(labels, start=1):
         if not isinstance(own, list):
             raise UserError(
-                f"{source}, row {row}: {task.label_column} is {_shown(own)}, not a list; lists "
-                f"come in a jsonl or parquet file."
+                f"{source}, row {row}: {task.label_column} is {_shown(own)}, not a list; use a "
+                f"jsonl or parquet file, which can hold lists."
             )
     return class_ids_of_lists(task, labels, source)
 
 
 def _checked_sets(task: Task, labels: Sequence[Any], source: str) -> list[list[float]]:
-    """Of rows with any number of labels: 1.0 or 0.0 for every label, (L,) each."""
-    if all(_is_hot(own, task.num_labels) for own in labels):
+    """Rows with any number of labels as 1.0 or 0.0 for every label, (L,) each."""
+    if all(_is_multi_hot(own, task.num_labels) for own in labels):
         return [[float(value) for value in own] for own in labels]
     numbers = range(task.num_labels)
     return [
@@ -91,20 +95,20 @@ def _checked_sets(task: Task, labels: Sequence[Any], source: str) -> list[list[f
     ]
 
 
-def _is_hot(own: Any, num_labels: int) -> bool:
-    """Whether it is a number from 0 to 1 for every label already."""
+def _is_multi_hot(own: Any, num_labels: int) -> bool:
+    """Whether a row has 0 or 1 for every label already."""
     return (
         isinstance(own, list) and len(own) == num_labels and all(value in (0, 1) for value in own)
     )
 
 
 def label_columns(task: Task) -> list[str]:
-    """The columns that may hold the labels; several at once may have a column each."""
+    """All columns that may hold labels; several labels may have one column each."""
     return [task.label_column, *(task.label_names if task.kind == "multi-label" else ())]
 
 
 def with_one_label_column(task: Task, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """The columns, those of the labels as one with a list of 0 and 1 a row."""
+    """The columns with one column per label joined to lists of 0 and 1."""
     if task.label_column in columns or not set(task.label_names) <= columns.keys():
         return columns
     rows = zip(*(columns[name] for name in task.label_names), strict=True)
@@ -112,7 +116,7 @@ def with_one_label_column(task: Task, columns: dict[str, list[Any]]) -> dict[str
 
 
 def _zero_or_one(value: Any) -> Any:
-    """A csv file gives text."""
+    """0 or 1 from the text of a csv file; anything else unchanged."""
     known = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
     return known.get(str(value).strip().lower(), value)
 
@@ -125,12 +129,12 @@ def _check_texts(texts: Sequence[Any], column: str, source: str) -> None:
 
 
 def _checked_labels(task: Task, labels: Sequence[Any], source: str) -> list[int] | list[float]:
-    """Class ids or scores as numbers (a csv file gives text), all in range."""
+    """Label ids or numbers, in range, from numbers or the text of a csv file."""
     if task.name in OWN_DATA and task.kind == "classification":
         return class_ids(task, labels, source)
     if task.kind == "multiple-choice":
-        return _checked_answers_given(task, labels, source)
-    if task.kind in _OF_NUMBERS:
+        return _checked_choices(task, labels, source)
+    if task.kind in _KINDS_WITH_NUMBERS:
         low, high = task.label_range or (-math.inf, math.inf)
         wanted = f"a number from {low:g} to {high:g}" if task.label_range else "a number"
     else:
@@ -143,30 +147,30 @@ def _checked_labels(task: Task, labels: Sequence[Any], source: str) -> list[int]
             number = float(label)
         except (TypeError, ValueError):
             number = math.nan
-        whole = math.isfinite(number) and (task.kind in _OF_NUMBERS or number.is_integer())
+        whole = math.isfinite(number) and (task.kind in _KINDS_WITH_NUMBERS or number.is_integer())
         if not (whole and low <= number <= high):
             shown = "missing" if label is None else repr(label)
             raise UserError(
                 f"{source}, row {row}: {task.label_column} is {shown}, but {task.name} takes "
-                f"{wanted}."
+                f"{wanted}; correct or drop the row."
             )
         numbers.append(number)
-    return numbers if task.kind in _OF_NUMBERS else [int(number) for number in numbers]
+    return numbers if task.kind in _KINDS_WITH_NUMBERS else [int(number) for number in numbers]
 
 
-def _checked_answers_given(task: Task, labels: Sequence[Any], source: str) -> list[int]:
+def _checked_choices(task: Task, labels: Sequence[Any], source: str) -> list[int]:
     """The number of the right choice in each row, from 0."""
     for row, label in enumerate(labels, start=1):
         if not re.fullmatch(r"\d+(\.0)?", str(label)):
             raise UserError(
                 f"{source}, row {row}: {task.label_column} is {_shown(label)}, but the number of "
-                f"the right choice is wanted, 0 for the first."
+                f"the right choice is needed, 0 for the first; correct or drop the row."
             )
     return [int(float(label)) for label in labels]
 
 
 def _checked_answers(task: Task, answers: Sequence[Any], source: str) -> list[dict[str, Any]]:
-    """Answers as {text: [...], answer_start: [...]}; none at all only where the task has such."""
+    """Answers as {text: [...], answer_start: [...]}; both lists empty for no answer (SQuAD 2.0)."""
     for row, answer in enumerate(answers, start=1):
         if not _is_answer(answer):
             raise UserError(
@@ -176,8 +180,8 @@ def _checked_answers(task: Task, answers: Sequence[Any], source: str) -> list[di
             )
         if task.name == "squad" and not answer["text"]:
             raise UserError(
-                f"{source}, row {row}: the question has no answer, which task squad does not "
-                f"know; use --task squad_v2."
+                f"{source}, row {row}: the question has no answer, but every question of task "
+                f"squad has one; use --task squad_v2."
             )
     return [{name: list(answer[name]) for name in ("text", "answer_start")} for answer in answers]
 
@@ -195,7 +199,7 @@ def _is_answer(answer: Any) -> bool:
     )
 
 
-_CHECKED: Mapping[Kind, _Check] = MappingProxyType(
+_LABEL_CHECKS: Mapping[Kind, _Check] = MappingProxyType(
     {
         "question-answering": _checked_answers,
         "token-classification": _checked_lists,

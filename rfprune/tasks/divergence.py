@@ -1,4 +1,4 @@
-"""How far the outputs of two models are apart, by the kind of task."""
+"""Divergence of two models' outputs, in nats per example, by the kind of task."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -12,21 +12,28 @@ Logits = tuple[NDArray[np.float32], ...]
 
 
 def divergence_of_logits(reference: Logits, other: Logits, kind: Kind = "classification") -> float:
-    """Mean over the rows of one model's logits and another's of how far they are apart, in nats.
+    """Mean over rows of KL(reference || other), in nats, computed in float64.
 
-    KL(reference || other) in float64, of several arrays the sum. Of one output (regression), and
-    of an embedding, half the squared difference: the KL of normal distributions of unit variance.
-    Of several labels at once, the sum over independent ones. ValueError unless the logits are of
-    the same rows.
+    For one output (regression) and for embeddings, half the squared difference, the KL divergence
+    of normal distributions of unit variance. For several labels per row, the sum over independent
+    labels. For several arrays (start and end logits), their sum.
+
+    Args:
+        reference: logits (N, C) of one model, see `rfprune.tasks.evaluation.Evaluation`.
+        other: logits of the other model for the same rows.
+        kind: of the task.
+
+    Raises:
+        ValueError: the logits are of different rows.
     """
-    apart = 0.0
+    divergence = 0.0
     for first, second in zip(reference, other, strict=True):
         same_shape = first.shape == second.shape
         if not same_shape or (np.isfinite(first) != np.isfinite(second)).any():
             raise ValueError("divergence needs two evaluations of the same evaluation set")
         measure = _half_square if first.shape[1] == 1 else _MEASURES.get(kind, _mean_kl)
-        apart += measure(first, second)
-    return apart
+        divergence += measure(first, second)
+    return divergence
 
 
 def _half_square(reference: NDArray[np.float32], other: NDArray[np.float32]) -> float:
@@ -35,7 +42,7 @@ def _half_square(reference: NDArray[np.float32], other: NDArray[np.float32]) -> 
 
 
 def _bernoulli_kl(reference: NDArray[np.float32], other: NDArray[np.float32]) -> float:
-    """Each label is a choice between its logit and 0."""
+    """Sum over labels; a label is a choice between its logit and 0."""
     parts = [
         _mean_kl(*(np.stack([values[:, label], 0 * values[:, label]], 1) for values in pair))
         for pair in [(reference, other)]
@@ -50,7 +57,7 @@ _MEASURES: Mapping[Kind, Callable[[NDArray[np.float32], NDArray[np.float32]], fl
 
 
 def _mean_kl(reference: NDArray[np.float32], other: NDArray[np.float32]) -> float:
-    """Mean over rows of KL(reference || other) of logits (N, C); -inf in both: not a class."""
+    """Mean over rows of KL(reference || other) of logits (N, C); -inf in both means no class."""
     log_p, log_q = _log_softmax(reference), _log_softmax(other)
     differences = np.zeros_like(log_p)
     np.subtract(log_p, log_q, out=differences, where=np.isfinite(log_p))
@@ -58,7 +65,7 @@ def _mean_kl(reference: NDArray[np.float32], other: NDArray[np.float32]) -> floa
 
 
 def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Log-softmax of each row in float64; -inf stays, also where a row has nothing else."""
+    """Log-softmax of each row in float64; -inf stays -inf, also in rows of nothing else."""
     values = logits.astype(np.float64)
     peak = values.max(axis=1, keepdims=True)
     values -= np.where(np.isfinite(peak), peak, 0.0)

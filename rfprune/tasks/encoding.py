@@ -13,34 +13,43 @@ from rfprune.tasks.registry import Kind, Task
 from rfprune.tasks.similarity import encode_pairs
 from rfprune.tasks.token_classification import encode_words
 
-# Rows tokenised at a time: enough for the tokenizer's threads, little as Python objects.
+# Rows tokenised at a time: enough to use the tokenizer's threads without much memory.
 ROWS_AT_A_TIME = 4096
 
 Encoder = Callable[[Task, Any, Any, int | None], dict[str, Any]]
-"""From a task, its tokenizer or image processor, a chunk of data and the tokens a row to columns of
-model inputs."""
+"""From a task, its tokenizer or image processor, a chunk of data and the maximum length to columns
+of model inputs."""
 
 
 def encode(task: Task, tokenizer: Any, dataset: Any, max_length: int | None = None) -> Any:
-    """Tokenise into a `datasets.Dataset`, truncated and not padded, one row an example.
+    """Tokenise a dataset, truncated and not padded.
 
-    Question answering gives one row a window of the context (see `tokenize_windows`), similarity
-    one row a text, language modelling one row a block. Columns: input_ids, attention_mask,
-    token_type_ids where the tokenizer makes them, and, where the dataset has them, labels
-    (question answering: start_positions and end_positions, token indices; both the CLS token where
-    the window has no answer; token classification: token_labels). Images are a column `image`.
-    `max_length` in tokens; the task's own if None. UserError where the tokenizer does not allow it.
+    Args:
+        task: see `rfprune.tasks.registry`.
+        tokenizer: or the image processor.
+        dataset: a split from `rfprune.tasks.splits.load_split`.
+        max_length: tokens per row; None: the task's own.
+
+    Returns:
+        A `datasets.Dataset` with a row per example; per window in question answering, per text in
+        similarity, per block in language modelling. Columns: input_ids, attention_mask and
+        possibly token_type_ids, or image; with labels in the dataset also `labels`. Question
+        answering has start_positions and end_positions instead, token indices, both at the CLS
+        token if the window has no answer; token classification has token_labels.
+
+    Raises:
+        UserError: the tokenizer does not allow the length.
     """
     from datasets import Dataset, concatenate_datasets
 
     if task.kind == "language-modeling":
         length = checked_length(task, tokenizer, max_length)
         return Dataset.from_dict(encode_blocks(tokenizer, dataset[task.text_columns[0]][:], length))
-    rows_of = ENCODERS[task.kind]
+    encoder = ENCODERS[task.kind]
     chunks = []
     for first in range(0, len(dataset), ROWS_AT_A_TIME):
         chunk = dataset[first : first + ROWS_AT_A_TIME]
-        chunks.append(Dataset.from_dict(rows_of(task, tokenizer, chunk, max_length)))
+        chunks.append(Dataset.from_dict(encoder(task, tokenizer, chunk, max_length)))
     return concatenate_datasets(chunks)
 
 

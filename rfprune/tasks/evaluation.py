@@ -1,4 +1,4 @@
-"""Scoring a model on a task's validation data, and how far two models' outputs are apart."""
+"""Score a model on a task's validation data, and compare the outputs of two models."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -40,16 +40,21 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What a model scored, in points of 100, and the logits it scored with.
+    """Scores of a model and the logits that they were computed from.
 
-    `score` is the task's main one, `scores[metric_name]`. A second split's scores end in its name
-    (`accuracy_mismatched`); `best_..._thresh` of SQuAD 2.0 are differences of logits, not points.
-    `logits`: (N, C) in dataset order, the splits one after the other; question answering: start
-    and end logits (W, S) of the windows, -inf where no answer can be (SQuAD 2.0: it can also be
-    at the CLS token, meaning none); token classification: (W, C) of the words; similarity: the
-    embeddings (2N, d) of the pairs; language modelling: the log-likelihoods (N, S - 1) of the
-    tokens alone, and `from_reference`, the divergence from the model that was run beside it.
-    `seconds`: forward passes and scoring.
+    Attributes:
+        score: the task's main score, `scores[metric_name]`.
+        metric_name: of the main score.
+        scores: points of 100, except a perplexity and SQuAD 2.0's `best_..._thresh`, which are
+            differences of logits. A second split's scores end in its name (accuracy_mismatched).
+        logits: (N, C) in dataset order, the splits one after the other. Question answering: start
+            and end logits (W, S) of the windows, -inf where no answer can be (SQuAD 2.0: the CLS
+            token stands for no answer). Token classification: (W, C) of the words. Similarity: the
+            embeddings (2N, d) of the pairs. Language modelling: log-likelihoods (N, S - 1).
+        num_examples: over all splits; questions, not windows.
+        seconds: forward passes and scoring.
+        kind: of the task.
+        from_reference: language modelling: divergence from the reference model, in nats per token.
     """
 
     score: float
@@ -70,15 +75,19 @@ def evaluate_model(
     progress: bool = False,
     remember: Callable[[Callable[[], Logits]], Logits] | None = None,
 ) -> Evaluation:
-    """Score a model, dense or pruned, on its own device; it comes back in the modes it was in.
+    """Score a model, original or pruned, on its own device.
 
     Args:
-        reference: the model that the divergence is to be from; of use in language modelling alone,
-            whose logits are too many to keep: it is run beside the other.
-        remember: may know what the logits are, or asks the function that it is given.
+        model: its training mode is the same afterwards.
+        evaluation_set: made by `prepare_evaluation`.
+        reference: language modelling: the model to compute the divergence from. It runs beside
+            the other, since the logits of a language model are too large to keep.
+        progress: whether to show a progress bar.
+        remember: returns stored logits, or calls the function it is given and stores the result.
 
-    UserError for a model without the task's head, for tokens that it has no embedding for, and
-    for logits that are NaN or infinite.
+    Raises:
+        UserError: the model has no head for the task or no embedding for a token, or its logits
+            are not finite.
     """
     started = time.perf_counter()
     task, from_reference = evaluation_set.task, None
@@ -105,34 +114,35 @@ def evaluate_model(
 
 
 def divergence(reference: Evaluation, other: Evaluation) -> float:
-    """How far `other`'s outputs are from `reference`'s on the same data, in nats a row; see
-    `divergence_of_logits`.
+    """Divergence of `other` from `reference` in nats per row; see `divergence_of_logits`.
 
-    A row is a word in token classification, a token in language modelling. ValueError unless both
-    come from one evaluation set, and, in language modelling, unless the one model was run beside
-    the other.
+    A row is a word in token classification and a token in language modelling.
+
+    Raises:
+        ValueError: the evaluations are of different data, or, in language modelling, `other` was
+            evaluated without the reference.
     """
     if reference.kind != "language-modeling":
         return divergence_of_logits(reference.logits, other.logits, reference.kind)
     if reference is other:
         return 0.0
     if other.from_reference is None:
-        raise ValueError("of language models the divergence is taken while one is evaluated")
+        raise ValueError("evaluate a language model with reference= to know its divergence")
     return other.from_reference
 
 
 def logits_of_batches(model: nn.Module, task: Task, batches: Sequence[Batch]) -> Logits:
-    """The logits of padded inputs that nothing is known of, such as calibration batches.
+    """The logits of padded batches without an evaluation set, such as calibration batches.
 
-    Rows are in the order of the batches; else as in `Evaluation`, but that answers may be at any
-    token. Raises the UserErrors of `evaluate_model`.
+    Rows are in the order of the batches. Otherwise as in `Evaluation`, except that answers may be
+    at any token. Raises the UserErrors of `evaluate_model`.
     """
     sizes = [size_of(batch) for batch in batches]
     rows = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
     if task.kind == "question-answering":
         start, end = span_logits(model, batches, rows, progress=False)
         for logits in (start, end):
-            _check_finite(logits, ~np.isneginf(logits))  # which is behind shorter rows
+            _check_finite(logits, ~np.isneginf(logits))  # -inf stands behind shorter rows
         return start, end
     return (_one_array(model, task, batches, rows, progress=False),)
 
@@ -145,7 +155,7 @@ def _one_array(
     *,
     progress: bool,
 ) -> NDArray[np.float32]:
-    """(N, C), finite, of tasks with one prediction, or one embedding, a row."""
+    """Finite logits (N, C) for tasks with one prediction or one embedding per row."""
     if task.kind == "similarity":
         logits = embeddings(model, batches, rows, progress=progress)
     else:
@@ -157,13 +167,13 @@ def _one_array(
 
 
 def _logits(model: nn.Module, evaluation_set: EvaluationSet, progress: bool) -> Logits:
-    """The model's logits as `Evaluation` has them; UserError where they are not finite."""
+    """The logits of `Evaluation`; UserError if they are not finite."""
     task, batches, rows = evaluation_set.task, evaluation_set.batches, evaluation_set.rows
     if task.kind == "language-modeling":
         return (token_likelihoods(model, batches, rows, progress=progress)[0],)
     if evaluation_set.positions is not None:
-        places = evaluation_set.positions
-        logits = token_logits(model, batches, rows, places, task.num_labels, progress=progress)
+        words = evaluation_set.positions
+        logits = token_logits(model, batches, rows, words, task.num_labels, progress=progress)
         _check_finite(logits, np.ones_like(logits, dtype=bool))
         return (logits,)
     if evaluation_set.questions is None:
@@ -176,7 +186,7 @@ def _logits(model: nn.Module, evaluation_set: EvaluationSet, progress: bool) -> 
 
 
 def _candidates(task: Task, windows: Windows) -> NDArray[np.bool_]:
-    """(W, S), True where an answer can start or end, or be declared missing."""
+    """(W, S), True where an answer can start or end, and at a CLS token that means no answer."""
     candidates = windows.in_context.copy()
     if allows_no_answer(task):
         candidates[np.arange(len(candidates)), windows.null_position] = True
@@ -188,20 +198,20 @@ def allows_no_answer(task: Task) -> bool:
     return task.name == "squad_v2"
 
 
-def _check_finite(logits: NDArray[np.float32], wanted: NDArray[np.bool_]) -> None:
-    """UserError for NaN or infinity where there should be a number."""
-    bad = wanted & ~np.isfinite(logits)
+def _check_finite(logits: NDArray[np.float32], needed: NDArray[np.bool_]) -> None:
+    """Raise a UserError for NaN or infinity where a number is needed."""
+    bad = needed & ~np.isfinite(logits)
     rows = np.flatnonzero(bad.any(axis=1))
     if len(rows):
         raise UserError(
-            f"The model's logits are not finite: {logits[bad][0]} in row {rows[0]}, and so in "
-            f"{len(rows)} of {len(logits)} rows; its weights are damaged, or too large for its "
-            f"dtype."
+            f"The model's logits are not finite ({logits[bad][0]} in row {rows[0]}, and in "
+            f"{len(rows)} of {len(logits)} rows): its weights are damaged, or too large for its "
+            f"dtype; try --dtype float32, or download the checkpoint again."
         )
 
 
 def _scores(logits: Logits, evaluation_set: EvaluationSet) -> dict[str, float]:
-    """All scores of the task in points of 100, see `Evaluation`."""
+    """All scores of the task, see `Evaluation`."""
     task = evaluation_set.task
     if evaluation_set.questions is not None:
         return _answer_scores(logits, task, evaluation_set.questions)
@@ -229,8 +239,8 @@ def _scores(logits: Logits, evaluation_set: EvaluationSet) -> dict[str, float]:
 
 
 def predictions_from_logits(task: Task, logits: Logits) -> NDArray[Any]:
-    """What logits (N, C) say of each row, (N,): label ids, or the values of a regression; of
-    several labels at once (N, C), 0 or 1; of pairs the cosines of their embeddings."""
+    """Predictions from logits (N, C): label ids (N,); the values of a regression (N,); 0 or 1 for
+    every one of several labels (N, C); the cosines of pairs of embeddings (N,)."""
     (outputs,) = logits
     if task.kind == "similarity":
         return cosines(outputs)
@@ -260,7 +270,7 @@ def _answer_scores(logits: Logits, task: Task, questions: Questions) -> dict[str
 def answers_from_logits(
     task: Task, logits: Logits, questions: Questions
 ) -> tuple[list[str], NDArray[np.float64]]:
-    """The best answers to Q questions, and what speaks for giving none, (Q,)."""
+    """The best answers to Q questions, and the scores of giving no answer, (Q,)."""
     start, end = logits
     texts, best = best_answers(start, end, questions.windows, questions.contexts)
     if not allows_no_answer(task):

@@ -1,4 +1,4 @@
-"""A task's validation data, prepared once: original and pruned models see the same batches."""
+"""A task's validation data, prepared once so that all models are scored on the same batches."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from rfprune.tasks.token_classification import IGNORED
 
 @dataclass(frozen=True, eq=False)
 class Questions:
-    """Q questions to score answers by: contexts, accepted answers, and their W windows."""
+    """Q questions: contexts, accepted answers, and their W windows."""
 
     contexts: tuple[str, ...]
     answers: tuple[tuple[str, ...], ...]
@@ -31,12 +31,17 @@ class Questions:
 class EvaluationSet:
     """A task's validation data, tokenised and batched once for any number of models.
 
-    `batches`: padded model inputs (B, S), longest rows first. `rows`: for each batch, the numbers
-    of its B rows in dataset order; a row is an example, a window in question answering, one of the
-    two texts of a pair in similarity, a block in language modelling. `split_sizes`: examples of
-    each validation split, in order. `labels`: (N,); (N, L) of several at once; in token
-    classification (W,), of the words, whose first tokens are at the `positions` of each row; None
-    in language modelling and in question answering, which has `questions` instead.
+    Attributes:
+        task: see `rfprune.tasks.registry`.
+        batches: padded model inputs (B, S), longest rows first.
+        rows: for each batch, the numbers of its B rows in dataset order. A row is an example; a
+            window in question answering, one of the two texts in similarity, a block in language
+            modelling.
+        split_sizes: examples of each validation split, in order.
+        labels: (N,); (N, L) for several labels per row; (W,) of the words in token classification;
+            None in language modelling and question answering.
+        questions: of question answering.
+        positions: of token classification: for each row, the positions of its words' first tokens.
     """
 
     task: Task
@@ -63,15 +68,24 @@ def prepare_evaluation(
     limit: int | None = None,
     seed: int = 0,
 ) -> EvaluationSet:
-    """Load, tokenise and batch the task's validation splits (data_dir None: from the hub).
+    """Load, tokenise and batch the task's validation splits.
 
-    `max_length`: tokens a row, the task's own if None. `limit`: so many rows of each split, drawn
-    with `seed` and kept in their order. UserError for whatever is wrong with data or numbers.
+    Args:
+        task: see `rfprune.tasks.registry`.
+        tokenizer: or the image processor.
+        data_dir: see `rfprune.tasks.splits.find_split`; None: the hub.
+        batch_size: rows per batch.
+        max_length: tokens per row; None: the task's own.
+        limit: number of examples to draw from each split; they keep their order. None: all.
+        seed: of the draw.
+
+    Raises:
+        UserError: data is missing or wrong, or a number is not allowed.
     """
     if limit is not None and limit < 1:
-        raise UserError(f"A limit of {limit} examples is not possible: it must be at least 1.")
+        raise UserError(f"A limit of {limit} examples is too small: choose 1 or more.")
     if seed < 0:
-        raise UserError(f"A seed of {seed} is not possible: it must be at least 0.")
+        raise UserError(f"A seed of {seed} is not allowed: choose 0 or more.")
     splits = {}
     for split in task.validation_splits:
         dataset = load_split(task, split, data_dir)
@@ -84,7 +98,7 @@ def prepare_evaluation(
         batches, rows = _batched(inputs, tokenizer, batch_size)
         return EvaluationSet(task, batches, rows, sizes, questions=questions)
     encoded = [encode(task, tokenizer, dataset, max_length) for dataset in splits.values()]
-    if task.kind == "language-modeling":  # its examples are the blocks that a text makes
+    if task.kind == "language-modeling":  # its examples are blocks of text
         encoded = [_draw(blocks, limit, seed) for blocks in encoded]
         sizes = dict(zip(splits, map(len, encoded), strict=True))
     columns = {
@@ -104,7 +118,7 @@ def prepare_evaluation(
 
 
 def _draw(dataset: Any, limit: int | None, seed: int) -> Any:
-    """`limit` rows of a dataset, without replacement, in their order; all if there are no more."""
+    """`limit` rows of a dataset without replacement, in their order; all if there are fewer."""
     if limit is None or limit >= len(dataset):
         return dataset
     drawn = np.random.default_rng(seed).choice(len(dataset), size=limit, replace=False)
@@ -114,7 +128,7 @@ def _draw(dataset: Any, limit: int | None, seed: int) -> Any:
 def _questions(
     task: Task, tokenizer: Any, dataset: Any, max_length: int | None
 ) -> tuple[Mapping[str, Sequence[Any]], Questions]:
-    """Model inputs of the windows, W rows by name, and what their answers are scored by."""
+    """Model inputs of the W windows by name, and the questions that their answers belong to."""
     questions, contexts = (list(dataset[name]) for name in task.text_columns)
     inputs, windows = make_windows(task, tokenizer, questions, contexts, max_length)
     answers = tuple(tuple(answer["text"]) for answer in dataset[task.label_column])
@@ -124,7 +138,7 @@ def _questions(
 def _batched(
     columns: Mapping[str, Sequence[Any]], tokenizer: Any, batch_size: int
 ) -> tuple[Sequence[Batch], tuple[NDArray[np.int64], ...]]:
-    """Padded batches of encoded columns, and the row numbers in each."""
+    """Padded batches of encoded columns, and the row numbers of each batch."""
     rows = length_sorted_rows(columns, batch_size)
     lazy = LazyBatches(columns, rows, tokenizer)
     numbers = tuple(np.array(batch) for batch in rows)

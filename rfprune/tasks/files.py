@@ -1,6 +1,7 @@
-"""Read one local table (parquet, csv, tsv, jsonl, a text or a saved dataset) into plain columns.
+"""Read one local table (parquet, csv, tsv, jsonl, text or a saved dataset) into plain columns.
 
-Nothing is cached and nothing written. All that can be wrong with a file is a UserError naming it.
+`datasets.load_dataset` does not serve here: it writes a cache, guesses types (a text "007" becomes
+7), takes NA and null for missing values, and names no line in its errors.
 """
 
 import csv
@@ -16,16 +17,22 @@ from rfprune.errors import UserError, error_summary
 
 EXTENSIONS = (".parquet", ".csv", ".tsv", ".jsonl", ".json")
 TEXT = "text"
-"""The column of a plain text."""
+"""The column of a text file."""
 
 SHOWN_NAMES = 20
-"""Names of a folder's content shown in an error."""
+"""How many names of a folder's content an error shows."""
 _QUOTED = re.compile(r'"(?:[^"]|"")*"')
 
 
 @dataclass(frozen=True)
 class Table:
-    """The wanted columns of a table as Python values, the names of all, where they come from."""
+    """Columns of a table as Python values.
+
+    Attributes:
+        source: the quoted path, or the name of the dataset, for errors.
+        names: of all columns of the table.
+        columns: values of the wanted columns that the table has.
+    """
 
     source: str
     names: tuple[str, ...]
@@ -33,9 +40,14 @@ class Table:
 
 
 def read_table(path: Path, wanted: Collection[str]) -> Table:
-    """Read the wanted columns that the file, or the folder made by `save_to_disk`, has.
+    """Read columns of a file, or of a folder made by `save_to_disk`.
 
-    UserError where it is unreadable, empty, not UTF-8 or not what its name says.
+    Args:
+        path: its suffix decides the format.
+        wanted: the columns to read, if the table has them.
+
+    Raises:
+        UserError: the file is unreadable, empty, not UTF-8, or not of the format of its suffix.
     """
     readers = {
         ".parquet": _read_parquet,
@@ -57,10 +69,10 @@ def read_table(path: Path, wanted: Collection[str]) -> Table:
 
 
 def _read_plain(path: Path, wanted: Collection[str]) -> tuple[list[str], dict[str, list[Any]]]:
-    """A text as a table of one row, whose column has whatever name is wanted."""
+    """A text as a table of one row, in a column of the wanted name."""
     text = _read_text(path)
     if not text.strip():
-        raise UserError(f"'{path}' is empty: it holds nothing but white space.")
+        raise UserError(f"'{path}' is empty: it holds only white space.")
     names = list(wanted) or [TEXT]
     return names, {name: [text] for name in names}
 
@@ -79,7 +91,7 @@ def _load_from_disk(path: Path) -> Any:
 
     try:
         return datasets.load_from_disk(str(path), keep_in_memory=True)
-    except Exception as error:  # the library promises no particular one
+    except Exception as error:  # the library documents no error type
         raise UserError(
             f"'{path}' is not a readable saved dataset: {error_summary(error)}."
         ) from error
@@ -116,7 +128,7 @@ def _read_json_lines(path: Path, wanted: Collection[str]) -> tuple[list[str], di
             raise UserError(f"'{path}', line {number} is not JSON: {error}.") from error
         if not isinstance(row, dict):
             raise UserError(
-                f"'{path}', line {number} is not a JSON object: one object a line is wanted."
+                f"'{path}', line {number} is not a JSON object: write one object per line."
             )
         names |= dict.fromkeys(row)
         rows.append(row)
@@ -129,7 +141,9 @@ def _read_delimited(path: Path, wanted: Collection[str]) -> tuple[list[str], dic
     text = _read_text(path)
     header, *rows = _tab_separated(path, text) if path.suffix == ".tsv" else _quoted(path, text)
     if len(set(header)) != len(header):
-        raise UserError(f"'{path}' names a column twice in its first line: {', '.join(header)}.")
+        raise UserError(
+            f"'{path}' names a column twice in its first line ({', '.join(header)}): rename one."
+        )
     columns = {
         name: [row[position] or None for row in rows]
         for position, name in enumerate(header)
@@ -139,10 +153,10 @@ def _read_delimited(path: Path, wanted: Collection[str]) -> tuple[list[str], dic
 
 
 def _tab_separated(path: Path, text: str) -> list[list[str]]:
-    """Rows of a tsv file: with csv's quotes, or with quotes that are plain characters.
+    """Rows of a tsv file, with or without csv quoting.
 
-    Both are common (GLUE's own files know no quoting). A file is of the second kind when some
-    cell has quotes that csv's rules could not have written.
+    GLUE's own files have none: quotes are plain characters there. A file counts as such if a cell
+    has quotes that csv rules could not have written.
     """
     rows = [line.removesuffix("\r").split("\t") for line in text.split("\n") if line.strip()]
     rectangular = all(len(row) == len(rows[0]) for row in rows)
@@ -153,15 +167,15 @@ def _tab_separated(path: Path, text: str) -> list[list[str]]:
 
 
 def _quoted(path: Path, text: str, delimiter: str = ",") -> list[list[str]]:
-    """Rows of a file by csv's quoting rules, all of one length."""
+    """Rows of a file with csv quoting, all of one length."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[list[str]] = []
     try:
         for row in reader:
             if row and rows and len(row) != len(rows[0]):
                 raise UserError(
-                    f"'{path}', line {reader.line_num} has {len(row)} fields, its first line "
-                    f"{len(rows[0])}: mend the line, or quote what holds a separator."
+                    f"'{path}', line {reader.line_num} has {len(row)} fields, but its first line "
+                    f"has {len(rows[0])}: correct the line, or quote the text with a separator."
                 )
             if row:
                 rows.append(row)
@@ -173,7 +187,7 @@ def _quoted(path: Path, text: str, delimiter: str = ",") -> list[list[str]]:
 
 
 def _read_text(path: Path) -> str:
-    """The file's text, without a byte order mark; UserError where it is not UTF-8."""
+    """The text of a file without a byte order mark; UserError if it is not UTF-8."""
     content = path.read_bytes()
     try:
         return content.decode("utf-8-sig")

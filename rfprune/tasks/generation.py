@@ -1,4 +1,4 @@
-"""How a language model goes on with the beginning of the validation text: a look, not a score."""
+"""Sample texts: how language models continue the beginning of the validation text."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,10 +15,15 @@ NEW_TOKENS = 32
 def continuations(
     models: Mapping[str, Any], tokenizer: Any, batches: Sequence[Batch]
 ) -> dict[str, str]:
-    """The text that every model of a name writes after the same prompt, greedily, and the `prompt`;
-    nothing where a model cannot write.
+    """Texts that models generate greedily after the same prompt.
 
-    `batches`: blocks of tokens; the prompt is the beginning of the first.
+    Args:
+        models: by name.
+        tokenizer: of the models.
+        batches: blocks of tokens; the prompt is the beginning of the first block.
+
+    Returns:
+        The generated texts by model name, and the `prompt`; empty if a model cannot generate.
     """
     if not all(model.can_generate() for model in models.values()):
         return {}
@@ -44,7 +49,7 @@ def _is_short(batches: Sequence[Batch]) -> bool:
 
 
 def _room(model: Any, ids: Any) -> int:
-    """Tokens that the model has positions left for."""
+    """The number of tokens that the model has positions left for."""
     positions = getattr(model.config, "max_position_embeddings", None) or NEW_TOKENS + ids.shape[1]
     return max(1, int(positions) - int(ids.shape[1]))
 

@@ -1,4 +1,4 @@
-"""Image classification: a folder of images a class, or a saved dataset with a column of images."""
+"""Image classification: a folder of images per class, or a saved dataset with an image column."""
 
 import io
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from rfprune.tasks.labels import class_ids
 from rfprune.tasks.registry import Task
 
 IMAGE = "image"
-"""The column of encoded images: a path, or the bytes and the path that `datasets` keeps."""
+"""The column of images: a path, or the bytes and the path that `datasets` stores."""
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 COLUMNS = ("image", "img", "pixel_values")
@@ -71,7 +71,7 @@ def _split_folders(task: Task, split: str, data_dir: Path) -> list[Path]:
 
 
 def _in_folders(folder: Path) -> tuple[list[Path], list[str]]:
-    """All images below, and the name of the class folder that each is in."""
+    """All images below a folder, and the name of the class folder of each."""
     classes = sorted(path for path in folder.iterdir() if path.is_dir())
     paths = [
         path
@@ -83,19 +83,19 @@ def _in_folders(folder: Path) -> tuple[list[Path], list[str]]:
     if len(set(names)) < 2:
         there = ", ".join(path.name for path in classes[:SHOWN_NAMES]) or "no folders"
         raise UserError(
-            f"'{folder}' holds images of {len(set(names))} class ({there}): wanted are two or "
-            f"more folders, one a class, with images ({', '.join(EXTENSIONS)}) in them."
+            f"'{folder}' holds images of {len(set(names))} class ({there}): give two or more "
+            f"folders, one per class, with images ({', '.join(EXTENSIONS)}) in them."
         )
     return paths, names
 
 
 def _saved(task: Task, folder: Path, labels_required: bool) -> Any:
-    """The split that `datasets` has saved, images as they are stored."""
+    """A split saved by `datasets`, with images as they are stored."""
     import datasets
 
     try:
         dataset = datasets.load_from_disk(str(folder))
-    except Exception as error:  # the library promises no particular one
+    except Exception as error:  # the library documents no error type
         raise UserError(
             f"'{folder}' is not a readable saved dataset: {error_summary(error)}."
         ) from error
@@ -120,7 +120,7 @@ def _one_of(wanted: Sequence[str], names: Sequence[str], folder: Path, what: str
 
 
 def encode_images(task: Task, _: Any, chunk: Any, __: int | None) -> dict[str, Any]:
-    """Columns of images that can be opened; what cannot is a UserError now, not in an hour."""
+    """Columns of images, each opened once, so that a damaged file is an error before the run."""
     for image in chunk[IMAGE]:
         with _opened(image):
             pass
@@ -141,7 +141,7 @@ def pixels(images: Sequence[Any], processor: Any) -> Tensor:
 
 
 def _opened(image: Any) -> Any:
-    """The file of an image, its head read."""
+    """An image file with its header read."""
     check_installed("Image classification", ["pillow"])
     from PIL import Image, UnidentifiedImageError
 
@@ -156,7 +156,7 @@ def _opened(image: Any) -> Any:
 def _decoded(opened: Any, image: Any) -> Any:
     try:
         return opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # PIL's own for broken PNG is SyntaxError
+    except (OSError, SyntaxError, ValueError) as error:  # PIL raises SyntaxError for a broken PNG
         raise _unreadable(image, error) from error
 
 

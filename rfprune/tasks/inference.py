@@ -1,4 +1,4 @@
-"""A model run over prepared batches: its logits as arrays, in the order of the data."""
+"""Run a model on prepared batches: its outputs as arrays, in the order of the data."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ RowNumbers = Sequence[NDArray[np.int64]]
 def class_logits(
     model: nn.Module, batches: Batches, rows: RowNumbers, num_outputs: int, *, progress: bool
 ) -> NDArray[np.float32]:
-    """The logits (N, num_outputs) of N rows; UserError for a model that gives other outputs."""
+    """The logits (N, num_outputs) of N rows; UserError if the model has other outputs."""
     parts = []
     for batch, (logits,) in _outputs(model, batches, ("logits",), progress):
         _check_shape(model, "logits", logits, (batch_size(batch), num_outputs))
@@ -37,9 +37,9 @@ def token_logits(
     *,
     progress: bool,
 ) -> NDArray[np.float32]:
-    """The logits (W, num_outputs) at the `positions` of each of N rows, row after row.
+    """The logits (W, num_outputs) at the `positions` of each of N rows, row by row.
 
-    Positions count from a row's first token, whichever side was padded.
+    Positions count from a row's first token, with padding on either side.
     """
     found: list[NDArray[np.float32]] = [np.empty((0, num_outputs), np.float32)] * len(positions)
     outputs = _outputs(model, batches, ("logits",), progress)
@@ -54,7 +54,7 @@ def token_logits(
 def embeddings(
     model: nn.Module, batches: Batches, rows: RowNumbers, *, progress: bool
 ) -> NDArray[np.float32]:
-    """The embeddings (N, d) of N rows, of length one; see `rfprune.embeddings`."""
+    """The embeddings (N, d) of N rows, normalised; see `rfprune.embeddings`."""
     pooling, parts = pooling_of(getattr(model, "config", None)), []
     for batch, (hidden,) in _outputs(model, batches, ("last_hidden_state",), progress):
         parts.append(embed(hidden, batch["attention_mask"], pooling).numpy())
@@ -76,10 +76,10 @@ def _in_order(parts: Sequence[NDArray[np.float32]], rows: RowNumbers) -> NDArray
 def span_logits(
     model: nn.Module, batches: Batches, rows: RowNumbers, *, progress: bool
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Start and end logits (W, S) of W rows of up to S tokens, padding taken out.
+    """Start and end logits (W, S) of W rows of up to S tokens, without padding.
 
-    Positions count from a row's first token, whichever side was padded; behind a shorter row
-    stands -inf. UserError for a model that gives other outputs.
+    Positions count from a row's first token, with padding on either side; -inf stands behind
+    shorter rows. UserError if the model has other outputs.
     """
     num_rows = sum(len(numbers) for numbers in rows)
     longest = max(int(batch["attention_mask"].sum(dim=1).max()) for batch in batches)
@@ -99,13 +99,13 @@ def span_logits(
 def _outputs(
     model: nn.Module, batches: Batches, names: Sequence[str], progress: bool
 ) -> Iterator[tuple[Mapping[str, Tensor], list[Tensor]]]:
-    """Each batch with the model's outputs of these names, as float32 on the CPU."""
+    """Each batch with the named outputs of the model, as float32 on the CPU."""
     from tqdm import tqdm
 
     device = next(model.parameters()).device
     accepted = _accepted_names(model, batches[0])
     check_embeddings_exist(model, batches)
-    # not inference_mode: what a model caches for itself in it can never be differentiated again
+    # not inference_mode: tensors that a model caches in it can never be differentiated later
     with eval_mode(model), torch.no_grad():
         bar = tqdm(batches, desc="scoring", unit="batch", disable=not progress, leave=False)
         for batch in bar:
@@ -113,7 +113,7 @@ def _outputs(
             missing = [name for name in names if not isinstance(output.get(name), Tensor)]
             if missing:
                 raise UserError(
-                    f"{type(model).__name__} gives no {' and no '.join(missing)}: choose a "
+                    f"{type(model).__name__} returns no {' and no '.join(missing)}: choose a "
                     f"checkpoint with the head of this task."
                 )
             yield batch, [output[name].float().cpu() for name in names]
@@ -121,7 +121,7 @@ def _outputs(
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; every module is back in its own mode afterwards."""
+    """Within, the model is in eval mode; afterwards every module has its earlier mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -132,20 +132,21 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _accepted_names(model: nn.Module, batch: Mapping[str, Tensor]) -> list[str]:
-    """The inputs that the model's forward names: distilbert, for one, has no token types."""
+    """The inputs that the model's forward accepts: DistilBERT, for example, has no token types."""
     parameters = signature(model.forward).parameters
     accepted = [name for name in batch if name in parameters]
     if "input_ids" in accepted or "pixel_values" in accepted:
         return accepted
     if not any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values()):
         raise UserError(
-            f"{type(model).__name__} takes no {next(iter(batch))}: it is not a model for this task."
+            f"{type(model).__name__} takes no {next(iter(batch))}: choose a checkpoint for this "
+            f"task."
         )
     return list(batch)
 
 
 def check_embeddings_exist(model: nn.Module, batches: Batches) -> None:
-    """Tokens that the model has no embedding for are a UserError here, a crash in the model."""
+    """Raise a UserError for tokens without an embedding, which would crash the model."""
     config = getattr(model, "config", None)
     if "input_ids" not in batches[0]:
         return
@@ -153,14 +154,14 @@ def check_embeddings_exist(model: nn.Module, batches: Batches) -> None:
     longest = max(batch["input_ids"].shape[-1] for batch in batches)
     if positions is not None and longest > positions:
         raise UserError(
-            f"The model reads at most {positions} tokens, but a row has {longest}: give a maximum "
-            f"length of {positions} or less."
+            f"The model takes at most {positions} tokens, but a row has {longest}: choose "
+            f"--max-length {positions} or less."
         )
     vocabulary = getattr(config, "vocab_size", None)
     largest = max(int(batch["input_ids"].max()) for batch in batches)
     if vocabulary is not None and largest >= vocabulary:
         raise UserError(
-            f"The tokenizer gives token id {largest}, but the model has only {vocabulary} token "
+            f"The tokenizer makes token id {largest}, but the model has only {vocabulary} token "
             f"embeddings: use the tokenizer that the model was trained with."
         )
 
@@ -168,6 +169,6 @@ def check_embeddings_exist(model: nn.Module, batches: Batches) -> None:
 def _check_shape(model: nn.Module, name: str, values: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(values.shape) != shape:
         raise UserError(
-            f"{type(model).__name__} gave {name} of shape {tuple(values.shape)} where the task "
+            f"{type(model).__name__} returned {name} of shape {tuple(values.shape)}, but the task "
             f"needs {shape}: choose a checkpoint fine-tuned on this task."
         )

@@ -8,7 +8,7 @@ from typing import Any
 from rfprune.errors import RfpruneWarning, UserError
 from rfprune.tasks.registry import CUSTOM, TASKS, Task
 
-# Other names that checkpoints give to a class, in normal form (see _normal_form).
+# Other names that checkpoints give to a class, in the form of _normal_form.
 _SYNONYMS: Mapping[str, tuple[str, ...]] = {
     "not_equivalent": (
         "notparaphrase", "nonparaphrase", "noparaphrase", "notduplicate", "nonduplicate",
@@ -28,10 +28,14 @@ _SAME_AS = {"not_duplicate": "not_equivalent", "duplicate": "equivalent"}
 
 
 def check_labels(config: Any, task: Task) -> None:
-    """Check that a checkpoint's head (its config's `id2label`) answers what the task asks.
+    """Check a checkpoint's number of outputs, and its label names against the task's.
 
-    `LABEL_0` and `0` are taken to be in the task's order. Names in another order, or names of
-    another task, are a UserError; names nobody knows are taken in order with a RfpruneWarning.
+    `LABEL_0` and `0` count as the task's order. Unknown names are taken in the task's order, with
+    a RfpruneWarning.
+
+    Raises:
+        UserError: the number of outputs differs, or the names are in another order or those of
+            another task.
     """
     names = label_names_by_id(config)
     if len(names) != task.num_labels:
@@ -40,21 +44,21 @@ def check_labels(config: Any, task: Task) -> None:
             f"{len(names)} ({', '.join(names)}): choose a checkpoint fine-tuned on {task.name}."
         )
     if task.kind != "classification" or task.name == CUSTOM:
-        return  # the labels of `custom` are those of the checkpoint
+        return  # task custom takes its labels from the checkpoint
     ids = _label_ids(task)
     found = [ids.get(_normal_form(name)) for name in names]
     if any(label not in (None, position) for position, label in enumerate(found)):
         raise UserError(
             f"The checkpoint's label order is ({', '.join(names)}) but task {task.name} has "
-            f"({', '.join(task.label_names)}): its head must be reordered, in weights and "
-            f"id2label, or another checkpoint chosen."
+            f"({', '.join(task.label_names)}): reorder its head, in weights and id2label, or "
+            f"choose another checkpoint."
         )
     if any(label is None for label in found):
         _unknown_names(names, task)
 
 
 def _unknown_names(names: list[str], task: Task) -> None:
-    """Refuse the names of another task; warn of names that no task has."""
+    """Refuse the label names of another task; warn about names of no task."""
     for other in TASKS.values():
         ids = _label_ids(other)
         if other.kind == "classification" and all(_normal_form(name) in ids for name in names):
@@ -65,19 +69,19 @@ def _unknown_names(names: list[str], task: Task) -> None:
             )
     warnings.warn(
         f"The checkpoint's labels ({', '.join(names)}) are not known names of task {task.name}: "
-        f"they are taken to mean ({', '.join(task.label_names)}), in this order.",
+        f"they are taken as ({', '.join(task.label_names)}), in this order.",
         RfpruneWarning,
         stacklevel=3,
     )
 
 
 def label_names_by_id(config: Any) -> list[str]:
-    """The checkpoint's label names by label id; UserError where the ids have gaps."""
+    """The checkpoint's label names by label id; UserError if the ids have gaps."""
     named = {int(key): str(name) for key, name in dict(config.id2label).items()}
     if sorted(named) != list(range(len(named))):
         raise UserError(
-            f"The checkpoint's id2label has the ids {sorted(named)}: they must run from 0 without "
-            f"gaps; mend its config.json."
+            f"The checkpoint's id2label has the ids {sorted(named)}, but they must run from 0 "
+            f"without gaps: correct its config.json."
         )
     return [named[label] for label in range(len(named))]
 
@@ -92,7 +96,7 @@ def _outputs(task: Task) -> str:
 
 
 def _label_ids(task: Task) -> dict[str, int]:
-    """Every known name of the task's classes, in normal form, with its label id."""
+    """The label id of every known name of the task's classes, in normal form."""
     ids: dict[str, int] = {}
     for label, name in enumerate(task.label_names):
         synonyms = _SYNONYMS[_SAME_AS.get(name, name)]
@@ -102,5 +106,5 @@ def _label_ids(task: Task) -> dict[str, int]:
 
 
 def _normal_form(name: str) -> str:
-    """Lower case, letters and digits alone: NOT_ENTAILMENT and not-entailment are one name."""
+    """Lower-case letters and digits only: NOT_ENTAILMENT and not-entailment are one name."""
     return re.sub(r"[^0-9a-z]", "", name.lower())

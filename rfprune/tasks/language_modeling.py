@@ -1,8 +1,8 @@
-"""Language modelling: blocks of running text, perplexity, and the divergence token by token.
+"""Language modelling: blocks of text, log-likelihoods per token, and divergence per token.
 
-Logits of a language model have an entry a word of the vocabulary for every token, gigabytes for a
-validation text. They are never kept: a pass over the batches takes the log-likelihood of every
-token from them and, beside another model, the divergence of the two.
+The logits of a language model have one entry per vocabulary entry for every token: gigabytes for a
+validation text. They are never kept. A pass over the batches computes the log-likelihood of every
+token and, with a second model beside the first, their divergence.
 """
 
 import re
@@ -20,20 +20,23 @@ from rfprune.tasks.inference import check_embeddings_exist, eval_mode
 from rfprune.tasks.registry import LANGUAGE_MODELING
 
 PARAGRAPH = "\n\n"
-"""What is put between the rows of a table of texts."""
+"""The separator of the rows of a table of texts."""
 
-# A text is tokenised in pieces of so many characters, each up to the end of a line: tokenizers
-# need more than linear time, or memory, for a text in one piece.
+# Characters tokenised at a time, up to the end of a line: for a text in one piece, tokenizers need
+# more than linear time or memory.
 _PIECE = 2**17
 _ENTRIES_AT_A_TIME = 2**24  # of logits
 _LINE_END = re.compile(r"\n+")
 
 
 def encode_blocks(tokenizer: Any, texts: Sequence[str], max_length: int) -> dict[str, Any]:
-    """The texts one after the other, cut into blocks of `max_length` tokens: {input_ids: rows}.
+    """The joined texts, cut into blocks of `max_length` tokens, as columns of model inputs.
 
-    Blocks begin as the tokenizer begins a text (with its BOS token, if it has one). What is left
-    over at the end is left out. UserError where there is not one block.
+    Blocks begin with the tokenizer's BOS token if it puts one before a text. The rest at the end is
+    dropped.
+
+    Raises:
+        UserError: the text does not fill one block.
     """
     before = tokenizer("a")["input_ids"][:1]
     before = before if before == [tokenizer.bos_token_id] else []
@@ -44,8 +47,8 @@ def encode_blocks(tokenizer: Any, texts: Sequence[str], max_length: int) -> dict
     ]
     if not blocks:
         raise UserError(
-            f"The text has {len(tokens)} tokens, which do not fill one block of {max_length}: give "
-            f"a longer text, or smaller blocks with --max-length."
+            f"The text has {len(tokens)} tokens, too few for one block of {max_length}: give a "
+            f"longer text, or smaller blocks with --max-length."
         )
     return {"input_ids": blocks, "attention_mask": [[1] * len(block) for block in blocks]}
 
@@ -72,10 +75,21 @@ def token_likelihoods(
     *,
     progress: bool = False,
 ) -> tuple[NDArray[np.float32], float | None]:
-    """Log-likelihood of every token but the first of its block, (N, S - 1) in the order of `rows`,
-    and the mean KL(reference || model) of what is predicted for them, in nats a token.
+    """Log-likelihoods of all tokens but the first of each block, and the divergence per token.
 
-    UserError for a model that gives no logits over a vocabulary, or none that are finite.
+    Args:
+        model: a causal language model.
+        batches: blocks of tokens, (B, S).
+        rows: the row numbers of each batch.
+        reference: the model to compute the divergence from.
+        progress: whether to show a progress bar.
+
+    Returns:
+        Natural log-likelihoods (N, S - 1) in dataset order, and mean KL(reference || model) in
+        nats per token, None without a reference.
+
+    Raises:
+        UserError: the model has no logits per token, or they are not finite.
     """
     from tqdm import tqdm
 
@@ -98,19 +112,19 @@ def token_likelihoods(
     if not np.isfinite(likelihoods).all():
         raise UserError(
             "The model's logits are not finite: its weights are damaged, or too large for its "
-            "dtype."
+            "dtype; try --dtype float32, or download the checkpoint again."
         )
     return likelihoods, None if reference is None else divergence / count
 
 
 def _rows_at_a_time(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
-    """Rows of a batch whose logits fit into memory several times over."""
+    """How many rows of a batch to compute at a time, for logits of bounded size."""
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 1
     return max(1, 2 * _ENTRIES_AT_A_TIME // (vocabulary * batch["input_ids"].shape[1]))
 
 
 def _next_token_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """(B, S - 1, V), of all tokens but the first."""
+    """Logits (B, S - 1, V) for all tokens but the first."""
     inputs: dict[str, Any] = {
         name: values.to(next(model.parameters()).device) for name, values in batch.items()
     }
@@ -119,7 +133,7 @@ def _next_token_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     logits = model(**inputs, return_dict=True).get("logits")
     if logits is None or logits.shape[:2] != batch["input_ids"].shape:
         raise UserError(
-            f"{type(model).__name__} gives no logits for every token: choose a checkpoint of a "
+            f"{type(model).__name__} returns no logits per token: choose the checkpoint of a "
             f"causal language model for task {LANGUAGE_MODELING}."
         )
     return logits[:, :-1]  # type: ignore[no-any-return]
@@ -127,7 +141,7 @@ def _next_token_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 def _compared(logits: Sequence[Tensor], targets: Tensor) -> tuple[Tensor, float]:
     """Log-likelihoods (B, S) of the targets by the first logits (B, S, V), and the sum of
-    KL(second || first), in float32 and some tokens at a time."""
+    KL(second || first); in float32, some tokens at a time."""
     size = max(1, _ENTRIES_AT_A_TIME // logits[0].shape[-1])
     parts = (values.flatten(0, 1).split(size) for values in (*logits, targets))
     found, total = [], 0.0

@@ -1,4 +1,4 @@
-"""How many tokens a row of a task may have, by the tokenizer."""
+"""The maximum number of tokens per row."""
 
 from typing import Any
 
@@ -9,17 +9,23 @@ NO_LIMIT = 10**9
 
 
 def tokenizer_limit(tokenizer: Any) -> int:
-    """The most tokens that it gives; tokenizers that know no limit state one of 1e30."""
+    """The tokenizer's maximum length; tokenizers without one say 1e30, which becomes 1e9."""
     return int(min(tokenizer.model_max_length, NO_LIMIT))
 
 
 def checked_length(
     task: Task, tokenizer: Any, max_length: int | None, *, texts: int | None = None
 ) -> int:
-    """The number of tokens a row may have, the task's own if None.
+    """The maximum number of tokens per row, checked against the tokenizer.
 
-    `texts`: that a row is made of, one for each of the task's columns if None. UserError where the
-    length does not fit the tokenizer.
+    Args:
+        task: its length is the default.
+        tokenizer: bounds the length.
+        max_length: None: the task's own, or the tokenizer's if that is less.
+        texts: texts per row; None: one per text column.
+
+    Raises:
+        UserError: the length does not fit the tokenizer.
     """
     limit = tokenizer_limit(tokenizer)
     if max_length is None:
@@ -27,10 +33,10 @@ def checked_length(
     texts = min(2, len(task.text_columns)) if texts is None else texts
     shortest = tokenizer.num_special_tokens_to_add(pair=texts == 2) + texts
     if task.kind == "question-answering":
-        shortest = max(32, shortest)  # room for a piece of the question and for moving windows
+        shortest = max(32, shortest)  # room for part of the question and for overlapping windows
     if not shortest <= max_length <= limit:
         raise UserError(
-            f"A maximal length of {max_length} tokens does not fit: for {task.name} this "
-            f"checkpoint takes {shortest} to {limit}."
+            f"--max-length {max_length} does not fit: for {task.name} this checkpoint takes "
+            f"{shortest} to {limit} tokens; choose a number in this range."
         )
     return max_length

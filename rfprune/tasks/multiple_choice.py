@@ -1,4 +1,4 @@
-"""Multiple choice: a question, or the beginning of a text, and what may come after it."""
+"""Multiple choice: a question, or the beginning of a text, with each of its choices."""
 
 import re
 from collections.abc import Sequence
@@ -15,8 +15,10 @@ _ONE_EACH = re.compile(r"(ending|choice|option|answer)_?(\d+)")
 
 
 def choice_columns(names: Sequence[str]) -> tuple[str, ...]:
-    """The columns of the choices among those of a table: one a choice, in their order, or `choices`
-    with lists; none where there are neither."""
+    """The columns of a table that hold choices: one per choice, by number, or `choices` with lists.
+
+    Empty if there are neither.
+    """
     if LISTED in names:
         return (LISTED,)
     found = {int(match[2]): name for name in names if (match := _ONE_EACH.fullmatch(name))}
@@ -26,10 +28,12 @@ def choice_columns(names: Sequence[str]) -> tuple[str, ...]:
 def encode_choices(
     task: Task, tokenizer: Any, chunk: Any, max_length: int | None
 ) -> dict[str, Any]:
-    """Columns of which a row is C lists of tokens: the question with each of its choices.
+    """Columns with C lists of tokens per row: the question with each of its choices.
 
-    Of two columns of a question, as in SWAG, the second is the beginning of each choice. UserError
-    where rows have different numbers of choices.
+    With two text columns, as in SWAG, the second is the beginning of every choice.
+
+    Raises:
+        UserError: rows have different numbers of choices.
     """
     length = checked_length(task, tokenizer, max_length)
     of_choices = choice_columns(task.text_columns)
@@ -40,8 +44,8 @@ def encode_choices(
     for row, own in enumerate(choices):
         if len(own) != number or number < 2:
             raise UserError(
-                f"Row {row + 1} has {len(own)} choices, the first one {number}: all rows of "
-                f"{task.name} need the same number, at least 2."
+                f"Row {row + 1} has {len(own)} choices, the first one {number}: give all rows of "
+                f"{task.name} the same number of choices, at least 2."
             )
     starts = [f"{chunk[asked[1]][row]} " if len(asked) == 2 else "" for row in rows]
     firsts = [chunk[asked[0]][row] for row in rows for _ in range(number)]

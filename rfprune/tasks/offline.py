@@ -1,4 +1,4 @@
-"""Ask the hub quickly: what is not reachable is answered from the cache, not by retries."""
+"""Use the hub's local cache at once if the hub is not reachable, instead of after retries."""
 
 import os
 import socket
@@ -13,9 +13,9 @@ _SILENT = 50  # logging.CRITICAL
 
 
 def is_reachable() -> bool:
-    """Whether the hub's address (HF_ENDPOINT or huggingface.co) takes a connection.
+    """Whether the hub's address (HF_ENDPOINT or huggingface.co) accepts a connection.
 
-    Behind a proxy the probe would say nothing, so the answer is yes.
+    True behind a proxy, where a connection of our own says nothing.
     """
     if {"https", "http", "all"} & getproxies().keys():
         return True
@@ -30,10 +30,10 @@ def is_reachable() -> bool:
 
 @contextmanager
 def cached_when_unreachable() -> Iterator[bool]:
-    """Within, transformers and datasets read the hub's cache alone if the hub is not reachable.
+    """Within, transformers and datasets use only the hub's cache if the hub is not reachable.
 
-    Left to themselves they retry every file for half a minute before they say so. Yields whether
-    the hub may be asked. Its client is kept from a line for each retry: the error says it once.
+    Without this they retry every file for half a minute. The client's line per retry is hidden,
+    since the error says the same once. Yields whether the hub is reachable and may be used.
     """
     import huggingface_hub.constants
 
@@ -42,7 +42,7 @@ def cached_when_unreachable() -> Iterator[bool]:
         with _silent_client():
             yield not before
         return
-    # datasets keeps its own copy of the flag, made when it is imported.
+    # datasets copies the flag when it is imported.
     try:
         _set_offline(True)
         yield False
@@ -63,7 +63,7 @@ def _silent_client() -> Iterator[None]:
 
 
 def _set_offline(offline: bool) -> None:
-    """Tell the hub's client, and datasets if it is there, whether to stay off the network."""
+    """Set the offline flag of the hub's client, and of datasets if it is imported."""
     import huggingface_hub.constants
 
     huggingface_hub.constants.HF_HUB_OFFLINE = offline

@@ -1,7 +1,7 @@
-"""Somebody's own checkpoint on their own data, made into a `Task` row.
+"""Tasks on your own data: custom, language-modeling and similarity.
 
-Of task `custom`, what is asked and how it is scored comes from the checkpoint's configuration; of
-language modelling and similarity it is known. Columns come from the data.
+For `custom`, kind, labels and scores come from the checkpoint's configuration. The columns come
+from the data.
 """
 
 import warnings
@@ -32,7 +32,7 @@ from rfprune.tasks.registry import (
 from rfprune.tasks.splits import find_split
 
 USUAL_TEXTS = (("sentence1", "sentence2"), ("sentence",), ("text",))
-"""Columns that are taken for the text, or the two texts, where none are named."""
+"""Columns of the text or of a pair of texts, if none are named."""
 
 _USUAL_TEXTS_OF: Mapping[Kind, tuple[tuple[str, ...], ...]] = {
     "language-modeling": (("text",),),
@@ -48,8 +48,7 @@ _USUAL_LABELS: Mapping[Kind, tuple[str, ...]] = {
     "token-classification": ("ner_tags", "pos_tags", "tags", "labels", USUAL_LABEL),
     "multi-label": ("labels", USUAL_LABEL),
 }
-# With more rows than this that reach the default length, somebody should hear of it.
-_CUT_SHARE = 0.05
+_TRUNCATED_FRACTION = 0.05  # with more rows of the default length, there is a warning
 _SINGLE_LABEL = "single_label_classification"
 _MULTI_LABEL = "multi_label_classification"
 
@@ -59,16 +58,16 @@ HEADS: Mapping[str, Kind] = {
     "ForMultipleChoice": "multiple-choice",
     "ForImageClassification": "image-classification",
 }
-"""What the class of a checkpoint is called at its end, and what `custom` makes of it."""
+"""The kind of task `custom` by the end of the checkpoint's class name."""
 
 
 def blank_custom_task() -> Task:
-    """The task before checkpoint and data are looked at: no columns, no labels yet."""
+    """Task custom before checkpoint and data are read: without columns and labels."""
     return Task(CUSTOM, "classification", "", None, (), "", (), "accuracy")
 
 
 def language_task() -> Task:
-    """Language modelling, on a text of WikiText-2 where there is no other."""
+    """Task language-modeling; its data is WikiText-2 unless there is other data."""
     return Task(
         LANGUAGE_MODELING, "language-modeling", "Salesforce/wikitext", "wikitext-2-raw-v1",
         ("text",), "", (), "perplexity", max_length=BLOCK_TOKENS, higher_is_better=False,
@@ -76,18 +75,24 @@ def language_task() -> Task:
 
 
 def similarity_task() -> Task:
-    """Similarity of pairs by their embeddings, on those of STS-B where there are no others."""
+    """Task similarity; its data is STS-B unless there is other data."""
     return replace(TASKS["stsb"], name=SIMILARITY, kind="similarity", label_range=None)
 
 
 def custom_task(labels: Any, problem_type: Any, source: str, kind: Kind = "classification") -> Task:
-    """The task of a checkpoint with these labels (`id2label`), as transformers understands them.
+    """Task custom for a checkpoint.
 
-    Of a sequence classifier (kind "classification"), one output is a regression, several are
-    classes of which one is right, or, by the problem type, any number.
+    A sequence classifier with one output is a regression. With several outputs it predicts one
+    class, or any number of labels if its problem type says so.
+
+    Args:
+        labels: an object with `id2label`.
+        problem_type: of the configuration; None if there is none.
+        source: folder or hub id, for errors.
+        kind: by the checkpoint's head.
 
     Raises:
-        UserError: several regressions, one class, or gaps in the ids.
+        UserError: a regression with several outputs, one class, or gaps in the label ids.
     """
     if kind == "multiple-choice":
         return replace(blank_custom_task(), kind=kind)
@@ -100,13 +105,13 @@ def custom_task(labels: Any, problem_type: Any, source: str, kind: Kind = "class
     regression = problem_type == "regression" or (not problem_type and len(names) == 1)
     if problem_type not in (None, "", "regression", _SINGLE_LABEL, _MULTI_LABEL):
         raise UserError(
-            f"The checkpoint '{source}' is for {str(problem_type).replace('_', ' ')}, but task "
-            f"{CUSTOM} takes labels, or one number, an example: choose another checkpoint."
+            f"The checkpoint '{source}' has the problem type {problem_type}, but task {CUSTOM} "
+            f"takes labels, or one number per example: choose another checkpoint."
         )
     if regression and len(names) != 1:
         raise UserError(
             f"The checkpoint '{source}' is a regression with {len(names)} outputs, but task "
-            f"{CUSTOM} takes one number an example: choose another checkpoint."
+            f"{CUSTOM} takes one number per example: choose another checkpoint."
         )
     if regression:
         return replace(blank_custom_task(), kind="regression", metric_name="spearmanr")
@@ -119,8 +124,8 @@ def custom_task(labels: Any, problem_type: Any, source: str, kind: Kind = "class
         )
     if len(names) < 2:
         raise UserError(
-            f"The checkpoint '{source}' tells apart {len(names)} class, which is nothing to "
-            f"score: choose one with two or more, or with problem_type regression."
+            f"The checkpoint '{source}' has {len(names)} class, and a score needs two or more: "
+            f"choose another checkpoint, or set problem_type to regression."
         )
     return replace(blank_custom_task(), label_names=tuple(names))
 
@@ -131,15 +136,15 @@ def with_columns(
     text_columns: Sequence[str] | None,
     label_column: str | None,
 ) -> Task:
-    """The task with the columns of its data: those that are named, else the usual ones.
+    """The task with the columns of its data: the named ones, else the usual ones.
 
-    Texts are needed in both splits, labels only where they are scored, in the validation split.
+    Both splits need the text; the labels are needed in the validation split alone.
 
     Raises:
-        UserError: no data, or not these columns in it; the sentence lists those that there are.
+        UserError: data or columns are missing; the error lists the existing columns.
     """
     if data_dir is None and task.name != CUSTOM:
-        return task  # the hub's, whose columns are known
+        return task  # the columns of the hub's data are known
     if data_dir is None:
         raise UserError(
             f"Task {CUSTOM} needs your own data: give --data-dir DIR, where DIR holds train.csv "
@@ -153,22 +158,22 @@ def with_columns(
     check_columns(texts, label or None, most=_MOST_TEXTS.get(task.kind, 2))
     if task.kind == "similarity" and len(texts) != 2:
         raise UserError(
-            f"Task {SIMILARITY} compares two texts: name the columns of both with --text-columns "
-            f"(there are {_listed(validation)})."
+            f"Task {SIMILARITY} compares two texts, and {len(texts)} is named: name the columns of "
+            f"both with --text-columns ({_listed(validation)})."
         )
     if task.kind == "multiple-choice":
         texts = (*texts, *_choices_of(validation))
     for table in (train, validation):
         missing = [name for name in texts if name not in table.names]
-        if missing and not table.source.endswith(".txt'"):  # which has no columns to name
+        if missing and not table.source.endswith(".txt'"):  # a text file has no columns
             raise UserError(
                 f"{table.source} has no column {', '.join(map(repr, missing))} for the text: name "
                 f"one or two of its columns ({_listed(table)}) with --text-columns."
             )
-    if label and label not in validation.names and not _one_each(task, validation):
+    if label and label not in validation.names and not _has_column_per_label(task, validation):
         raise UserError(
-            f"{validation.source} has no column {label!r} for the labels, which a score needs (the "
-            f"train split does without): name one of its columns ({_listed(validation)}) with "
+            f"{validation.source} has no column {label!r} for the labels, which scores need (the "
+            f"train split needs none): name one of its columns ({_listed(validation)}) with "
             f"--label-column, or add it."
         )
     return replace(task, text_columns=texts, label_column=label)
@@ -179,8 +184,8 @@ def _label_of(task: Task, table: Table, named: str | None) -> str:
     return named or next((name for name in usual if name in table.names), usual[0])
 
 
-def _one_each(task: Task, table: Table) -> bool:
-    """Whether each of several labels has a column."""
+def _has_column_per_label(task: Task, table: Table) -> bool:
+    """Whether each of several labels has a column of its own."""
     return task.kind == "multi-label" and set(task.label_names) <= set(table.names)
 
 
@@ -188,8 +193,8 @@ def _choices_of(table: Table) -> tuple[str, ...]:
     choices = choice_columns(table.names)
     if not choices:
         raise UserError(
-            f"{table.source} has no columns for the choices: wanted are ending0, ending1, ... (or "
-            f"choice0, option0, ...), or choices with lists, but it has {_listed(table)}."
+            f"{table.source} has no columns for the choices ({_listed(table)}): give ending0, "
+            f"ending1, ... (or choice0, option0, ...), or a column choices with lists."
         )
     return choices
 
@@ -201,13 +206,19 @@ def task_from_training_data(
     *,
     regression: bool = False,
 ) -> Task:
-    """The task that training data makes, where there is no checkpoint yet.
+    """Task custom from training data, before there is a checkpoint.
 
-    Labels 0, 1, ... to the last are ids of LABEL_0, LABEL_1, ...; others are the names, in their
-    order. `regression`: they are numbers to predict; numbers that are not whole always are.
+    Labels that are exactly 0, 1, ... are ids of LABEL_0, LABEL_1, ...; other labels are names, in
+    sorted order. Numbers that are not whole make a regression.
+
+    Args:
+        data_dir: see `rfprune.tasks.splits.find_split`.
+        text_columns: None: the usual names.
+        label_column: None: the usual name.
+        regression: whether whole numbers are values to predict, too.
 
     Raises:
-        UserError: as `with_columns`, or no labels, or one class only, in the training data.
+        UserError: as for `with_columns`, or the training data has no labels or one class only.
     """
     task = with_columns(blank_custom_task(), data_dir, text_columns, label_column)
     assert data_dir is not None
@@ -215,36 +226,36 @@ def task_from_training_data(
     labels = table.columns.get(task.label_column)
     if labels is None:
         raise UserError(
-            f"{table.source} has no column {task.label_column!r} for the labels, and nothing can "
-            f"be learned without: name one of its columns ({_listed(table)}) with --label-column."
+            f"{table.source} has no column {task.label_column!r} for the labels, which training "
+            f"needs: name one of its columns ({_listed(table)}) with --label-column."
         )
     names = label_names(labels)
     if regression or names is None:
         return replace(task, kind="regression", metric_name="spearmanr")
     if len(names) < 2:
         raise UserError(
-            f"{table.source} has {len(names)} different label in {task.label_column}: there is "
-            f"nothing to tell apart with less than two."
+            f"{table.source} has {len(names)} different label in {task.label_column}, and a "
+            f"classifier needs two or more: add rows of other classes, or give --regression."
         )
     return replace(task, label_names=names)
 
 
 def warn_about_truncation(batches: Sequence[Mapping[str, Tensor]], max_length: int) -> None:
-    """Say so where many rows are as long as the length that nobody has chosen."""
+    """Warn if many rows fill the default length, and may have been cut."""
     masks = [batch["attention_mask"] for batch in batches if "attention_mask" in batch]
     lengths = [int(length) for mask in masks for length in mask.sum(dim=-1).flatten()]
     full = sum(length >= max_length for length in lengths)
-    if full > _CUT_SHARE * len(lengths):
+    if full > _TRUNCATED_FRACTION * len(lengths):
         warnings.warn(
-            f"{full} of {len(lengths)} validation examples fill the {max_length} tokens that are "
-            f"read by default, and may be cut: --max-length reads more.",
+            f"{full} of {len(lengths)} validation examples fill the default length of {max_length} "
+            f"tokens and may be cut: choose a larger --max-length to read them whole.",
             RfpruneWarning,
             stacklevel=2,
         )
 
 
 def _columns(task: Task, split: str, data_dir: Path) -> Table:
-    """A split's column names alone."""
+    """The column names of a split, without its values."""
     return read_table(find_split(task, split, data_dir), ())
 
 

@@ -17,7 +17,7 @@ from rfprune.errors import UserError
 from rfprune.tasks.max_length import checked_length
 from rfprune.tasks.registry import Task
 
-# A question keeps at most this part of the window, so that there is always room for context.
+# A question keeps at most a third of the window, so there is always room for context.
 QUESTION_SHARE = 3
 POSITIONS = ("start_positions", "end_positions")
 
@@ -29,16 +29,22 @@ def tokenize_windows(
     contexts: Sequence[str],
     max_length: int | None = None,
 ) -> Any:
-    """The tokenizer's `BatchEncoding` of windows over each context, each behind its question.
+    """Tokenise each question with every window over its context.
 
-    Has `offset_mapping`, and `overflow_to_sample_mapping` from window to question. Windows
-    overlap by the task's stride, or by a third of a window shorter than three strides. A question
-    that would leave a window too little context is cut (to a third of the window).
+    Windows overlap by the task's stride, or by a third of a window shorter than three strides. A
+    question is cut to a third of the window.
+
+    Returns:
+        The tokenizer's `BatchEncoding`, with `offset_mapping`, and `overflow_to_sample_mapping`
+        from window to question.
+
+    Raises:
+        UserError: the tokenizer is slow, or does not allow the length.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
-            f"Task {task.name} needs a fast tokenizer, for character offsets, and the "
-            f"checkpoint has none: save its tokenizer.json with "
+            f"Task {task.name} needs a fast tokenizer for character offsets, and the checkpoint "
+            f"has none: save its tokenizer.json with "
             f"AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(...)."
         )
     length = checked_length(task, tokenizer, max_length)
@@ -54,7 +60,7 @@ def tokenize_windows(
 
 
 def _cut_questions(tokenizer: Any, questions: Sequence[str], max_tokens: int) -> list[str]:
-    """Questions without white space before them (some have it), of at most so many tokens."""
+    """Questions without surrounding white space, cut to at most this many tokens."""
     stripped = [question.strip() for question in questions]
     offsets = tokenizer(stripped, add_special_tokens=False, return_offsets_mapping=True)
     return [
@@ -66,7 +72,7 @@ def _cut_questions(tokenizer: Any, questions: Sequence[str], max_tokens: int) ->
 def encode_questions(
     task: Task, tokenizer: Any, chunk: Any, max_length: int | None
 ) -> dict[str, Any]:
-    """Columns of windows, with the answer's token positions where there are answers."""
+    """Columns of windows, and the token positions of the answers if there are answers."""
     questions, contexts = (chunk[name] for name in task.text_columns)
     windows = tokenize_windows(task, tokenizer, questions, contexts, max_length)
     skipped = ("offset_mapping", "overflow_to_sample_mapping")
@@ -104,9 +110,13 @@ def _answer_positions(
 def _tokens_of_span(
     offsets: np.ndarray[Any, Any], in_context: np.ndarray[Any, Any], start: int, end: int
 ) -> tuple[int, int] | None:
-    """First and last token touching characters start to end; None unless the window has them all.
+    """First and last token of the characters start to end; None if the window lacks some of them.
 
-    `offsets` is (S, 2), characters from and to; `in_context` is (S,), true for context tokens.
+    Args:
+        offsets: (S, 2), first character of each token and the one after its last.
+        in_context: (S,), True for context tokens.
+        start: first character of the span.
+        end: the character after its last.
     """
     context = offsets[in_context]
     if len(context) == 0 or start < context[0, 0] or end > context[-1, 1]:
@@ -116,11 +126,11 @@ def _tokens_of_span(
     return (int(found[0]), int(found[-1])) if len(found) else None
 
 
-# As in the original BERT's script and Hugging Face's example.
+# As in BERT's original script and Hugging Face's example.
 N_BEST = 20
 MAX_ANSWER_TOKENS = 30
 
-# Questions tokenised, and windows searched, at a time: bounds the memory, costs no time.
+# Questions tokenised and windows searched at a time, which bounds the memory.
 _QUESTIONS_AT_A_TIME = 1024
 _WINDOWS_AT_A_TIME = 1024
 _MADE_FOR_DECODING = ("offset_mapping", "overflow_to_sample_mapping")
@@ -130,12 +140,15 @@ Inputs = dict[str, list[NDArray[np.int32]]]
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """What it takes to read answers off W windows, of at most S tokens, of Q questions.
+    """W windows of at most S tokens over the contexts of Q questions.
 
-    `question`: (W,), which question, ascending. `in_context`: (W, S), True at the context's
-    tokens. `offsets`: (W, S, 2), the characters of the context that a token covers, from and to.
-    `null_position`: (W,), where "there is no answer" is read: the CLS token. Positions count from
-    a window's first token; there is no padding before it.
+    Positions count from a window's first token, without padding before it.
+
+    Attributes:
+        question: (W,), the question of each window, ascending.
+        in_context: (W, S), True for the tokens of the context.
+        offsets: (W, S, 2), the first character that a token covers and the one after its last.
+        null_position: (W,), the CLS token, which stands for no answer.
     """
 
     question: NDArray[np.int64]
@@ -151,9 +164,13 @@ def make_windows(
     contexts: Sequence[str],
     max_length: int | None = None,
 ) -> tuple[Inputs, Windows]:
-    """Tokenise Q questions with their contexts: model inputs, W unpadded rows by name, and windows.
+    """Tokenise Q questions with their contexts.
 
-    Windows are those of `tokenize_windows`, which raises the same UserErrors.
+    Returns:
+        Model inputs by name, W unpadded rows each, and the windows.
+
+    Raises:
+        UserError: as for `tokenize_windows`.
     """
     inputs: Inputs = {}
     question, offsets, contexts_at = [], [], []
@@ -179,7 +196,7 @@ def make_windows(
 
 
 def stack_rows(rows: Sequence[NDArray[Any]], *, fill: float) -> NDArray[Any]:
-    """Arrays (s, ...) of several lengths s as one, (len(rows), longest, ...), filled behind."""
+    """Arrays (s, ...) of different lengths s as one (rows, longest, ...), filled at the end."""
     longest = max(len(row) for row in rows)
     stacked = np.full((len(rows), longest, *rows[0].shape[1:]), fill, dtype=rows[0].dtype)
     for target, row in zip(stacked, rows, strict=True):
@@ -195,11 +212,21 @@ def best_spans(
     n_best: int = N_BEST,
     max_answer_tokens: int = MAX_ANSWER_TOKENS,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
-    """Each window's best span from logits (W, S): score, first and last token, each (W,).
+    """The best span of each window.
 
-    A span starts at one of the window's `n_best` likeliest context tokens and ends at another,
-    covers at most `max_answer_tokens` tokens and at least one character. Score -inf: none does.
-    Ties go to the likelier start, then the likelier end, then the earlier token.
+    A span starts at one of the `n_best` likeliest start tokens in the context and ends at one of
+    the `n_best` likeliest end tokens. It covers at most `max_answer_tokens` tokens and at least one
+    character. Ties go to the likelier start, then the likelier end, then the earlier token.
+
+    Args:
+        start_logits: (W, S).
+        end_logits: (W, S).
+        windows: of these logits.
+        n_best: start and end tokens to combine.
+        max_answer_tokens: length of the longest span.
+
+    Returns:
+        Score (-inf if there is no span), first token and last token, each (W,).
     """
     parts = []
     for first in range(0, len(windows.question), _WINDOWS_AT_A_TIME):
@@ -218,10 +245,10 @@ def best_answers(
     windows: Windows,
     contexts: Sequence[str],
 ) -> tuple[list[str], NDArray[np.float64]]:
-    """The best answers to Q questions, and their scores (Q,), from their windows' logits (W, S).
+    """The best answers to Q questions and their scores (Q,), from logits (W, S).
 
-    The best span over a question's windows wins, the earlier window on ties. A question whose
-    context holds no token is answered by "" with score -inf.
+    The best span over all windows of a question wins; on ties, that of the earlier window. The
+    answer is "" with score -inf if the context has no tokens.
     """
     scores, starts, ends = best_spans(start_logits, end_logits, windows)
     # Sorted by question, then by falling score; lexsort is stable.
@@ -241,10 +268,10 @@ def null_scores(
     end_logits: NDArray[np.floating[Any]],
     windows: Windows,
 ) -> NDArray[np.float64]:
-    """How much speaks for no answer at all, for each of Q questions, (Q,), from logits (W, S).
+    """The score of giving no answer to each of Q questions, (Q,), from logits (W, S).
 
-    The least over a question's windows of start logit + end logit at the CLS token: an answer
-    must be missing everywhere.
+    The minimum over a question's windows of start logit + end logit at the CLS token, since the
+    answer must be missing in every window.
     """
     rows = np.arange(len(windows.question))
     null = start_logits[rows, windows.null_position].astype(np.float64)
@@ -257,7 +284,7 @@ def null_scores(
 def _null_positions(
     input_ids: Sequence[NDArray[np.int32]], cls_token_id: int | None
 ) -> NDArray[np.int64]:
-    """Where each window's CLS token (failing that, its first token) stands, (W,)."""
+    """The position of each window's CLS token, or of its first token without one, (W,)."""
     return np.array([int(np.argmax(row == cls_token_id)) for row in input_ids], dtype=np.int64)
 
 
@@ -268,7 +295,7 @@ def _best_spans(
     n_best: int,
     max_answer_tokens: int,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
-    """`best_spans` of one chunk of windows, logits (w, S) being -inf outside the context."""
+    """`best_spans` of one chunk of windows; logits (w, S) are -inf outside the context."""
     starts = np.argsort(-start, axis=1, kind="stable")[:, :n_best]
     ends = np.argsort(-end, axis=1, kind="stable")[:, :n_best]
     start_scores = np.take_along_axis(start, starts, axis=1)[:, :, None]

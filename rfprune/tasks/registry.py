@@ -36,7 +36,7 @@ AUTO_CLASSES: Mapping[Kind, str] = MappingProxyType(
         "similarity": "AutoModel",
     }
 )
-"""The class of transformers that loads a checkpoint for each kind of task."""
+"""The class of transformers that loads a checkpoint, by the kind of task."""
 
 KINDS_WITH_LABEL_NAMES: tuple[Kind, ...] = (
     "classification",
@@ -44,7 +44,7 @@ KINDS_WITH_LABEL_NAMES: tuple[Kind, ...] = (
     "token-classification",
     "image-classification",
 )
-"""Kinds of task whose label ids the checkpoint has names for."""
+"""Kinds of task with label names in the checkpoint."""
 
 GLUE = "nyu-mll/glue"
 
@@ -162,34 +162,39 @@ CUSTOM = "custom"
 LANGUAGE_MODELING = "language-modeling"
 SIMILARITY = "similarity"
 OWN_DATA = (CUSTOM, LANGUAGE_MODELING, SIMILARITY)
-"""Tasks that a checkpoint and a data folder make, see `rfprune.tasks.own_data`."""
+"""Tasks on your own data, see `rfprune.tasks.own_data`."""
 
 TASK_NAMES = (*TASKS, *OWN_DATA)
 
 BLOCK_TOKENS = 512
-"""Tokens that a language model reads at once, where nobody asks for another number."""
+"""Tokens per block of a language model by default."""
 
 _SAMPLES, _BATCH_SIZE = 2048, 32
-# An example of a language model is a block of tokens, with logits over the vocabulary for each.
+# An example of a language model is a block of tokens with logits over the vocabulary for each.
 _OF_TASK = {LANGUAGE_MODELING: (256, 4)}
 
 
 def default_samples(task_name: str) -> int:
-    """Calibration examples of a task, where nobody asks for another number."""
+    """Calibration examples of a task by default."""
     return _OF_TASK.get(task_name, (_SAMPLES, _BATCH_SIZE))[0]
 
 
 def default_batch_size(task_name: str) -> int:
-    """Examples in a batch of a task, where nobody asks for another number."""
+    """Examples per batch of a task by default."""
     return _OF_TASK.get(task_name, (_SAMPLES, _BATCH_SIZE))[1]
 
 
 def get_task(name: str) -> Task:
-    """The task of that name; UserError names the known ones. `custom` takes more than a name."""
+    """The GLUE or SQuAD task of that name.
+
+    Raises:
+        UserError: the name is unknown, or that of a task on your own data.
+    """
     if name in OWN_DATA:
         raise UserError(
-            f"Task {name!r} is made from a checkpoint and a data folder, by rfprune itself, "
-            f"scripts/evaluate.py and scripts/finetune.py: choose one of {', '.join(TASKS)} here."
+            f"Task {name!r} needs a checkpoint and data, which only the command rfprune, "
+            f"scripts/evaluate.py and scripts/finetune.py read: choose one of {', '.join(TASKS)} "
+            f"here."
         )
     if name not in TASKS:
         raise UserError(f"Unknown task {name!r}: choose one of {', '.join(TASKS)}.")
@@ -199,15 +204,15 @@ def get_task(name: str) -> Task:
 def check_columns(
     text_columns: Sequence[str] | None, label_column: str | None, *, most: int = 2
 ) -> None:
-    """Of `custom`: UserError for over `most` texts, one column twice, or one without a name."""
+    """Raise a UserError for too many text columns, a repeated name, or an empty one."""
     names = [*(text_columns or ()), *([] if label_column is None else [label_column])]
     if any(not name for name in names):
-        raise UserError("A column's name is empty: give it as the first line of the file does.")
+        raise UserError("A column's name is empty: name it as the first line of the file does.")
     if len(text_columns or ()) > most:
-        number = "one text or two" if most > 1 else "one text here"
+        number = "one text or two" if most > 1 else "one text"
         raise UserError(
-            f"--text-columns {' '.join(text_columns or ())}: a model reads {number}; name no more "
-            f"columns."
+            f"--text-columns {' '.join(text_columns or ())} names {len(text_columns or ())} "
+            f"columns, but this task has {number}: name no more columns."
         )
     for name in names:
         if names.count(name) > 1:

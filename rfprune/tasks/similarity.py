@@ -1,4 +1,4 @@
-"""Similarity of pairs of texts, by the cosine of their embeddings."""
+"""Similarity of pairs of texts: the cosine of their embeddings."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from rfprune.tasks.registry import Task
 
 
 def encode_pairs(task: Task, tokenizer: Any, chunk: Any, max_length: int | None) -> dict[str, Any]:
-    """Columns of tokenised texts, two rows a pair: the first one and the second one."""
+    """Columns of tokenised texts, two rows per pair."""
     length = checked_length(task, tokenizer, max_length, texts=1)
     texts = [text for pair in zip(*(chunk[name] for name in task.text_columns), strict=True)
              for text in pair]  # fmt: skip
@@ -18,7 +18,7 @@ def encode_pairs(task: Task, tokenizer: Any, chunk: Any, max_length: int | None)
 
 
 def cosines(embeddings: NDArray[np.float32]) -> NDArray[np.float64]:
-    """(N,) of embeddings (2N, d) of length one, the two of a pair one after the other."""
+    """Cosines (N,) of normalised embeddings (2N, d), the two of a pair in adjacent rows."""
     pairs = embeddings.astype(np.float64).reshape(-1, 2, embeddings.shape[1])
     products: NDArray[np.float64] = (pairs[:, 0] * pairs[:, 1]).sum(axis=1)
     return products

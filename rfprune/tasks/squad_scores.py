@@ -24,10 +24,17 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 def squad_scores(
     predictions: Sequence[str | None], references: Sequence[Sequence[str]]
 ) -> dict[str, float]:
-    """`exact_match` and `f1` of SQuAD 1.1 in points of 100, by its official script's rules.
+    """The scores of SQuAD 1.1, in points of 100.
 
-    `references[i]` holds the accepted answers to question i, of which the best counts. A
-    prediction of None (not answered) scores 0. ValueError for a question without references.
+    Args:
+        predictions: one answer per question; None (not answered) scores 0.
+        references: the accepted answers to each question; the best one counts.
+
+    Returns:
+        `exact_match` and `f1`.
+
+    Raises:
+        ValueError: no questions, different lengths, or a question without accepted answers.
     """
     _check_lengths(predictions, references)
     exact_matches, token_f1s = [], []
@@ -46,13 +53,21 @@ def squad_v2_scores(
     no_answer_scores: Sequence[float],
     threshold: float = NO_ANSWER_THRESHOLD,
 ) -> dict[str, float]:
-    """The scores of SQuAD 2.0 by its official script's rules and keys, in points of 100.
+    """The scores of SQuAD 2.0 by the keys of its official script, in points of 100.
 
-    `predictions[i]` is the best answer to question i whether or not it is to be given:
-    `no_answer_scores[i]`, any number that grows with the belief that there is none, above
-    `threshold` makes it unanswered. `references[i]` is empty for an unanswerable question.
-    Besides `exact`, `f1` and `total`: `HasAns_` and `NoAns_` for the two kinds of question where
-    there are any, and `best_exact`, `best_f1` with the threshold, `..._thresh`, that gives them.
+    Args:
+        predictions: the best answer to each question, whether or not it is given.
+        references: the accepted answers to each question; empty for an unanswerable one.
+        no_answer_scores: higher for questions that more likely have no answer.
+        threshold: a question with a higher score is left unanswered.
+
+    Returns:
+        `exact`, `f1` and `total` of all questions; with `HasAns_` and `NoAns_` those of answerable
+        and unanswerable ones, if there are any; and `best_exact`, `best_f1` over all thresholds,
+        with the threshold as `..._thresh`.
+
+    Raises:
+        ValueError: no questions, or different lengths.
     """
     _check_lengths(predictions, references, no_answer_scores)
     answerable = np.array([len(answers) > 0 for answers in references])
@@ -77,7 +92,7 @@ def squad_v2_scores(
 
 @lru_cache(maxsize=65536)
 def normalize_answer(text: str) -> str:
-    """Lower case without ASCII punctuation and articles, single spaces: SQuAD's normal form."""
+    """Lower case, without ASCII punctuation and articles, with single spaces."""
     bare = text.lower().translate(_NO_PUNCTUATION)
     return " ".join(_ARTICLES.sub(" ", bare).split())
 
@@ -97,14 +112,14 @@ def _exact_match(prediction: str, answer: str) -> float:
 
 
 def _token_f1(prediction: str, answer: str) -> float:
-    """F1 of the bags of words of the two normal forms; 0 without a word in common."""
+    """F1 of the words of the two normalised texts; 0 without a common word."""
     predicted, truth = normalize_answer(prediction).split(), normalize_answer(answer).split()
     num_common = sum((Counter(predicted) & Counter(truth)).values())
     return 2.0 * num_common / (len(predicted) + len(truth)) if num_common else 0.0
 
 
 def _token_f1_or_both_empty(prediction: str, answer: str) -> float:
-    """As `_token_f1`, but SQuAD 2.0 counts nothing against nothing as agreement."""
+    """As `_token_f1`, but 1 for two empty texts, as in SQuAD 2.0."""
     if not normalize_answer(prediction) and not normalize_answer(answer):
         return 1.0
     return _token_f1(prediction, answer)
@@ -115,7 +130,7 @@ def _best_over_answers(
     predictions: Sequence[str],
     references: Sequence[Sequence[str]],
 ) -> NDArray[np.float64]:
-    """Each question's score against its best answer; with no answer left, against nothing."""
+    """The best score over each question's accepted answers; without any, against ""."""
     best = []
     for prediction, answers in zip(predictions, references, strict=True):
         kept = [answer for answer in answers if normalize_answer(answer)] or [""]
@@ -129,10 +144,10 @@ def _best_threshold(
     answerable: NDArray[np.bool_],
     given: NDArray[np.bool_],
 ) -> tuple[float, float]:
-    """The best mean score, in points, over all thresholds, and the first threshold that gives it.
+    """The best mean score over all thresholds, in points, and the first threshold that has it.
 
-    Start from answering nothing, which is right for every unanswerable question, and answer the
-    questions in the order of their no-answer scores (ties: as they come).
+    Starts from answering no question, which is right for every unanswerable one, and answers the
+    questions by ascending no-answer score (ties in the order of the data).
     """
     order = np.argsort(no_answer, kind="stable")
     gains = np.where(answerable, raw, -given.astype(np.float64))[order]

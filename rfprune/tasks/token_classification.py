@@ -1,4 +1,4 @@
-"""Token classification: words with one label each to tokens, whose first per word is labelled."""
+"""Token classification: the first token of each word carries the label of the word."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,20 +9,22 @@ from rfprune.tasks.max_length import checked_length
 from rfprune.tasks.registry import Task
 
 IGNORED = -100
-"""The label of a token that is not the first of a word: it is not scored."""
+"""The label of tokens that are not the first of a word; they are not scored."""
 
 
 def encode_words(task: Task, tokenizer: Any, chunk: Any, max_length: int | None) -> dict[str, Any]:
-    """Columns of tokenised words; `token_labels` (-100 but at the first token of a word) where
-    there are labels. Words beyond `max_length` tokens are cut off, with their labels."""
+    """Columns of tokenised words, and `token_labels` if there are labels.
+
+    Words beyond `max_length` tokens are cut off together with their labels.
+    """
     words = [list(row) for row in chunk[task.text_columns[0]]]
     length = checked_length(task, tokenizer, max_length)
     try:
         encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=length)
-    except AssertionError as error:  # of tokenizers that mark spaces
+    except AssertionError as error:  # raised by tokenizers that mark spaces
         raise UserError(
-            f"The tokenizer does not take words ({error}): save it again, made with "
-            f"add_prefix_space=True."
+            f"The tokenizer does not take lists of words ({error}): create it with "
+            f"add_prefix_space=True, and save it again."
         ) from error
     columns = dict(encoded)
     if task.label_column in chunk:

@@ -207,7 +207,7 @@ def test_every_fraction_is_a_constraint(ratio: float) -> None:
         ([*NEEDED, "--label-column", "a"], "--label-column belongs to --task custom"),
         ([*NEEDED, "--task", "custm"], "did you mean custom"),
         ([*CUSTOM[:6]], "--task custom needs .* --data-dir DIR"),
-        ([*CUSTOM, "--text-columns", "a", "b", "c"], "--text-columns a b c: .* one text or two"),
+        ([*CUSTOM, "--text-columns", "a", "b", "c"], "--text-columns a b c .* one text or two"),
         ([*CUSTOM, "--text-columns", "a", "--label-column", "a"], "'a' is named twice"),
         ([*CUSTOM, "--label-column", ""], "column's name is empty"),
         *(

@@ -105,7 +105,7 @@ _PAIR = {"sentence1": "a film", "sentence2": "a plot"}
 TASKS = (
     _text("language modelling: an empty text", "is empty", {"validation.txt": ""}),
     _text("language modelling: nothing but white space", "is empty", {"train.txt": " \n\n"}),
-    _text("language modelling: a text of three words", "do not fill one block of 16",
+    _text("language modelling: a text of three words", "one block of 16",
           {"validation.txt": "the film was"}),
     _text("language modelling: a text in Latin-1", "is not UTF-8",
           {"train.txt": "café ".encode("latin-1") * 99}),
@@ -119,7 +119,7 @@ TASKS = (
           label_column="label"),
     _text("language modelling with `--max-drop`", "perplexity of language-modeling is not", {},
           constraint=None, max_drop=1),
-    _text("language modelling with `--use-labels`", "has no labels that the model", {},
+    _text("language modelling with `--use-labels`", "--use-labels does nothing", {},
           use_labels=True),
     _case("a language model for `custom`", "use --task language-modeling", "LMHeadModel",
           {"train.txt": TEXT}, {"is_decoder": True}, task="custom"),

@@ -241,7 +241,7 @@ def test_a_damaged_saved_dataset(tmp_path: Path, refused: Refused) -> None:
     [
         ("train.jsonl", '{"sentence": "a", "label": 1}\n{"sentence"', ("line 2", "not JSON")),
         ("train.jsonl", '[{"sentence": "a", "label": 1}]\n', ("line 1", "not a JSON object")),
-        ("train.csv", "sentence,label\na,1\nb,c,0\n", ("line 3", "3 fields", "first line 2")),
+        ("train.csv", "sentence,label\na,1\nb,c,0\n", ("line 3", "3 fields", "first line has 2")),
         ("train.csv", 'sentence,label\na,1\n"b,0\n', ("line 3", "cannot be parsed")),
         ("train.csv", "sentence,sentence\na,b\n", ("twice",)),
         ("train.tsv", "sentence\tlabel\na\t1\nb\n", ("line 3", "1 fields")),

@@ -38,7 +38,7 @@ def test_an_unknown_task_is_named_beside_the_known_ones(name: str) -> None:
 
 def test_custom_is_no_task_before_its_data_is_known() -> None:
     """A row of it with invented columns would let scripts score nonsense."""
-    with pytest.raises(UserError, match="made from a checkpoint and a data folder"):
+    with pytest.raises(UserError, match="needs a checkpoint and data"):
         get_task(CUSTOM)
 
 

@@ -135,7 +135,7 @@ def test_rows_that_are_no_words_with_labels_are_named(tokens: Any, tags: Any, wh
     ("wrong", "what"),
     [
         ("B-ORG", r"row 2: the model does not know the tags 'B-ORG' \(in 2 of 3 rows\)"),
-        (None, "row 2: tags has one that is missing; fill or drop the row"),
+        (None, "row 2: tags has a label that is missing; fill or drop the row"),
     ],
 )
 def test_a_row_is_a_sentence_and_not_a_word(wrong: Any, what: str) -> None:

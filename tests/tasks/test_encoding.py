@@ -1,4 +1,7 @@
-"""From rows to tokens, windows and padded batches."""
+"""Rows become the tokens and windows that the tokenizer makes of them.
+
+Without these a text could be cut at another length, or an answer point at other tokens.
+"""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -8,12 +11,10 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rfprune.errors import UserError
-from rfprune.tasks.batching import collate, length_sorted_rows, make_batches
 from rfprune.tasks.encoding import encode
 from rfprune.tasks.question_answering import tokenize_windows
 from rfprune.tasks.registry import get_task
@@ -67,7 +68,7 @@ def test_a_length_that_does_not_fit_is_refused(
     task: Any, length: int, tiny_tokenizer: Tokenizers, tiny_data_dir: Path
 ) -> None:
     rows = load_split(task, "train", tiny_data_dir)
-    with pytest.raises(UserError, match=f"length of {length} tokens.* to 512"):
+    with pytest.raises(UserError, match=f"--max-length {length} .* to 512"):
         encode(task, tiny_tokenizer(), rows, length)
 
 
@@ -166,72 +167,6 @@ def test_questions_need_a_fast_tokenizer(tiny_tokenizer: Tokenizers) -> None:
 
     with pytest.raises(UserError, match="fast tokenizer"):
         tokenize_windows(SQUAD, Slow(), ["what ?"], ["the film"])
-
-
-# Batches
-
-
-def test_batches_hold_every_row_once_longest_first(tiny_tokenizer: Tokenizers) -> None:
-    tokenizer = tiny_tokenizer()
-    encoded = encode(SST2, tokenizer, plain(["the " * (number % 7 + 1) for number in range(20)]))
-    order = length_sorted_rows(encoded, 6)
-    assert sorted(row for rows in order for row in rows) == list(range(20))
-    batches = make_batches(encoded, tokenizer, 6, with_labels=True)
-    assert [len(batch["input_ids"]) for batch in batches] == [6, 6, 6, 2]
-    widths = [batch["input_ids"].shape[1] for batch in batches]
-    assert widths == sorted(widths, reverse=True)
-    for rows, batch in zip(order, batches, strict=True):
-        assert batch["labels"].tolist() == [encoded[row]["labels"] for row in rows]
-        for position, row in enumerate(rows):
-            ids = encoded[row]["input_ids"]
-            assert batch["input_ids"][position, : len(ids)].tolist() == ids
-            assert batch["attention_mask"][position].sum() == len(ids)
-            assert (batch["input_ids"][position, len(ids) :] == tokenizer.pad_token_id).all()
-
-
-def test_tensors_have_the_types_that_models_take(
-    tiny_tokenizer: Tokenizers, tiny_data_dir: Path
-) -> None:
-    for task, dtype in ((SST2, torch.int64), (STSB, torch.float32)):
-        encoded = encode(task, tiny_tokenizer(), load_split(task, "train", tiny_data_dir))
-        batch = make_batches(encoded, tiny_tokenizer(), 8, with_labels=True)[0]
-        assert batch["labels"].dtype == dtype
-        assert batch["input_ids"].dtype == batch["attention_mask"].dtype == torch.int64
-
-
-def test_padding_on_the_left_moves_the_answer_along(tiny_tokenizer: Tokenizers) -> None:
-    tokenizer = tiny_tokenizer()
-    rows = datasets.concatenate_datasets(
-        [one_question("the film", "film"), one_question("the city and the film", "film")]
-    )
-    for side in ("right", "left"):
-        tokenizer.padding_side = side
-        batch = make_batches(encode(SQUAD, tokenizer, rows), tokenizer, 2, with_labels=True)[0]
-        assert (batch["attention_mask"] == 0).sum() == 3
-        for ids, first, last in zip(
-            batch["input_ids"], batch["start_positions"], batch["end_positions"], strict=True
-        ):
-            assert tokenizer.decode(ids[first : last + 1]) == "film"
-    assert batch["attention_mask"][1].tolist()[:3] == [0, 0, 0]
-
-
-def test_labels_asked_for_must_be_there(tiny_tokenizer: Tokenizers) -> None:
-    encoded = encode(SST2, tiny_tokenizer(), plain(["the film"]).remove_columns("label"))
-    assert set(make_batches(encoded, tiny_tokenizer(), 1)[0]) == {
-        "input_ids",
-        "attention_mask",
-        "token_type_ids",
-    }
-    with pytest.raises(UserError, match="Labels are needed"):
-        make_batches(encoded, tiny_tokenizer(), 1, with_labels=True)
-
-
-def test_a_tokenizer_without_padding_pads_what_the_mask_hides(tiny_tokenizer: Tokenizers) -> None:
-    tokenizer = tiny_tokenizer()
-    tokenizer.pad_token = None
-    batch = collate({"input_ids": [[5, 6], [7]], "attention_mask": [[1, 1], [1]]}, tokenizer)
-    assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
-    assert batch["input_ids"].shape == (2, 2)
 
 
 # The real data
