@@ -1,12 +1,12 @@
-"""Kronecker factors of the Fisher information of out-projections, and error curves of blocks.
+"""Kronecker factors of the Fisher information of output projections, and the error curves.
 
 One forward and backward pass over the calibration batches collects two second moments for each
-block: A = E[x·xᵀ] of the inputs x of its out-projection (the consumer), and G = E[g·gᵀ] of the loss
-gradients g at the outputs. Their Kronecker product approximates the Fisher information of the
-out-projection's weight (K-FAC, Martens & Grosse 2015; for pruning, LLM Surgeon, van der Ouderaa et
-al. 2024). `rfprune.stages.optimal_brain_surgeon` turns them into a removal order and an error curve
-for each block. Errors are in nats, so heads and neurons of all layers compare without a weight to
-tune, and no labels are needed.
+block: A = E[x·xᵀ] of the inputs x of its output projection (the consumer), and G = E[g·gᵀ] of the
+loss gradients g at the outputs. Their Kronecker product approximates the Fisher information of that
+projection's weight (K-FAC, Martens & Grosse 2015; for pruning, LLM Surgeon, van der Ouderaa et al.
+2024). `rfprune.stages.optimal_brain_surgeon` turns them into a removal order and an error curve for
+each block. Errors are in nats, so heads and neurons of all layers compare without a weight to tune,
+and no labels are needed.
 
 Choices of this project, all by measurement:
 
@@ -53,7 +53,7 @@ through the residual connection only.
 
 @dataclass
 class KroneckerFactors:
-    """Sums over calibration tokens at one out-projection, in float32.
+    """Sums over calibration tokens at one output projection, in float32.
 
     Attributes:
         input_moment: (p, p), sum of x·xᵀ over tokens.
@@ -70,7 +70,7 @@ class KroneckerFactors:
     examples: int = 0
 
     def add_inputs(self, rows: Tensor) -> None:
-        """Add inputs (tokens, p) of the out-projection."""
+        """Add inputs (tokens, p) of the output projection."""
         self.input_moment += rows.T @ rows
         self.input_sum += rows.sum(0)
         self.tokens += len(rows)

@@ -1,4 +1,4 @@
-"""Inputs of all out-projections on a batch, and the loss gradients at their outputs."""
+"""Inputs of all output projections on a batch, and the loss gradients at their outputs."""
 
 from __future__ import annotations
 
