@@ -149,7 +149,7 @@ def test_the_seed_decides_the_head_and_the_sample(
         ({"epochs": "nan"}, "--epochs nan"),
         ({"batch-size": -1}, "--batch-size -1"),
         ({"max-train-samples": 0}, "--max-train-samples 0"),
-        ({"max-length": 2}, "length of 2 tokens"),
+        ({"max-length": 2}, "--max-length 2 "),
         ({"label-column": "label"}, "belongs to --task custom"),
         ({"task": "custom"}, "no train split of custom"),
     ],
