@@ -62,7 +62,7 @@ def parse(argv: Sequence[str]) -> Options:
     check_task(task)
     given.setdefault("samples", default_samples(task))
     given.setdefault("batch_size", default_batch_size(task))
-    options = Options(**{one.name: _subject(one, given) for one in fields(Options)})
+    options = Options(**{subject.name: _subject(subject, given) for subject in fields(Options)})
     data = options.data
     check_data(task, data.data_dir, data.text_columns, data.label_column, data.validation_fraction)
     check_hub(options.hub)
@@ -79,8 +79,8 @@ def parse(argv: Sequence[str]) -> Options:
 def _subject(subject: Field[Any], given: Mapping[str, Any]) -> Any:
     """One part of the options, from the flags that were given."""
     kind = _type_of(Options, subject.name)
-    values = {one.name: given[one.name] for one in fields(kind) if one.name in given}
-    values = {name: tuple(one) if isinstance(one, list) else one for name, one in values.items()}
+    values = {choice.name: given[choice.name] for choice in fields(kind) if choice.name in given}
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     return Settings.from_flags(values) if kind is Settings else kind(**values)
 
 
@@ -101,9 +101,9 @@ def _parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,  # so that an absent flag leaves the declared default
     )
     parser.add_argument("--version", action="version", version=f"rfprune {version('rfprune')}")
-    for one in fields(Options):
-        group = parser.add_argument_group(one.metadata["title"])
-        add_flags(group, _type_of(Options, one.name))
+    for subject in fields(Options):
+        group = parser.add_argument_group(subject.metadata["title"])
+        add_flags(group, _type_of(Options, subject.name))
     return parser
 
 
@@ -119,31 +119,31 @@ def add_flags(
     Absent flags have the declared default, or are left out if the parser's `argument_default` is
     `argparse.SUPPRESS`.
     """
-    wanted = [one for one in fields(subject) if names is None or one.name in names]
-    first_of_two = {one.metadata["declaration"].alternative_to for one in wanted}
+    wanted = [choice for choice in fields(subject) if names is None or choice.name in names]
+    first_of_two = {choice.metadata["declaration"].alternative_to for choice in wanted}
     exclusive: dict[str, argparse._ActionsContainer] = {}
-    for one in wanted:
-        declaration: Declaration = one.metadata["declaration"]
+    for choice in wanted:
+        declaration: Declaration = choice.metadata["declaration"]
         container = exclusive.get(declaration.alternative_to, parser)
-        if one.name in first_of_two:
+        if choice.name in first_of_two:
             container = parser.add_mutually_exclusive_group(required=declaration.required)
-            exclusive[one.name] = container
-        argument = _argument(subject, one, declaration)
+            exclusive[choice.name] = container
+        argument = _argument(subject, choice, declaration)
         if declaration.required and container is parser:
             argument["required"] = True
-        if parser.argument_default is not argparse.SUPPRESS and one.default is not MISSING:
-            argument["default"] = one.default
-        container.add_argument(flag_of(subject, one.name), dest=one.name, **argument)
+        if parser.argument_default is not argparse.SUPPRESS and choice.default is not MISSING:
+            argument["default"] = choice.default
+        container.add_argument(flag_of(subject, choice.name), dest=choice.name, **argument)
 
 
-def _argument(subject: type[Any], one: Field[Any], declaration: Declaration) -> dict[str, Any]:
+def _argument(subject: type[Any], choice: Field[Any], declaration: Declaration) -> dict[str, Any]:
     """What argparse wants to know about a flag."""
-    kind = _type_of(subject, one.name)
+    kind = _type_of(subject, choice.name)
     shown = declaration.help.format(**_NAMES_IN_HELP)
     if kind is bool:
-        return {"action": "store_false" if one.default is True else "store_true", "help": shown}
-    if one.default not in (MISSING, None, ()) and "(default:" not in shown:
-        shown += f" (default: {one.default})"
+        return {"action": "store_false" if choice.default is True else "store_true", "help": shown}
+    if choice.default not in (MISSING, None, ()) and "(default:" not in shown:
+        shown += f" (default: {choice.default})"
     argument: dict[str, Any] = {"help": shown, "metavar": declaration.metavar}
     if get_args(kind):  # a tuple of any length
         argument["nargs"] = "+"
@@ -151,7 +151,7 @@ def _argument(subject: type[Any], one: Field[Any], declaration: Declaration) -> 
         kind = get_args(kind)[0]
     if declaration.choices:
         argument["choices"] = declaration.choices
-    return {**argument, "type": _reader(flag_of(subject, one.name), kind, declaration)}
+    return {**argument, "type": _reader(flag_of(subject, choice.name), kind, declaration)}
 
 
 def _type_of(subject: type[Any], name: str) -> Any:

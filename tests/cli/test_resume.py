@@ -26,8 +26,11 @@ from rfprune.model.staging import hidden_folder, staged
 from rfprune.report.output_folder import check_output, holds
 from rfprune.report.report_json import read_report
 from rfprune.tasks import evaluation
+from tests.conftest import TinyFolder
 
 ROOT = Path(__file__).resolve().parents[2]
+MonkeyPatch = pytest.MonkeyPatch
+Capture = pytest.CaptureFixture[str]
 
 # One process imports everything and then splits off a run a case: each kills itself at the n-th
 # call of a function. Nothing here waits or sleeps, so nothing here depends on time.
@@ -113,7 +116,7 @@ def flags_of(method: str, model: Path, data_dir: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def killed(
-    tiny_folder: Callable[..., Path], tiny_data_dir: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_folder: TinyFolder, tiny_data_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
     """By the name of a case the folder in which a run was killed; "curvature" and "kwon": in which
     one was not."""
@@ -156,10 +159,10 @@ def spy(function: Callable[..., Any], calls: list[str]) -> Callable[..., Any]:
 def test_a_killed_run_goes_on(
     name: str,
     killed: dict[str, Path],
-    tiny_folder: Callable[..., Path],
+    tiny_folder: TinyFolder,
     tiny_data_dir: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    monkeypatch: MonkeyPatch,
+    capsys: Capture,
 ) -> None:
     method, _, _, scored, collected, finished = CASES[name]
     folder = killed[name]
@@ -201,10 +204,10 @@ def test_a_killed_run_goes_on(
 
 @pytest.fixture
 def flags(
-    tiny_folder: Callable[..., Path],
+    tiny_folder: TinyFolder,
     tiny_data_dir: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: MonkeyPatch,
 ) -> list[str]:
     """Of a run of two constraints; the current folder is an empty one."""
     monkeypatch.chdir(tmp_path)
@@ -223,7 +226,7 @@ def written_at() -> dict[Path, int]:
 
 
 def test_the_same_command_again_shows_what_is_there(
-    flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    flags: list[str], capsys: Capture, monkeypatch: MonkeyPatch
 ) -> None:
     assert main(flags) == 0
     first = capsys.readouterr()
@@ -293,7 +296,7 @@ def no_tuning() -> list[str]:
     ],
 )
 def test_an_output_of_another_run_is_refused(
-    change: Callable[[], list[str] | None], flags: list[str], capsys: pytest.CaptureFixture[str]
+    change: Callable[[], list[str] | None], flags: list[str], capsys: Capture
 ) -> None:
     assert main(flags) == 0
     arguments = [*flags, *(change() or [])]
@@ -304,25 +307,17 @@ def test_an_output_of_another_run_is_refused(
     assert main([*arguments, "--overwrite"]) == 0
 
 
-@pytest.mark.parametrize("flag", ["--quiet", "--verbose", "--no-cache"])
-def test_flags_that_change_no_output_do_not_stand_in_the_way(flag: str, flags: list[str]) -> None:
-    assert main(flags) == 0
-    assert main([*flags, flag]) == 0
-
-
-def test_the_log_tells_what_the_run_told(
-    flags: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_log_has_what_was_printed(flags: list[str], capsys: Capture) -> None:
     assert main([*flags, "--samples", "100"]) == 0
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 6
-    assert "warning: 100 calibration samples" in told[1]
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == 6
+    assert "warning: 100 calibration samples" in printed[1]
     log = Path("out/mac-0.4/log.txt").read_text().splitlines()
     assert log[0].startswith("$ rfprune --model")
-    assert log[1 : len(told) + 1] == told
+    assert log[1 : len(printed) + 1] == printed
     assert main([*flags, "--samples", "100", "--quiet", "--overwrite"]) == 0
     assert capsys.readouterr().err == ""
-    assert Path("out/mac-0.4/log.txt").read_text().splitlines()[1 : len(told) + 1] == told
+    assert Path("out/mac-0.4/log.txt").read_text().splitlines()[1 : len(printed) + 1] == printed
 
 
 def ended_process() -> int:
@@ -332,7 +327,7 @@ def ended_process() -> int:
     return process.pid
 
 
-def left_behind(folder: Path, purpose: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+def left_behind(folder: Path, purpose: str, monkeypatch: MonkeyPatch) -> Path:
     """What a process that was killed has left of a folder."""
     with monkeypatch.context() as patch:
         process = ended_process()
@@ -343,16 +338,18 @@ def left_behind(folder: Path, purpose: str, monkeypatch: pytest.MonkeyPatch) -> 
     return path
 
 
-def test_what_killed_processes_hid_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hidden_folders_of_running_processes_stay(
+    tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
+    tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
     folder = tmp_path / "out"
     left_behind(folder, "partial", monkeypatch)
     check_output(folder, overwrite=False)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_was_being_replaced_comes_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_output_being_replaced_is_restored(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     """Killed between two renames, with the earlier output already out of the way."""
     folder = tmp_path / "out"
     old = left_behind(folder, "old", monkeypatch)
@@ -366,7 +363,7 @@ def test_what_was_being_replaced_comes_back(
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "the new one was in its place"
 
 
-def test_what_running_processes_hide_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hidden_folders_of_running_processes_stay(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     folder = tmp_path / "out"
     names = []
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as running:
@@ -398,6 +395,6 @@ def test_a_number_that_is_used_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"identity": 1}', b"\xff"])
-def test_what_is_no_report_holds_nothing(content: bytes, tmp_path: Path) -> None:
+def test_a_damaged_report_is_no_output(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "report.json").write_bytes(content)
     assert not holds(tmp_path, {"flags": "a"})
