@@ -338,9 +338,7 @@ def left_behind(folder: Path, purpose: str, monkeypatch: MonkeyPatch) -> Path:
     return path
 
 
-def test_hidden_folders_of_running_processes_stay(
-    tmp_path: Path, monkeypatch: MonkeyPatch
-) -> None:
+def test_hidden_folders_of_killed_processes_are_removed(
     tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     folder = tmp_path / "out"
