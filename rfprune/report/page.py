@@ -151,8 +151,8 @@ def render_runs(
     tasks = dict.fromkeys(report["task"] for _, report in runs)
     tables = []
     for task in tasks:
-        own = [(name, report) for name, report in runs if report["task"] == task]
-        tables.append((f"Runs on {task}", _columns(own), [_row(*run) for run in own]))
+        rows = [_row(name, report) for name, report in runs if report["task"] == task]
+        tables.append((f"Runs on {task}", list(rows[0]), [list(row.values()) for row in rows]))
     links = links or [""] * len(runs)
     return _render(
         "runs.html.jinja",
@@ -207,9 +207,9 @@ def _layers(report: Report) -> list[tuple[str, ...]]:
     """One row per layer: its name, and the units it keeps of each kind."""
     before = report.get("original_layers") or [{}] * len(report["layers"])
     rows = []
-    for place, (after, had) in enumerate(zip(report["layers"], before, strict=True)):
+    for position, (after, had) in enumerate(zip(report["layers"], before, strict=True)):
         cells = [_kept_of(after, had, kind) for kind in kinds_of(report)]
-        rows.append((stack_at(report, place).layer_name(place), *cells))
+        rows.append((stack_at(report, position).layer_name(position), *cells))
     return rows
 
 
@@ -235,29 +235,23 @@ def _settings(report: Report) -> list[tuple[str, str]]:
     return rows + list(report["versions"].items())
 
 
-def _columns(runs: Sequence[tuple[str, Report]]) -> list[str]:
-    metric = runs[0][1]["metric_name"]
-    return [
-        *("run", f"{metric}", "change", "divergence", "kept", "MACs", "parameters", "weights"),
-        *("speedup", "pruning"),
-    ]
-
-
-def _row(name: str, report: Report) -> list[str]:
+def _row(name: str, report: Report) -> dict[str, str]:
+    """One run in the table of several, by heading."""
     before, after, achieved = report["original"], report["pruned"], report["achieved"]
-    far = report["divergence"]
-    return [
-        name,
-        score_text(after["score"]),
-        score_change(report, before["score"], after["score"]).removesuffix(" points"),
-        "" if far is None else f"{far:.4f}",
-        f"{kept_ratio(report):.1%} of {METRIC_NAMES.get(report['metric'], report['metric'])}",
-        f"{achieved['mac']:.1%}",
-        f"{achieved['params']:.1%}",
-        f"{after['bytes'] / 1e6:.2f} MB",
-        f"{before['latency_ms'] / after['latency_ms']:.2f}x",
-        f"{report['seconds']['prune_total']:.1f} s",
-    ]
+    divergence = report["divergence"]
+    return {
+        "run": name,
+        report["metric_name"]: score_text(after["score"]),
+        "change": score_change(report, before["score"], after["score"]).removesuffix(" points"),
+        "divergence": "" if divergence is None else f"{divergence:.4f}",
+        "kept": f"{kept_ratio(report):.1%} of "
+        f"{METRIC_NAMES.get(report['metric'], report['metric'])}",
+        "MACs": f"{achieved['mac']:.1%}",
+        "parameters": f"{achieved['params']:.1%}",
+        "weights": f"{after['bytes'] / 1e6:.2f} MB",
+        "speedup": f"{before['latency_ms'] / after['latency_ms']:.2f}x",
+        "pruning": f"{report['seconds']['prune_total']:.1f} s",
+    }
 
 
 def _not_comparable(runs: Sequence[tuple[str, Report]]) -> list[str]:

@@ -91,12 +91,6 @@ def test_overwrite_replaces_an_output_of_ours_whole(tmp_path: Path) -> None:
     assert everything_in(tmp_path) == {"a", "a/new"}
 
 
-def test_an_earlier_output_is_kept_without_overwrite(tmp_path: Path) -> None:
-    folder = earlier_output(tmp_path / "a")
-    with pytest.raises(UserError, match="exists already"):
-        check_output(folder, overwrite=False)
-
-
 def test_a_folder_that_appeared_meanwhile_is_kept(tmp_path: Path) -> None:
     folder = tmp_path / "a"
     with (
@@ -107,13 +101,7 @@ def test_a_folder_that_appeared_meanwhile_is_kept(tmp_path: Path) -> None:
     assert everything_in(tmp_path) == {"a", f"a/{REPORT_FILE}", "a/old"}
 
 
-def test_overwrite_leaves_alone_what_is_not_ours(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="not written"):
-        check_output(tmp_path, overwrite=True)
-
-
-def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
+def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
     folder = tmp_path / "empty"
     folder.mkdir()
     check_output(folder, overwrite=False)
@@ -122,42 +110,36 @@ def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
     assert everything_in(folder) == {"file"}
 
 
-@pytest.mark.parametrize("below", ["", "/further/down"])
-def test_a_file_is_no_output_folder(tmp_path: Path, below: str) -> None:
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="is a file"):
-        check_output(Path(f"{tmp_path}/file{below}"), overwrite=True)
-
-
-@pytest.mark.parametrize("name", [".", "..", "/", "out/.."])
-def test_a_name_that_nothing_can_be_put_under(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "overwrite", "message"),
+    [
+        ("earlier", False, "earlier.*exists already.*--overwrite"),
+        ("foreign", True, f"foreign.*no {REPORT_FILE}.*--output-dir"),
+        ("file", True, "file' is a file.*--output-dir"),
+        ("file/further/down", True, "file' is a file.*--output-dir"),
+        *((name, True, "give the name of a new folder") for name in (".", "..", "/", "out/..")),
+        *((f"link-to-{name}", True, "is a link.*--output-dir") for name in ("nowhere", "earlier")),
+        ("a" * 300, False, "not writable .File name too long.*--output-dir"),
+    ],
+)
+def test_a_wrong_folder_is_an_error_before_the_run(
+    name: str, overwrite: bool, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An empty current folder would be found out after all the work."""
+    """Without this check the error would come after all the work."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="give the name of a new folder"):
-        check_output(Path(name), overwrite=True)
-
-
-@pytest.mark.parametrize("target", ["nowhere", "link", "earlier", "empty"])
-def test_a_link_is_no_output_folder(target: str, tmp_path: Path) -> None:
-    """A folder cannot be renamed to it."""
-    earlier_output(tmp_path / "earlier")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "link").symlink_to(target)
+    earlier_output(Path("earlier"))
+    Path("foreign").mkdir()
+    for file in ("foreign/thesis.tex", "file"):
+        Path(file).write_text("years of work")
+    for target in ("nowhere", "earlier"):
+        Path(f"link-to-{target}").symlink_to(target)
     before = everything_in(tmp_path)
-    with pytest.raises(UserError, match="is a link"):
-        check_output(tmp_path / "link", overwrite=True)
+    with pytest.raises(UserError, match=message):
+        check_output(Path(name), overwrite=overwrite)
     assert everything_in(tmp_path) == before
 
 
-def test_a_name_that_is_too_long_is_found_before_the_work(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not writable .File name too long"):
-        check_output(tmp_path / ("a" * 300), overwrite=False)
-    assert everything_in(tmp_path) == set()
-
-
-def test_the_longest_name_there_can_be(tmp_path: Path) -> None:
+def test_the_longest_possible_name_works(tmp_path: Path) -> None:
     folder = tmp_path / ("a" * 255)
     check_output(folder, overwrite=False)
     for content in ("first", "second"):
@@ -167,7 +149,9 @@ def test_the_longest_name_there_can_be(tmp_path: Path) -> None:
     assert everything_in(tmp_path) == {folder.name, f"{folder.name}/file"}
 
 
-def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_without_write_permission_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 

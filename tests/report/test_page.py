@@ -1,6 +1,7 @@
-"""The page is one file that asks for nothing, fits a phone, and can be read in the dark.
+"""The page is one file without requests that fits a phone and is readable in dark mode.
 
-Deleting this lets a long path push the page beyond the screen, or a label vanish in dark mode.
+Without these tests a long path could push the page beyond the screen, or a label vanish in dark
+mode.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def test_the_page_has_every_number_of_the_table(report: MakeReport) -> None:
 
 
 @pytest.mark.usefixtures("one_figure")
-def test_the_layers_of_an_encoder_decoder_are_told_apart() -> None:
+def test_encoder_and_decoder_layers_have_their_own_rows() -> None:
     page = " ".join(render_run(make_encoder_decoder_report(), []).split())
     for kind in ("self-attention heads", "cross-attention heads", "neurons"):
         assert f'<th scope="col">{kind}</th>' in page
@@ -62,13 +63,7 @@ def test_the_layers_of_an_encoder_decoder_are_told_apart() -> None:
     assert row.format("decoder 2", "0 of 4", "3 of 4", "8 of 12") in page
 
 
-def test_a_plain_architecture_is_loaded_without_code(report: MakeReport) -> None:
-    plain = render_run(report(settings={"method": "curvature", "uniform": True}), [])
-    assert "from_pretrained" in plain
-    assert not re.search("trust_remote_code|modeling_rfprune|load_pruned", plain)
-
-
-def test_the_page_asks_the_network_for_nothing(full_page: str) -> None:
+def test_the_page_makes_no_requests(full_page: str) -> None:
     page = full_page
     addresses = set(re.findall(r"https?://[^\"' <]*", page))
     assert addresses <= {"http://www.w3.org/2000/svg"}  # a name, not a place
@@ -79,7 +74,7 @@ def test_the_page_asks_the_network_for_nothing(full_page: str) -> None:
 
 
 @pytest.mark.usefixtures("one_figure")
-def test_names_are_no_markup(report: MakeReport) -> None:
+def test_text_from_users_is_no_markup(report: MakeReport) -> None:
     evil = '<script>alert("x")</script>'
     changed = report(
         model=evil,
@@ -95,43 +90,43 @@ def test_names_are_no_markup(report: MakeReport) -> None:
     assert "&lt;script&gt;" in page
 
 
-@pytest.mark.usefixtures("one_figure")
-def test_a_page_can_be_made_again_from_its_folder(report: MakeReport, tmp_path: Path) -> None:
+def test_a_page_and_its_plots_are_written_again_from_the_folder(
+    report: MakeReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rfprune.report.plots.RUN_FIGURES", (kept_per_layer, time_by_stage))
     write_report(report(), tmp_path)
     write_run_page(report(), tmp_path)
     first = (tmp_path / "report.html").read_bytes()
     (tmp_path / "report.html").unlink()
     write_run_page(read_report(tmp_path), tmp_path)
     assert (tmp_path / "report.html").read_bytes() == first
+    assert {path.stem for path in (tmp_path / "plots").iterdir()} == {"kept", "seconds"}
 
 
-def test_a_report_without_the_optional_parts_has_a_page(report: MakeReport) -> None:
+def test_the_page_depends_on_the_parts_of_the_report(report: MakeReport) -> None:
     less = report(curves=[], warnings=[], divergence=None)
     for name in ("stages", "original_layers"):
         del less[name]
     page = render_run(less, draw_kept(less))
     assert "<td>3</td>" in page
     assert "Warning" not in page
-
-
-def test_undefined_scores_have_a_page(report: MakeReport) -> None:
-    undefined = report(
-        pruned=report()["pruned"] | {"score": None},
-        scores={"original": {"accuracy": 80.0}, "pruned": {"accuracy": None}},
-        stages=[],
-    )
-    assert "undefined" in render_run(undefined, draw_kept(undefined))
+    plain = render_run(report(settings={"method": "curvature", "uniform": True}), [])
+    assert "from_pretrained" in plain
+    assert not re.search("trust_remote_code|modeling_rfprune|load_pruned", plain)
+    scores = {"original": {"accuracy": 80.0}, "pruned": {"accuracy": None}}
+    undefined = report(pruned=report()["pruned"] | {"score": None}, scores=scores, stages=[])
+    assert "undefined" in render_run(undefined, [])
     assert "undefined" in render_runs([("a", undefined)], (), "one")
 
 
-def test_runs_that_do_not_compare_are_said(report: MakeReport) -> None:
+def test_runs_that_are_not_comparable_have_a_warning(report: MakeReport) -> None:
     runs = [("a", report()), ("b", report(evaluated_examples=100))]
     assert "different numbers of validation examples" in render_runs(runs, (), "two")
     assert "Warning:" not in render_runs([("a", report()), ("b", report())], (), "two")
 
 
 @pytest.mark.parametrize("within", ["", "seed-3"])
-def test_a_family_has_a_page_in_the_folder_that_holds_it(
+def test_a_family_has_a_page_above_its_folders(
     within: str, report: MakeReport, tmp_path: Path
 ) -> None:
     folders = [tmp_path / "out" / name / within for name in ("mac-0.7", "mac-0.5")]
@@ -140,6 +135,7 @@ def test_a_family_has_a_page_in_the_folder_that_holds_it(
         write_report(report(constraint=ratio), folder)
     path = write_family_page(folders)
     assert path == tmp_path / "out" / "family-mac-seed-3.html"
+    assert write_family_page(folders[:1]) is None
     page = path.read_text(encoding="utf-8")
     link = folders[0].relative_to(path.parent).as_posix()
     assert f'<a href="{link}/report.html">70%</a>' in page
@@ -147,11 +143,7 @@ def test_a_family_has_a_page_in_the_folder_that_holds_it(
     assert not list(path.parent.glob(".*"))
 
 
-def test_one_run_is_no_family(tmp_path: Path) -> None:
-    assert write_family_page([tmp_path]) is None
-
-
-def test_a_family_page_that_cannot_be_written_is_said(
+def test_a_family_page_that_cannot_be_written_is_an_error(
     report: MakeReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any, **__: Any) -> None:
@@ -166,16 +158,6 @@ def test_a_family_page_that_cannot_be_written_is_said(
     ):
         write_family_page([tmp_path / "a", tmp_path / "b"])
     assert not list(tmp_path.glob("*.html")) and not list(tmp_path.glob(".*"))
-
-
-def test_a_run_has_a_page_and_plots(
-    report: MakeReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("rfprune.report.plots.RUN_FIGURES", (kept_per_layer, time_by_stage))
-    write_run_page(report(), tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "plots"}
-    names = {path.stem for path in (tmp_path / "plots").iterdir()}
-    assert names == {"kept", "seconds"}
 
 
 needs_chromium = pytest.mark.skipif(PROGRAM is None, reason="needs chromium")
@@ -245,7 +227,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [320, 360, 768, 1200])
 @pytest.mark.parametrize("page", ["run", "family"])
-def test_in_a_browser_nothing_overflows_and_everything_can_be_read(
+def test_in_a_browser_nothing_overflows_and_all_text_has_contrast(
     page: str, width: int, dark: bool, pages: dict[str, Path], window: Browser
 ) -> None:
     window.open(pages[page], width=width, dark=dark)
@@ -284,7 +266,7 @@ def test_in_a_browser_every_figure_has_a_name(pages: dict[str, Path], window: Br
 
 
 @needs_chromium
-def test_the_browser_sees_what_is_wrong(tmp_path: Path, window: Browser) -> None:
+def test_the_browser_checks_find_faults(tmp_path: Path, window: Browser) -> None:
     page = tmp_path / "bad.html"
     page.write_text(
         '<meta name="viewport" content="width=device-width"><body style="color: #999">pale'

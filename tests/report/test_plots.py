@@ -1,6 +1,6 @@
-"""Every figure shows the numbers of the report, in light and in dark, and can be read aloud.
+"""Every figure shows the numbers of the report, in light and dark mode and for screen readers.
 
-Deleting this lets a page lose a figure, or its colours, with a new matplotlib, unnoticed.
+Without these tests a page could lose a figure, or its colours, with a new version of matplotlib.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def test_a_full_report_has_every_figure(plots: dict[str, Plot]) -> None:
 
 
 @pytest.mark.parametrize("key", ["curves", "stages", "original_layers", "promise"])
-def test_what_a_report_lacks_is_left_out(key: str, report: MakeReport) -> None:
+def test_figures_without_data_are_left_out(key: str, report: MakeReport) -> None:
     full = report(promise=PROMISE)
     less = {name: value for name, value in full.items() if name != key}
     missing = {
@@ -82,7 +82,7 @@ def test_what_a_report_lacks_is_left_out(key: str, report: MakeReport) -> None:
     assert speced(full) - speced(less) == missing[key]
 
 
-def test_descriptions_say_the_numbers(plots: dict[str, Plot]) -> None:
+def test_descriptions_have_the_numbers(plots: dict[str, Plot]) -> None:
     said = {name: plot.description for name, plot in plots.items()}
     assert "heads kept from layer 0 to layer 2: 3, 0, 4, of 4" in said["kept"]
     assert "neurons kept from layer 0 to layer 2: 7, 12, 1, of 12" in said["kept"]
@@ -95,7 +95,7 @@ def test_descriptions_say_the_numbers(plots: dict[str, Plot]) -> None:
     assert "target 100 ms, predicted 101 ms, measured 99 ms" in said["latency"]
 
 
-def test_a_stage_nobody_knows_yet_is_shown(report: MakeReport) -> None:
+def test_unknown_stages_are_shown(report: MakeReport) -> None:
     spec = time_by_stage(report(seconds=report()["seconds"] | {"sharpen": 7.5}))
     assert spec is not None
     assert "sharpen 7.5 s, evaluate" in spec.description
@@ -113,37 +113,38 @@ def test_colours_are_variables_and_text_is_text(plots: dict[str, Plot]) -> None:
         assert "<style" not in plot.svg and "<metadata" not in plot.svg
 
 
-def test_ids_are_those_of_one_figure_alone(plots: dict[str, Plot]) -> None:
+def test_ids_differ_between_figures(plots: dict[str, Plot]) -> None:
     seen = [re.findall(r' id="([^"]*)"', plot.svg) for plot in plots.values()]
     everything = [name for names in seen for name in names]
     assert everything
     assert len(everything) == len(set(everything))
 
 
-def test_drawing_is_repeatable_and_leaves_matplotlib_alone(report: MakeReport) -> None:
+def test_drawing_is_reproducible_and_keeps_the_settings_of_matplotlib(
+    report: MakeReport, tmp_path: Path
+) -> None:
     import matplotlib as mpl
 
     before = dict(mpl.rcParams)
     first, second = draw_kept(report()), draw_kept(report())
     assert first == second
     assert dict(mpl.rcParams) == before
+    layers = [{"heads": 1, "neurons": 7}, *report()["layers"][1:]]
+    (other,) = draw_kept(report(layers=layers))
+    assert (first[0].svg, first[0].png) != (other.svg, other.png)
+    for _ in range(2):
+        write_plots(first, tmp_path)
+    assert (tmp_path / "plots" / "kept.png").read_bytes() == first[0].png
 
 
-def test_another_number_makes_another_picture(report: MakeReport) -> None:
-    layers = [{"heads": 1, "neurons": 7}, {"heads": 0, "neurons": 12}, {"heads": 4, "neurons": 1}]
-    (plot,), (other,) = draw_kept(report()), draw_kept(report(layers=layers))
-    assert plot.svg != other.svg
-    assert plot.png != other.png
-
-
-def test_a_score_that_is_undefined_is_left_out(report: MakeReport) -> None:
+def test_undefined_scores_are_left_out(report: MakeReport) -> None:
     stages = [{"stage": "original", "score": None, "divergence": None}]
     assert "stages" not in speced(report(stages=stages))
     pruned = report()["pruned"] | {"score": None}
     assert draw_frontier([("a", report(pruned=pruned))]) == ()
 
 
-def test_curves_of_zeros_and_blocks_without_units_do_no_harm(
+def test_curves_of_zeros_and_blocks_without_units_are_drawn(
     report: MakeReport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     curves = [
@@ -155,7 +156,7 @@ def test_curves_of_zeros_and_blocks_without_units_do_no_harm(
     assert set(by_name(draw_run(report(curves=curves)))) == {"curves", "importance"}
 
 
-def test_the_frontier_has_a_figure_a_task_and_a_line_a_method(report: MakeReport) -> None:
+def test_the_frontier_has_a_figure_per_task_and_a_line_per_method(report: MakeReport) -> None:
     runs = [
         ("a", report(constraint=0.5)),
         ("b", report(achieved={"mac": 0.3, "params": 0.5}, constraint=0.3)),
@@ -167,13 +168,6 @@ def test_the_frontier_has_a_figure_a_task_and_a_line_a_method(report: MakeReport
     shown = texts(plots["frontier-mrpc"])
     assert "folder, curvature" in shown and "folder, kwon" in shown
     assert "with 30% kept" in plots["frontier-mrpc"].description
-
-
-def test_plots_are_written_as_png(report: MakeReport, tmp_path: Path) -> None:
-    plots = draw_kept(report())
-    write_plots(plots, tmp_path)
-    write_plots(plots, tmp_path)
-    assert (tmp_path / "plots" / "kept.png").read_bytes() == plots[0].png
 
 
 def contrast(first: str, second: str) -> float:
@@ -189,7 +183,7 @@ def contrast(first: str, second: str) -> float:
 
 
 @pytest.mark.parametrize("theme", [COLOURS, DARK_COLOURS], ids=["light", "dark"])
-def test_the_colours_can_be_told_from_the_paper(theme: dict[str, str]) -> None:
+def test_colours_have_enough_contrast(theme: dict[str, str]) -> None:
     assert set(theme) == set(COLOURS)
     assert contrast(theme["ink"], theme["paper"]) > 7
     assert contrast(theme["muted"], theme["paper"]) > 4.5
@@ -220,8 +214,7 @@ def test_labels_from_users_are_drawn_as_they_are(report: MakeReport) -> None:
     assert "f$1$ (dotted: the original)" in shown
 
 
-def test_cross_attention_is_a_series_of_its_own_and_stacks_are_told_apart() -> None:
-    """Else its heads are drawn as if a layer had two numbers of heads."""
+def test_encoder_decoder_figures_have_cross_attention_and_both_stacks() -> None:
     drawn = by_name(draw_run(make_encoder_decoder_report()))
     said = drawn["kept"].description
     assert said == (
@@ -251,7 +244,7 @@ def test_cross_attention_is_a_series_of_its_own_and_stacks_are_told_apart() -> N
 
 
 @pytest.mark.parametrize("make", [make_report, make_encoder_decoder_report])
-def test_layers_are_numbered_from_none_in_every_stack(make: MakeReport) -> None:
+def test_layers_are_numbered_from_zero_in_each_stack(make: MakeReport) -> None:
     from matplotlib.figure import Figure
 
     full = make()
@@ -267,7 +260,7 @@ def test_layers_are_numbered_from_none_in_every_stack(make: MakeReport) -> None:
     assert len(numbers) <= 13, "they would run into one another"
 
 
-def test_a_line_of_importance_does_not_lead_from_one_stack_to_the_other() -> None:
+def test_no_line_of_importance_joins_the_stacks() -> None:
     from matplotlib.figure import Figure
 
     spec = importance_by_depth(make_encoder_decoder_report())
