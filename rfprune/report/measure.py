@@ -225,7 +225,7 @@ def curve_points(result: PruneResult) -> list[dict[str, Any]]:
         errors = _errors(result, index)
         if errors is None:
             return []
-        units = _thinned(len(errors) - 1, kept)
+        units = thinned_units(len(errors) - 1, kept)
         curves.append(
             {
                 "kind": block.sublayer.name,
@@ -248,7 +248,7 @@ def _errors(result: PruneResult, index: int) -> Tensor | None:
     return torch.cat([lost.new_zeros(1), lost]).flip(0)
 
 
-def _thinned(total: int, kept: int) -> list[int]:
+def thinned_units(total: int, kept: int) -> list[int]:
     """At most MAX_POINTS evenly spaced numbers of units from 0 to `total`, `kept` among them."""
     steps = min(total, MAX_POINTS - 2)
     even = {round(step * total / steps) for step in range(steps + 1)} if steps else {0}

@@ -56,7 +56,7 @@ def test_everything_arrives_in_one_commit(storage: str, hub: StubHub, run_folder
     assert ("put" in hub.steps) == (storage == "large file storage")
 
 
-def test_a_push_that_failed_goes_on_where_it_stopped(
+def test_a_failed_push_resumes(
     hub: StubHub, run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
@@ -70,7 +70,7 @@ def test_a_push_that_failed_goes_on_where_it_stopped(
     assert hub.files == contents(run_folder)
 
 
-def test_pushing_again_sends_what_has_changed(storage: str, hub: StubHub, run_folder: Path) -> None:
+def test_a_second_push_sends_only_changes(storage: str, hub: StubHub, run_folder: Path) -> None:
     push(run_folder, "someone/small")
     push(run_folder, "someone/small")
     assert len(hub.commits) == 1
@@ -80,32 +80,29 @@ def test_pushing_again_sends_what_has_changed(storage: str, hub: StubHub, run_fo
     assert hub.files == contents(run_folder)
 
 
-def test_a_name_without_owner_is_the_users_own(hub: StubHub, run_folder: Path) -> None:
-    hub.large = "no such ending"
-    assert push(run_folder, "small").endswith("/me/small")
-    assert hub.repositories == {"me/small": False}
-    assert 'name = "me/small"' in hub.files[CARD_FILE].decode()
-
-
-def test_the_card_learns_its_repository(hub: StubHub, run_folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "repository"), [("small", "me/small"), ("someone/small", "someone/small")]
+)
+def test_the_card_has_the_repository_that_the_hub_created(
+    name: str, repository: str, hub: StubHub, run_folder: Path
+) -> None:
     hub.large = "no such ending"
     assert UNKNOWN_REPOSITORY in (run_folder / CARD_FILE).read_text(encoding="utf-8")
-    push(run_folder, "someone/small")
+    assert push(run_folder, name).endswith(f"/{repository}")
+    assert hub.repositories == {repository: False}
     text = hub.files[CARD_FILE].decode()
     assert UNKNOWN_REPOSITORY not in text
-    assert 'name = "someone/small"' in text
+    assert f'name = "{repository}"' in text
 
 
-def test_private_is_private(hub: StubHub, run_folder: Path) -> None:
+def test_a_private_push_creates_a_private_repository(hub: StubHub, run_folder: Path) -> None:
     hub.large = "no such ending"
     push(run_folder, "someone/small", private=True)
     push(run_folder, "someone/small", private=True)
     assert hub.repositories == {"someone/small": True}
 
 
-def test_what_should_be_private_never_goes_to_a_public_repository(
-    hub: StubHub, run_folder: Path
-) -> None:
+def test_a_private_push_refuses_a_public_repository(hub: StubHub, run_folder: Path) -> None:
     hub.repositories["someone/small"] = False
     with pytest.raises(UserError, match="is public, so nothing was pushed"):
         push(run_folder, "someone/small", private=True)
@@ -113,18 +110,18 @@ def test_what_should_be_private_never_goes_to_a_public_repository(
     assert set(hub.steps) == {"create", "info"}
 
 
-@pytest.mark.parametrize("step", ["create", "preupload", "commit"])
 @pytest.mark.parametrize(
-    ("status", "words"),
+    ("step", "status", "words"),
     [
-        (400, "refused the request (400)"),
-        (401, "does not accept the token (401)"),
-        (403, "may not write there (403)"),
-        (404, "does not exist (404)"),
-        (503, "error of its own (503)"),
+        ("create", 400, "refused the request (400)"),
+        ("create", 401, "does not accept the token (401)"),
+        ("preupload", 403, "may not write there (403)"),
+        ("create", 404, "does not exist (404)"),
+        ("preupload", 503, "error of its own (503)"),
+        ("commit", 503, "error of its own (503)"),
     ],
 )
-def test_an_error_is_one_sentence_and_the_folder_stays(
+def test_an_error_is_one_sentence_and_keeps_the_folder(
     status: int,
     words: str,
     step: str,
@@ -148,7 +145,7 @@ def test_an_error_is_one_sentence_and_the_folder_stays(
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_wrong_token_is_said(
+def test_a_wrong_token_is_an_error(
     hub: StubHub, run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_another")
@@ -157,7 +154,7 @@ def test_a_wrong_token_is_said(
 
 
 @pytest.mark.parametrize("step", ["create", "preupload", "commit"])
-def test_a_hub_that_hangs_is_waited_for_only_so_long(
+def test_a_hub_that_does_not_answer_is_an_error(
     step: str, hub: StubHub, run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rfprune_hub, "ANSWER_SECONDS", 0.2)
@@ -168,7 +165,7 @@ def test_a_hub_that_hangs_is_waited_for_only_so_long(
         push(run_folder, "someone/small")
 
 
-def test_no_network_is_said(
+def test_no_network_is_an_error(
     hub: StubHub, run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.socket() as nobody:
@@ -179,7 +176,7 @@ def test_no_network_is_said(
             push(run_folder, "someone/small")
 
 
-def test_the_library_is_left_as_it_was(hub: StubHub, run_folder: Path) -> None:
+def test_settings_of_the_library_are_restored(hub: StubHub, run_folder: Path) -> None:
     from huggingface_hub import utils
 
     hub.large = "no such ending"
@@ -191,18 +188,18 @@ def test_the_library_is_left_as_it_was(hub: StubHub, run_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", HOSTILE_NAMES)
-def test_a_name_that_is_none_is_refused(name: str) -> None:
+def test_invalid_names_are_errors(name: str) -> None:
     with pytest.raises(UserError, match="repository"):
         check_repository(name)
 
 
 @pytest.mark.parametrize("name", ["small", "someone/small", "Some-One/bert_base.v2", "a/b"])
-def test_an_ordinary_name_is_taken(name: str) -> None:
+def test_valid_names_are_accepted(name: str) -> None:
     check_repository(name)
 
 
 @given(st.from_regex(r"[\w./~: -]{0,12}") | st.text(max_size=12))
-def test_no_accepted_name_can_leave_its_place(name: str) -> None:
+def test_accepted_names_cannot_leave_their_place(name: str) -> None:
     try:
         check_repository(name)
     except UserError:
@@ -212,28 +209,25 @@ def test_no_accepted_name_can_leave_its_place(name: str) -> None:
     assert name.isascii() and name.isprintable() and not set(name) & set(" \\:?#%~")
 
 
-def test_a_token_must_be_there(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_access_needs_a_token_and_a_connection(
+    hub: StubHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     check_access()
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    with pytest.raises(UserError, match="no token for the hub"):
-        check_access()
-
-
-def test_offline_is_refused(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.get_token", lambda: None)
+        with pytest.raises(UserError, match="no token for the hub.*hf auth login"):
+            check_access()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
+    with pytest.raises(UserError, match=r"HF_HUB_OFFLINE is set.*scripts/push_to_hub\.py"):
         check_access()
 
 
 @pytest.mark.parametrize("name", ["config.json", "report.json", CARD_FILE, "model.safetensors"])
-def test_a_folder_that_is_not_whole_is_refused(name: str, hub: StubHub, run_folder: Path) -> None:
+def test_an_incomplete_folder_is_an_error(name: str, hub: StubHub, run_folder: Path) -> None:
     check_folder(run_folder)
+    with pytest.raises(UserError, match="There is no folder.*output folder of a run"):
+        check_folder(run_folder / "none")
     (run_folder / name).unlink()
     with pytest.raises(UserError, match=f"has no {name}"):
         push(run_folder, "someone/small")
     assert not hub.steps
-
-
-def test_no_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="There is no folder"):
-        check_folder(tmp_path / "none")

@@ -1,4 +1,4 @@
-"""Curves, sizes and stage scores of a report are those of the run itself."""
+"""Error curves, sizes and stage scores of a report are those of the run."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from rfprune.model.compact import compact
 from rfprune.model.layout import layout_of
 from rfprune.report.measure import (
     MAX_POINTS,
-    _thinned,
     curve_points,
     original_layers,
     stage_scores,
+    thinned_units,
 )
 from rfprune.tasks.evaluation import divergence, evaluate_model, prepare_evaluation
 from rfprune.tasks.registry import get_task
@@ -32,7 +32,7 @@ def batches(tiny_batch: Callable[..., Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("method", ["kwon", "curvature"])
-def test_every_block_has_its_curve_with_the_chosen_point(
+def test_every_block_has_a_curve_with_the_chosen_point(
     method: str, tiny_model: Callable[..., Any], batches: list[Any]
 ) -> None:
     result = prune(tiny_model(), batches, Constraint("mac", 0.5), Settings(method=method))
@@ -48,7 +48,7 @@ def test_every_block_has_its_curve_with_the_chosen_point(
         assert curve["errors"][0] > curve["errors"][-1] == 0.0
 
 
-def test_the_curve_of_importances_is_what_is_lost(
+def test_the_curve_of_importances_is_the_importance_lost(
     tiny_model: Callable[..., Any], batches: list[Any]
 ) -> None:
     result = prune(tiny_model(), batches, Constraint("mac", 0.5), Settings(method="kwon"))
@@ -60,9 +60,9 @@ def test_the_curve_of_importances_is_what_is_lost(
 
 
 @given(st.integers(0, 5000), st.floats(0, 1))
-def test_a_curve_is_thinned_evenly_and_keeps_its_chosen_point(total: int, share: float) -> None:
+def test_curves_are_thinned_evenly_and_keep_the_chosen_point(total: int, share: float) -> None:
     kept = round(share * total)
-    units = _thinned(total, kept)
+    units = thinned_units(total, kept)
     assert len(units) <= MAX_POINTS
     assert units == sorted(set(units))
     assert {0, kept, total} <= set(units)
@@ -78,7 +78,7 @@ def test_original_sizes_are_those_before_the_pruning(
     assert list(result.layers) != original_layers(result.layout)
 
 
-def test_cross_attention_has_sizes_and_curves_of_its_own(
+def test_cross_attention_has_its_own_sizes_and_curves(
     tiny_model: Callable[..., Any], tiny_batch: Callable[..., Any]
 ) -> None:
     """Pruned once more, too, when blocks of the first run may be gone."""
