@@ -217,7 +217,9 @@ def _is_plain(config: dict[str, Any], folder: Path) -> bool:
 def _plain_sizes(config: dict[str, Any]) -> dict[str, Any]:
     """The sizes in the config.json of a plain model, by the last part of a block's name."""
     entries = ARCHITECTURES[config["model_type"]].size_entries or SizeEntries()
-    names = (*entries.heads, "num_attention_heads", "n_heads", "n_head", "num_heads")
+    common = "num_attention_heads"  # some families have another name for it in the file
+    own = transformers.CONFIG_MAPPING[config["model_type"]].attribute_map.get(common, common)
+    names = (*entries.heads, own)
     heads = next((config[name] for name in names if config.get(name) is not None), None)
     return {"heads": heads, "cross_heads": heads, "neurons": config.get(entries.neurons)}
 
