@@ -19,7 +19,7 @@ from rfprune.checkpoints.precision import round_to_stored_dtype
 from rfprune.cost.constraint import Constraint
 from rfprune.errors import UserError
 from rfprune.max_drop.rules import Trial, next_ratio, smallest_within_limit
-from rfprune.methods.budget import least_ratio
+from rfprune.methods.budget import min_ratio
 from rfprune.report.measure import Outcome, Prepared
 from rfprune.report.summary import METRIC_NAMES, trial_line
 from rfprune.result import PruneResult
@@ -58,7 +58,7 @@ class DropSearch:
     @cached_property
     def min_ratio(self) -> float:
         """The smallest ratio that is possible."""
-        return least_ratio(self.prepared.problem, self.metric)
+        return min_ratio(self.prepared.problem, self.metric)
 
     @cached_property
     def original_logits(self) -> Logits:

@@ -47,7 +47,7 @@ def _all_sizes(problem: Problem, metric: str) -> CostModel:
     return mac_costs(problem.layout, tokens, decoder_tokens)
 
 
-def least_ratio(problem: Problem, metric: str) -> float:
+def min_ratio(problem: Problem, metric: str) -> float:
     """The smallest ratio of a constraint that can be met.
 
     Raises:
@@ -70,7 +70,7 @@ def check_constraints(problem: Problem, constraints: Iterable[Constraint]) -> No
     """Check that constraints can be met, before any work is done for them.
 
     Raises:
-        UserError: a constraint is below the least possible ratio, which is named; or, with
+        UserError: a constraint is below the smallest possible ratio, which is named; or, with
             `uniform`, the model cannot have the same sizes in every layer.
     """
     constraints = list(constraints)
@@ -88,9 +88,9 @@ def check_constraints(problem: Problem, constraints: Iterable[Constraint]) -> No
 def _check_single_unit(problem: Problem, constraint: Constraint) -> None:
     """Check that the budget of a constraint is enough for a single head or neuron."""
     costs = cost_model(problem, constraint.metric)
-    least = _single_unit_cost(costs)
-    if constraint.ratio * costs.original < least:
-        ratio = costs.ratio_for(least)
+    smallest = _single_unit_cost(costs)
+    if constraint.ratio * costs.original < smallest:
+        ratio = costs.ratio_for(smallest)
         table = problem.latency_table if constraint.metric == "latency" else None
         raise UserError(
             f"constraint {constraint.ratio:g} on {constraint.metric} cannot be met: what is never "

@@ -26,7 +26,7 @@ from rfprune.cost.macs import mac_costs
 from rfprune.errors import UserError
 from rfprune.families.architectures import ARCHITECTURES
 from rfprune.main import main
-from rfprune.methods.budget import least_ratio
+from rfprune.methods.budget import min_ratio
 from rfprune.methods.problem import prepare_problem
 from rfprune.model.batch import mean_tokens
 from rfprune.model.layout import layout_of
@@ -136,10 +136,8 @@ def test_uniform_below_what_heads_alone_cost_is_refused_before_anything_is_colle
         prune(model, batches, Constraint("mac", 0.3), settings)
     monkeypatch.undo()
     named = float(re.findall(r"at least ([\d.]+\d)", str(raised.value))[0])
-    assert least_ratio(prepare_problem(model, batches, settings), "mac") == named
-    assert (
-        least_ratio(prepare_problem(model, batches, replace(settings, uniform=False)), "mac") < 0.3
-    )
+    assert min_ratio(prepare_problem(model, batches, settings), "mac") == named
+    assert min_ratio(prepare_problem(model, batches, replace(settings, uniform=False)), "mac") < 0.3
     result = prune(model, batches, Constraint("mac", named), settings)
     assert sizes(result, "neurons") == [1, 1]
 

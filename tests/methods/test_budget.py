@@ -1,0 +1,67 @@
+"""A constraint that cannot be met is refused before any work; the smallest possible one is named.
+
+Deleting this lets a run fail after minutes, or refuse a constraint that it could meet.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from rfprune.cost.constraint import Constraint
+from rfprune.errors import UserError
+from rfprune.methods.budget import check_constraints, cost_model, min_ratio
+from rfprune.methods.problem import Problem, prepare_problem
+from rfprune.model.masks import num_kept
+from rfprune.pruning import prune
+from rfprune.settings import METHODS, Settings
+
+Tiny = Callable[..., Any]
+
+
+@pytest.fixture
+def problem_of(tiny_model: Tiny, tiny_batch: Tiny) -> Callable[..., Problem]:
+    """`problem_of(**settings)`: a tiny problem."""
+
+    def make(**settings: Any) -> Problem:
+        return prepare_problem(tiny_model(), [tiny_batch(6, 7)], Settings(**settings))
+
+    return make
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_named_constraint_keeps_a_single_unit(
+    method: str, tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    settings, batches = Settings(method=method, round_to=None), [tiny_batch(6, 7)]
+    with pytest.raises(UserError, match=r"constraint 0\.1 on params cannot be met") as raised:
+        prune(tiny_model(), batches, Constraint("params", 0.1), settings)
+    named = re.search(r"choose (0\.\d+) or more", str(raised.value))
+    assert named
+    result = prune(tiny_model(), batches, Constraint("params", float(named[1])), settings)
+    assert sum(num_kept(result.masks)) == 1
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("round_to", [None, 8])
+@pytest.mark.parametrize("metric", ["mac", "params", "memory"])
+def test_the_smallest_ratio_is_the_smallest_that_is_accepted(
+    metric: str, round_to: int | None, uniform: bool, problem_of: Callable[..., Problem]
+) -> None:
+    problem = problem_of(uniform=uniform, round_to=round_to)
+    smallest = min_ratio(problem, metric)
+    check_constraints(problem, [Constraint(metric, smallest)])
+    with pytest.raises(UserError, match=f"{smallest:g}"):
+        check_constraints(problem, [Constraint(metric, smallest - 1e-4)])
+
+
+def test_a_uniform_model_cannot_be_as_small(problem_of: Callable[..., Problem]) -> None:
+    assert min_ratio(problem_of(uniform=True), "mac") > min_ratio(problem_of(), "mac")
+
+
+def test_latency_needs_a_table(problem_of: Callable[..., Problem]) -> None:
+    with pytest.raises(UserError, match=r"needs a latency table.*profile_latency"):
+        cost_model(problem_of(), "latency")
