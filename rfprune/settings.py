@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
+from textwrap import fill
 from typing import Any, TypeVar
 
 from rfprune.errors import UserError
@@ -154,7 +155,8 @@ def _documented(subject: Subject) -> Subject:
     attributes = ["    Attributes:"]
     for one in fields(subject):
         off = "if False, " if one.default is True else ""
-        attributes.append(f"        {one.name}: {off}{one.metadata['declaration'].help}")
+        text = f"{one.name}: {off}{one.metadata['declaration'].help}"
+        attributes.append(fill(text, 100, initial_indent=8 * " ", subsequent_indent=12 * " "))
     subject.__doc__ = "\n\n".join([summary, "\n".join(attributes), rest])
     return subject
 
@@ -281,7 +283,7 @@ class DataSettings:
 @_documented
 @dataclass(frozen=True)
 class Settings:
-    """How to prune. Afterwards `round_to` is None where any number of neurons is kept.
+    """The method of pruning. `round_to` becomes None if any number of neurons may be kept.
 
     Raises:
         UserError: a value is not allowed, does nothing for the method, or contradicts another.
@@ -300,15 +302,15 @@ class Settings:
         choices=METHODS,
     )
     importance: str = choice(
-        "the criterion of method importance; chooses that method",
+        "the criterion of method importance; the flag alone also chooses that method",
         default=CRITERIA[0],
         choices=CRITERIA,
         method="importance",
         implies_method=True,
     )
     allocation: str = choice(
-        "for method importance, and chooses that method; global: keep the most important units of "
-        "the whole model; uniform: keep the same fraction of every sublayer",
+        "for method importance; global: keep the most important units of the whole model; uniform: "
+        "keep the same fraction of every sublayer; the flag alone also chooses that method",
         default=ALLOCATIONS[0],
         choices=ALLOCATIONS,
         method="importance",

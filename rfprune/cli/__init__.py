@@ -1,1 +1,1 @@
-"""The command line: flags, one run, console."""
+"""The command line: flags and their checks, one run, its outputs, console and exit codes."""

@@ -224,7 +224,7 @@ def test_a_latency_table_is_used_at_its_own_shape(
 
 
 @pytest.mark.parametrize(
-    ("model_type", "method"), zip(MODEL_TYPES, itertools.cycle(METHODS), strict=False)
+    ("model_type", "method"), [*zip(MODEL_TYPES, itertools.cycle(METHODS), strict=False)]
 )
 def test_every_model_type_runs(
     method: str, model_type: str, flags: Flags, tiny_folder: TinyFolder
