@@ -37,14 +37,14 @@ README = """\
 # The embedded demo
 
 `python -m rfprune.main --model demo --task sst2 --constraint 0.5` prunes what is in this folder.
-Written by `scripts/build_demo.py`; do not edit.
+`scripts/build_demo.py` writes it; do not edit it by hand.
 
 **Model.** BERT with 6 layers, 12 heads, hidden size 384 and 1536 FFN neurons: the encoder
 all-MiniLM-L6-v2 (sentence-transformers, Apache-2.0; from Microsoft's MiniLM, MIT), fine-tuned on
-44,800 sentences of SST-2. Weights in half precision, to be used in float32. The vocabulary is cut
-from {source_tokens} to {kept_tokens} pieces: those that the sentences beside it use, and all
-single characters. These sentences are tokenised exactly as by the full model; other text too,
-if into more pieces. The weights are under the Apache License 2.0, as the rest of this repository.
+44,800 sentences of SST-2. The weights are stored in half precision and run in float32. The
+vocabulary is cut from {source_tokens} to {kept_tokens} pieces: those of the sentences below, and all single
+characters. The tokenizer splits these sentences exactly as the full one does, and other text into
+more pieces. The weights are under the Apache License 2.0, like the rest of this repository.
 
 **Data.** `data/sst2/`: the whole validation split (872 sentences) and {train_rows} of the 67,349 of
 the training split (seed {seed}), with the columns of the hub's `nyu-mll/glue`. The Stanford
@@ -52,8 +52,8 @@ Sentiment Treebank, Socher et al., "Recursive Deep Models for Semantic Compositi
 Sentiment Treebank", EMNLP 2013; sentences from movie reviews at rottentomatoes.com (Pang and Lee
 2005). It states no licence and is passed on here for research, as GLUE does: cite the authors.
 
-**Dense score** on the validation split: accuracy {score:.2f}. The full checkpoint:
-{source_score:.2f}; largest difference of a logit: {difference:.1g}.
+**Score before pruning** on the validation split: accuracy {score:.2f}. The full checkpoint:
+{source_score:.2f}; largest difference between logits: {difference:.1g}.
 
 | file | bytes | sha256 |
 |---|---:|---|

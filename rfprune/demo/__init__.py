@@ -1,4 +1,4 @@
-"""The embedded default: one small real fine-tuned checkpoint and a sample of its task's data."""
+"""The embedded demo: a small checkpoint that was fine-tuned on SST-2, and a sample of SST-2."""
 
 from pathlib import Path
 
@@ -11,5 +11,5 @@ def demo_path() -> Path:
 
 
 def demo_data_dir() -> Path:
-    """The folder to pass as `--data-dir`: SST-2's validation split and a sample of its train."""
+    """The data folder (--data-dir): the validation split of SST-2 and a sample of its train split."""
     return Path(__file__).parent / "data"

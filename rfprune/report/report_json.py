@@ -64,7 +64,10 @@ def read_report(folder: Path) -> dict[str, Any]:
     """
     report: dict[str, Any] = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
     if report.get("schema") != SCHEMA:
-        raise ValueError(f"{folder / REPORT_FILE} has schema {report.get('schema')}, not {SCHEMA}")
+        raise ValueError(
+            f"'{folder / REPORT_FILE}' has schema {report.get('schema')}, and this version reads "
+            f"schema {SCHEMA}: run the command again."
+        )
     return report
 
 
