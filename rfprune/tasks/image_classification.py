@@ -163,5 +163,5 @@ def _decoded(opened: Any, image: Any) -> Any:
 def _unreadable(image: Any, error: Exception) -> UserError:
     name = f"'{image['path']}'" if isinstance(image, dict) else f"'{image}'"
     return UserError(
-        f"The image {name} cannot be read ({error_summary(error)}): mend or remove it."
+        f"The image {name} cannot be read ({error_summary(error)}): replace or remove it."
     )

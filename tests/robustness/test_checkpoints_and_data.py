@@ -142,7 +142,7 @@ MODELS = (
     _config("labels that are a number", "cannot be read", id2label=7),
     _config("5 heads in a hidden size of 16", "cannot be loaded", num_attention_heads=5),
     _config("no heads", "cannot be loaded", num_attention_heads=0),
-    _config("-4 heads", "no number of heads", num_attention_heads=-4),
+    _config("-4 heads", "needs at least one head", num_attention_heads=-4),
     _config("a hidden size that is a word", "cannot be loaded", hidden_size="large"),
     _config("a hidden size that is not the weights'", "has the shape", hidden_size=32),
     _config("10¹⁵ neurons", "cannot be loaded", intermediate_size=10**15),
@@ -282,7 +282,7 @@ DATA = (
           {"validation.jsonl": "[" * 100_000}),
     _data("text that is a number", "is 7, not text", {"validation.jsonl": json.dumps(
         {"sentence1": 7, "sentence2": "b", "label": 1})}),
-    _data("text that is no Unicode", "make no table", {"validation.jsonl": 2 * (
+    _data("text that is no Unicode", "form no table", {"validation.jsonl": 2 * (
         '{"sentence1": "\\ud800", "sentence2": "b", "label": 1}\n')}),
     Case("a file that cannot be read", "Permission denied", _unreadable),
     _questions("an answer that is only a text", "must be", {"answers": "city"}),

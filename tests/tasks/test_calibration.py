@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
@@ -81,18 +80,6 @@ def test_labels_come_on_demand(tiny_tokenizer: Callable[..., Any], tiny_data_dir
         assert all(names < set(batch) for batch in made)
 
 
-def test_a_seed_changes_the_batches(
-    tiny_tokenizer: Callable[..., Any], tiny_data_dir: Path
-) -> None:
-    def first(seed: int) -> torch.Tensor:
-        made = batches("sst2", tiny_tokenizer(), tiny_data_dir, num_samples=8, seed=seed)
-        ids: torch.Tensor = made[0]["input_ids"]
-        return ids
-
-    assert torch.equal(first(0), first(0))
-    assert first(0).shape != first(1).shape or not torch.equal(first(0), first(1))
-
-
 @pytest.mark.parametrize("task", ["sst2", "squad"])
 def test_data_without_labels_serves(
     task: str, tiny_tokenizer: Callable[..., Any], tmp_path: Path
@@ -129,10 +116,3 @@ def test_only_what_is_drawn_is_tokenised(
     monkeypatch.setattr("rfprune.tasks.calibration.encode", counting)
     batches("squad", tiny_tokenizer(), tiny_data_dir, num_samples=5)
     assert seen == [5]
-
-
-def test_a_batch_size_below_one_is_refused(
-    tiny_tokenizer: Callable[..., Any], tiny_data_dir: Path
-) -> None:
-    with pytest.raises(UserError, match="batch size of 0"):
-        batches("sst2", tiny_tokenizer(), tiny_data_dir, batch_size=0)

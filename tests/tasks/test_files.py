@@ -1,4 +1,7 @@
-"""Every format gives the same rows; what is wrong is named; nothing is ever written."""
+"""Every format gives the same rows, and every error names its file.
+
+Without these a row could be read differently from a csv than from a parquet file.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -35,11 +38,16 @@ def everything_in(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("extension", EXTENSIONS)
-def test_every_format_gives_the_same_rows(extension: str, tmp_path: Path, write: Write) -> None:
+def test_every_format_gives_the_same_rows_and_nothing_is_written(
+    extension: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Write
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     write(tmp_path, SENTENCES, f"sst2/train{extension}")
+    before = everything_in(tmp_path)
     loaded = load_split(SST2, "train", tmp_path)
     assert loaded["sentence"][:] == [row["sentence"] for row in SENTENCES]
     assert loaded["label"][:] == [row["label"] for row in SENTENCES]
+    assert everything_in(tmp_path) == before
 
 
 @pytest.mark.parametrize("place", ["sst2", ".", "split"])
@@ -54,19 +62,6 @@ def test_a_saved_dataset_gives_the_same_rows(place: str, tmp_path: Path) -> None
     assert loaded["sentence"][:] == [row["sentence"] for row in SENTENCES]
     assert loaded["label"][:] == [row["label"] for row in SENTENCES]
     assert everything_in(tmp_path) == before
-
-
-@pytest.mark.parametrize("extension", EXTENSIONS)
-def test_nothing_is_written_anywhere(
-    extension: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Write
-) -> None:
-    cache = tmp_path / "cache"
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
-    write(tmp_path, SENTENCES, f"data/sst2/train{extension}")
-    before = everything_in(tmp_path)
-    load_split(SST2, "train", tmp_path / "data")
-    assert everything_in(tmp_path) == before
-    assert not cache.exists()
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -104,66 +99,42 @@ def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path: Path) -> None:
     assert load_split(SST2, "train", tmp_path)["sentence"][:] == ["fine"]
 
 
-def test_one_row_is_a_set(tmp_path: Path, write: Write) -> None:
-    write(tmp_path, SENTENCES[:1])
-    assert len(load_split(SST2, "train", tmp_path)) == 1
-
-
 # What can be wrong
 
 
-def test_a_missing_folder(tmp_path: Path, refused: Refused) -> None:
-    refused(tmp_path / "none", str(tmp_path / "none"), "does not exist")
+@pytest.mark.parametrize(
+    ("files", "place", "parts", "asked"),
+    [
+        ([], "none", ["none'", "does not exist"], {}),
+        (["file"], "file", ["file'", "is not a folder"], {}),
+        (["sst2/train.csv"], "", ["no dev split", "holds train.csv"], {"split": "dev"}),
+        ([], "", ["no train split of sst2", "holds nothing"], {}),
+        (["sst2/train.csv"], "", ["no train split of mrpc", "holds sst2"], {"task": "mrpc"}),
+        (["sst2/train.csv"], "sst2", ["holds train.csv", "give the folder above"], {}),
+        (["train.csv"], "", ["holds train.csv", "move them to", "sst2'"], {}),
+        (["sst2/train.csv", "sst2/train.tsv"], "", ["twice", "train.csv", "train.tsv"], {}),
+    ],
+)
+def test_a_split_that_is_not_there(
+    files: list[str], place: str, parts: list[str], asked: dict[str, str], tmp_path: Path,
+    refused: Refused,
+) -> None:  # fmt: skip
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("sentence,label\nfine,1\n")
+    refused(tmp_path / place, *parts, **asked)
 
 
-def test_a_file_in_place_of_the_folder(tmp_path: Path, refused: Refused) -> None:
-    path = tmp_path / "file"
-    path.write_text("x")
-    refused(path, str(path), "is not a folder")
-
-
-def test_a_missing_split_lists_what_is_there(
-    tmp_path: Path, write: Write, refused: Refused
-) -> None:
-    write(tmp_path, SENTENCES)
-    refused(tmp_path, "no validation split of sst2", "holds train.jsonl", split="validation")
-
-
-def test_a_missing_task_lists_what_is_there(tmp_path: Path, write: Write, refused: Refused) -> None:
-    refused(tmp_path, "no train split of sst2", "holds nothing")
-    write(tmp_path, SENTENCES)
-    refused(tmp_path, "no train split of mrpc", "holds sst2", task="mrpc")
-
-
-def test_the_task_s_own_folder_is_one_too_deep(
-    tmp_path: Path, write: Write, refused: Refused
-) -> None:
-    write(tmp_path, SENTENCES)
-    refused(tmp_path / "sst2", "holds train.jsonl", f"give the folder above, '{tmp_path}'")
-
-
-def test_files_outside_of_the_task_s_folder(tmp_path: Path, refused: Refused) -> None:
-    (tmp_path / "train.csv").write_text("sentence,label\nfine,1\n")
-    refused(tmp_path, "holds train.csv", f"move them to '{tmp_path / 'sst2'}'")
-
-
-def test_a_folder_full_of_other_things_is_not_listed_whole(tmp_path: Path) -> None:
+def test_a_long_folder_is_not_listed_whole(tmp_path: Path) -> None:
     for number in range(100):
         (tmp_path / f"other-{number:03}").touch()
-    with pytest.raises(UserError) as raised:
+    with pytest.raises(UserError, match=r"other-019, \.\.\.") as raised:
         load_split(SST2, "train", tmp_path)
-    assert "other-019, ..." in str(raised.value)
     assert "other-020" not in str(raised.value)
 
 
-def test_a_split_that_is_there_twice(tmp_path: Path, write: Write, refused: Refused) -> None:
-    write(tmp_path, SENTENCES, "sst2/train.csv")
-    write(tmp_path, SENTENCES, "sst2/train.parquet")
-    refused(tmp_path, "twice", "train.csv", "train.parquet")
-
-
 @pytest.mark.parametrize("extension", EXTENSIONS)
-def test_a_missing_column_names_those_found_and_wanted(
+def test_a_missing_column_names_those_found_and_needed(
     extension: str, tmp_path: Path, write: Write, refused: Refused
 ) -> None:
     rows = [{"text": "fine", "label": 1}]
@@ -171,62 +142,41 @@ def test_a_missing_column_names_those_found_and_wanted(
     refused(tmp_path, str(path), "no column sentence", "needs sentence, label", "text, label")
 
 
-@pytest.mark.parametrize("extension", EXTENSIONS)
-def test_an_empty_file(extension: str, tmp_path: Path, refused: Refused) -> None:
-    path = tmp_path / f"sst2/train{extension}"
-    path.parent.mkdir()
-    path.touch()
-    refused(tmp_path, str(path), "empty")
-
-
 @pytest.mark.parametrize(
-    ("name", "content"),
-    [("train.csv", "sentence,label\n"), ("train.tsv", "sentence\tlabel\n"), ("train.csv", "\n\n")],
+    ("name", "content", "parts"),
+    [
+        ("train.csv", b"sentence,label\nfine,1\ncaf\xe9", ("not UTF-8", "line 3")),
+        ("train.tsv", b"sentence\tlabel\nfine\t1\ncaf\xe9", ("not UTF-8", "line 3")),
+        ("train.jsonl", b'{"sentence": "fine", "label": 1}\ncaf\xe9', ("not UTF-8", "line 2")),
+        ("train.jsonl", b'{"sentence": "a", "label": 1}\n{"sentence"', ("line 2", "not JSON")),
+        ("train.jsonl", b'[{"sentence": "a", "label": 1}]\n', ("line 1", "one object per line")),
+        ("train.csv", b"sentence,label\na,1\nb,c,0\n", ("line 3", "3 fields", "line has 2")),
+        ("train.csv", b'sentence,label\na,1\n"b,0\n', ("line 3", "cannot be parsed")),
+        ("train.csv", b"sentence,sentence\na,b\n", ("twice", "rename")),
+        ("train.tsv", b"sentence\tlabel\na\t1\nb\n", ("line 3", "1 fields")),
+    ],
 )
-def test_a_file_without_rows(name: str, content: str, tmp_path: Path, refused: Refused) -> None:
-    (tmp_path / "sst2").mkdir()
-    (tmp_path / "sst2" / name).write_text(content)
-    refused(tmp_path, name, "empty")
-
-
-def test_a_parquet_file_without_rows(tmp_path: Path, write: Write, refused: Refused) -> None:
-    path = write(tmp_path, SENTENCES, "sst2/train.parquet")
-    parquet.write_table(parquet.read_table(path).slice(0, 0), path)
-    refused(tmp_path, str(path), "no rows")
-
-
-@pytest.mark.parametrize("extension", [".csv", ".tsv", ".jsonl"])
-def test_text_that_is_not_utf_8_is_named_with_its_line(
-    extension: str, tmp_path: Path, write: Write, refused: Refused
+def test_a_file_that_is_not_what_its_name_says(
+    name: str, content: bytes, parts: tuple[str, ...], tmp_path: Path, refused: Refused
 ) -> None:
-    path = write(tmp_path, [{"sentence": "fine", "label": 1}] * 2, f"sst2/train{extension}")
-    path.write_bytes(path.read_bytes() + b"caf\xe9")
-    lines = path.read_bytes().count(b"\n")
-    refused(tmp_path, str(path), "not UTF-8", f"line {lines + 1}")
-
-
-def test_a_parquet_file_with_text_that_is_not_utf_8(tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "sst2").mkdir()
-    texts = pa.array([b"caf\xe9"]).view(pa.string())
-    table = pa.table({"sentence": texts, "label": [1]})
-    parquet.write_table(table, tmp_path / "sst2/train.parquet")
-    refused(tmp_path, "train.parquet", "not a readable parquet file", "utf-8")
+    (tmp_path / "sst2" / name).write_bytes(content)
+    refused(tmp_path, name, *parts)
 
 
-@pytest.mark.parametrize("damage", ["text", "cut", "flipped"])
-def test_a_damaged_parquet_file(
-    damage: str, tmp_path: Path, write: Write, refused: Refused
-) -> None:
+def test_a_damaged_parquet_file(tmp_path: Path, write: Write, refused: Refused) -> None:
     path = write(tmp_path, SENTENCES * 50, "sst2/train.parquet")
     content = path.read_bytes()
-    path.write_bytes(
-        {
-            "text": b"sentence,label\n",
-            "cut": content[: len(content) // 2],
-            "flipped": content[:4] + bytes(255 - byte for byte in content[4:200]) + content[200:],
-        }[damage]
-    )
-    refused(tmp_path, str(path), "not a readable parquet file")
+    flipped = content[:4] + bytes(255 - byte for byte in content[4:200]) + content[200:]
+    for damaged in (content[: len(content) // 2], flipped):
+        path.write_bytes(damaged)
+        refused(tmp_path, str(path), "not a readable parquet file")
+    path.write_bytes(content)
+    parquet.write_table(parquet.read_table(path).slice(0, 0), path)
+    refused(tmp_path, str(path), "no rows")
+    texts = pa.array([b"caf\xe9"]).view(pa.string())
+    parquet.write_table(pa.table({"sentence": texts, "label": [1]}), path)
+    refused(tmp_path, str(path), "not a readable parquet file", "utf-8")
 
 
 def test_a_damaged_saved_dataset(tmp_path: Path, refused: Refused) -> None:
@@ -234,22 +184,3 @@ def test_a_damaged_saved_dataset(tmp_path: Path, refused: Refused) -> None:
     for path in (tmp_path / "sst2/train").glob("*.arrow"):
         path.write_bytes(b"nonsense")
     refused(tmp_path, str(tmp_path / "sst2/train"), "not a readable saved dataset")
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "parts"),
-    [
-        ("train.jsonl", '{"sentence": "a", "label": 1}\n{"sentence"', ("line 2", "not JSON")),
-        ("train.jsonl", '[{"sentence": "a", "label": 1}]\n', ("line 1", "not a JSON object")),
-        ("train.csv", "sentence,label\na,1\nb,c,0\n", ("line 3", "3 fields", "first line has 2")),
-        ("train.csv", 'sentence,label\na,1\n"b,0\n', ("line 3", "cannot be parsed")),
-        ("train.csv", "sentence,sentence\na,b\n", ("twice",)),
-        ("train.tsv", "sentence\tlabel\na\t1\nb\n", ("line 3", "1 fields")),
-    ],
-)
-def test_a_file_that_is_not_what_its_name_says(
-    name: str, content: str, parts: tuple[str, ...], tmp_path: Path, refused: Refused
-) -> None:
-    (tmp_path / "sst2").mkdir()
-    (tmp_path / "sst2" / name).write_text(content)
-    refused(tmp_path, name, *parts)

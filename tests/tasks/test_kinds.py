@@ -16,11 +16,9 @@ import transformers
 from rfprune.checkpoints.loading import resolve_model
 from rfprune.errors import UserError
 from rfprune.tasks.batching import make_batches
-from rfprune.tasks.columns import checked_columns
 from rfprune.tasks.divergence import divergence_of_logits
 from rfprune.tasks.encoding import encode
 from rfprune.tasks.evaluation_set import prepare_evaluation
-from rfprune.tasks.files import Table
 from rfprune.tasks.metrics import f1_labels, f1_micro
 from rfprune.tasks.multiple_choice import choice_columns
 from rfprune.tasks.own_data import custom_task, similarity_task, with_columns
@@ -67,19 +65,6 @@ def test_columns_of_choices_are_in_the_order_of_their_numbers() -> None:
     assert choice_columns(["ending0"]) == () == choice_columns(["text"])
 
 
-def test_what_is_no_choice_is_refused(tmp_path: Path) -> None:
-    def told(*rows: dict[str, Any]) -> str:
-        with pytest.raises(UserError) as caught:
-            task = with_columns(choice_task(), write(tmp_path, *rows), None, None)
-            prepare_evaluation(task, make_tiny_tokenizer(), tmp_path)
-        return str(caught.value)
-
-    assert "no columns for the choices" in told({"question": "who ?", "label": 0})
-    assert "row 1: label is 'ending1', but the number" in told(SWAG | {"label": "ending1"}, SWAG)
-    two, three = ({"question": "who ?", "choices": ["a"] * n, "label": 0} for n in (2, 3))
-    assert "Row 2 has 3 choices, the first one 2" in told(two, three)
-
-
 NAMES = ("good", "bad", "long")
 SEVERAL = custom_task(
     transformers.BertConfig(id2label=dict(enumerate(NAMES))),
@@ -103,13 +88,6 @@ def test_several_labels_however_they_are_written(row: dict[str, Any], tmp_path: 
     task = with_columns(SEVERAL, tmp_path, None, None)
     data = prepare_evaluation(task, make_tiny_tokenizer(), tmp_path)
     assert data.labels is not None and data.labels.tolist() == [[1.0, 0.0, 1.0]] * 2
-
-
-def test_unknown_labels_among_several_are_named() -> None:
-    columns: dict[str, list[Any]] = {"text": ["a film"], "labels": [["good", "short"]]}
-    task = type(SEVERAL)(**{**vars(SEVERAL), "text_columns": ("text",), "label_column": "labels"})
-    with pytest.raises(UserError, match="does not know the labels 'short'"):
-        checked_columns(task, Table("'here'", tuple(columns), columns), True)
 
 
 def test_f1_of_several_labels() -> None:

@@ -116,11 +116,6 @@ def test_blocks_begin_as_the_tokenizer_begins() -> None:
     assert begun[0][1:] == plain[0][:7] and begun[1][1] == plain[0][7]
 
 
-def test_too_short_a_text_is_refused() -> None:
-    with pytest.raises(UserError, match=r"has 3 tokens, too few for one block of 16"):
-        encode_blocks(make_tiny_tokenizer(), ["the film was"], 16)
-
-
 def test_a_model_without_a_vocabulary_is_refused() -> None:
     batches, rows = batches_of(2)
     with pytest.raises(UserError, match="returns no logits per token"):

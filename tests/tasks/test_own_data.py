@@ -1,6 +1,6 @@
-"""Task `custom`: what a checkpoint and a table make, and what is said where they make nothing.
+"""Task custom from a checkpoint and a table: kinds, columns and labels.
 
-Without these a label could be scored as another, or a user told to mend what is right.
+Without these a label could be scored as another one.
 """
 
 import random
@@ -20,7 +20,6 @@ from rfprune.errors import RfpruneWarning, UserError
 from rfprune.tasks.evaluation import evaluate_model, prepare_evaluation
 from rfprune.tasks.labels import class_ids, label_names
 from rfprune.tasks.own_data import (
-    blank_custom_task,
     custom_task,
     task_from_training_data,
     warn_about_truncation,
@@ -142,13 +141,7 @@ def test_training_texts_need_no_labels_and_nothing_else_is_read(made: Callable[.
         (rows(0), rows(0), ["sentence", "sentence"], None, ["'sentence' is named twice"]),
         (rows(0), rows(0), ["a", "b", "c"], None, ["one text or two"]),
         (rows(0), rows(0), [""], None, ["name is empty"]),
-        (
-            rows(0),
-            None,
-            None,
-            None,
-            ["no validation split", "train.jsonl", "--validation-fraction"],
-        ),
+        (rows(0), None, None, None, ["no validation split", "--validation-fraction"]),
         (None, rows(0), None, None, ["no train split", "validation.jsonl", "without labels"]),
     ],
 )
@@ -164,12 +157,6 @@ def test_no_data_folder_says_what_one_holds(tmp_path: Path) -> None:
     assert "--data-dir DIR" in refusal(with_columns, MOODS, None, None, None)
     missing = refusal(with_columns, MOODS, tmp_path / "missing", None, None)
     assert "does not exist: give one that holds train.csv and validation.csv" in missing
-
-
-def test_a_file_in_both_places_is_refused(tmp_path: Path, write: Write) -> None:
-    for name in ("train.csv", "custom/validation.csv", "validation.tsv"):
-        write(tmp_path, rows(0), name)
-    assert "there twice" in refusal(with_columns, MOODS, tmp_path, None, None)
 
 
 @given(st.lists(st.integers(0, 2), min_size=1), st.data())
@@ -344,11 +331,3 @@ def test_what_is_to_be_learned_is_read_from_the_training_labels(made: Callable[.
     assert "which training needs" in refusal(task_from_training_data, data, None, None)
     data = made(rows("a", "a"), rows("a", "a"))
     assert "two or more" in refusal(task_from_training_data, data, None, None)
-
-
-def test_before_anything_is_read_there_is_a_name_only() -> None:
-    assert (
-        blank_custom_task().name,
-        blank_custom_task().text_columns,
-        blank_custom_task().label_names,
-    ) == ("custom", (), ())

@@ -16,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from rfprune.errors import UserError
 from rfprune.tasks.encoding import encode
 from rfprune.tasks.question_answering import (
     Windows,
@@ -241,11 +240,3 @@ def test_logits_at_the_answers_positions_give_the_answers(
 def test_rows_of_several_lengths_stack() -> None:
     stacked = stack_rows([np.array([1.0, 2.0]), np.array([3.0])], fill=-np.inf)
     np.testing.assert_array_equal(stacked, [[1.0, 2.0], [3.0, -np.inf]])
-
-
-def test_a_slow_tokenizer_is_refused() -> None:
-    class SlowTokenizer:
-        is_fast = False
-
-    with pytest.raises(UserError, match="fast tokenizer"):
-        make_windows(SHORT, SlowTokenizer(), ["who ?"], ["red"])

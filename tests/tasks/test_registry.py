@@ -1,4 +1,7 @@
-"""The tasks' facts, and the check that a checkpoint's head answers what the task asks."""
+"""The rows of the tasks, and the check of a checkpoint's labels against them.
+
+Without these a head with swapped labels would score below chance, unnoticed.
+"""
 
 import itertools
 import json
@@ -32,14 +35,9 @@ def test_every_task_of_the_project_is_there_under_its_own_name() -> None:
 
 @pytest.mark.parametrize("name", ["mprc", "", "MRPC", "custom"])
 def test_an_unknown_task_is_named_beside_the_known_ones(name: str) -> None:
+    """Custom is one, too, before its checkpoint and data are read."""
     with pytest.raises(UserError, match=f"{name!r}.*mrpc.*squad_v2"):
         get_task(name)
-
-
-def test_custom_is_no_task_before_its_data_is_known() -> None:
-    """A row of it with invented columns would let scripts score nonsense."""
-    with pytest.raises(UserError, match="needs a checkpoint and data"):
-        get_task(CUSTOM)
 
 
 def test_the_checkpoint_s_own_labels_are_never_refused() -> None:
@@ -59,13 +57,6 @@ def test_label_ids_are_those_of_the_hub() -> None:
     assert get_task("mnli").label_names == ("entailment", "neutral", "contradiction")
     assert get_task("mrpc").label_names == ("not_equivalent", "equivalent")
     assert get_task("sst2").label_names == ("negative", "positive")
-
-
-def test_a_head_has_as_many_outputs_as_the_task_wants() -> None:
-    counts = {name: task.num_labels for name, task in TASKS.items()}
-    assert counts.pop("stsb") == 1
-    assert counts.pop("mnli") == 3
-    assert set(counts.values()) == {2}
 
 
 @pytest.mark.parametrize(
@@ -127,13 +118,6 @@ def test_only_the_identical_order_passes_however_it_is_written(task: Any, data: 
             check_labels(config(*names), task)
 
 
-def test_labels_may_come_as_json_gives_them() -> None:
-    """config.json has text as keys, in any order."""
-    check_labels(SimpleNamespace(id2label={"1": "positive", "0": "negative"}), get_task("sst2"))
-    with pytest.raises(UserError):
-        check_labels(SimpleNamespace(id2label={"0": "positive", "1": "negative"}), get_task("sst2"))
-
-
 @pytest.mark.parametrize(
     ("task", "count", "wanted"),
     [
@@ -150,17 +134,13 @@ def test_a_wrong_number_of_labels_is_refused(task: str, count: int, wanted: str)
         check_labels(config(*names), get_task(task))
 
 
-def test_the_labels_of_another_task_are_refused() -> None:
+def test_other_label_names() -> None:
     with pytest.raises(UserError, match="those of task sst2, not of mrpc"):
         check_labels(config("NEGATIVE", "POSITIVE"), get_task("mrpc"))
-
-
-def test_labels_nobody_knows_are_taken_in_order_with_a_warning() -> None:
     with pytest.warns(RfpruneWarning, match="foo, bar.*negative, positive"):
         check_labels(config("foo", "bar"), get_task("sst2"))
-
-
-def test_label_ids_with_gaps_are_refused() -> None:
+    # config.json has text as keys, in any order
+    check_labels(SimpleNamespace(id2label={"1": "positive", "0": "negative"}), get_task("sst2"))
     with pytest.raises(UserError, match=r"ids \[0, 2\]"):
         check_labels(SimpleNamespace(id2label={0: "negative", 2: "positive"}), get_task("sst2"))
 
