@@ -11,5 +11,5 @@ def demo_path() -> Path:
 
 
 def demo_data_dir() -> Path:
-    """The data folder (--data-dir): the validation split of SST-2 and a sample of its train split."""
+    """The data folder (--data-dir): SST-2's validation split and a sample of its train split."""
     return Path(__file__).parent / "data"
