@@ -44,7 +44,8 @@ all-MiniLM-L6-v2 (sentence-transformers, Apache-2.0; from Microsoft's MiniLM, MI
 44,800 sentences of SST-2. The weights are stored in half precision and run in float32. The
 vocabulary is cut from {source_tokens} to {kept_tokens} pieces: those of the sentences below, and
 all single characters. The tokenizer splits these sentences exactly as the full one does, and other
-text into more pieces. The weights are under the Apache License 2.0, like the rest of this repository.
+text into more pieces. The weights are under the Apache License 2.0, like the rest of this
+repository.
 
 **Data.** `data/sst2/`: the whole validation split (872 sentences) and {train_rows} of the 67,349 of
 the training split (seed {seed}), with the columns of the hub's `nyu-mll/glue`. The Stanford
