@@ -87,7 +87,7 @@ def _measure(options: argparse.Namespace) -> tuple[LatencyTable, Layout]:
     from rfprune.model.layout import layout_of
 
     device = pick_device(options.device)
-    model = _load(options, getattr(torch, options.dtype)).to(device)
+    model = load_model(options.model, options.synthetic, getattr(torch, options.dtype)).to(device)
     layout = layout_of(model)
     batch = _batch(model, options)
     try:
@@ -106,8 +106,12 @@ def _measure(options: argparse.Namespace) -> tuple[LatencyTable, Layout]:
     return table, layout
 
 
-def _load(options: argparse.Namespace, dtype: Any) -> Any:
-    """The model in eval mode, whatever its head.
+def load_model(name: str | None, synthetic: str | None, dtype: Any) -> Any:
+    """A model in eval mode, with any head.
+
+    Args:
+        name: of a checkpoint: a folder, dense or pruned, a hub id, an alias, or demo.
+        synthetic: or of one of `SYNTHETIC`, with random weights.
 
     Raises:
         UserError: there is no such checkpoint, or it cannot be loaded.
@@ -115,9 +119,9 @@ def _load(options: argparse.Namespace, dtype: Any) -> Any:
     import torch
     import transformers
 
-    if options.synthetic is not None:
+    if synthetic is not None:
         torch.manual_seed(0)
-        config = transformers.BertConfig(**SYNTHETIC[options.synthetic])
+        config = transformers.BertConfig(**SYNTHETIC[synthetic])
         return transformers.BertForSequenceClassification(config).to(dtype).eval()
     from rfprune.checkpoints.inspection import read_config
     from rfprune.checkpoints.loading import quiet_transformers, resolve_model
@@ -125,14 +129,14 @@ def _load(options: argparse.Namespace, dtype: Any) -> Any:
     from rfprune.tasks.registry import get_task
 
     # an alias has the same shapes for every task
-    source = resolve_model(options.model, get_task("sst2"))
+    source = resolve_model(name or "", get_task("sst2"))
     with quiet_transformers():
         try:
             config = read_config(source)
             if "rfprune" in config:
                 return load_pruned(source, dtype=dtype).eval()
-            name = (config.get("architectures") or ["AutoModel"])[0]
-            model_class = getattr(transformers, name, transformers.AutoModel)
+            architecture = (config.get("architectures") or ["AutoModel"])[0]
+            model_class = getattr(transformers, architecture, transformers.AutoModel)
             return model_class.from_pretrained(source, dtype=dtype).eval()
         except UserError:
             raise

@@ -126,36 +126,6 @@ def add_model_or_synthetic(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", metavar="FOLDER", help="a dense checkpoint")
 
 
-def load_dense(synthetic: str | None, folder: str | None) -> Any:
-    """A model with random weights, by its size, or the checkpoint in a folder; float32, on the CPU.
-
-    Raises:
-        UserError: the folder holds no model that transformers can load.
-    """
-    import torch
-    import transformers
-
-    from rfprune.checkpoints.loading import quiet_transformers
-
-    if synthetic is not None:
-        config = transformers.BertConfig(**SYNTHETIC[synthetic])
-        torch.manual_seed(0)
-        return transformers.BertForSequenceClassification(config).eval()
-    assert folder is not None
-    try:
-        with quiet_transformers():
-            config = transformers.AutoConfig.from_pretrained(folder)
-            name = (config.architectures or ["none"])[0]
-            model_class = getattr(transformers, name, transformers.AutoModel)
-            return model_class.from_pretrained(folder, dtype=torch.float32).eval()
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:150]
-        raise UserError(
-            f"--model {folder} cannot be loaded ({reason}): give a folder with a model of "
-            f"transformers, or --synthetic."
-        ) from error
-
-
 def random_batch(model: Any, batch_size: int, length: int) -> dict[str, Tensor]:
     """Random tokens without padding on the model's device; the tokens change no time.
 

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from rfprune.cli.exit_codes import RESUMABLE, script
 from scripts.bench import harness
 from scripts.bench.harness import Conditions, machine
-from scripts.bench.models import add_model_or_synthetic, load_dense, random_batch
+from scripts.bench.models import add_model_or_synthetic, random_batch
+from scripts.profile_latency import load_model
 
 if TYPE_CHECKING:
     from rfprune.result import PruneResult
@@ -79,8 +80,8 @@ def _measure(options: argparse.Namespace, group: Sequence[Conditions]) -> Iterat
     from rfprune.pruning import prune_family
     from rfprune.settings import Settings
 
-    model = load_dense(options.synthetic, options.model)
-    model = model.to(options.device, getattr(torch, options.dtype))
+    dtype = getattr(torch, options.dtype)
+    model = load_model(options.model, options.synthetic, dtype).to(options.device)
     batch = random_batch(model, options.batch_size, options.length)
     table = profile_latency(
         model,

@@ -1,17 +1,21 @@
-"""Seconds and memory of pruning a checkpoint, beside those of a training step on the same examples.
+"""Seconds and memory of pruning a checkpoint, by one process or several, beside a training step.
 
-python -m scripts.bench.pruning_time --model CHECKPOINT --task sst2 --data-dir data --samples 1024
+python -m scripts.bench.pruning_time --model CHECKPOINT --task sst2 --samples 1024 --processes 1 2
 
-The two yardsticks are one forward and backward pass with gradients of all parameters (a training
-step without its optimizer, in eval mode), and the floor: one such pass and two forward passes. Both
-are timed before and after every run. Peak memory is that of a fresh process.
+Every run is a fresh launch, on a CPU; only pruning itself is timed. In every round the yardsticks
+are timed too: one forward and backward pass with gradients of all parameters (a training step
+without its optimizer, in eval mode), and the floor, one such pass and two forward passes. Several
+processes have one thread each.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 import resource
+import socket
 import statistics
 import sys
 import time
@@ -23,10 +27,12 @@ from rfprune.cli.exit_codes import RESUMABLE, script
 from rfprune.settings import METHODS
 from scripts.bench import harness
 from scripts.bench.harness import Conditions, machine
-from scripts.bench.models import Batch, load_checkpoint, settings_of
+from scripts.bench.models import Batch, load_checkpoint, num_examples, settings_of
 
-LOAD = "load"
-"""The process that only loads model and data."""
+YARDSTICKS = "yardsticks"
+"""The process that loads model and data, and times the yardsticks."""
+
+Runs = Sequence[Mapping[str, Any]]
 
 
 @script(RESUMABLE)
@@ -36,80 +42,135 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = _parser().parse_args(arguments)
     if options.alone:
-        print(json.dumps(_alone(options)))
+        print(
+            json.dumps(
+                _time_yardsticks(options) if options.alone == YARDSTICKS else _prune(options)
+            )
+        )
         return 0
     shared = harness.conditions_of(options, ("model", "task", "constraint", "batch_size"))
+    shared["requested_samples"] = options.samples
     wanted = [
         shared | one
-        for one in harness.each_combination(
-            requested_samples=options.samples, method=options.method
-        )
+        for one in harness.each_combination(method=options.method, processes=options.processes)
     ]
     here = machine("cpu")
     output = options.output or harness.default_output(
         "pruning_time", shared["model"], f"{here['threads']}thread"
     )
-    same = {name: here[name] for name in ("device_name", "threads")}
+    same = {name: here[name] for name in ("device_name", "threads", "cores")}
     measure = partial(_measure, options, arguments)
-    return harness.complete(
-        __file__, output, wanted, measure, group_by=("requested_samples",), same=same
-    )
+    return harness.complete(__file__, output, wanted, measure, same=same)
 
 
 def _parser() -> argparse.ArgumentParser:
     names = "model task data-dir method constraint samples batch-size rounds"
     parser = harness.parser_of(
-        __doc__, names, method=["curvature", "kwon"], constraint=0.5, samples=[2048], rounds=3
+        __doc__, names, method=["curvature", "kwon"], constraint=0.5, rounds=3
     )
-    parser.add_argument("--alone", choices=(LOAD, *METHODS), help=argparse.SUPPRESS)
+    number = harness.count("--processes")
+    parser.add_argument("--processes", nargs="+", type=number, default=[1], help="default: 1")
+    parser.add_argument("--alone", choices=(YARDSTICKS, *METHODS), help=argparse.SUPPRESS)
     return parser
 
 
 def _measure(
     options: argparse.Namespace, arguments: Sequence[str], group: Sequence[Conditions]
 ) -> Iterator[dict[str, Any]]:
-    """Medians over rounds of the seconds by stage, and their sum as a multiple of the yardsticks,
-    each the mean of its values right before and right after."""
-    from rfprune.cost.constraint import Constraint
-    from rfprune.model.batch import token_mask
-    from rfprune.pruning import prune
-
-    samples, methods = group[0]["requested_samples"], [one["method"] for one in group]
-    constraint = Constraint("mac", options.constraint)
-    # before anything is loaded here: a new process inherits the peak of its parent
-    peaks = {
-        name: harness.in_process(
-            "scripts.bench.pruning_time",
-            [*arguments, "--samples", str(samples), "--alone", name],
-        )
-        for name in (LOAD, *methods)
-    }
-    checkpoint = load_checkpoint(options)
-    model, batches = checkpoint.model, checkpoint.batches(samples, seed=0, labels=True)
-    yardsticks_of(model, batches[:2])  # the first passes of a process are slower
-    yardsticks = [yardsticks_of(model, batches)]
-    runs: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
+    """Medians over the rounds; all that is compared takes turns."""
+    yardsticks: list[dict[str, Any]] = []
+    runs: list[list[dict[str, Any]]] = [[] for _ in group]
     for _ in range(options.rounds):
-        for method in methods:
-            result = prune(model, batches, constraint, settings_of(method=method))
-            yardsticks.append(yardsticks_of(model, batches))
-            total = result.seconds["prune_total"]
-            around = _each(statistics.mean, yardsticks[-2:])
-            multiples = {f"times_{name}": total / seconds for name, seconds in around.items()}
-            runs[method].append(result.seconds | multiples)
-    for conditions in group:
-        own = runs[conditions["method"]]
+        yardsticks.append(_launch(1, [*arguments, "--alone", YARDSTICKS]))
+        for own, one in zip(runs, group, strict=True):
+            own.append(_launch(one["processes"], [*arguments, "--alone", one["method"]]))
+    step = _medians(yardsticks, "seconds")
+    by_method: dict[str, set[str]] = {}
+    for own, one in zip(runs, group, strict=True):
+        by_method.setdefault(one["method"], set()).update(run["masks"] for run in own)
+    for own, conditions in zip(runs, group, strict=True):
+        seconds = _medians(own, "seconds")
+        total = seconds["prune_total"]
         yield {
             **conditions,
-            "tokens": sum(int(token_mask(batch).sum()) for batch in batches),
+            "samples": own[0]["samples"],
+            "tokens": yardsticks[0]["tokens"],
             "rounds": options.rounds,
-            "yardsticks": _each(statistics.median, yardsticks),
-            "seconds": _each(statistics.median, own),
-            "all_seconds": [run["prune_total"] for run in own],
-            "model_bytes": peaks[LOAD]["model_bytes"],
-            "load_peak_bytes": peaks[LOAD]["peak_bytes"],
-            "peak_bytes": peaks[conditions["method"]]["peak_bytes"],
+            "yardsticks": step,
+            "seconds": seconds,
+            "all_seconds": [run["seconds"]["prune_total"] for run in own],
+            **{f"times_{name}": total / value for name, value in step.items()},
+            "model_bytes": yardsticks[0]["model_bytes"],
+            "load_peak_bytes": max(run["peak_bytes"] for run in yardsticks),
+            "peak_bytes": max(run["peak_bytes"] for run in own),
+            "same_masks": len(by_method[conditions["method"]]) == 1,
+            "load_average": round(os.getloadavg()[0], 2),
         }
+
+
+def _medians(runs: Runs, name: str) -> dict[str, float]:
+    return {key: statistics.median(run[name][key] for run in runs) for key in runs[0][name]}
+
+
+def _launch(processes: int, arguments: Sequence[str]) -> dict[str, Any]:
+    """The answer of the first of so many new processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environments = [
+        {**group, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+        for rank in range(processes)
+    ]
+    found: dict[str, Any]
+    found, *_ = harness.in_processes(
+        "scripts.bench.pruning_time", arguments, environments if processes > 1 else [{}]
+    )
+    return found
+
+
+def _prune(options: argparse.Namespace) -> dict[str, Any]:
+    """Prune in this process, or in this one of several."""
+    import torch
+
+    from rfprune import distributed
+    from rfprune.cost.constraint import Constraint
+    from rfprune.pruning import prune
+
+    with distributed.process_group(torch.device("cpu")):
+        checkpoint = load_checkpoint(options)
+        batches = checkpoint.batches(options.samples, seed=0)
+        constraint, settings = (
+            Constraint("mac", options.constraint),
+            settings_of(method=options.alone),
+        )
+        few = batches[: distributed.world_size()]
+        prune(checkpoint.model, few, constraint, settings)  # the first passes are slower
+        distributed.barrier()
+        result = prune(checkpoint.model, batches, constraint, settings)
+        distributed.barrier()
+    kept = b"".join((mask != 0).numpy().tobytes() for mask in result.masks)
+    return {
+        "seconds": result.seconds,
+        "samples": num_examples(batches),
+        "masks": hashlib.sha256(kept).hexdigest(),
+        "peak_bytes": _peak_bytes(),
+    }
+
+
+def _time_yardsticks(options: argparse.Namespace) -> dict[str, Any]:
+    from rfprune.model.batch import token_mask
+
+    checkpoint = load_checkpoint(options)
+    batches = checkpoint.batches(options.samples, seed=0, labels=True)
+    peak = _peak_bytes()
+    yardsticks_of(checkpoint.model, batches[:2])  # the first passes are slower
+    return {
+        "seconds": yardsticks_of(checkpoint.model, batches),
+        "tokens": sum(int(token_mask(batch).sum()) for batch in batches),
+        "model_bytes": checkpoint.model.get_memory_footprint(),
+        "peak_bytes": peak,
+    }
 
 
 def yardsticks_of(model: Any, batches: Sequence[Batch]) -> dict[str, float]:
@@ -129,25 +190,10 @@ def yardsticks_of(model: Any, batches: Sequence[Batch]) -> dict[str, float]:
     return {"forward_backward": forward_backward, "floor": forward_backward + 2 * (end - middle)}
 
 
-def _each(summarise: Any, rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {name: float(summarise([row[name] for row in rows])) for name in rows[0]}
-
-
-def _alone(options: argparse.Namespace) -> dict[str, float]:
-    """Peak memory of a process that loads model and data, and prunes unless it is LOAD."""
-    from rfprune.cost.constraint import Constraint
-    from rfprune.pruning import prune
-
-    checkpoint = load_checkpoint(options)
-    batches = checkpoint.batches(options.samples[0], seed=0, labels=True)
-    if options.alone != LOAD:
-        constraint = Constraint("mac", options.constraint)
-        prune(checkpoint.model, batches, constraint, settings_of(method=options.alone))
+def _peak_bytes() -> int:
+    """The most memory that this process has had."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {
-        "peak_bytes": peak if sys.platform == "darwin" else 1024 * peak,
-        "model_bytes": checkpoint.model.get_memory_footprint(),
-    }
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import io
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,38 +156,6 @@ def _quality_table(cells: Sequence[Cell]) -> str:
         [line for cell in cells for line in cell.lines], lambda mark: table(heads, rows(mark))
     )
     return f"{caption(cells)}\n\n{text}"
-
-
-def summary(lines: Sequence[Line]) -> str:
-    """summary.csv: a line a cell, scores in points of 100, seconds of pruning."""
-    file = io.StringIO()
-    rows = [_summary_row(cell) for cell in cells_of(lines)]
-    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue()
-
-
-def _summary_row(cell: Cell) -> dict[str, Any]:
-    line = cell.lines[0]
-    spread = {
-        f"{name}_{which}": function(cell.values(name))
-        for name in ("score", "divergence")
-        for which, function in (("mean", fmean), ("min", min), ("max", max))
-    }
-    numbers = {
-        "original_score": cell.mean("original_score"),
-        **spread,
-        "mac_kept": cell.mean("achieved", "mac"),
-        "params_kept": cell.mean("achieved", "params"),
-        "prune_seconds": cell.mean("seconds", "prune_total"),
-    }
-    return {
-        **{name: line[name] for name in (*ROW, "constraint", "metric_name")},
-        "evaluated_examples": line["evaluated_examples"],
-        "seeds": len(cell.lines),
-        **{name: f"{number:.4f}" for name, number in numbers.items()},
-    }
 
 
 def overview(lines: Sequence[Line], peers: str) -> str:
@@ -405,23 +373,32 @@ def _inline(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")
 
 
-def drawn_rows(summary_csv: str) -> list[dict[str, str]]:
-    """The rows of summary.csv that the figure shows."""
-    rows = csv.DictReader(summary_csv.splitlines())
-    return [row for row in rows if row.get("variant") in DRAWN and row["metric"] == "mac"]
+def drawn_cells(lines: Iterable[Line]) -> list[Cell]:
+    """What the figure shows."""
+    own = [line for line in lines if line["variant"] in DRAWN and line["metric"] == "mac"]
+    return cells_of(own)
 
 
-def draw(summary_csv: str, path: Path, digest: str) -> None:
-    """summary.png: a column a model and task, score above, divergence below; mean and range over
-    seeds. The picture carries the digest."""
+def figure_digest(cells: Sequence[Cell]) -> str:
+    """SHA-256 of the numbers that the figure shows; the picture carries it."""
+    numbers = [
+        (cell.row, cell.constraint, *(cell.values(name) for name in ("score", "divergence")))
+        for cell in cells
+    ]
+    return hashlib.sha256(repr(numbers).encode()).hexdigest()
+
+
+def draw(cells: Sequence[Cell], path: Path) -> None:
+    """A column a model and task, score above, divergence below; mean and range over seeds."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    columns: dict[tuple[str, str], list[dict[str, str]]] = {}
-    for row in drawn_rows(summary_csv):
-        columns.setdefault((row["model"], row["task"]), []).append(row)
+    columns: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        line = cell.lines[0]
+        columns.setdefault((line["model"], line["task"]), []).append(cell)
     figure, axes = plt.subplots(
         2, len(columns), figsize=(3.2 * len(columns) + 0.6, 5.2), sharex=True, squeeze=False
     )
@@ -432,23 +409,22 @@ def draw(summary_csv: str, path: Path, digest: str) -> None:
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
-    figure.savefig(path, dpi=130, metadata={"Software": None, "Description": digest})
+    figure.savefig(path, dpi=130, metadata={"Software": None, "Description": figure_digest(cells)})
     plt.close(figure)
 
 
-def _draw_column(above: Any, below: Any, rows: Sequence[Mapping[str, str]]) -> None:
-    first = rows[0]
+def _draw_column(above: Any, below: Any, cells: Sequence[Cell]) -> None:
+    first = cells[0].lines[0]
     above.set_title(f"{first['task']} ({first['metric_name']})\n{first['model']}", fontsize=10)
-    above.axhline(float(first["original_score"]), color="black", linestyle=":", label="original")
+    above.axhline(first["original_score"], color="black", linestyle=":", label="original")
     for variant, (label, colour, marker) in DRAWN.items():
-        own = [row for row in rows if row["variant"] == variant]
-        own.sort(key=lambda row: float(row["constraint"]))
-        kept = [100 * float(row["constraint"]) for row in own]
+        own = [cell for cell in cells if cell.row[-1] == variant]
+        kept = [100 * cell.constraint for cell in own]
         for axis, name in ((above, "score"), (below, "divergence")):
-            mean, low, high = (
-                [float(row[f"{name}_{which}"]) for row in own] for which in ("mean", "min", "max")
-            )
-            axis.plot(kept, mean, color=colour, marker=marker, markersize=4, label=label)
+            values = [cell.values(name) for cell in own]
+            means = [fmean(one) for one in values]
+            axis.plot(kept, means, color=colour, marker=marker, markersize=4, label=label)
+            low, high = [min(one) for one in values], [max(one) for one in values]
             axis.fill_between(kept, low, high, color=colour, alpha=0.15, linewidth=0)
     below.set_yscale("log")
     below.set_xlabel("MACs kept (%)")

@@ -36,10 +36,10 @@ from scripts.bench.models import (
     add_model_or_synthetic,
     draw_structure,
     layers_of,
-    load_dense,
     pruned_to,
     random_batch,
 )
+from scripts.profile_latency import load_model
 
 if TYPE_CHECKING:
     from rfprune.latency.timing import Ratio
@@ -193,8 +193,8 @@ def make_field(options: argparse.Namespace, group: Sequence[Conditions]) -> Fiel
     from rfprune.model.layout import layout_of
 
     first = group[0]
-    dense = load_dense(options.synthetic, options.model)
-    dense.to(first["device"], getattr(torch, first["dtype"]))
+    dtype = getattr(torch, first["dtype"])
+    dense = load_model(options.model, options.synthetic, dtype).to(first["device"])
     layout = layout_of(dense)
     pruned = {}
     for ratio, round_to in dict.fromkeys(structure_of(one) for one in group):

@@ -10,7 +10,6 @@ results/README.md, or is a file of its own in results/.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +37,6 @@ SECTIONS: Mapping[str, tuple[str, Callable[[Lines], str]]] = {
     "compact": ("compact", time_tables.compact),
     "exports": ("exports", time_tables.exports),
     "pruning-time": ("pruning_time", time_tables.pruning_time),
-    "processes": ("processes", time_tables.processes),
     "scale": ("scale", time_tables.scale),
     "first-model": ("first_model", time_tables.first_model),
 }
@@ -49,7 +47,6 @@ PAGES: Mapping[str, tuple[str, Callable[[Lines], str]]] = {
     "promise.md": ("promise", time_tables.promise),
     "speedup.md": ("speedup", time_tables.speedup),
     "operators.md": ("operators", time_tables.operators),
-    "summary.csv": ("quality", score_tables.summary),
 }
 """Files of their own in results/."""
 
@@ -69,29 +66,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
     options = parser.parse_args(argv)
-    wanted = texts(options.results, options.readme)
+    files = read_results(options.results)
+    wanted = texts(files, options.results, options.readme)
     stale = [path for path, text in wanted.items() if not path.exists() or read(path) != text]
-    figure, summary = options.results / "summary.png", wanted[options.results / "summary.csv"]
-    has_figure = bool(score_tables.drawn_rows(summary))
-    figure_is_stale = has_figure and not _is_figure_of(figure, summary)
-    if not options.check:
-        for path in stale:
+    quality = [line for part in of_kind(files, "quality").values() for line in part]
+    cells, figure = score_tables.drawn_cells(quality), options.results / "summary.png"
+    if cells and not _shows(figure, score_tables.figure_digest(cells)):
+        stale.append(figure)
+    for path in stale:
+        if options.check:
+            sys.stderr.write(f"tables: {path} is stale: run python -m scripts.bench.tables\n")
+            continue
+        if path == figure:
+            score_tables.draw(cells, path)
+        else:
             write(path, wanted[path])
-        if figure_is_stale:
-            score_tables.draw(summary, figure, _digest(summary))
-    for path in [*stale, *[figure] * figure_is_stale]:
-        advice = ": run python -m scripts.bench.tables" if options.check else ""
-        sys.stderr.write(f"tables: {path} {'is stale' if options.check else 'written'}{advice}\n")
-    return 1 if options.check and (stale or figure_is_stale) else 0
+        sys.stderr.write(f"tables: wrote {path}\n")
+    return 1 if options.check and stale else 0
 
 
-def texts(results: Path, readme: Path) -> dict[Path, str]:
+def texts(files: Files, results: Path, readme: Path) -> dict[Path, str]:
     """What each file should hold.
 
     Raises:
-        UserError: a result file cannot be read, or a marker is missing.
+        UserError: a line is no result, or a marker is missing.
     """
-    files = read_results(results)
     of_results = results / "README.md"
     page = read(of_results)
     for name, (kind, make) in SECTIONS.items():
@@ -207,13 +206,9 @@ def with_section(page: str, name: str, text: str, path: Path) -> str:
     return f"{before}{begin}\n\n{text}\n{end}{after}"
 
 
-def _digest(summary: str) -> str:
-    return hashlib.sha256(summary.encode()).hexdigest()
-
-
-def _is_figure_of(path: Path, summary: str) -> bool:
-    """The picture carries the digest of the numbers that it shows."""
-    return path.exists() and _digest(summary).encode() in path.read_bytes()
+def _shows(figure: Path, digest: str) -> bool:
+    """Whether the picture was drawn from the numbers of this digest."""
+    return figure.exists() and digest.encode() in figure.read_bytes()
 
 
 def read(path: Path) -> str:

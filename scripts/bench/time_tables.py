@@ -209,33 +209,23 @@ def _operators_table(line: Line) -> str:
 
 
 def compact(lines: Sequence[Line]) -> str:
-    """A row for every compact model: difference from the masked one, bytes, speedup by shape."""
+    """A row for every compact model: differences from the masked one and the original, bytes."""
     heads = ["model, method", "MACs", "compact - masked", "compact - original", "weights"]
-    heads += ["speedup of ideal (quotient), by batch x tokens"]
 
     def rows(mark: Mark) -> Iterator[list[str]]:
         for line in lines:
-            speeds = [
-                f"{one['batch_size']} x {one['tokens']}: {one['speedup']:.2f} of "
-                f"{one['ideal']:.2f} ({one['speedup'] / one['ideal']:.2f})"
-                for one in line["speed"]
-            ]
             yield [
                 f"{line['model']}, {line['method']}{mark([line])}",
                 f"{line['achieved']['mac']:.3f}",
                 f"{line['max_difference']:.1e}",
                 f"{line['original_difference']:.2g}",
                 f"{line['bytes'] / 1e6:.1f} of {line['original_bytes'] / 1e6:.1f} MB",
-                "; ".join(speeds),
             ]
 
-    sentences = max(line["sentences"] for line in lines)
+    first = lines[0]
     text = marked(lines, lambda mark: table(heads, rows(mark)))
-    return f"Largest difference of a logit over {sentences:,} sentences; {_on(lines)}.\n\n{text}"
-
-
-def _on(lines: Sequence[Line]) -> str:
-    return "; ".join(dict.fromkeys(device_of(line) for line in lines))
+    conditions = f"{first['sentences']:,} sentences; {device_of(first)}"
+    return f"Largest difference of a logit over {conditions}.\n\n{text}"
 
 
 def exports(lines: Sequence[Line]) -> str:
@@ -261,53 +251,29 @@ def _exports_table(line: Line) -> str:
 
 
 def pruning_time(lines: Sequence[Line]) -> str:
-    """A row for every method: seconds by stage, multiples of a training step, peak memory."""
-    heads = ["model, examples", "method", "seconds", "by stage", "of a forward-backward pass"]
-    heads += ["of the floor", "peak memory", "peak of loading alone"]
-    skipped = ("prune_total", "times_forward_backward", "times_floor")
+    """A row for every method and number of processes: seconds, training steps, peak memory."""
+    heads = ["model, examples", "method", "processes", "seconds", "by stage"]
+    heads += ["forward-backward passes", "floors", "peak memory (loading alone)", "same masks"]
 
     def rows(mark: Mark) -> Iterator[list[str]]:
         for line in lines:
-            seconds = line["seconds"]
-            stages = [f"{name} {own:.1f}" for name, own in seconds.items() if name not in skipped]
+            stages = [f"{name} {own:.1f}" for name, own in line["seconds"].items()]
+            passes = [line["times_forward_backward"], line["times_floor"]]
+            peaks = [line["peak_bytes"], line["load_peak_bytes"]]
+            shown = [f"{peak / 1e9:.2f} GB" if peak else "" for peak in peaks]
             yield [
                 f"{line['model']}, {line['requested_samples']:,}{mark([line])}",
                 line["method"],
-                f"{seconds['prune_total']:.1f}",
-                ", ".join(stages),
-                f"{seconds['times_forward_backward']:.2f} x",
-                f"{seconds['times_floor']:.2f} x",
-                f"{line['peak_bytes'] / 1e9:.2f} GB",
-                f"{line['load_peak_bytes'] / 1e9:.2f} GB",
+                str(line["processes"]),
+                f"{line['seconds']['prune_total']:.1f}",
+                ", ".join(stage for stage in stages if not stage.startswith("prune_total")),
+                *("" if value is None else f"{value:.2f}" for value in passes),
+                f"{shown[0]} ({shown[1]})" if peaks[0] else "",
+                {None: "", True: "yes", False: "NO"}[line["same_masks"]],
             ]
 
-    return f"{_on(lines)}.\n\n{marked(lines, lambda mark: table(heads, rows(mark)))}"
-
-
-def processes(lines: Sequence[Line]) -> str:
-    """A row for every method and number of processes: seconds, beside those of the fewest."""
-    stages = ("collect", "search", "tune", "prune_total")
-    heads = ["model, examples", "method", "processes", *stages, "same masks in all runs"]
-
-    def rows(mark: Mark) -> Iterator[list[str]]:
-        for group in grouped(lines, ("model", "requested_samples", "method")):
-            first = min(group, key=lambda line: line["processes"])
-            for line in group:
-                seconds = [
-                    f"{line['seconds'][name]:.1f} "
-                    f"({line['seconds'][name] / first['seconds'][name]:.2f})"
-                    for name in stages
-                ]
-                yield [
-                    f"{line['model']}, {line['samples']:,}{mark([line])}",
-                    line["method"],
-                    str(line["processes"]),
-                    *seconds,
-                    "yes" if line["same_masks"] else "NO",
-                ]
-
-    text = marked(lines, lambda mark: table(heads, rows(mark)))
-    return f"Seconds (as a fraction of one process), one thread each; {_on(lines)}.\n\n{text}"
+    devices = "; ".join(dict.fromkeys(device_of(line) for line in lines))
+    return f"{devices}.\n\n{marked(lines, lambda mark: table(heads, rows(mark)))}"
 
 
 def scale(lines: Sequence[Line]) -> str:
