@@ -169,7 +169,7 @@ def test_the_ideal_speedup_counts_what_the_pruned_model_runs(
     for line, model in zip(found, pruned * 2, strict=True):
         before, after = (total_macs(layout_of(one), line["length"]) for one in (dense, model))
         assert line["ideal"] == pytest.approx(before / after, rel=1e-4)
-        assert line["quotient"] == pytest.approx(line["speedup"] / line["ideal"], rel=1e-3)
+        assert line["quotient"] == pytest.approx(line["speedup"] / line["ideal"], abs=1e-4)
         assert (line["rounds"], line["machine"]["threads"]) == (2, torch.get_num_threads())
         sizes = [block.num_units for block in layout_of(model).blocks]
         kept = [size for layer in line["layers"] for size in layer.values()]
