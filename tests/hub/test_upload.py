@@ -27,7 +27,7 @@ HOSTILE_NAMES = [
     *("", " ", ".", "..", "../secret", "a/../b", "/etc/passwd", "a/b/c", "a//b", "a/", "/a"),
     *("~/model", "a\\b", "a b", "user/na me", "a\nb", "a/b\n", "-x", "x-", ".x", "a--b", "a..b"),
     *("user/model.git", "https://huggingface.co/a/b", "a?b", "a#b", "a%2fb", "a:b", "\u0444/b"),
-    *("x" * 97, "a/" + "x" * 200, "$(reboot)", "a;b", "a\0b"),
+    *("x" * 97, "a/" + "x" * 96, "a/" + "x" * 200, "$(reboot)", "a;b", "a\0b"),
 ]
 
 

@@ -128,6 +128,8 @@ def test_the_card_has_measurements_command_and_limits(report: MakeReport) -> Non
     ):
         assert part in text, part
     assert "![Heads and neurons kept in each layer](plots/kept.png)" in card
+    early = report(latency={"batch_size": 32, "sequence_length": 58})
+    assert "median of several forward passes" in shown(render_card(early))
     labelled = report(settings=report()["settings"] | {"use_labels": True})
     assert "with their labels" in render_card(labelled)
     spearman = shown(render_card(report(task="stsb", metric_name="spearmanr")))

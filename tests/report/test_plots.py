@@ -18,6 +18,7 @@ from rfprune.report.figures import (
     RUN_FIGURES,
     error_curves,
     importance_by_depth,
+    kept_per_layer,
     max_drop_figure,
     number_layers,
     time_by_stage,
@@ -142,6 +143,8 @@ def test_undefined_scores_are_left_out(report: MakeReport) -> None:
     assert "stages" not in speced(report(stages=stages))
     pruned = report()["pruned"] | {"score": None}
     assert draw_frontier([("a", report(pruned=pruned))]) == ()
+    assert kept_per_layer(report(layers=[])) is None
+    assert time_by_stage(report(seconds={"prune_total": 0.0})) is None
 
 
 def test_curves_of_zeros_and_blocks_without_units_are_drawn(
@@ -167,6 +170,10 @@ def test_the_frontier_has_a_figure_per_task_and_a_line_per_method(report: MakeRe
     assert set(plots) == {"frontier-mrpc", "frontier-sst2"}
     shown = texts(plots["frontier-mrpc"])
     assert "folder, curvature" in shown and "folder, kwon" in shown
+    other = report(metric="params", seed=4)
+    (plot,) = draw_frontier([("a", report()), ("b", other)])
+    assert "folder, curvature, parameters, seed 4" in texts(plot)
+    assert "cost kept (%)" in texts(plot)
     assert "with 30% kept" in plots["frontier-mrpc"].description
 
 
