@@ -102,8 +102,9 @@ def compute_scores(
     """All scores of a task by its metric: points of 100, except a perplexity.
 
     Args:
-        predictions: what the task's metric module takes, one entry per example; so are the
-            `references`, None for a perplexity.
+        task: decides the metric, see `metric_of_task`.
+        predictions: inputs of the metric module, one per example.
+        references: the same; None for a perplexity.
         arguments: further arguments of the metric, such as `no_answer_threshold`.
 
     Raises:
@@ -125,7 +126,7 @@ def accuracy(predictions: ArrayLike, references: ArrayLike) -> float:
 
 
 def f1(predictions: ArrayLike, references: ArrayLike) -> float:
-    """F1 of label id 1, from label ids (N,); 0 where no row is or is said to be 1."""
+    """F1 of label id 1 from label ids (N,); 0 if no row has it, in either column."""
     from sklearn.metrics import f1_score
 
     predicted, truth = _pair(predictions, references)
@@ -133,7 +134,7 @@ def f1(predictions: ArrayLike, references: ArrayLike) -> float:
 
 
 def f1_macro(predictions: ArrayLike, references: ArrayLike) -> float:
-    """Mean F1 of the classes that are there or predicted, from label ids (N,)."""
+    """Mean F1 of the classes that are predicted or in the references, from label ids (N,)."""
     from sklearn.metrics import f1_score
 
     predicted, truth = _pair(predictions, references)
@@ -141,21 +142,19 @@ def f1_macro(predictions: ArrayLike, references: ArrayLike) -> float:
 
 
 def f1_micro(predictions: ArrayLike, references: ArrayLike) -> float:
-    """F1 over all labels of all rows together, from 0 and 1 for every label, (N, L); 0 where none
-    is or is said to be there."""
+    """F1 over all labels of all rows together, from 0 or 1 per label, (N, L)."""
     predicted, truth = (np.asarray(values).ravel() for values in (predictions, references))
     return f1(predicted, truth.astype(np.int64))
 
 
 def f1_labels(predictions: ArrayLike, references: ArrayLike) -> float:
-    """Mean F1 of the L labels, from 0 and 1 for every label, (N, L); of a label that never is or is
-    said to be there it is 0."""
+    """Mean F1 of the L labels from 0 or 1 per label, (N, L); 0 for a label that never occurs."""
     columns = (np.asarray(values).astype(np.int64).T for values in (predictions, references))
     return float(np.mean([f1(*pair) for pair in zip(*columns, strict=True)]))
 
 
 def matthews_correlation(predictions: ArrayLike, references: ArrayLike) -> float:
-    """Matthews correlation of label ids (N,); 0 where either side is constant."""
+    """Matthews correlation of label ids (N,); 0 if either column is constant."""
     from sklearn.metrics import matthews_corrcoef
 
     predicted, truth = _pair(predictions, references)
@@ -165,14 +164,14 @@ def matthews_correlation(predictions: ArrayLike, references: ArrayLike) -> float
 
 
 def pearson(predictions: ArrayLike, references: ArrayLike) -> float:
-    """Pearson correlation of values (N,); 0 where it is undefined: either side constant."""
+    """Pearson correlation of values (N,); 0 if either column is constant."""
     from scipy.stats import pearsonr
 
     return _correlation(pearsonr, predictions, references)
 
 
 def spearmanr(predictions: ArrayLike, references: ArrayLike) -> float:
-    """Spearman's rank correlation of values (N,); 0 where it is undefined: either side constant."""
+    """Spearman's rank correlation of values (N,); 0 if either column is constant."""
     from scipy.stats import spearmanr as scipy_spearmanr
 
     return _correlation(scipy_spearmanr, predictions, references)
@@ -229,7 +228,7 @@ def _correlation(
     if _is_constant(predicted) or _is_constant(truth):
         return 0.0
     with warnings.catch_warnings():
-        # scipy warns where values are so nearly constant that rounding may rule the result.
+        # scipy warns of values that are constant up to rounding.
         warnings.simplefilter("ignore")
         value = float(function(predicted, truth)[0])
     return value if np.isfinite(value) else 0.0

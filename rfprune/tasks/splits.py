@@ -133,7 +133,7 @@ def find_split(task: Task, split: str, data_dir: Path) -> Path:
 
 
 def _find_table_to_split(task: Task, data_dir: Path) -> Path:
-    """The one table of which --validation-fraction makes both splits."""
+    """The one table that --validation-fraction splits."""
     if data_dir.is_file():
         if data_dir.suffix not in _extensions(task):
             raise UserError(

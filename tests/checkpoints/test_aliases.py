@@ -1,4 +1,6 @@
-"""Names of architectures lead to checkpoints; everything else is left as it is, or refused."""
+"""Aliases lead to checkpoints; other names are unchanged or refused.
+
+Without these an alias could lead to the checkpoint of another task."""
 
 from pathlib import Path
 
@@ -70,6 +72,6 @@ def test_a_folder_passes_through_even_with_the_name_of_an_alias(
 @pytest.mark.parametrize(
     "name", ["./missing", "../a/b", "/no/such/folder", "a/b/c", "with space", "", "~/model"]
 )
-def test_a_missing_folder_is_said_to_be_missing(name: str) -> None:
+def test_a_missing_folder_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="does not exist.*bert-base"):
         resolve_checkpoint(name, get_task("mrpc"))

@@ -12,7 +12,7 @@ from rfprune.checkpoints.device import pick_device
 from rfprune.errors import UserError
 
 
-def test_without_a_wish_the_best_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_is_the_best_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert pick_device(None).type == "cpu"

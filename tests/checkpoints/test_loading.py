@@ -1,6 +1,6 @@
-"""A checkpoint is loaded whole and fitting, or refused in a sentence that names what is wrong.
+"""A checkpoint is loaded completely, or refused in one sentence that names the problem.
 
-Deleting this lets a random head, a foreign label order or a damaged file reach the pruning.
+Without these a random head, another label order or a damaged file could reach the pruning.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def test_a_good_checkpoint_is_loaded(
     assert loaded.tokenizer("a film")["input_ids"][0] == loaded.tokenizer.cls_token_id
 
 
-def test_weights_take_the_dtype_asked_for(folder: Path) -> None:
+def test_weights_have_the_requested_dtype(folder: Path) -> None:
     change_weights(
         folder, lambda weights: weights.update({k: v.half() for k, v in weights.items()})
     )
@@ -290,7 +290,7 @@ def test_custom_is_what_checkpoint_and_data_make(
 def test_custom_is_refused_before_weights_are_read(
     data: Path, folder: Path, tiny_folder: Callable[..., Path]
 ) -> None:
-    def told(model: Path | str) -> str:
+    def refusal(model: Path | str) -> str:
         with pytest.raises(UserError) as caught:
             resolve_task("custom", str(model), data_dir=data)
         return str(caught.value)
@@ -300,15 +300,15 @@ def test_custom_is_refused_before_weights_are_read(
     change_config(folder, problem_type="multi_label_classification")
     assert resolve_task("custom", str(folder), data_dir=data).kind == "multi-label"
     change_config(folder, architectures=["GPT2LMHeadModel"])
-    assert "--task language-modeling" in told(folder)
+    assert "--task language-modeling" in refusal(folder)
     change_config(folder, architectures=["BertForSequenceClassification"])
     change_config(folder, problem_type=None, model_type="xlnet")
-    assert "'xlnet'" in told(folder)
-    answers = told(tiny_folder("bert", "question-answering"))
+    assert "'xlnet'" in refusal(folder)
+    answers = refusal(tiny_folder("bert", "question-answering"))
     assert "no trained head for task custom" in answers
     assert "fine-tune it on your data" in answers
-    assert "task custom" in told("bert-base"), "no alias has a checkpoint for it"
-    assert "does not exist" in told("./missing")
+    assert "task custom" in refusal("bert-base"), "no alias has a checkpoint for it"
+    assert "does not exist" in refusal("./missing")
 
 
 def test_the_demo_brings_its_data(tmp_path: Path) -> None:

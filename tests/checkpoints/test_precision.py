@@ -1,6 +1,6 @@
-"""Weights are stored in the precision that they came in, and measured as they are stored.
+"""Weights are stored in the original's dtype, and scored as they are stored.
 
-Deleting this lets a pruned model be larger on disk than its original, unnoticed.
+Without these a pruned model could be larger on disk than its original.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The files of sentence-transformers folders are read, or refused, and copied whole.
 
-Deleting this lets an embedder be scored by another pooling than its own, a pruned one be loaded as
-another than it is, or a downloaded folder make a run copy files from elsewhere.
+Without these a model could be scored with another pooling than its own, or a downloaded folder
+could make a run copy files from elsewhere.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def test_a_model_that_lies_within_another_is_not_that_one(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
-def test_a_dense_module_goes_along_as_safetensors_and_is_told_of(tmp_path: Path, name: str) -> None:
+def test_a_dense_module_is_copied_as_safetensors_with_a_warning(tmp_path: Path, name: str) -> None:
     folder = embedder(tmp_path, "Dense")
     weights = dense(folder, name)
     with pytest.warns(RfpruneWarning, match="ends in a Dense module"):
@@ -175,14 +175,14 @@ def test_a_dense_module_goes_along_as_safetensors_and_is_told_of(tmp_path: Path,
         ),
     ],
 )
-def test_what_the_library_does_and_we_do_not_is_told(
+def test_differences_to_the_library_give_a_warning(
     tmp_path: Path, changes: Any, sentence: str
 ) -> None:
     with pytest.warns(RfpruneWarning, match=sentence):
         read_sentence_transformer(str(embedder(tmp_path, **changes)))
 
 
-def test_prompts_that_nobody_asked_for_are_not_told_of(tmp_path: Path) -> None:
+def test_unused_prompts_give_no_warning(tmp_path: Path) -> None:
     """Warnings are errors in these tests."""
     library = {"prompts": {"q": "query: ", "none": ""}, "default_prompt_name": "none"}
     read_sentence_transformer(str(embedder(tmp_path, library=library)))
@@ -277,7 +277,7 @@ def test_links_into_the_hubs_cache_are_followed(
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*Dense module:rfprune.errors.RfpruneWarning")
-def test_what_is_damaged_is_said_before_the_work(
+def test_damaged_files_are_refused(
     tmp_path: Path, name: str, content: str | None, sentence: str
 ) -> None:
     folder = embedder(tmp_path, "Dense")
@@ -289,7 +289,7 @@ def test_what_is_damaged_is_said_before_the_work(
 
 
 @pytest.mark.parametrize("content", ["{", "[]"])
-def test_a_damaged_list_is_said_where_the_model_is_looked_for(tmp_path: Path, content: str) -> None:
+def test_a_damaged_list_of_modules_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / MODULES_FILE).write_text(content)
     with pytest.raises(UserError, match=MODULES_FILE):
         transformer_folder(tmp_path)

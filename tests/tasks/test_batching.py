@@ -67,7 +67,7 @@ def test_padding_on_the_left_moves_the_answer_along(tiny_tokenizer: Tokenizers) 
     assert batch["attention_mask"][1].tolist()[:3] == [0, 0, 0]
 
 
-def test_labels_asked_for_must_be_there(tiny_tokenizer: Tokenizers) -> None:
+def test_missing_labels_are_refused(tiny_tokenizer: Tokenizers) -> None:
     encoded = encode(SST2, tiny_tokenizer(), plain(["the film"]).remove_columns("label"))
     assert set(make_batches(encoded, tiny_tokenizer(), 1)[0]) == {
         "input_ids",

@@ -1,7 +1,6 @@
-"""How sure a drop is said to be, against the analytic error and against whole evaluations.
+"""The standard error of a drop, against the analytic error and against full evaluations.
 
-Without these, a drop could be resampled unpaired, over another split, or by another score than the
-one that is reported, and the promise of `--max-drop` would rest on it.
+Without these --max-drop could rest on unpaired resamples, another split or another score.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,6 @@
-"""Calibration samples: without replacement, reproducible, labels not needed."""
+"""Calibration samples: drawn without replacement, reproducible, without labels.
+
+Without these a seed could draw other examples, or more data than drawn be tokenised."""
 
 import json
 from collections.abc import Callable
@@ -96,7 +98,7 @@ def test_data_without_labels_serves(
         batches(task, tiny_tokenizer(), tmp_path, num_samples=3, with_labels=True)
 
 
-def test_long_contexts_give_no_more_windows_than_samples_asked_for(
+def test_long_contexts_give_as_many_windows_as_samples(
     tiny_tokenizer: Callable[..., Any], tiny_data_dir: Path
 ) -> None:
     assert sum(len(b["input_ids"]) for b in batches("squad", tiny_tokenizer(), tiny_data_dir,

@@ -1,7 +1,7 @@
-"""Scores and logits of a model against the same computed a row at a time.
+"""Scores and logits of a model against those computed row by row.
 
-Without these, a row's logits could land at another row, padding could leak into a score, or a
-model could come back changed, and nobody would see it in the numbers.
+Without these a row's logits could land at another row, padding could leak into a score, or an
+evaluation could change the model, all without a sign in the numbers.
 """
 
 import dataclasses
@@ -125,7 +125,7 @@ def test_mnli_scores_both_splits(tiny_tokenizer: TinyTokenizer, tiny_data_dir: P
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ["squad", "squad_v2"])
-def test_span_logits_are_the_tokens_own_whatever_the_padding(
+def test_span_logits_do_not_depend_on_padding(
     name: str, side: str, tiny_tokenizer: TinyTokenizer, tiny_data_dir: Path
 ) -> None:
     task = dataclasses.replace(get_task(name), max_length=60, stride=10)

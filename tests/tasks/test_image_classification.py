@@ -1,6 +1,6 @@
-"""Images from folders and saved datasets to pixel values, and what is wrong with them.
+"""Images from folders and saved datasets to pixel values.
 
-Deleting this lets images be scored by another folder's label, or a broken one end in a traceback.
+Without these an image could be scored with the label of another folder.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_folders_are_classes_whatever_their_case(folder: Path) -> None:
+def test_folders_are_classes_in_any_case(folder: Path) -> None:
     data = load_split(CATS, "validation", folder)
     assert [Path(path).name for path in data["image"]] == ["c.PNG", "b.jpeg", "a.png"]
     assert data["label"] == [0, 0, 1]

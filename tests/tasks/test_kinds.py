@@ -1,6 +1,6 @@
 """Choices, several labels at once and pairs of texts: rows, scores and divergences.
 
-Deleting this lets a choice be read with another question, or an embedding be compared with itself.
+Without these a choice could be read with another question, or an embedding be compared with itself.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Blocks of text, perplexity and the divergence of language models, against plain arithmetic.
 
-Deleting this lets a token be scored by what stands at its own place, or a block lose text unseen.
+Without these a token could be scored by the logits at its own position, or a block lose text.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def test_tables_of_texts_are_paragraphs(tmp_path: Path) -> None:
         with_columns(language_task(), tmp_path, ["body", "other"], None)
 
 
-def test_models_go_on_with_the_same_words() -> None:
+def test_models_continue_the_same_prompt() -> None:
     config = transformers.GPT2Config(
         n_embd=16, n_layer=1, n_head=2, n_positions=30, vocab_size=len(vocabulary()),
         initializer_range=0.3, bos_token_id=2, eos_token_id=3,

@@ -88,7 +88,7 @@ def test_constant_predictions_score_zero_without_a_warning(name: str) -> None:
         assert metrics.SCORE_FUNCTIONS[name]([0], [0]) == 0.0
 
 
-def test_nearly_constant_predictions_warn_nobody() -> None:
+def test_nearly_constant_predictions_give_no_warning() -> None:
     nearly = [1.0, 1.0 + 2e-16, 1.0 + 4e-16]
     assert nearly[0] != nearly[-1]
     with warnings.catch_warnings():
@@ -165,7 +165,7 @@ def test_squad_takes_the_best_reference(questions: list[tuple[str, list[str]]]) 
     assert scores["f1"] == pytest.approx(100 * np.mean(f1))
 
 
-def test_squad_by_hand() -> None:
+def test_squad_scores_of_a_worked_example() -> None:
     predictions = ["The Broncos", "gold and blue", "x", None]
     references = [["Denver Broncos", "broncos!"], ["blue"], ["y"], ["z"]]
     assert squad_scores.squad_scores(predictions, references) == pytest.approx(

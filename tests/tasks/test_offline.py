@@ -1,4 +1,6 @@
-"""The hub: one sentence where it cannot be had, no waiting, and the same checks as for files."""
+"""Without the hub: one error in one sentence, no retries, and the same checks as for files.
+
+Without these a run without a connection would hang for minutes."""
 
 import socket
 from typing import Any
@@ -48,7 +50,7 @@ def test_what_the_hub_has_is_checked_like_a_file(monkeypatch: pytest.MonkeyPatch
     assert asked[0] == ("nyu-mll/glue", "sst2", "test")
 
 
-def test_a_hub_that_cannot_be_reached_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_gets_no_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(offline, "is_reachable", lambda: False)

@@ -67,7 +67,7 @@ def refusal(function: Callable[..., Any], *arguments: Any) -> str:
     return sentence
 
 
-def test_the_checkpoint_says_what_is_asked() -> None:
+def test_the_checkpoint_decides_the_kind() -> None:
     assert (MOODS.kind, MOODS.metric_name, MOODS.num_labels) == ("classification", "accuracy", 3)
     assert (NUMBER.kind, NUMBER.metric_name, NUMBER.num_labels) == ("regression", "spearmanr", 1)
     assert task_of("LABEL_0", problem_type="regression") == NUMBER
@@ -299,7 +299,7 @@ def test_numbers_are_scored_by_correlation(
     assert abs(before.score) > 1
 
 
-def test_texts_that_fill_the_default_length_are_told_of() -> None:
+def test_truncated_texts_give_a_warning() -> None:
     mask = torch.ones(10, 8)
     mask[1:, 7:] = 0  # one row in ten is as long as 8
     with pytest.warns(RfpruneWarning, match="1 of 10 .* 8 tokens .*--max-length"):

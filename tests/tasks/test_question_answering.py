@@ -1,7 +1,7 @@
-"""Answers from logits, against a search written as loops, and against the answers' own positions.
+"""Answers from logits, against a search in loops and against the positions of the answers.
 
-Without these, spans could be cut at the wrong characters, or taken from the wrong window, and
-every score of a question-answering model would be a little too low.
+Without these spans could be cut at wrong characters or taken from a wrong window, and every score
+would be a little too low.
 """
 
 import dataclasses

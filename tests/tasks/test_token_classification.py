@@ -1,6 +1,6 @@
-"""Words to tokens and back, and the F1 of entities in seqeval's figures.
+"""Words to tokens and back, and entity scores equal to seqeval's.
 
-Deleting this lets labels slide from their words, or an entity count that is half right.
+Without these labels could slide to other words, or half an entity count as one.
 """
 
 from __future__ import annotations
