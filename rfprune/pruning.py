@@ -50,7 +50,7 @@ def prune(
     *,
     loss: Loss | None = None,
     latency_table: LatencyTable | None = None,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     progress: bool = False,
 ) -> PruneResult:
     """Prune a fine-tuned Transformer to a constraint, without retraining.
@@ -68,7 +68,8 @@ def prune(
             predictions, and the cache is not used.
         latency_table: for a constraint on latency; without one the model is profiled first, on a
             batch of median length.
-        cache: a folder for collected statistics; other constraints reuse them.
+        cache: a folder for the collected statistics, which other constraints and runs reuse; None
+            for no cache.
         progress: show progress bars.
 
     Returns:
@@ -115,7 +116,7 @@ def prune_family(
     *,
     loss: Loss | None = None,
     latency_table: LatencyTable | None = None,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     progress: bool = False,
 ) -> Iterator[PruneResult]:
     """Prune to several constraints with one collection of statistics.
@@ -153,16 +154,16 @@ def prune_family(
     yield from prune_to_each(problem, constraints)
 
 
-@torch.inference_mode(False)  # whatever the mode of the caller is, also between two results
+@torch.inference_mode(False)  # in any mode of the caller, which is restored between two results
 @torch.enable_grad()
 def prune_to_each(problem: Problem, constraints: Iterable[Constraint]) -> Iterator[PruneResult]:
-    """Prune to several constraints; see `prune_family`."""
+    """Prune to several constraints; `prune_family` for a caller who has prepared the problem."""
     known = constraints if isinstance(constraints, Sequence) else []
     problem = _with_latency_table(problem, known)
     check_constraints(problem, known)
     statistics = collect_statistics(problem)
     for constraint in constraints:
-        check_constraints(problem, [constraint])  # those of an iterator become known one by one
+        check_constraints(problem, [constraint])  # an iterator gives them one by one
         yield _prune(problem.with_own_timer(), statistics, constraint)
 
 
@@ -235,8 +236,9 @@ def _choose_units(
     """Choose the units to keep; a constraint on latency is measured and corrected.
 
     Args:
-        problem: that of the original, to which the constraint refers.
-        current: that of the model as pruned so far, from which `statistics` were collected.
+        problem: the original model's, to which the constraint refers.
+        current: that of the model as pruned so far.
+        statistics: of the model as pruned so far.
         masks: of the original's units, as pruned so far.
 
     Returns:

@@ -478,6 +478,9 @@ def test_the_command_collects_and_scores_the_original_once(
     assert len(collected) == 1
     assert len(entries(tmp_path / "cache")) == 2
 
+    run_command("--cache-dir", str(tmp_path / "other"), output="b", constraint=0.5, task=task)
+    assert len(entries(tmp_path / "other")) == 2
+    collected.pop()
     without = run_command("--no-cache", output="without", constraint=0.3, task=task)
     assert len(collected) == 2
     assert without["cached"] == []
@@ -489,19 +492,6 @@ def test_the_command_collects_and_scores_the_original_once(
         (tmp_path / name / "model.safetensors").read_bytes() for name in ("again", "without")
     ]
     assert weights[0] == weights[1]
-
-
-def test_the_command_takes_another_cache_folder(
-    run_command: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from rfprune.main import main
-
-    run_command("--cache-dir", str(tmp_path / "other"), output="out", constraint=0.5)
-    assert len(entries(tmp_path / "other")) == 2
-    assert not (tmp_path / "cache").exists()
-    flags = "--model demo --task sst2 --constraint 0.5 --no-cache --cache-dir".split()
-    assert main([*flags, "x"]) == 2
-    assert "not allowed with" in capsys.readouterr().err
 
 
 def test_other_validation_data_is_scored_again(run_command: Callable[..., dict[str, Any]]) -> None:

@@ -19,7 +19,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from torch import Tensor
 
 from rfprune import distributed
 from rfprune.cost.constraint import Constraint
@@ -28,7 +27,6 @@ from rfprune.model.layout import layout_of
 from rfprune.pruning import prune
 from rfprune.report.report_json import read_report
 from rfprune.settings import METHODS, Settings
-from rfprune.stages.objective import batch_generator
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.slow
@@ -80,7 +78,7 @@ for case in json.load(sys.stdin):
     print(json.dumps([os.waitstatus_to_exitcode(code) for code in codes]), flush=True)
 """
 
-NOT_FINITE = """
+FAIL_AT_THE_SECOND_CALL = """
 import rfprune.stages.{module} as stage
 original, calls = stage.{function}, []
 def failing(*arguments, **options):
@@ -91,77 +89,79 @@ def failing(*arguments, **options):
     return original(*arguments, **options)
 stage.{function} = failing
 """
-
-FAILURES = {
-    "in the collection": NOT_FINITE.format(module="curvature", function="_add_step", rank=1),
-    "in the main one": NOT_FINITE.format(module="curvature", function="_add_step", rank=0),
-    "in the reconstruction": NOT_FINITE.format(module="reconstruct", function="_fit_block", rank=1),
-    "in writing": "from rfprune.cli import run\nrun.measure = lambda *_, **__: 1 / 0",
-    "a full disk": """
+FULL_DISK = """
 def full(*_, **__):
     raise OSError(28, "No space left on device")
 from rfprune.cli import outputs
 outputs.save_pruned = full
-""",
-}
-NOTHING_WITHIN = """
+"""
+LARGE_DROP = """
 from rfprune.max_drop import search
 from rfprune.tasks.bootstrap import Drop
 search.paired_drop = lambda *_: Drop(9.0, 1.0, 0.0)
 """
-CASES: dict[str, dict[str, Any]] = {
-    **{method: {"method": method, "task": "mrpc"} for method in METHODS},
-    "two labels a row": {"method": "curvature", "task": "squad"},
-    "two factors": {"method": "curvature", "task": "mnli"},
-    "per batch": {"method": "kwon", "task": "mrpc", "more": "--gradients per-batch"},
-    "rounds": {"method": "curvature", "task": "mrpc", "more": "--rounds 2"},
-    "family": {"method": "curvature", "task": "mrpc", "more": "--constraint 0.7 0.4"},
-    "even": {"method": "curvature", "task": "mrpc", "more": "--samples 29"},
-    "search": {"method": "curvature", "task": "mrpc", "size": "--max-drop 30"},
-}  # fmt: skip
+BUG = "from rfprune.cli import run\nrun.measure = lambda *_, **__: 1 / 0"
 
 
-def flags_of(
-    folder: Path,
-    data_dir: Path,
-    method: str,
-    task: str,
-    more: str = "",
-    output: str = "two",
-    size: str = "--constraint 0.4",
-) -> list[str]:
-    options = f"--model {folder} --task {task} --data-dir {data_dir} {size}"
-    options += f" --samples 33 --batch-size 3 --eval-limit 8 --output-dir {output}"
-    return f"{options} --method {method} --device cpu {more}".split()
+def failing(module: str, function: str, rank: int) -> tuple[str, str, str]:
+    code = FAIL_AT_THE_SECOND_CALL.format(module=module, function=function, rank=rank)
+    return "", code, f"Something is wrong in process {rank}"
+
+
+# By name: more flags of a run.
+CASES = {
+    **{method: f"--method {method}" for method in METHODS},
+    "two labels a row": "--task squad",
+    "two factors": "--task mnli",
+    "per batch": "--method kwon --gradients per-batch",
+    "rounds": "--rounds 2",
+    "family": "--constraint 0.7 0.4",
+    "even": "--samples 29",
+    "search": "--max-drop 30",
+}
+# By name: more flags, code that makes a process fail, and a part of the message.
+ERRORS = {
+    "in the collection": failing("curvature", "_add_step", 1),
+    "in the main one": failing("curvature", "_add_step", 0),
+    "in the reconstruction": failing("reconstruct", "_fit_block", 1),
+    "a bug": ("", BUG, ""),
+    "a full disk": ("", FULL_DISK, "No space left"),
+    "nothing within the limit": ("--max-drop 1", LARGE_DROP, "give a larger --max-drop"),
+    "no data": ("--data-dir nowhere", "", "'nowhere' does not exist"),
+    "a bad flag": ("--samples none", "", "--samples none is not a whole number"),
+    "one device": ("--device cuda:1", "", "--device cuda:1 is one device, but 2 processes"),
+    "too few batches": ("--samples 3", "", "fewer batches (1) than there are processes (2)"),
+}
+Flags = Callable[..., list[str]]
+Launched = dict[str, tuple[Path, list[int]]]
 
 
 @pytest.fixture(scope="module")
-def launched(
-    tiny_folder: Tiny, tiny_data_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, tuple[Path, list[int]]]:
-    """By the name of a case the folder of a run of two processes, and their exit codes."""
-    jobs: list[dict[str, Any]] = []
-    names: list[str] = []
+def flags_of(tiny_folder: Tiny, tiny_data_dir: Path) -> Flags:
+    """`flags_of(more="", output="two")`: the flags of a run."""
 
-    def add(name: str, flags: list[str], before: str = "") -> None:
-        folder = tmp_path_factory.mktemp(name.replace(" ", "-"))
-        names.append(name)
-        first = not jobs
-        jobs.append({"folder": str(folder), "flags": flags, "before": before, "first": first})
+    def make(more: str = "", output: str = "two") -> list[str]:
+        head = "question-answering" if "squad" in more else "sequence-classification"
+        num_labels = 3 if "mnli" in more else 2
+        model = tiny_folder(head=head, num_hidden_layers=3, num_labels=num_labels)
+        size = "" if "--max-drop" in more else "--constraint 0.4"
+        flags = f"--model {model} --task mrpc --data-dir {tiny_data_dir} {size} --device cpu"
+        flags += f" --samples 33 --batch-size 3 --eval-limit 8 --output-dir {output} {more}"
+        return flags.split()
 
-    for name, case in CASES.items():
-        add(name, flags_of(model_of(tiny_folder, case["task"]), tiny_data_dir, **case))
-    usual = flags_of(model_of(tiny_folder, "mrpc"), tiny_data_dir, "curvature", "mrpc")
-    for name, before in FAILURES.items():
-        add(name, usual, before)
-    search = flags_of(
-        model_of(tiny_folder, "mrpc"), tiny_data_dir, "curvature", "mrpc", size="--max-drop 1"
-    )
-    add("nothing within the limit", search, NOTHING_WITHIN)
-    add("no data", [*usual, "--data-dir", "nowhere"])
-    add("a bad flag", [*usual, "--samples", "none"])
-    add("a device for two", [*usual, "--device", "cuda:1"])
-    add("too few batches", [*usual, "--samples", "3"])
+    return make
+
+
+@pytest.fixture(scope="module")
+def launched(flags_of: Flags, tmp_path_factory: pytest.TempPathFactory) -> Launched:
+    """By name the folder of a run of two processes, and their exit codes."""
+    runs = {name: (more, "") for name, more in CASES.items()}
+    runs |= {name: (more, code) for name, (more, code, _) in ERRORS.items()}
+    folders = [tmp_path_factory.mktemp(name.replace(" ", "-")) for name in runs]
+    jobs = [
+        {"folder": str(folder), "flags": flags_of(more), "before": code, "first": number == 0}
+        for number, (folder, (more, code)) in enumerate(zip(folders, runs.values(), strict=True))
+    ]
     done = subprocess.run(
         [sys.executable, "-c", LAUNCHER],
         check=False,
@@ -173,17 +173,7 @@ def launched(
     )
     codes = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert len(codes) == len(jobs), done.stderr
-    return {
-        name: (Path(job["folder"]), code)
-        for name, job, code in zip(names, jobs, codes, strict=True)
-    }
-
-
-def model_of(tiny_folder: Tiny, task: str) -> Path:
-    head = "question-answering" if task == "squad" else "sequence-classification"
-    num_labels = 3 if task == "mnli" else 2
-    folder: Path = tiny_folder(head=head, num_hidden_layers=3, num_labels=num_labels)
-    return folder
+    return dict(zip(runs, zip(folders, codes, strict=True), strict=True))
 
 
 @pytest.fixture
@@ -207,10 +197,9 @@ def run_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[list[str]],
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_give_the_result_of_one(
     name: str,
-    launched: dict[str, tuple[Path, list[int]]],
+    launched: Launched,
     run_alone: Callable[[list[str]], None],
-    tiny_folder: Tiny,
-    tiny_data_dir: Path,
+    flags_of: Flags,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder, codes = launched[name]
@@ -221,9 +210,7 @@ def test_two_processes_give_the_result_of_one(
     assert (folder / "out-0").read_text().count("pruned / original") == num_outputs
 
     monkeypatch.chdir(folder)
-    case = CASES[name]
-    flags = flags_of(model_of(tiny_folder, case["task"]), tiny_data_dir, **case, output="one")
-    run_alone([*flags, "--no-cache"])
+    run_alone(flags_of(CASES[name] + " --no-cache", output="one"))
     outputs = [path.parent.relative_to("one") for path in Path("one").rglob("model.safetensors")]
     assert len(outputs) == num_outputs
     for output in outputs:
@@ -239,7 +226,7 @@ def test_two_processes_give_the_result_of_one(
             assert reports[0][entry] == reports[1][entry]
         masks = load_file(one / "masks.safetensors"), load_file(two / "masks.safetensors")
         weights = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
-        for (a, b), exact in ((masks, case["method"] != "kwon"), (weights, False)):
+        for (a, b), exact in ((masks, "kwon" not in CASES[name]), (weights, False)):
             assert list(a) == list(b)
             for key in a:
                 assert a[key].dtype == b[key].dtype == torch.float32
@@ -250,37 +237,22 @@ def test_two_processes_give_the_result_of_one(
 @pytest.mark.parametrize("method", METHODS)
 def test_the_cache_of_two_processes_serves_one(
     method: str,
-    launched: dict[str, tuple[Path, list[int]]],
+    launched: Launched,
     run_alone: Callable[[list[str]], None],
-    tiny_folder: Tiny,
-    tiny_data_dir: Path,
+    flags_of: Flags,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(launched[method][0])
     monkeypatch.setenv("RFPRUNE_CACHE", "cache")
-    model = model_of(tiny_folder, "mrpc")
-    run_alone(flags_of(model, tiny_data_dir, method, "mrpc", output="cached"))
+    run_alone(flags_of(CASES[method], output="cached"))
     assert read_report(Path("cached"))["cached"] == ["collect", "evaluate"]
 
 
-ERRORS = {
-    **dict.fromkeys(FAILURES, "Something is wrong in process"),
-    "a full disk": "No space left",
-    "nothing within the limit": "give a larger --max-drop",
-    "no data": "'nowhere' does not exist",
-    "a bad flag": "--samples none is not a whole number",
-    "a device for two": "--device cuda:1 is one device, but 2 processes were launched",
-    "too few batches": "fewer batches (1) than there are processes (2)",
-}
-
-
 @pytest.mark.parametrize("name", ERRORS)
-def test_an_error_ends_both_processes_with_one_message(
-    name: str, launched: dict[str, tuple[Path, list[int]]]
-) -> None:
+def test_an_error_ends_both_processes_with_one_message(name: str, launched: Launched) -> None:
     """Whether one process meets it or both."""
     folder, codes = launched[name]
-    if name == "in writing":  # a bug, with the traceback of the process that met it
+    if name == "a bug":  # with the traceback of the process that met it
         assert codes == [1, 2]
         return
     progress = ("Loading ", "Scoring ", "Pruning", "Tried ")
@@ -289,12 +261,12 @@ def test_an_error_ends_both_processes_with_one_message(
     assert codes == [2, 2], texts
     assert len(errors) == 1
     assert "rfprune: error:" in errors[0]
-    assert ERRORS[name] in errors[0]
+    assert ERRORS[name][2] in errors[0]
     assert not [path for path in folder.iterdir() if "two" in path.name], "nothing hidden either"
 
 
 def launch(flags: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """The line of the README. Without CUDA accelerate asks for --multi_gpu to start two at all."""
+    """The command of the README. Without CUDA accelerate starts two processes with --multi_gpu."""
     launch = "-m accelerate.commands.accelerate_cli launch --multi_gpu --num_processes 2"
     usual = "--num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
     return subprocess.run(
@@ -307,9 +279,8 @@ def launch(flags: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_launcher_starts_a_run(tiny_folder: Tiny, tiny_data_dir: Path, tmp_path: Path) -> None:
-    flags = flags_of(model_of(tiny_folder, "mrpc"), tiny_data_dir, "curvature", "mrpc")
-    done = launch(flags, tmp_path)
+def test_a_launcher_starts_a_run(flags_of: Flags, tmp_path: Path) -> None:
+    done = launch(flags_of(), tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("pruned / original") == 1
     assert (tmp_path / "two" / "model.safetensors").is_file()
@@ -317,11 +288,10 @@ def test_a_launcher_starts_a_run(tiny_folder: Tiny, tiny_data_dir: Path, tmp_pat
 
 @pytest.mark.parametrize("flag", ["--samples none", "--data-dir nowhere"])
 def test_under_a_launcher_an_error_is_printed_once(
-    flag: str, tiny_folder: Tiny, tiny_data_dir: Path, tmp_path: Path
+    flag: str, flags_of: Flags, tmp_path: Path
 ) -> None:
     """Before torch is imported, and after. The launcher stops all processes when one has ended."""
-    flags = flags_of(model_of(tiny_folder, "mrpc"), tiny_data_dir, "curvature", "mrpc")
-    done = launch([*flags, *flag.split()], tmp_path)
+    done = launch(flags_of(flag), tmp_path)
     assert done.returncode != 0
     assert done.stderr.count("rfprune: error:") == 1, done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -404,18 +374,6 @@ def test_each_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(UserError, match="2 processes were launched, but torch finds 1 CUDA"):
         distributed.local_device(None)
-
-
-def test_labels_are_drawn_by_batch() -> None:
-    """The labels of a batch depend on no other batch, so every process may draw them."""
-
-    def draw(seed: int, batch: int) -> Tensor:
-        return torch.randint(0, 1 << 30, (4,), generator=batch_generator(seed, batch))
-
-    assert torch.equal(draw(1, 2), draw(1, 2))
-    drawn = {tuple(draw(seed, batch).tolist()) for seed in range(3) for batch in range(3)}
-    assert len(drawn) == 9
-    draw(2**63 - 1, 10**6)
 
 
 @pytest.mark.parametrize("method", METHODS)

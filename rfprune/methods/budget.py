@@ -35,8 +35,8 @@ def _all_sizes(problem: Problem, metric: str) -> CostModel:
     if metric == "latency":
         if problem.latency_table is None:
             raise UserError(
-                "a constraint on latency needs a latency table; give one that "
-                "rfprune.latency.profile.profile_latency has made"
+                "a constraint on latency needs a latency table; make one with "
+                "rfprune.latency.profile.profile_latency, and give it as latency_table"
             )
         return latency_costs(problem.latency_table, problem.layout)
     if metric == "memory":

@@ -31,7 +31,8 @@ class Problem:
         model: the model to prune; it is never changed.
         layout: its blocks.
         batches: calibration batches on the model's device, with token masks and labels.
-        loss: the user's own loss; None to differentiate what the settings say.
+        settings: method and options.
+        loss: of the user; None to differentiate the model's own predictions, or the loss on labels.
         latency_table: needed for constraints on latency.
         cache: folder of the cache; None for no cache.
         progress: show progress bars.
@@ -108,12 +109,12 @@ def prepare_problem(
     *,
     loss: Loss | None = None,
     latency_table: LatencyTable | None = None,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     progress: bool = False,
 ) -> Problem:
-    """Check a model and its calibration batches, and put them together with the choices.
+    """Check a model and its calibration batches, and make the problem of a run.
 
-    The parameters are those of `rfprune.prune`, which explains them.
+    The parameters are the seven of `rfprune.prune` besides the constraint; `prune` explains them.
 
     Raises:
         UserError: the model type is not supported, the weights are not finite, or there is no
@@ -134,7 +135,8 @@ def prepare_problem(
         )
     with frozen(model):
         check_layer_outputs(model, layout, prepared[0])
-    return Problem(model, layout, prepared, settings, loss, latency_table, cache, progress)
+    folder = None if cache is None else Path(cache)
+    return Problem(model, layout, prepared, settings, loss, latency_table, folder, progress)
 
 
 def add_token_mask(model: PreTrainedModel, layout: Layout, batch: Batch) -> Batch:
