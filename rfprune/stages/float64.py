@@ -1,4 +1,4 @@
-"""Sums and factorisations in float64, whatever the dtype and device of the model."""
+"""Sums and factorisations in float64, for models of any dtype on any device."""
 
 from __future__ import annotations
 

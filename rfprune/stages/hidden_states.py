@@ -1,7 +1,7 @@
 """Hidden states of a model on all calibration batches, advanced from block to block.
 
 Only the hidden states after one block are stored, without padding. Memory is therefore one hidden
-state per token, whatever the number of layers.
+state per token, for any number of layers.
 """
 
 from __future__ import annotations

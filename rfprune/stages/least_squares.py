@@ -1,7 +1,7 @@
 """Least squares from accumulated moments: one scale per unit, or a whole output projection.
 
 Features X (tokens, p) are the inputs of an output projection and targets Y (tokens, d) its wanted
-outputs. Xᵀ·X and Xᵀ·Y are summed batch by batch in float64, so memory is O(p² + p·d) whatever the
+outputs. Xᵀ·X and Xᵀ·Y are summed batch by batch in float64, so memory is O(p² + p·d) for any
 number of tokens.
 """
 

@@ -3,8 +3,8 @@
 Kwon et al. 2022, section 4.1 and algorithm 1. Where all heads have the same cost, and so have all
 neurons, the published search is exact: for every number of heads, the rest of the budget goes to
 neurons, and each kind is kept in order of importance. The best total wins. The optimum is among
-these candidates, since whatever its number of heads is, it keeps the most important ones and as
-many of the most important neurons as fit.
+these candidates: for its number of heads, it keeps the most important heads, and as many of the
+most important neurons as fit.
 
 Departures from the paper:
 
