@@ -53,9 +53,10 @@ lint: $(VENV)/installed-dev
 types: $(VENV)/installed-dev
 	$(BIN)/mypy
 
-# Every table in README.md and results/ shows what its result files hold.
+# Every table shows what its result files hold, and the API page what the docstrings say.
 tables: $(VENV)/installed-dev
 	$(BIN)/python -m scripts.bench.tables --check
+	$(BIN)/python scripts/build_api_page.py --check
 
 check: lint types tables test
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +64,13 @@ Sentiment Treebank", EMNLP 2013; sentences from movie reviews at rottentomatoes.
 
 
 @script("nothing was finished.")
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Build, measure, and describe the demo; exit code 2 where the inputs do not serve."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", type=Path, required=True, help="fine-tuned BERT checkpoint")
     parser.add_argument("--data", type=Path, required=True, help="folder that holds sst2/")
     parser.add_argument("--output-dir", type=Path, default=demo_path())
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     build(arguments.source, arguments.data, arguments.output_dir)
     return 0
 
