@@ -1,6 +1,6 @@
 """Suggested rows agree with the rows of known families.
 
-Deleting this lets a suggestion name the wrong modules to someone who adds a family.
+Without these tests a suggestion could name the wrong modules to someone who adds a family.
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ def test_what_does_not_fit_is_named_in_comments() -> None:
     )
     text = as_text("mobilebert", suggest(mobilebert))
     assert "# in no sublayer: attention.self.query (16 -> 16)" in text
+    text = as_text("beit", suggest(tiny_config("beit")))
+    assert "# layer_scale, head_bias or position_bias_table? lambda_1, lambda_2" in text
     layoutlm = transformers.LayoutLMConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
     )

@@ -1,6 +1,6 @@
 """Pruned decoders generate with a key-value cache, also when layers have lost their attention.
 
-Deleting this lets a pruned decoder lose count of the tokens in its cache, unnoticed.
+Without these tests a pruned decoder could lose count of the tokens in its cache.
 """
 
 from __future__ import annotations

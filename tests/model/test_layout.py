@@ -164,8 +164,12 @@ def without_a_projection(model: Any) -> None:
     del model.bert.encoder.layer[0].output.dense
 
 
-def without_layers(model: Any) -> None:
+def with_layers_of_another_kind(model: Any) -> None:
     model.bert.encoder.layer = nn.Sequential()
+
+
+def without_layers(model: Any) -> None:
+    del model.bert.encoder.layer
 
 
 @pytest.mark.parametrize(
@@ -176,6 +180,7 @@ def without_layers(model: Any) -> None:
         (with_a_shared_layer, "share their weights.* give every layer weights of its own"),
         (with_another_size, r"output\.dense' has 12 .*dense': 11.* save or download"),
         (without_a_projection, r"no module 'bert\.encoder\.layer\.0\.output\.dense'; load"),
+        (with_layers_of_another_kind, r"no list of layers at 'bert\.encoder\.layer'; load"),
         (without_layers, r"no list of layers at 'bert\.encoder\.layer'; load the model"),
     ],
 )
