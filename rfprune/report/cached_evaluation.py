@@ -39,7 +39,9 @@ def evaluate_original(
         )
         return tuple(tensor.numpy() for tensor in tensors)
 
-    evaluation = evaluate_model(model, evaluation_set, progress=progress, remember=load_logits)
+    evaluation = evaluate_model(
+        model, evaluation_set, progress=progress, load_or_compute=load_logits
+    )
     return evaluation, timer.cached
 
 

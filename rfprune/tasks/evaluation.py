@@ -73,7 +73,7 @@ def evaluate_model(
     *,
     reference: nn.Module | None = None,
     progress: bool = False,
-    remember: Callable[[Callable[[], Logits]], Logits] | None = None,
+    load_or_compute: Callable[[Callable[[], Logits]], Logits] | None = None,
 ) -> Evaluation:
     """Score a model, original or pruned, on its own device.
 
@@ -83,7 +83,7 @@ def evaluate_model(
         reference: language modelling: the model to compute the divergence from. It runs beside
             the other, since the logits of a language model are too large to keep.
         progress: whether to show a progress bar.
-        remember: returns stored logits, or calls the function it is given and stores the result.
+        load_or_compute: loads cached logits, or calls its argument and caches the result.
 
     Raises:
         UserError: the model has no head for the task or no embedding for a token, or its logits
@@ -96,10 +96,10 @@ def evaluate_model(
             model, evaluation_set.batches, evaluation_set.rows, reference, progress=progress
         )
         logits: Logits = (likelihoods,)
-    elif remember is None:
+    elif load_or_compute is None:
         logits = _logits(model, evaluation_set, progress)
     else:
-        logits = remember(lambda: _logits(model, evaluation_set, progress))
+        logits = load_or_compute(lambda: _logits(model, evaluation_set, progress))
     scores = _scores(logits, evaluation_set)
     return Evaluation(
         score=scores[task.metric_name],
