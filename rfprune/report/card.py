@@ -14,6 +14,7 @@ from typing import Any
 
 from rfprune.report.layers import kind_name, kinds_of, stacks_of
 from rfprune.report.plots import PLOTS_FOLDER
+from rfprune.report.report_json import Report
 from rfprune.report.summary import (
     DETAIL_SCORES,
     EXPORT_HEADINGS,
@@ -54,8 +55,6 @@ _PIPELINES = {
     "similarity": "sentence-similarity",
     "question-answering": "question-answering",
 }
-
-Report = Mapping[str, Any]
 
 
 def write_card(report: Report, folder: Path, repository: str | None = None) -> Path:

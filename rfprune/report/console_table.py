@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from rfprune.report.report_json import Report
 from rfprune.report.summary import (
     EXPORT_HEADINGS,
     SUMMARY_HEADINGS,
@@ -32,7 +33,7 @@ LOG_FILE = "log.txt"
 LOG_WIDTH = 100
 
 
-def render(report: Mapping[str, Any]) -> Group:
+def render(report: Report) -> Group:
     """The original beside the pruned model, the time by stage, the warnings and the exports."""
     from rich.console import Group
     from rich.text import Text
@@ -68,7 +69,7 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     return table
 
 
-def print_report(report: Mapping[str, Any], console: Console) -> None:
+def print_report(report: Report, console: Console) -> None:
     """Print the table of a run, and how to load the pruned model."""
     from rich.text import Text
 
@@ -78,7 +79,7 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
     console.print(Text(f"  {reload_line(report)}", style="bold"), soft_wrap=True)
 
 
-def write_log(report: Mapping[str, Any], folder: Path, messages: str = "") -> Path:
+def write_log(report: Report, folder: Path, messages: str = "") -> Path:
     """Write the command, the messages of the run, and its table to folder/log.txt."""
     from rich.console import Console
     from rich.text import Text

@@ -1,8 +1,7 @@
 """The figures of one run: each function reads the report and describes one figure, or gives None.
 
 A `FigureSpec` has the texts and a function that draws on a matplotlib figure; plots.py renders it.
-Colours are safe for colour-blind readers, and a marker, a line style or a position repeats what
-they say.
+Colours are safe for colour-blind readers, and markers, line styles or positions repeat them.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rfprune.report.layers import Stack, kind_name, kinds_of, stack_at, stacks_of
+from rfprune.report.report_json import STAGES, Report
 from rfprune.report.summary import METRIC_NAMES, percent, points_text, trial_line
 
 if TYPE_CHECKING:
@@ -35,11 +35,9 @@ _EDGE_COLOURS = ("#3b7dd8", "#d2622a")
 
 _MARKERS = {"heads": "o", "cross_heads": "D", "neurons": "s"}
 _PANEL_COLOURS = ("heads", "neurons")
-_STAGES = ("load", "collect", "search", "rearrange", "compact", "verify", "tune", "evaluate")
+_STAGES = ("load", *STAGES, "evaluate")
 _MAX_TICKS = 12  # more layer numbers overlap on a phone
 WIDTH_INCHES = 4.0
-
-Report = Mapping[str, Any]
 
 
 @dataclass(frozen=True)

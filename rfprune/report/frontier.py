@@ -9,12 +9,12 @@ from rfprune.report.figures import (
     COLOURS,
     WIDTH_INCHES,
     FigureSpec,
-    Report,
     joined,
     legend_above,
     literal,
     scale_axis,
 )
+from rfprune.report.report_json import Report
 from rfprune.report.summary import METRIC_NAMES
 
 if TYPE_CHECKING:

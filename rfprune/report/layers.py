@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from rfprune.report.report_json import Report
 
 CROSS_HEADS = "cross_heads"
 _KINDS = ("heads", CROSS_HEADS, "neurons")
-
-Report = Mapping[str, Any]
 
 
 @dataclass(frozen=True)

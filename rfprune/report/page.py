@@ -20,7 +20,7 @@ from rfprune.report.figures import COLOURS
 from rfprune.report.frontier import kept_ratio
 from rfprune.report.layers import kind_name, kinds_of, stack_at
 from rfprune.report.plots import Plot, draw_frontier, draw_kept, draw_run, write_plots
-from rfprune.report.report_json import read_report
+from rfprune.report.report_json import Report, read_report
 from rfprune.report.summary import (
     EXPORT_HEADINGS,
     METRIC_NAMES,
@@ -53,8 +53,6 @@ DARK_COLOURS = {
     "neurons": "#ee9150",
     "removed": "#2a313a",
 }
-
-Report = Mapping[str, Any]
 
 
 def write_run_page(report: Report, folder: Path) -> tuple[Plot, ...]:

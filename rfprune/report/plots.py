@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rfprune.report.figures import COLOURS, RUN_FIGURES, FigureSpec, kept_per_layer
 from rfprune.report.frontier import frontier
+from rfprune.report.report_json import Report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,17 +42,17 @@ class Plot:
     png: bytes
 
 
-def draw_run(report: Mapping[str, Any]) -> tuple[Plot, ...]:
+def draw_run(report: Report) -> tuple[Plot, ...]:
     """All figures that the report of one run has data for."""
     return _draw(figure(report) for figure in RUN_FIGURES)
 
 
-def draw_kept(report: Mapping[str, Any]) -> tuple[Plot, ...]:
+def draw_kept(report: Report) -> tuple[Plot, ...]:
     """The figure of the units that each layer keeps."""
     return _draw([kept_per_layer(report)])
 
 
-def draw_frontier(reports: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[Plot, ...]:
+def draw_frontier(reports: Sequence[tuple[str, Report]]) -> tuple[Plot, ...]:
     """Score and divergence of several named runs against their size; one figure per task."""
     tasks = dict.fromkeys(report["task"] for _, report in reports)
     return _draw(

@@ -17,6 +17,9 @@ from typing import Any
 
 from rfprune.report.output_folder import REPORT_FILE
 
+Report = Mapping[str, Any]
+"""The contents of report.json."""
+
 SCHEMA = 1
 STAGES = ("collect", "search", "rearrange", "compact", "verify", "tune")
 _PACKAGES = ("torch", "transformers", "datasets", "numpy", "safetensors")
@@ -46,7 +49,7 @@ def stage_seconds(stages: Mapping[str, float], *, load: float, evaluate: float) 
     return seconds | {"evaluate": evaluate}
 
 
-def write_report(report: Mapping[str, Any], folder: Path) -> Path:
+def write_report(report: Report, folder: Path) -> Path:
     """Write `report` to folder/report.json; NaN and infinity become null."""
     path = folder / REPORT_FILE
     text = json.dumps(_finite(report), indent=2, ensure_ascii=False, allow_nan=False)

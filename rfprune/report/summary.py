@@ -9,9 +9,9 @@ import json
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from rfprune.report.report_json import STAGES, Report
 from rfprune.tasks.registry import AUTO_CLASSES
 
-Report = Mapping[str, Any]
 Row = tuple[str, ...]
 
 METRIC_NAMES = {"mac": "MACs", "params": "parameters", "memory": "memory", "latency": "latency"}
@@ -21,7 +21,6 @@ EXPORT_HEADINGS = ("model and runtime", "score", "size", "latency", "speedup")
 DETAIL_SCORES = ("HasAns_", "NoAns_", "best_")
 """SQuAD 2.0 has a dozen scores; those with these prefixes are in report.json alone."""
 
-_STAGES = ("collect", "search", "rearrange", "compact", "verify", "tune")
 _RUNTIMES = {"onnx": "pruned, ONNX Runtime", "onnx_int8": "pruned, ONNX Runtime, int8"}
 
 
@@ -151,7 +150,7 @@ def seconds_line(seconds: Mapping[str, float], cached: Collection[str] = ()) -> 
     """The time by stage, without stages that did not run; `cached` ones only read a file."""
     stages = ", ".join(
         f"{name} {seconds[name]:.1f}" + " (cached)" * (name in cached)
-        for name in _STAGES
+        for name in STAGES
         if seconds.get(name)
     )
     known = " (original: cached)" if "evaluate" in cached else ""

@@ -53,13 +53,13 @@ def flags(tiny_folder: Callable[..., Path], tiny_data_dir: Path) -> Callable[...
 @pytest.fixture
 def log_messages() -> Iterator[list[str]]:
     """The messages that the exporter and the quantiser log."""
-    said: list[str] = []
+    messages: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     loggers = [logging.getLogger(name) for name in ("", "torch.onnx")]
     for logger in loggers:
         logger.addHandler(handler)
-    yield said
+    yield messages
     for logger in loggers:
         logger.removeHandler(handler)
 
@@ -90,12 +90,12 @@ def test_a_run_writes_checks_and_reports_every_export(
     assert onnx["divergence"] == pytest.approx(report["divergence"], rel=1e-3)
     assert abs(int8["divergence"] - onnx["divergence"]) > 1e-9, "another model was scored"
 
-    said = capfd.readouterr()
-    assert "pruned, ONNX Runtime, int8" in said.out
-    assert "onnx/model_quantized.onnx" in said.out
+    output = capfd.readouterr()
+    assert "pruned, ONNX Runtime, int8" in output.out
+    assert "onnx/model_quantized.onnx" in output.out
     for name in ("log.txt", "report.html", "README.md"):
         assert "pruned, ONNX Runtime, int8" in Path("out", name).read_text(encoding="utf-8")
-    assert "torch.onnx" not in said.out + said.err
+    assert "torch.onnx" not in output.out + output.err
     assert not log_messages
 
     inputs = tiny_tokenizer()(["a warm film .", "bad"], padding=True, return_tensors="pt")
@@ -154,10 +154,10 @@ def test_a_dense_export_in_half_precision_can_be_pruned_again(
 )
 def test_wrong_flags(more: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*NEEDED.split(), *more.split()]) == 2
-    said = capsys.readouterr()
-    assert message.lower() in said.err.lower()
-    assert said.err.count("\n") == 1
-    assert (said.out, list(Path().iterdir())) == ("", [])
+    output = capsys.readouterr()
+    assert message.lower() in output.err.lower()
+    assert output.err.count("\n") == 1
+    assert (output.out, list(Path().iterdir())) == ("", [])
 
 
 @pytest.mark.parametrize("missing", ["onnx", "onnxruntime", "onnxscript"])
@@ -224,9 +224,9 @@ def test_an_export_that_fails_leaves_nothing(
 ) -> None:
     monkeypatch.setattr(where, fault)
     assert main(flags("--export dense onnx --quantize --skip-tune")) == 2
-    said = capsys.readouterr()
-    assert sentence in said.err
-    assert "Traceback" not in said.err
+    output = capsys.readouterr()
+    assert sentence in output.err
+    assert "Traceback" not in output.err
     assert not Path("out").exists()
     assert list(Path().iterdir()) == []
 

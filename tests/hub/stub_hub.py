@@ -1,6 +1,6 @@
 """A hub of our own on 127.0.0.1, which speaks enough of the upload protocol to be pushed to.
 
-It stores what it is sent, git blobs and large files alike, counts commits, and can be told to
+It stores what it is sent, git blobs and large files alike, counts commits, and can be set to
 answer a step with an error or not at all.
 """
 
@@ -143,7 +143,7 @@ def stub_hub() -> Iterator[StubHub]:
             given = self.headers.get("Authorization")
             if status is None and step != "put" and given != f"Bearer {TOKEN}":
                 status = 401
-            answer: dict[str, Any] = {"error": "as told"}
+            answer: dict[str, Any] = {"error": "as set"}
             if status is None:
                 status, answer = hub.answer(step, path, body)
             content = json.dumps(answer).encode()

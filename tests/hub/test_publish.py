@@ -120,11 +120,11 @@ def test_a_push_that_fails_keeps_the_model(
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     hub.answers = {"commit": 500, "info": 404}
     assert main(flags(push_to_hub="someone/small")) == 2
-    said = capsys.readouterr()
-    assert "Traceback" not in said.err
-    assert "error of its own (500)" in said.err.splitlines()[-1]
-    assert "python scripts/push_to_hub.py out someone/small" in said.err
-    assert "pruned / original" in said.out
+    output = capsys.readouterr()
+    assert "Traceback" not in output.err
+    assert "error of its own (500)" in output.err.splitlines()[-1]
+    assert "python scripts/push_to_hub.py out someone/small" in output.err
+    assert "pruned / original" in output.out
     assert {path.name for path in Path("out").iterdir()} == SAVED
     load_pruned("out")
 
@@ -135,9 +135,9 @@ def test_a_dry_run_uploads_nothing(
     monkeypatch.delenv("HF_TOKEN")  # none is needed
     assert main(flags(push_to_hub="someone/small", hub_dry_run=True)) == 0
     assert not hub.steps
-    said = capsys.readouterr().err
-    assert "Nothing was uploaded" in said
-    assert "model.safetensors" in said
+    output = capsys.readouterr().err
+    assert "Nothing was uploaded" in output
+    assert "model.safetensors" in output
     assert 'name = "someone/small"' in Path("out/README.md").read_text(encoding="utf-8")
 
 

@@ -136,11 +136,11 @@ def test_an_error_is_one_sentence_and_keeps_the_folder(
     before = set(contents(run_folder))
     with pytest.raises(UserError) as caught:
         push(run_folder, "someone/small")
-    said = str(caught.value)
-    assert words in said
-    assert "\n" not in said
-    assert f"The model is complete in '{run_folder}'" in said
-    assert said.endswith(f"python scripts/push_to_hub.py {run_folder} someone/small")
+    message = str(caught.value)
+    assert words in message
+    assert "\n" not in message
+    assert f"The model is complete in '{run_folder}'" in message
+    assert message.endswith(f"python scripts/push_to_hub.py {run_folder} someone/small")
     assert set(contents(run_folder)) == before
     assert capfd.readouterr() == ("", "")
 
@@ -168,9 +168,9 @@ def test_a_hub_that_does_not_answer_is_an_error(
 def test_no_network_is_an_error(
     hub: StubHub, run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))  # not listening: connections are refused
-        address = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # not listening: connections are refused
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
         with pytest.raises(UserError, match="cannot be reached"):
             push(run_folder, "someone/small")

@@ -93,16 +93,16 @@ class Browser:
 
     def complaints(self) -> list[str]:
         """Console messages, log entries, exceptions, and requests beyond the file itself."""
-        said = []
+        found = []
         for event in self.events:
             name, details = event["method"], event["params"]
             if name in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"):
-                said.append(f"{name}: {json.dumps(details)}")
+                found.append(f"{name}: {json.dumps(details)}")
             if name == "Network.requestWillBeSent":
                 url = details["request"]["url"]
                 if not url.startswith(("file:", "data:")):
-                    said.append(f"request: {url}")
-        return said
+                    found.append(f"request: {url}")
+        return found
 
     def _read(self) -> dict[str, Any]:
         deadline = time.monotonic() + ANSWER_SECONDS

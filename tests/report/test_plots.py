@@ -84,16 +84,16 @@ def test_figures_without_data_are_left_out(key: str, report: MakeReport) -> None
 
 
 def test_descriptions_have_the_numbers(plots: dict[str, Plot]) -> None:
-    said = {name: plot.description for name, plot in plots.items()}
-    assert "heads kept from layer 0 to layer 2: 3, 0, 4, of 4" in said["kept"]
-    assert "neurons kept from layer 0 to layer 2: 7, 12, 1, of 12" in said["kept"]
-    assert "heads: 1, 2, 3" in said["importance"]
-    assert "share of heads kept, first to last layer: 75%, 0%, 100%" in said["curves"]
-    assert "original 80.39, selected 70.50, fitted 78.90" in said["stages"]
-    assert "selected 0.2100" in said["stages"]
-    assert "collect 2.0 s, search 50 ms, compact 10 ms, tune 4.5 s" in said["seconds"]
-    assert "rearrange" not in said["seconds"]
-    assert "target 100 ms, predicted 101 ms, measured 99 ms" in said["latency"]
+    descriptions = {name: plot.description for name, plot in plots.items()}
+    assert "heads kept from layer 0 to layer 2: 3, 0, 4, of 4" in descriptions["kept"]
+    assert "neurons kept from layer 0 to layer 2: 7, 12, 1, of 12" in descriptions["kept"]
+    assert "heads: 1, 2, 3" in descriptions["importance"]
+    assert "share of heads kept, first to last layer: 75%, 0%, 100%" in descriptions["curves"]
+    assert "original 80.39, selected 70.50, fitted 78.90" in descriptions["stages"]
+    assert "selected 0.2100" in descriptions["stages"]
+    assert "collect 2.0 s, search 50 ms, compact 10 ms, tune 4.5 s" in descriptions["seconds"]
+    assert "rearrange" not in descriptions["seconds"]
+    assert "target 100 ms, predicted 101 ms, measured 99 ms" in descriptions["latency"]
 
 
 def test_unknown_stages_are_shown(report: MakeReport) -> None:
@@ -223,8 +223,7 @@ def test_labels_from_users_are_drawn_as_they_are(report: MakeReport) -> None:
 
 def test_encoder_decoder_figures_have_cross_attention_and_both_stacks() -> None:
     drawn = by_name(draw_run(make_encoder_decoder_report()))
-    said = drawn["kept"].description
-    assert said == (
+    assert drawn["kept"].description == (
         "Bar charts, self-attention heads kept from encoder layer 0 to layer 1: 4, 2, of 4; "
         "self-attention heads kept from decoder layer 0 to layer 2: 0, 0, 0, of 4; "
         "cross-attention heads kept from decoder layer 0 to layer 2: 1, 0, 3, of 4; "
