@@ -17,7 +17,7 @@ from rfprune.cli.parser import add_flags
 from rfprune.cli.validation import check_data, check_task
 from rfprune.errors import UserError
 from rfprune.settings import DataSettings
-from rfprune.tasks.registry import TASK_NAMES, default_batch_size
+from rfprune.tasks.registry import TASK_NAMES, HeldOut, default_batch_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process); 0 done, 2 user error, 130 stopped."""
     options = _parser().parse_args(argv)
     check_task(options.task)
-    check_data(options.task, options.data_dir, options.text_columns, options.label_column)
+    check_data(
+        options.task,
+        options.data_dir,
+        options.text_columns,
+        options.label_column,
+        options.validation_fraction,
+    )
     if options.output is not None:
         _check_output(options.output)
     _print_table(_evaluate(options), options.output)
@@ -42,11 +48,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="folder (dense or pruned), hub id or alias")
     parser.add_argument("--task", required=True, help=", ".join(TASK_NAMES))
     parser.add_argument("--data-dir", type=Path, help="local data, DIR/TASK/...; else the hub")
-    add_flags(parser, DataSettings, ("text_columns", "label_column"))
+    add_flags(parser, DataSettings, ("validation_fraction", "text_columns", "label_column"))
     parser.add_argument("--batch-size", type=int, help="rows a batch (default: the task's)")
     parser.add_argument("--max-length", type=int, help="tokens a row (default: the task's)")
     parser.add_argument("--limit", type=int, help="score so many random examples of each split")
-    parser.add_argument("--seed", type=int, default=0, help="draws them (default: 0)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="draws the examples, and the rows of --validation-fraction (default: 0)",
+    )
     parser.add_argument("--device", type=_device, help="cpu, cuda, cuda:N or mps (default: best)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the scores there")
@@ -77,6 +88,7 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
             data_dir=options.data_dir,
             text_columns=options.text_columns,
             label_column=options.label_column,
+            held_out=HeldOut.of(options.validation_fraction, options.seed),
         )
         device = pick_device(options.device)
         loaded = load(options.model, task, device=device, dtype=getattr(torch, options.dtype))

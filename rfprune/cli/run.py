@@ -82,15 +82,13 @@ def run(options: Options, arguments: Sequence[str]) -> None:
 def _prepare(options: Options, device: torch.device, consoles: Consoles) -> Prepared:
     """Load the checkpoint and the data, so that a bad input ends the run here."""
     target, data = options.target, options.data
-    fraction = data.validation_fraction
-    held_out = None if fraction is None else HeldOut(fraction, options.settings.seed)
     task = resolve_task(
         target.task,
         target.model,
         data_dir=data.data_dir,
         text_columns=data.text_columns,
         label_column=data.label_column,
-        held_out=held_out,
+        held_out=HeldOut.of(data.validation_fraction, options.settings.seed),
     )
     check_kind(task, exports=options.output.export, max_drop=target.max_drop)
     consoles.log.print(f"Loading {target.model} and the data of {task.name}")

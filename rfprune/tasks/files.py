@@ -1,7 +1,7 @@
 """Read one local table (parquet, csv, tsv, jsonl, text or a saved dataset) into plain columns.
 
 `datasets.load_dataset` does not serve here: it writes a cache, guesses types (a text "007" becomes
-7), takes NA and null for missing values, and names no line in its errors.
+7), takes NA and null for missing values, and its errors name no line.
 """
 
 import csv

@@ -61,6 +61,11 @@ class HeldOut:
     fraction: float
     seed: int = 0
 
+    @classmethod
+    def of(cls, fraction: float | None, seed: int) -> "HeldOut | None":
+        """None without a fraction."""
+        return None if fraction is None else cls(fraction, seed)
+
     def rows(self, split: str, num_rows: int) -> list[int]:
         """The numbers of the rows of "train" or "validation", ascending; at least one each."""
         order = list(range(num_rows))

@@ -19,6 +19,7 @@ from rfprune.main import main
 from rfprune.tasks.own_data import custom_task, language_task, similarity_task, with_columns
 from rfprune.tasks.registry import HeldOut, Task
 from rfprune.tasks.splits import load_split
+from scripts.evaluate import main as evaluate
 from tests.conftest import WORDS
 
 Write = Callable[..., Path]
@@ -131,6 +132,11 @@ def test_the_command_splits_one_file(
     assert code == 0, error
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["evaluated_examples"] == round(0.25 * len(ROWS))
+    written = tmp_path / "scores.json"
+    score = [*flags[:6], "--validation-fraction", "0.25", "--device", "cpu"]
+    assert evaluate([*score, "--output", str(written)]) == 0
+    scores = json.loads(written.read_text())
+    assert scores["score"] == report["original"]["score"]
     code, error = command(capsys, *flags, "--validation-fraction", "0.5")
     assert code == 2, "another fraction is another output"
     assert "--overwrite" in error
