@@ -349,24 +349,6 @@ def test_a_pruned_model_can_be_pruned_again(flags: Flags) -> None:
     load_pruned("second")
 
 
-def test_the_same_seed_gives_the_same_model(flags: Flags) -> None:
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        assert main(flags(output_dir=name, seed=seed)) == 0
-    a, b, c = (Path(name, "model.safetensors").read_bytes() for name in "abc")
-    assert a == b
-    assert a != c
-
-
-def test_more_samples_than_there_are_warn_and_use_all(flags: Flags, capsys: Capture) -> None:
-    assert main(flags(samples=4096)) == 0
-    report = read_report(Path("out"))
-    assert report["samples"] == 48
-    assert "only 48" in report["warnings"][0]
-    printed = capsys.readouterr()
-    assert printed.err.count("only 48") == 1
-    assert "only 48" in printed.out.replace("\n", " ")
-
-
 def test_overwrite_replaces_an_earlier_run_and_nothing_else_does(
     flags: Flags, refused: Refused
 ) -> None:
