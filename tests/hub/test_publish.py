@@ -161,7 +161,7 @@ def test_wrong_hub_flags_are_errors_before_the_run(
     assert not hub.steps
 
 
-def test_a_missing_token_is_an_error_before_the_run(
+def test_offline_and_without_a_token_the_run_does_not_start(
     flags: Flags,
     refused: Callable[[list[str]], str],
     hub: StubHub,
@@ -169,11 +169,7 @@ def test_a_missing_token_is_an_error_before_the_run(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     assert "no token for the hub" in refused(flags(push_to_hub="someone/small"))
-
-
-def test_offline_is_an_error_before_the_run(
-    flags: Flags, refused: Callable[[list[str]], str]
-) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in refused(flags(push_to_hub="someone/small"))
 
 
