@@ -1,8 +1,8 @@
 """Make rfprune/demo/ from a fine-tuned BERT checkpoint and SST-2, by trimming its vocabulary.
 
-WordPiece takes the longest piece it knows. With every piece that the kept sentences use, they are
-tokenised as before; with every single character (and ##character) besides, so is any other word
-spelled in characters that the source knows, only into more pieces, never into [UNK].
+The pieces that the kept sentences use are kept, so these are tokenised as before. All single
+characters (and ##characters) are kept too, so other words are split into more pieces, never into
+[UNK]: WordPiece takes the longest piece that it knows.
 
     python scripts/build_demo.py --source CHECKPOINT --data DATA_DIR
 """
@@ -63,9 +63,10 @@ Sentiment Treebank", EMNLP 2013; sentences from movie reviews at rottentomatoes.
 """
 
 
-@script("nothing was finished.")
+@script("the demo is incomplete.")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Build, measure, and describe the demo; exit code 2 where the inputs do not serve."""
+    """Run with these flags (default: those of the process): 0 done, 2 user error, 130
+    interrupted."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", type=Path, required=True, help="fine-tuned BERT checkpoint")
     parser.add_argument("--data", type=Path, required=True, help="folder that holds sst2/")

@@ -1,4 +1,4 @@
-"""Put several runs on one page: scores, costs, and what each keeps, from their report.json.
+"""Compare several runs on one HTML page: scores, costs and kept units, from their report.json.
 
 python scripts/compare.py outputs/bert/mrpc/mac-0.*/seed-0 --output compare.html
 """
@@ -22,7 +22,8 @@ DEFAULT = Path("compare.html")
 
 @script("no page was written.")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run with these flags (default: those of the process); 0 done, 2 user error, 130 stopped."""
+    """Run with these flags (default: those of the process): 0 done, 2 user error, 130
+    interrupted."""
     options = _parser().parse_args(argv)
     folders = list(dict.fromkeys(options.folders))
     reports = [_read(folder) for folder in folders]
@@ -74,7 +75,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """What tells the folders apart: their paths without what they all begin and end with."""
+    """Short names of the folders: their paths without the parts that all have in common."""
     parts = [folder.resolve().parts for folder in folders]
     if len(parts) == 1:
         return [folders[0].resolve().name]

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rfprune.cli.exit_codes import NOTHING_WRITTEN, script
 from rfprune.cli.parser import add_flags
-from rfprune.cli.validation import check_data, check_task
+from rfprune.cli.validation import check_data, check_new_file, check_task
 from rfprune.errors import UserError
-from rfprune.settings import DataSettings
+from rfprune.settings import DTYPES, DataSettings, RunSettings
 from rfprune.tasks.registry import TASK_NAMES, HeldOut, default_batch_size
 
 if TYPE_CHECKING:
@@ -27,9 +26,11 @@ if TYPE_CHECKING:
 
 @script(NOTHING_WRITTEN)
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run with these flags (default: those of the process); 0 done, 2 user error, 130 stopped."""
+    """Run with these flags (default: those of the process): 0 done, 2 user error, 130
+    interrupted."""
     options = _parser().parse_args(argv)
     check_task(options.task)
+    RunSettings(device=options.device)
     check_data(
         options.task,
         options.data_dir,
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.validation_fraction,
     )
     if options.output is not None:
-        _check_output(options.output)
+        check_new_file("--output", options.output)
     _print_table(_evaluate(options), options.output)
     return 0
 
@@ -47,31 +48,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", required=True, help="folder (dense or pruned), hub id or alias")
     parser.add_argument("--task", required=True, help=", ".join(TASK_NAMES))
-    parser.add_argument("--data-dir", type=Path, help="local data, DIR/TASK/...; else the hub")
-    add_flags(parser, DataSettings, ("validation_fraction", "text_columns", "label_column"))
-    parser.add_argument("--batch-size", type=int, help="rows a batch (default: the task's)")
-    parser.add_argument("--max-length", type=int, help="tokens a row (default: the task's)")
-    parser.add_argument("--limit", type=int, help="score so many random examples of each split")
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="draws the examples, and the rows of --validation-fraction (default: 0)",
-    )
-    parser.add_argument("--device", type=_device, help="cpu, cuda, cuda:N or mps (default: best)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    columns = ("validation_fraction", "text_columns", "label_column")
+    add_flags(parser, DataSettings, ("data_dir", *columns, "batch_size", "max_length"))
+    parser.add_argument("--limit", type=int, help="score this many random examples of each split")
+    seed = "draws the examples, and the rows of --validation-fraction (default: 0)"
+    parser.add_argument("--seed", type=int, default=0, help=seed)
+    add_flags(parser, RunSettings, ("device",))
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the scores there")
     return parser
 
 
-def _device(text: str) -> str:
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"unknown device {text!r}: cpu, cuda, cuda:N or mps")
-    return text
-
-
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    """Load, score, and say what was scored how: the contents of the output file."""
+    """Load and score: the contents of the output file."""
     import torch
     from rich.console import Console
 
@@ -81,7 +70,7 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
     from rfprune.report.report_json import versions
     from rfprune.tasks.evaluation import evaluate_model, prepare_evaluation
 
-    with collected_warnings(Console(stderr=True, highlight=False), verbose=False) as heard:
+    with collected_warnings(Console(stderr=True, highlight=False), verbose=False) as warnings:
         task = resolve_task(
             options.task,
             options.model,
@@ -121,7 +110,7 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
         "device": str(device),
         "dtype": options.dtype,
         "versions": versions(),
-        "warnings": heard,
+        "warnings": warnings,
     }
 
 
@@ -135,16 +124,8 @@ def _scores(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _check_output(path: Path) -> None:
-    """See that the file can be written before minutes are spent."""
-    if path.exists():
-        raise UserError(f"--output {path} exists already: give the name of a new file.")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"--output {path}: there is no folder {path.absolute().parent}, make it.")
-
-
 def _print_table(result: dict[str, Any], output: Path | None) -> None:
-    """The scores on screen, and in the output file if there is to be one."""
+    """Print the scores, and write them to the output file if there is one."""
     from rich.console import Console
     from rich.table import Table
 

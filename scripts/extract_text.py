@@ -1,10 +1,9 @@
-"""Running text out of a dataset: the distinct texts of one column, a blank line between them.
+"""Extract running text from a dataset: the distinct texts of one column, blank lines between them.
 
 python scripts/extract_text.py data/squad text --column context
 python -m rfprune.main --model CHECKPOINT --task language-modeling --data-dir text ...
 
-No text of the validation split is in the training split. Writes OUTPUT/train.txt and
-OUTPUT/validation.txt.
+Writes OUTPUT/train.txt and OUTPUT/validation.txt. No text is in both.
 """
 
 from __future__ import annotations
@@ -14,21 +13,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-SPLITS = ("validation", "train")  # in this order: what is held out is taken first
+from rfprune.cli.exit_codes import script
+from rfprune.errors import UserError
+
+SPLITS = ("validation", "train")
+"""In this order: texts of both splits are held out."""
 
 
+@script("the output may be incomplete.")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run with these flags (default: those of the process): 0 done, 2 user error."""
-    options = _parser().parse_args(argv)
-    try:
-        extract(options.dataset, options.column, options.output)
-    except (OSError, ValueError) as error:
-        sys.stderr.write(f"extract_text: error: {error}\n")
-        return 2
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
+    """Run with these flags (default: those of the process): 0 done, 2 user error, 130
+    interrupted."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -36,23 +31,41 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("dataset", type=Path, help="a folder with train.parquet and validation.parquet")
-    add("output", type=Path, help="the folder that gets train.txt and validation.txt")
-    add("--column", default="text", help="that holds the texts (default: text)")
-    return parser
+    add("output", type=Path, help="the folder for train.txt and validation.txt")
+    add("--column", default="text", help="the column of the texts (default: text)")
+    options = parser.parse_args(argv)
+    extract(options.dataset, options.column, options.output)
+    return 0
 
 
 def extract(dataset: Path, column: str, output: Path) -> None:
-    """Write the texts of both splits; OSError or ValueError where they cannot be read."""
+    """Write the texts of both splits.
+
+    Raises:
+        UserError: a file or the column is missing, or the output cannot be written.
+    """
     import pandas as pd
 
-    output.mkdir(parents=True, exist_ok=True)
     seen: set[str] = set()
     for split in SPLITS:
-        rows = pd.read_parquet(dataset / f"{split}.parquet", columns=[column])[column]
+        path = dataset / f"{split}.parquet"
+        try:
+            rows = pd.read_parquet(path, columns=[column])[column]
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path} with a column '{column}' cannot be read ({error}): give the folder of a "
+                f"dataset, and --column."
+            ) from error
         texts = [text for text in dict.fromkeys(str(row).strip() for row in rows) if text]
         new = [text for text in texts if text not in seen]
         seen.update(new)
-        (output / f"{split}.txt").write_text("\n\n".join(new) + "\n", encoding="utf-8")
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            (output / f"{split}.txt").write_text("\n\n".join(new) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"{output} cannot be written ({error}): name another folder."
+            ) from error
         print(f"{split}: {len(new)} texts, {sum(map(len, new))} characters")
 
 

@@ -1,4 +1,4 @@
-"""Fine-tune an encoder on a task with transformers' Trainer, where no checkpoint is to be had.
+"""Fine-tune an encoder on a task with transformers' Trainer, to have a checkpoint to prune.
 
 python scripts/finetune.py --model ENCODER --task sst2 --data-dir DATA --output-dir CHECKPOINT
 """
@@ -18,23 +18,23 @@ from rfprune.settings import DataSettings
 from rfprune.tasks.registry import CUSTOM, get_task
 
 
-@script("nothing was finished.")
+@script("the checkpoint was not written.")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train, save, score; exit code 2 where something has to be mended first."""
+    """Run with these flags (default: those of the process): 0 done, 2 user error, 130
+    interrupted."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--model", required=True, help="folder or hub id of a pretrained encoder")
     add("--task", required=True, help="such as mrpc, sst2, stsb, squad, custom")
     add("--output-dir", type=Path, required=True, help="new folder for the checkpoint")
-    add("--data-dir", type=Path, help="folder that holds TASK/train.parquet; else the hub")
-    add_flags(parser, DataSettings, ("text_columns", "label_column"))
-    add("--regression", action="store_true", help="of --task custom; labels are numbers to predict")
-    add("--epochs", type=float, default=3.0)
-    add("--learning-rate", type=float, default=3e-5)
-    add("--batch-size", type=int, default=32)
-    add("--max-length", type=int, help="in tokens; default: the task's")
-    add("--max-train-samples", type=int, help="train on a random part of so many rows")
-    add("--seed", type=int, default=0)
+    add_flags(parser, DataSettings, ("data_dir", "text_columns", "label_column"))
+    add("--regression", action="store_true", help="for --task custom: labels are numbers")
+    add("--epochs", type=float, default=3.0, help="default: 3")
+    add("--learning-rate", type=float, default=3e-5, help="default: 3e-5")
+    add("--batch-size", type=int, default=32, help="default: 32")
+    add("--max-length", type=int, help="tokens per example (default: that of the task)")
+    add("--max-train-samples", type=int, help="train on this many random examples (default: all)")
+    add("--seed", type=int, default=0, help="default: 0")
     options = parser.parse_args(arguments)
     finetune(options)
     return 0
@@ -43,7 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def finetune(options: argparse.Namespace) -> None:
     """Write the fine-tuned checkpoint and print its scores on the validation data."""
     check(options)
-    # Late, so that --help and wrong flags are answered at once.
     from transformers import Trainer, set_seed
 
     from rfprune.tasks.calibration import sample
@@ -57,7 +56,7 @@ def finetune(options: argparse.Namespace) -> None:
     if options.max_train_samples:
         train = sample(train, options.max_train_samples, options.seed)
     model, tokenizer = load(options.model, task)
-    # Tokenised before training: unfit validation data is better found now than in an hour.
+    # before training: invalid validation data would otherwise be found an hour later
     prepared = prepare_evaluation(task, tokenizer, options.data_dir, max_length=options.max_length)
     Trainer(
         model=model,
@@ -72,7 +71,7 @@ def finetune(options: argparse.Namespace) -> None:
 
 
 def choose_task(options: argparse.Namespace) -> Any:
-    """A known task, or what the labels of somebody's own data make."""
+    """A known task, or the one that the labels of your own data define."""
     if options.task != CUSTOM:
         return get_task(options.task)
     from rfprune.tasks.own_data import task_from_training_data
@@ -82,21 +81,21 @@ def choose_task(options: argparse.Namespace) -> Any:
 
 
 def check(options: argparse.Namespace) -> None:
-    """UserError for what can be known to fail before anything is loaded."""
+    """Raise a UserError for flags that are wrong, before anything is loaded."""
     check_data(options.task, options.data_dir, options.text_columns, options.label_column)
     if options.regression and options.task != CUSTOM:
         raise UserError("--regression belongs to --task custom: leave it out.")
     for name in ("epochs", "learning_rate", "batch_size", "max_train_samples"):
         value = getattr(options, name)
         if value is not None and not 0 < value < float("inf"):
-            raise UserError(f"--{name.replace('_', '-')} {value}: it must be above 0.")
+            raise UserError(f"--{name.replace('_', '-')} {value}: it must be a number above 0.")
     folder: Path = options.output_dir
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} exists already: name a new folder with --output-dir.")
 
 
 def load(name: str, task: Any) -> tuple[Any, Any]:
-    """The encoder with a new head for the task, which knows the names of its labels."""
+    """The encoder with a new head for the task and its label names, and the tokenizer."""
     from transformers import (
         AutoModelForQuestionAnswering,
         AutoModelForSequenceClassification,

@@ -1,11 +1,11 @@
-"""What rfprune would need to know of a model type: a row for `rfprune/families/architectures.py`.
+"""Suggest the row of `rfprune/families/architectures.py` that a model type needs.
 
     python scripts/inspect_architecture.py deberta-v2
     python scripts/inspect_architecture.py path/to/a/folder/with/config.json
 
-Nothing is downloaded for a model type; a folder or a hub id is read for its config.json alone. The
-row is what the sizes, names and order of the modules suggest. Whether it is right, the contract
-suite tells: add the row, and a tiny configuration in tests/conftest.py, and run
+A model type needs no download; of a folder or a hub id only config.json is read. The row is a guess
+from the sizes, names and order of the modules. To check it, add the row and a tiny configuration in
+tests/conftest.py, and run the contract suite:
 
     python -m pytest tests/model/test_contract.py -k MODEL_TYPE
 """
@@ -23,25 +23,26 @@ from rfprune.families.architectures import ARCHITECTURES
 from rfprune.families.suggest import as_text, suggest
 
 
-@script("nothing was finished.")
+@script("no row was printed.")
 def main(arguments: list[str] | None = None) -> int:
-    """Print the row; 2 where there is none, with a sentence."""
+    """Run with these flags (default: those of the process): 0 done, 2 user error, 130
+    interrupted."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", help="a model type of transformers, a folder, or a hub id")
     model = parser.parse_args(arguments).model
     config = config_of(model)
     text = as_text(config.model_type, suggest(config))
     known = config.model_type in ARCHITECTURES
-    print(f"# {'already in' if known else 'to go into'} rfprune/families/architectures.py")
+    print(f"# {'already in' if known else 'add to'} rfprune/families/architectures.py")
     print(text)
     return 0
 
 
 def config_of(model: str) -> Any:
-    """The configuration of a model type as transformers has it by default, or of a checkpoint.
+    """The default configuration of a model type, or that of a checkpoint.
 
     Raises:
-        UserError: there is neither.
+        UserError: there is no such model type or checkpoint.
     """
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING

@@ -1,4 +1,4 @@
-"""Measure what a model takes on this machine by the sizes of its sublayers: a latency table.
+"""Measure a latency table on this machine: milliseconds of a model by the sizes of its sublayers.
 
 python scripts/profile_latency.py --model outputs/... --batch-size 32 --sequence-length 128 \\
     --output table.json
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rfprune.cli.exit_codes import NOTHING_WRITTEN, script
+from rfprune.cli.validation import check_new_file
 from rfprune.errors import UserError, error_summary
 from rfprune.settings import DTYPES
 
@@ -37,7 +38,8 @@ SHOWN = (1.0, 0.75, 0.5, 0.25, 0.0)
 
 @script(NOTHING_WRITTEN)
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run with these flags (default: those of the process): 0 done, 2 user error, 130 stopped."""
+    """Run with these flags (default: those of the process): 0 done, 2 user error, 130
+    interrupted."""
     options = _parser().parse_args(argv)
     _check(options)
     table, layout = _measure(options)
@@ -58,25 +60,21 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--batch-size", type=int, default=32, metavar="N", help="examples (default: 32)")
     add("--sequence-length", type=int, default=128, metavar="N", help="tokens (default: 128)")
-    add("--device", help="cpu, cuda or mps (default: the best there is)")
+    add("--device", help="cpu, cuda or mps (default: the fastest available)")
     add("--dtype", choices=DTYPES, default="float32", help="default: float32")
     add("--round-to", type=int, metavar="N", help="keep neurons in multiples (default: up to 32)")
-    add("--seconds", type=float, default=120.0, metavar="S", help="at most, or so (default: 120)")
+    add("--seconds", type=float, default=120.0, metavar="S", help="about, at most (default: 120)")
     add("--output", type=Path, required=True, metavar="FILE.json", help="a new file")
     return parser
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Refuse what can be refused before torch is imported."""
+    """Check the flags before torch is imported."""
     for flag in ("batch_size", "sequence_length", "round_to"):
         value = getattr(options, flag)
         if value is not None and value < 1:
             raise UserError(f"--{flag.replace('_', '-')} {value}: give 1 or more.")
-    if options.output.exists():
-        raise UserError(f"--output {options.output} exists already: give the name of a new file.")
-    folder = options.output.absolute().parent
-    if not folder.is_dir():
-        raise UserError(f"--output {options.output}: there is no folder {folder}, make it.")
+    check_new_file("--output", options.output)
 
 
 def _measure(options: argparse.Namespace) -> tuple[LatencyTable, Layout]:
@@ -101,7 +99,8 @@ def _measure(options: argparse.Namespace) -> tuple[LatencyTable, Layout]:
         )
     except torch.cuda.OutOfMemoryError as error:
         raise UserError(
-            f"--batch-size {options.batch_size} does not fit into the memory of this GPU: give less"
+            f"--batch-size {options.batch_size} does not fit into the memory of this GPU: give a "
+            f"smaller one"
         ) from error
     return table, layout
 
@@ -148,7 +147,7 @@ def load_model(name: str | None, synthetic: str | None, dtype: Any) -> Any:
 
 
 def _batch(model: Any, options: argparse.Namespace) -> dict[str, Tensor]:
-    """Without padding; what the tokens are changes no time.
+    """A batch without padding; the tokens do not change the time.
 
     Raises:
         UserError: the model has fewer positions.

@@ -1,8 +1,8 @@
-"""Put the output folder of an earlier run on the Hugging Face hub, in one commit.
+"""Upload the output folder of an earlier run to the Hugging Face hub, in one commit.
 
 python scripts/push_to_hub.py outputs/demo/sst2/mac-0.5/seed-0 USER/NAME [--private] [--dry-run]
 
-What is there already is not sent again, so a push that failed goes on where it stopped.
+Files that are there already are not sent again, so a failed push can be resumed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from rfprune.hub.upload import (
 
 @script(RESUMABLE)
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run with these flags (default: those of the process); 0 done, 2 user error, 130 stopped."""
+    """Run with these flags (default: those of the process): 0 done, 2 user error, 130
+    interrupted."""
     options = _parser().parse_args(argv)
     check_repository(options.repository)
     check_folder(options.folder)
@@ -50,10 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="the output folder of a run")
     parser.add_argument("repository", metavar="REPO", help="USER/NAME, or NAME of your own")
-    parser.add_argument("--private", action="store_true", help="nobody else sees the repository")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="say what would be uploaded, and stay off the hub"
-    )
+    parser.add_argument("--private", action="store_true", help="make the repository private")
+    parser.add_argument("--dry-run", action="store_true", help="only list what would be uploaded")
     return parser
 
 

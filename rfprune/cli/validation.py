@@ -84,6 +84,15 @@ def check_exports(formats: Collection[str]) -> None:
         check_installed("--export onnx", ONNX_PACKAGES, "leave --export onnx out")
 
 
+def check_new_file(flag: str, path: Path) -> None:
+    """Raise a UserError unless a new file can be written there."""
+    if path.exists():
+        raise UserError(f"{flag} {path} exists already: give the name of a new file")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise UserError(f"{flag} {path}: the folder {folder} does not exist: create it")
+
+
 def check_hub(hub: HubSettings) -> None:
     """Raise a UserError unless an upload can begin: the name is valid and there is a token."""
     if hub.push_to_hub is None:

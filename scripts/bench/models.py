@@ -18,7 +18,6 @@ from rfprune.settings import Settings
 from scripts.profile_latency import SYNTHETIC
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from rfprune.checkpoints.loading import LoadedCheckpoint
@@ -204,31 +203,3 @@ def layers_of(layout: Layout, kept: Sequence[int]) -> list[dict[str, int]]:
     for block, count in zip(layout.blocks, kept, strict=True):
         layers[block.layer][f"{block.kind}s"] = count
     return layers
-
-
-def saved_bytes(model: Any) -> int:
-    """Bytes of the weights on the disk."""
-    import tempfile
-
-    from rfprune.checkpoints.loading import quiet_transformers
-
-    with tempfile.TemporaryDirectory() as folder, quiet_transformers():
-        model.save_pretrained(folder)
-        return sum(path.stat().st_size for path in Path(folder).glob("model*.safetensors"))
-
-
-def max_logit_difference(one: Any, other: Any, batches: Sequence[Batch]) -> float:
-    """The largest difference of any output number of two models."""
-    import torch
-
-    with torch.inference_mode():
-        return max(
-            float((a - b).abs().max())
-            for batch in batches
-            for a, b in zip(_logits(one, batch), _logits(other, batch), strict=True)
-        )
-
-
-def _logits(model: Any, batch: Batch) -> tuple[torch.Tensor, ...]:
-    output = model.eval()(**batch)
-    return (output.logits,) if "logits" in output else (output.start_logits, output.end_logits)

@@ -34,7 +34,6 @@ SECTIONS: Mapping[str, tuple[str, Callable[[Lines], str]]] = {
     "ablation": ("ablation", score_tables.ablation),
     "promise": ("promise", time_tables.promise_short),
     "speedup": ("speedup", time_tables.speedup_short),
-    "compact": ("compact", time_tables.compact),
     "exports": ("exports", time_tables.exports),
     "pruning-time": ("pruning_time", time_tables.pruning_time),
     "scale": ("scale", time_tables.scale),

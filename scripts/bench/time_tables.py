@@ -208,26 +208,6 @@ def _operators_table(line: Line) -> str:
     return f"## {where}\n\n{marked([line], lambda _: table(heads, rows))}"
 
 
-def compact(lines: Sequence[Line]) -> str:
-    """A row for every compact model: differences from the masked one and the original, bytes."""
-    heads = ["model, method", "MACs", "compact - masked", "compact - original", "weights"]
-
-    def rows(mark: Mark) -> Iterator[list[str]]:
-        for line in lines:
-            yield [
-                f"{line['model']}, {line['method']}{mark([line])}",
-                f"{line['achieved']['mac']:.3f}",
-                f"{line['max_difference']:.1e}",
-                f"{line['original_difference']:.2g}",
-                f"{line['bytes'] / 1e6:.1f} of {line['original_bytes'] / 1e6:.1f} MB",
-            ]
-
-    first = lines[0]
-    text = marked(lines, lambda mark: table(heads, rows(mark)))
-    conditions = f"{first['sentences']:,} sentences; {device_of(first)}"
-    return f"Largest difference of a logit over {conditions}.\n\n{text}"
-
-
 def exports(lines: Sequence[Line]) -> str:
     """For every pruned model six ways to run: score, divergence, bytes, milliseconds by shape."""
     return "\n".join(_exports_table(line) for line in lines)

@@ -22,7 +22,6 @@ from rfprune.latency.timing import TimingBudget
 from rfprune.model.layout import layout_of
 from rfprune.result import StageTimer
 from scripts.bench import (
-    compact,
     exports,
     first_model,
     max_drop,
@@ -39,32 +38,6 @@ TinyFolder = Callable[..., Path]
 STAGES = {"collect", "search", "compact", "tune", "prune_total"}
 HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript"))
 needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="needs the extra rfprune[onnx]")
-
-
-@pytest.mark.parametrize(
-    ("method", "compared"), [("kwon", "after tuning"), ("curvature", "before the refit")]
-)
-def test_compact_is_compared_with_masked(
-    method: str, compared: str, flags: str, lines: ReadLines
-) -> None:
-    more = f"--constraint 0.7 0.4 --sentences 40 --method {method}"
-    assert compact.main(f"{flags} {more}".split()) == 0
-    found = lines()
-    assert [line["constraint"] for line in found] == [0.7, 0.4]
-    for line in found:
-        assert (line["samples"], line["sentences"], line["compared"]) == (16, 40, compared)
-        assert 0 <= line["max_difference"] <= 1e-5
-        assert line["original_difference"] > 0.01
-        assert 0 < line["bytes"] < line["original_bytes"]
-
-
-def test_a_compact_model_that_differs_is_reported(
-    flags: str, lines: ReadLines, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(compact, "TOLERANCE", -1.0)
-    more = "--constraint 0.5 --sentences 16 --method kwon"
-    assert compact.main(f"{flags} {more}".split()) == 1
-    assert len(lines()) == 1
 
 
 @needs_onnx

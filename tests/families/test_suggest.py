@@ -106,7 +106,7 @@ def test_an_unknown_type_is_told_where_to_look(
     assert "families/architectures.py" in str(caught.value)
     assert inspect_architecture.main(["data2vec-text"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("# to go into rfprune/families/architectures.py")
+    assert out.startswith("# add to rfprune/families/architectures.py")
     assert "attention.self.query" in out
     tiny_config("gpt2").save_pretrained(tmp_path)
     assert inspect_architecture.main([str(tmp_path)]) == 0

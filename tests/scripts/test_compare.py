@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 from rfprune.report.report_json import write_report
+from scripts import compare as script
 from tests.report.conftest import make_report
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "compare.py"
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("compare", SCRIPT)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -42,7 +29,7 @@ def run_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pat
 
 
 def test_runs_are_put_on_one_page(
-    script: ModuleType, run_at: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    run_at: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = run_at("runs/mac-0.5/seed-0")
     second = run_at(
@@ -59,7 +46,7 @@ def test_runs_are_put_on_one_page(
 
 
 def test_an_earlier_page_is_replaced_only_if_asked_to(
-    script: ModuleType, run_at: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    run_at: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_at("run")
     Path("page.html").write_text("mine", encoding="utf-8")
@@ -90,7 +77,6 @@ def _damage(folder: Path, text: str) -> None:
 def test_a_report_that_is_none_is_one_sentence(
     text: str | None,
     words: str,
-    script: ModuleType,
     run_at: Callable[..., Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -112,7 +98,6 @@ def test_a_report_that_is_none_is_one_sentence(
 def test_a_bad_output_is_one_sentence(
     output: str,
     words: str,
-    script: ModuleType,
     run_at: Callable[..., Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -121,7 +106,7 @@ def test_a_bad_output_is_one_sentence(
     assert words in capsys.readouterr().err
 
 
-def test_names_are_what_tells_runs_apart(script: ModuleType) -> None:
+def test_names_are_what_tells_runs_apart() -> None:
     def names(*paths: str) -> list[str]:
         found: list[str] = script._names([Path(path) for path in paths])
         return found

@@ -3,7 +3,6 @@
 Without these the script could score another thing than the package does, or end in a traceback.
 """
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -19,28 +18,15 @@ from rfprune.model.compact import compact
 from rfprune.model.layout import layout_of
 from rfprune.tasks.evaluation import evaluate_model, prepare_evaluation
 from rfprune.tasks.registry import get_task
+from scripts.evaluate import main
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "evaluate.py"
 TinyFolder = Callable[..., Path]
 TinyModel = Callable[..., Any]
 TinyTokenizer = Callable[..., Any]
-Main = Callable[[list[str]], int]
-
-
-@pytest.fixture(scope="module")
-def main() -> Main:
-    """The script's main function."""
-    specification = importlib.util.spec_from_file_location("evaluate_script", SCRIPT)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    run: Main = module.main
-    return run
 
 
 def test_it_scores_as_the_package_does(
-    main: Main,
     tiny_folder: TinyFolder,
     tiny_model: TinyModel,
     tiny_tokenizer: TinyTokenizer,
@@ -68,7 +54,6 @@ def test_it_scores_as_the_package_does(
 
 
 def test_it_scores_a_pruned_model_as_itself(
-    main: Main,
     tiny_model: TinyModel,
     tiny_tokenizer: TinyTokenizer,
     tiny_data_dir: Path,
@@ -91,7 +76,7 @@ def test_it_scores_a_pruned_model_as_itself(
 
 
 def test_it_answers_questions(
-    main: Main, tiny_folder: TinyFolder, tiny_data_dir: Path, capsys: pytest.CaptureFixture[str]
+    tiny_folder: TinyFolder, tiny_data_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tiny_folder("distilbert", "question-answering")
     for task, score in (("squad", "exact_match"), ("squad_v2", "NoAns_f1")):
@@ -101,7 +86,7 @@ def test_it_answers_questions(
 
 
 def test_it_scores_somebody_s_own_table(
-    main: Main, tiny_folder: TinyFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_folder: TinyFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "mine"
     data.mkdir()
@@ -125,18 +110,17 @@ def test_it_scores_somebody_s_own_table(
         ({"--task": "mprc"}, "Unknown task 'mprc'"),
         ({"--model": "missing/folder/here"}, "'missing/folder/here' does not exist"),
         ({"--data-dir": "missing"}, "data folder 'missing' does not exist"),
-        ({"--batch-size": "0"}, "batch size of 0"),
+        ({"--batch-size": "0"}, "--batch-size 0"),
         ({"--limit": "-3"}, "limit of -3"),
         ({"--seed": "-3"}, "seed of -3"),
         ({"--max-length": "9999"}, "9999"),
-        ({"--output": "missing/scores.json"}, "there is no folder"),
+        ({"--output": "missing/scores.json"}, "does not exist: create it"),
         ({"--output": "."}, "exists already"),
     ],
 )
 def test_what_a_user_can_mend_is_one_sentence(
     changes: dict[str, str],
     what: str,
-    main: Main,
     tiny_folder: TinyFolder,
     tiny_data_dir: Path,
     tmp_path: Path,
@@ -155,7 +139,6 @@ def test_what_a_user_can_mend_is_one_sentence(
 
 
 def test_ctrl_c_leaves_nothing(
-    main: Main,
     tiny_folder: TinyFolder,
     tiny_data_dir: Path,
     tmp_path: Path,
@@ -187,4 +170,4 @@ def test_help_and_bad_flags_answer_before_torch_is_imported() -> None:
         check=False,
     )
     assert finished.returncode == 2
-    assert "unknown device 'tpu'" in finished.stderr
+    assert "Unknown device 'tpu'" in finished.stderr

@@ -1,10 +1,8 @@
 """scripts/finetune.py: from an encoder to a checkpoint that rfprune can prune."""
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,19 +11,9 @@ from transformers import AutoConfig, AutoTokenizer
 from rfprune.checkpoints.loading import resolve_task
 from rfprune.tasks.label_order import check_labels
 from rfprune.tasks.registry import get_task
+from scripts import finetune
 
 TinyFolder = Any
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "finetune.py"
-
-
-@pytest.fixture(scope="module")
-def finetune() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("finetune", SCRIPT)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -51,7 +39,6 @@ def flags(task: str, arguments: dict[str, Any]) -> list[str]:
 def test_it_makes_a_checkpoint_with_a_head_for_the_task(
     task: str,
     metric: str,
-    finetune: ModuleType,
     arguments: dict[str, Any],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -83,7 +70,6 @@ def test_somebody_s_own_table_makes_a_checkpoint_for_it(
     labels: tuple[str, str],
     more: list[str],
     names: dict[int, str],
-    finetune: ModuleType,
     arguments: dict[str, Any],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -105,7 +91,6 @@ def test_somebody_s_own_table_makes_a_checkpoint_for_it(
 
 
 def test_it_learns(
-    finetune: ModuleType,
     arguments: dict[str, Any],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -126,7 +111,7 @@ def test_it_learns(
 
 
 def test_the_seed_decides_the_head_and_the_sample(
-    finetune: ModuleType, arguments: dict[str, Any], tmp_path: Path
+    arguments: dict[str, Any], tmp_path: Path
 ) -> None:
     def weights(name: str, seed: int) -> bytes:
         folder = tmp_path / name
@@ -157,7 +142,6 @@ def test_the_seed_decides_the_head_and_the_sample(
 def test_what_the_user_can_mend_is_one_sentence_and_nothing_is_written(
     changes: dict[str, Any],
     message: str,
-    finetune: ModuleType,
     arguments: dict[str, Any],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -174,7 +158,7 @@ def test_what_the_user_can_mend_is_one_sentence_and_nothing_is_written(
 
 
 def test_a_folder_in_use_is_not_overwritten(
-    finetune: ModuleType, arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = arguments["output-dir"]
     folder.mkdir()

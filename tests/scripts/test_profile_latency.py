@@ -110,7 +110,7 @@ def test_an_interruption_leaves_nothing(
         ("--sequence-length 600", "--sequence-length 600 exceeds the 514 positions"),
         ("--model missing/folder", "missing/folder"),
         ("--model .", "config.json"),
-        ("--output missing/file.json", "there is no folder"),
+        ("--output missing/file.json", "does not exist: create it"),
         ("--output .", "exists already"),
         ("--device cuda:99", "--device cuda:99"),
     ],

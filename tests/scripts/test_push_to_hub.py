@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from scripts import push_to_hub as script
 from tests.hub.conftest import hub, run_folder
 from tests.hub.stub_hub import StubHub
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "push_to_hub.py"
 __all__ = ["hub", "run_folder"]  # fixtures
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("push_to_hub", SCRIPT)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
 def test_a_folder_is_pushed(
-    script: ModuleType, hub: StubHub, run_folder: Path, capsys: pytest.CaptureFixture[str]
+    hub: StubHub, run_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub.large = "no such ending"
     assert script.main([str(run_folder), "someone/small", "--private"]) == 0
@@ -35,9 +23,7 @@ def test_a_folder_is_pushed(
     assert f"{hub.endpoint}/someone/small" in capsys.readouterr().out
 
 
-def test_a_dry_run_asks_nobody(
-    script: ModuleType, run_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dry_run_asks_nobody(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()}
     # No stub: the tests keep the real hub out, so that a request would fail.
     assert script.main([str(run_folder), "someone/small", "--private", "--dry-run"]) == 0
@@ -52,7 +38,7 @@ def test_a_dry_run_asks_nobody(
     ("arguments", "words"),
     [
         (["nowhere", "someone/small"], "There is no folder 'nowhere'"),
-        ([".", "someone/small"], "is no output folder of a run"),
+        ([".", "someone/small"], "not the output of a run"),
         ([".", "../someone"], "is not a valid name of a repository"),
         ([".", ""], "is not a valid name of a repository"),
     ],
@@ -60,7 +46,6 @@ def test_a_dry_run_asks_nobody(
 def test_what_cannot_be_pushed_is_one_sentence(
     arguments: list[str],
     words: str,
-    script: ModuleType,
     hub: StubHub,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -76,7 +61,6 @@ def test_what_cannot_be_pushed_is_one_sentence(
 
 
 def test_without_a_token_nobody_is_asked(
-    script: ModuleType,
     hub: StubHub,
     run_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -89,7 +73,7 @@ def test_without_a_token_nobody_is_asked(
 
 
 def test_a_hub_that_refuses_is_one_sentence(
-    script: ModuleType, hub: StubHub, run_folder: Path, capsys: pytest.CaptureFixture[str]
+    hub: StubHub, run_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub.answers = {"create": 403, "info": 404}
     assert script.main([str(run_folder), "someone/small"]) == 2
