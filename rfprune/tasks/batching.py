@@ -50,7 +50,7 @@ def length_sorted_rows(encoded: Any, batch_size: int) -> list[list[int]]:
     """Row numbers of each batch, longest rows first: if memory runs out, it does so at once."""
     if batch_size < 1:
         raise UserError(
-            f"A batch size of {batch_size} is not possible: choose --batch-size 1 or more."
+            f"A batch size of {batch_size} is too small: choose --batch-size 1 or more."
         )
     lengths = np.array([_length(row) for row in encoded[first_column(encoded)][:]])
     order = np.argsort(-lengths, kind="stable").tolist()

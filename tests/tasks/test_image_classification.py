@@ -101,6 +101,13 @@ def test_a_saved_dataset(folder: Path) -> None:
     (batch,) = make_batches(encode(CATS, Halves(), data), Halves(), 2, with_labels=True)
     assert batch["pixel_values"][:, 0, 0, 0].tolist() == [15, 25]
     assert batch["labels"].tolist() == [1, 0]
+    saved.remove_columns("label").save_to_disk(folder / "unlabelled" / "validation")
+    with pytest.raises(UserError, match="no column label.* for the labels, but img"):
+        load_split(CATS, "validation", folder / "unlabelled")
+    for path in (folder / "saved" / "validation").glob("*.arrow"):
+        path.write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="not a readable saved dataset"):
+        load_split(CATS, "validation", folder / "saved")
 
 
 def test_an_image_that_breaks_off_is_named(folder: Path) -> None:

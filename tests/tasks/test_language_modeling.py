@@ -92,6 +92,11 @@ def test_a_validation_text_from_file_to_perplexity(tmp_path: Path) -> None:
         divergence(original, evaluate_model(other, data))
     some = prepare_evaluation(task, make_tiny_tokenizer(), tmp_path, max_length=12, limit=3)
     assert some.num_examples == 3
+    for split, advice in (("validation", "--validation-fraction"), ("train", "calibrate")):
+        (tmp_path / f"{split}.txt").rename(tmp_path / f"{split}.md")
+        with pytest.raises(UserError, match=f"no {split} split of language-modeling.*{advice}"):
+            with_columns(language_task(), tmp_path, None, None)
+        (tmp_path / f"{split}.md").rename(tmp_path / f"{split}.txt")
 
 
 @pytest.mark.parametrize("piece", [1, 40, 10**6])
