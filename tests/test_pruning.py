@@ -28,6 +28,7 @@ from rfprune.cost.macs import total_macs
 from rfprune.cost.memory import total_bytes
 from rfprune.cost.params import total_params
 from rfprune.errors import UserError
+from rfprune.latency.timing import TimingBudget
 from rfprune.model.batch import mean_tokens
 from rfprune.model.checkpoint import load_pruned
 from rfprune.model.compact import compact
@@ -358,6 +359,20 @@ def test_rounds_meet_the_same_constraint_and_their_masks_tell_what_is_left(
     assert [(b.layer, b.kind, n) for b, n in kept if n] == [
         (block.layer, block.kind, block.num_units) for block in layout_of(rounds.model).blocks
     ]
+
+
+def test_a_latency_is_profiled_and_measured_in_every_round(
+    tiny_model: Tiny, batches: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rfprune.latency.profile.BUDGET", TimingBudget(0.5, 3))
+    monkeypatch.setattr("rfprune.latency.speedup.RATIO_BUDGET", TimingBudget(0.0, 2))
+    settings = Settings(rounds=2, round_to=None, tune=False)
+    result = prune(tiny_model(), batches, Constraint("latency", 0.9), settings)
+    assert result.promise is not None
+    assert result.achieved["latency"] == result.promise.measured
+    assert result.achieved["mac"] < 1
+    assert result.seconds["verify"] > 0
+    assert num_kept(result.masks) == result.promise.attempts[result.promise.chosen].kept
 
 
 def test_every_round_removes_the_same_fraction() -> None:
