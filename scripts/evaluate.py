@@ -77,7 +77,7 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
             data_dir=options.data_dir,
             text_columns=options.text_columns,
             label_column=options.label_column,
-            held_out=HeldOut.of(options.validation_fraction, options.seed),
+            held_out=HeldOut.from_flags(options.validation_fraction, options.seed),
         )
         device = pick_device(options.device)
         loaded = load(options.model, task, device=device, dtype=getattr(torch, options.dtype))

@@ -88,7 +88,7 @@ def _prepare(options: Options, device: torch.device, consoles: Consoles) -> Prep
         data_dir=data.data_dir,
         text_columns=data.text_columns,
         label_column=data.label_column,
-        held_out=HeldOut.of(data.validation_fraction, options.settings.seed),
+        held_out=HeldOut.from_flags(data.validation_fraction, options.settings.seed),
     )
     check_kind(task, exports=options.output.export, max_drop=target.max_drop)
     consoles.log.print(f"Loading {target.model} and the data of {task.name}")

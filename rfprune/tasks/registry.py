@@ -62,8 +62,8 @@ class HeldOut:
     seed: int = 0
 
     @classmethod
-    def of(cls, fraction: float | None, seed: int) -> "HeldOut | None":
-        """None without a fraction."""
+    def from_flags(cls, fraction: float | None, seed: int) -> "HeldOut | None":
+        """From --validation-fraction and --seed; None without a fraction."""
         return None if fraction is None else cls(fraction, seed)
 
     def rows(self, split: str, num_rows: int) -> list[int]:
