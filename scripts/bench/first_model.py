@@ -105,7 +105,10 @@ def measure(source: str, folder: Path, install: str, prune: str) -> dict[str, An
     return {
         "seconds": seconds | {"total": sum(seconds.values())},
         "bytes": size,
-        "run": {name: report.get(name) for name in ("command", "seconds", "achieved", "versions")},
+        "run": {
+            name: report.get(name)
+            for name in ("command", "settings", "seconds", "achieved", "versions")
+        },
         "load_average": round(os.getloadavg()[0], 1),
     }
 

@@ -182,6 +182,8 @@ def complete(
         return 0
     append_line(output, None)
     made_with = provenance(module)
+    if others := sum(line.get("code") != made_with["code"] for line in lines):
+        say(f"{others} lines are of other code than today's: remove them to measure them again")
     failed = False
     for group in grouped(missing, group_by):
         try:

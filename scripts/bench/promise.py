@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +98,7 @@ def _measure(options: argparse.Namespace, group: Sequence[Conditions]) -> Iterat
         assert promise is not None
         yield {
             **conditions,
+            "settings": asdict(settings),
             **_timed_again(model, result, batch, options.seconds),
             "mac": result.achieved["mac"],
             "layers": list(result.layers),

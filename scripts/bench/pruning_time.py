@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -93,6 +94,7 @@ def _measure(
         total = seconds["prune_total"]
         yield {
             **conditions,
+            "settings": own[0]["settings"],
             "samples": own[0]["samples"],
             "tokens": yardsticks[0]["tokens"],
             "rounds": options.rounds,
@@ -140,10 +142,8 @@ def _prune(options: argparse.Namespace) -> dict[str, Any]:
     with distributed.process_group(torch.device("cpu")):
         checkpoint = load_checkpoint(options)
         batches = checkpoint.batches(options.samples, seed=0)
-        constraint, settings = (
-            Constraint("mac", options.constraint),
-            settings_of(method=options.alone),
-        )
+        constraint = Constraint("mac", options.constraint)
+        settings = settings_of(method=options.alone)
         few = batches[: distributed.world_size()]
         prune(checkpoint.model, few, constraint, settings)  # the first passes are slower
         distributed.barrier()
@@ -153,6 +153,7 @@ def _prune(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "seconds": result.seconds,
         "samples": num_examples(batches),
+        "settings": asdict(settings),
         "masks": hashlib.sha256(kept).hexdigest(),
         "peak_bytes": _peak_bytes(),
     }

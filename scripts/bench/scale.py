@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,7 @@ def _prune(size: str, options: argparse.Namespace) -> dict[str, Any]:
         "seconds": {**result.seconds, "wall": seconds},
         "peak_bytes": peaks,
         "achieved": result.achieved,
+        "settings": asdict(settings),
         "warnings": list(result.warnings),
     }
 

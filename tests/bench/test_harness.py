@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,9 @@ def complete(output: Path, fake: Fake, wanted: Sequence[Conditions] = WANTED, **
     return harness.complete(__file__, output, wanted, fake, group_by=("seed",), **more)
 
 
-def test_the_same_command_measures_what_is_missing(output: Path, lines: ReadLines) -> None:
+def test_the_same_command_measures_what_is_missing(
+    output: Path, lines: ReadLines, capsys: pytest.CaptureFixture[str]
+) -> None:
     first = Fake()
     assert complete(output, first, WANTED[:1]) == 0
     before = output.read_text()
@@ -50,6 +53,7 @@ def test_the_same_command_measures_what_is_missing(output: Path, lines: ReadLine
     assert complete(output, fake) == 0
     assert fake.groups == [[WANTED[1]], WANTED[2:]]
     assert output.read_text().startswith(before)
+    assert "other code" not in capsys.readouterr().err
     assert [(line["seed"], line["ratio"], line["score"]) for line in lines()] == [
         (0, 0.5, 50), (0, 0.3, 30), (1, 0.5, 50), (1, 0.3, 30)
     ]  # fmt: skip
@@ -94,12 +98,19 @@ def test_a_file_of_something_else_is_left_alone(output: Path, content: str, word
 
 
 def test_lines_record_the_code_that_measured_them(
-    output: Path, lines: ReadLines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    output: Path,
+    lines: ReadLines,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A commit is not enough: the working tree may hold something else."""
     complete(output, Fake(), WANTED[:1])
     (line,) = lines()
     assert line["code"] == harness.code_digest(__file__)
+    output.write_text(json.dumps(line | {"code": None}) + "\n")
+    complete(output, Fake(), WANTED[:2])
+    assert "1 lines are of other code than today's" in capsys.readouterr().err
     module = tmp_path / "module.py"
     module.write_text("x = 1\n")
     first = harness.code_digest(str(module))

@@ -70,6 +70,7 @@ def test_pruning_is_timed_by_one_process_and_by_two(flags: str, lines: ReadLines
         assert line["samples"] == 16
         assert line["seconds"].keys() >= STAGES
         assert line["all_seconds"] == [line["seconds"]["prune_total"]]
+        assert line["settings"]["method"] == "kwon"
         assert 0 < line["yardsticks"]["forward_backward"] < line["yardsticks"]["floor"]
         assert 0 < line["times_floor"] < line["times_forward_backward"]
         assert min(line["peak_bytes"], line["load_peak_bytes"]) > line["model_bytes"]
