@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rfprune.errors import UserError
 from rfprune.settings import DTYPES, FRACTION, METHODS, METRICS, Allowed, whole_number
@@ -28,6 +28,7 @@ RESULTS = ROOT / "results"
 
 Conditions = dict[str, Any]
 Line = Mapping[str, Any]
+Item = TypeVar("Item")
 Measure = Callable[[Sequence[Conditions]], Iterable[Line]]
 """From conditions that are still to be measured, their lines, in any order."""
 
@@ -217,9 +218,14 @@ def _check_same(output: Path, lines: Sequence[Line], names: Sequence[str], same:
 
 def grouped(lines: Iterable[Any], names: Sequence[str]) -> list[list[Any]]:
     """Lines that agree in these names side by side, groups in the order of their first lines."""
-    groups: dict[tuple[Any, ...], list[Any]] = {}
-    for line in lines:
-        groups.setdefault(_key(line, names), []).append(line)
+    return grouped_by(lines, lambda line: _key(line, names))
+
+
+def grouped_by(items: Iterable[Item], key: Callable[[Item], Any]) -> list[list[Item]]:
+    """Items of the same key side by side, groups in the order of their first items."""
+    groups: dict[Any, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
     return list(groups.values())
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from rfprune.errors import UserError
 from rfprune.settings import ALLOCATIONS, CRITERIA, METHODS
 from rfprune.tasks.registry import TASKS
-from scripts.bench.harness import Line, grouped
+from scripts.bench.harness import Line, grouped, grouped_by
 from scripts.bench.markdown import Mark, marked, table
 
 PLACE = ("metric", "requested_samples", "batch_size", "max_length", "dtype")
@@ -93,10 +93,7 @@ def _order(cell: Cell, variants: Sequence[str]) -> tuple[Any, ...]:
 
 def _by(cells: Iterable[Cell], names: int) -> list[list[Cell]]:
     """Cells grouped by the first so many conditions of their rows."""
-    groups: dict[tuple[Any, ...], list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault(cell.row[:names], []).append(cell)
-    return list(groups.values())
+    return grouped_by(cells, lambda cell: cell.row[:names])
 
 
 def _constraints(cells: Iterable[Cell]) -> list[float]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from rfprune.latency.promise import TOLERANCE
-from scripts.bench.harness import Line, grouped
+from scripts.bench.harness import Line, grouped, grouped_by
 from scripts.bench.markdown import Mark, device_of, marked, table
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -78,13 +78,12 @@ def promise_short(lines: Sequence[Line]) -> str:
     heads += ["misses in the end", "kept"]
 
     def rows(mark: Mark) -> Iterator[list[str]]:
-        named = [{**line, "where": _shape_and_device(line)} for line in lines]
-        for own in grouped(named, ("where",)):
+        for own in grouped_by(lines, _shape_and_device):
             first = [abs(line["attempts"][0]["measured"] / line["constraint"] - 1) for line in own]
             last = [abs(_miss(line)) for line in own]
             kept = sum(miss <= TOLERANCE for miss in last)
             yield [
-                f"{own[0]['where']}{mark(own)}",
+                f"{_shape_and_device(own[0])}{mark(own)}",
                 ", ".join(f"{line['constraint']:g}" for line in own),
                 f"up to {max(first):.1%}",
                 f"up to {max(last):.1%}",
@@ -106,7 +105,7 @@ def _shape_and_device(line: Line) -> str:
 def speedup(lines: Sequence[Line]) -> str:
     """speedup.md: a table for each model, machine and dtype, with all runtimes and shapes."""
     ordered = sorted(lines, key=_speedup_order)
-    return SPEEDUP + "\n".join(_speedup_table(group) for group in _by(ordered, _place))
+    return SPEEDUP + "\n".join(_speedup_table(group) for group in grouped_by(ordered, _place))
 
 
 def _speedup_table(group: Sequence[Line]) -> str:
@@ -136,7 +135,7 @@ def speedup_short(lines: Sequence[Line]) -> str:
     columns = _columns(chosen)
 
     def rows(mark: Mark) -> Iterator[list[str]]:
-        for row in _by(chosen, lambda line: (*_place(line), line["runtime"])):
+        for row in grouped_by(chosen, lambda line: (*_place(line), line["runtime"])):
             model, device, dtype = _place(row[0])
             names = [f"{model}, {device}{mark(row)}", dtype, row[0]["runtime"]]
             yield [*names, *_speedups(row, columns)]
@@ -144,13 +143,6 @@ def speedup_short(lines: Sequence[Line]) -> str:
     heads = ["model, machine", "dtype", "runtime", *map(_column_head, columns)]
     text = marked(chosen, lambda mark: table(heads, rows(mark))) if chosen else ""
     return f"Speedup of ideal (quotient) at batch {SHOWN[0]}, length {SHOWN[1]}.\n\n{text}"
-
-
-def _by(lines: Iterable[Line], key: Callable[[Line], Any]) -> list[list[Line]]:
-    groups: dict[Any, list[Line]] = {}
-    for line in lines:
-        groups.setdefault(key(line), []).append(line)
-    return list(groups.values())
 
 
 def _place(line: Line) -> tuple[str, str, str]:
