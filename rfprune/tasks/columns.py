@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from rfprune.errors import UserError
+from rfprune.tasks.class_names import by_name
 from rfprune.tasks.files import Table
 from rfprune.tasks.labels import class_ids, class_ids_of_lists
 from rfprune.tasks.multiple_choice import LISTED
@@ -23,6 +24,10 @@ def checked_columns(task: Task, table: Table, labels_required: bool) -> dict[str
         UserError: a column or value is missing, or of the wrong type.
     """
     columns = dict(table.columns)
+    if labels_required:
+        for name in filter(table.class_names.__contains__, label_columns(task)):
+            names = table.class_names[name]
+            columns[name] = by_name(task, name, names, columns[name], table.source)
     if labels_required and task.kind == "multi-label":
         columns = with_one_label_column(task, columns)
     needed = [*task.text_columns, *([task.label_column] if labels_required else [])]

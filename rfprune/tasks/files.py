@@ -9,11 +9,12 @@ import io
 import json
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rfprune.errors import UserError, error_summary
+from rfprune.tasks.class_names import ClassNames, class_names_of
 
 EXTENSIONS = (".parquet", ".csv", ".tsv", ".jsonl", ".json")
 TEXT = "text"
@@ -32,11 +33,13 @@ class Table:
         source: the quoted path, or the name of the dataset, for errors.
         names: of all columns of the table.
         columns: values of the wanted columns that the table has.
+        class_names: by id, of the columns that are `ClassLabel`s of the library datasets.
     """
 
     source: str
     names: tuple[str, ...]
     columns: dict[str, list[Any]]
+    class_names: ClassNames = field(default_factory=dict)
 
 
 def read_table(path: Path, wanted: Collection[str]) -> Table:
@@ -65,7 +68,8 @@ def read_table(path: Path, wanted: Collection[str]) -> Table:
         names, columns = readers[path.suffix](path, wanted)
     except OSError as error:
         raise UserError(f"'{path}' cannot be read: {error.strerror or error}.") from error
-    return Table(f"'{path}'", tuple(names), columns)
+    class_names = _class_names_of_parquet(path) if path.suffix == ".parquet" else {}
+    return Table(f"'{path}'", tuple(names), columns, class_names)
 
 
 def _read_plain(path: Path, wanted: Collection[str]) -> tuple[list[str], dict[str, list[Any]]]:
@@ -82,7 +86,7 @@ def table_of(dataset: Any, wanted: Collection[str], source: str) -> Table:
     names = tuple(dataset.column_names)
     plain = dataset.with_format(None)
     columns = {name: plain[name][:] for name in wanted if name in names}
-    return Table(source, names, columns)
+    return Table(source, names, columns, class_names_of(dataset.features.to_dict()))
 
 
 def _load_from_disk(path: Path) -> Any:
@@ -113,6 +117,17 @@ def _read_parquet(path: Path, wanted: Collection[str]) -> tuple[list[str], dict[
         raise UserError(
             f"'{path}' is not a readable parquet file: {error_summary(error)}."
         ) from error
+
+
+def _class_names_of_parquet(path: Path) -> ClassNames:
+    """The class names that the library datasets writes into a parquet file, if it wrote it."""
+    from pyarrow.parquet import read_schema
+
+    metadata = (read_schema(path).metadata or {}).get(b"huggingface", b"{}")
+    try:
+        return class_names_of(json.loads(metadata)["info"]["features"])
+    except (ValueError, KeyError, TypeError, AttributeError):  # another writer's entry
+        return {}
 
 
 def _read_json_lines(path: Path, wanted: Collection[str]) -> tuple[list[str], dict[str, list[Any]]]:

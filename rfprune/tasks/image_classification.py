@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rfprune.errors import UserError, check_installed, error_summary
+from rfprune.tasks.class_names import by_name, class_names_of
 from rfprune.tasks.files import SHOWN_NAMES
 from rfprune.tasks.labels import class_ids
 from rfprune.tasks.registry import Task
@@ -105,7 +107,11 @@ def _saved(task: Task, folder: Path, labels_required: bool) -> Any:
     }
     if labels_required:
         label = _one_of((task.label_column, *_LABELS), dataset.column_names, folder, "labels")
-        columns[task.label_column] = class_ids(task, dataset[label][:], f"'{folder}'")
+        values, source = dataset[label][:], f"'{folder}'"
+        names = class_names_of(dataset.features.to_dict()).get(label)
+        if names is not None:
+            values = by_name(replace(task, label_column=label), label, names, values, source)
+        columns[task.label_column] = class_ids(task, values, source)
     return datasets.Dataset.from_dict(columns)
 
 

@@ -105,6 +105,20 @@ def _label_ids(task: Task) -> dict[str, int]:
     return ids
 
 
+def is_plural(one: str, other: str) -> bool:
+    """Whether two names have the same letters and digits but for a final s."""
+    first, second = (_normal_form(name).removesuffix("s") for name in (one, other))
+    return bool(first) and first == second
+
+
+def same_class(one: str, other: str) -> bool:
+    """Whether two names are known synonyms."""
+    return any(
+        all(_normal_form(name) in (_normal_form(official), *synonyms) for name in (one, other))
+        for official, synonyms in _SYNONYMS.items()
+    )
+
+
 def _normal_form(name: str) -> str:
     """Lower-case letters and digits only: NOT_ENTAILMENT and not-entailment are one name."""
     return re.sub(r"[^0-9a-z]", "", name.lower())

@@ -28,7 +28,7 @@ def class_ids(task: Task, labels: Sequence[Any], source: str) -> list[int]:
 
 def class_ids_of_lists(task: Task, lists: Sequence[Sequence[Any]], source: str) -> list[list[int]]:
     """The label ids of rows with any number of labels each; see `class_ids`."""
-    find_id = _id_finder(task.label_names)
+    find_id = id_finder(task.label_names)
     found: list[list[int]] = []
     unknown: list[tuple[int, Any]] = []
     for row, labels in enumerate(lists, start=1):
@@ -62,7 +62,7 @@ def label_names(labels: Sequence[Any]) -> tuple[str, ...] | None:
     return tuple(str(number) for number in whole)
 
 
-def _id_finder(names: Sequence[str]) -> Callable[[Any], int | None]:
+def id_finder(names: Sequence[str]) -> Callable[[Any], int | None]:
     """A function from a label to its id, None for unknown labels."""
     by_name = _ids_by(names, str.strip)
     by_form = _ids_by(names, _normal_form)
@@ -118,12 +118,12 @@ def _unknown(
     known = [f"{label_id} {name}" for label_id, name in enumerate(task.label_names)]
     return UserError(
         f"{source}, row {rows[0]}: the model does not know the {task.label_column} "
-        f"{_listed(different)} (in {len(rows)} of {num_rows} rows): its labels are "
-        f"{_listed(known)}; write these ids or names, or correct id2label in its config.json."
+        f"{listed(different)} (in {len(rows)} of {num_rows} rows): its labels are "
+        f"{listed(known)}; write these ids or names, or correct id2label in its config.json."
     )
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     """The names, or the first ones and how many more there are."""
     more = len(names) - SHOWN_LABELS
     return ", ".join(names[:SHOWN_LABELS]) + (f" and {more} more" if more > 0 else "")

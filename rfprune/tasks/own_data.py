@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from rfprune.errors import RfpruneWarning, UserError
+from rfprune.tasks.class_names import are_ids
 from rfprune.tasks.entity_scores import names_entities
 from rfprune.tasks.files import Table, read_table
 from rfprune.tasks.image_classification import IMAGE
@@ -229,7 +230,9 @@ def task_from_training_data(
             f"{table.source} has no column {task.label_column!r} for the labels, which training "
             f"needs: name one of its columns ({_listed(table)}) with --label-column."
         )
-    names = label_names(labels)
+    names = table.class_names.get(task.label_column)
+    if names is None or are_ids(names):
+        names = label_names(labels)
     if regression or names is None:
         return replace(task, kind="regression", metric_name="spearmanr")
     if len(names) < 2:
