@@ -299,11 +299,16 @@ def _commit() -> str | None:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What timings in one file must agree in: hardware, threads, versions."""
+    """What timings in one file must agree in: hardware, threads, versions.
+
+    Raises:
+        UserError: there is no such device.
+    """
     from importlib.util import find_spec
 
     import torch
 
+    from rfprune.checkpoints.device import pick_device
     from rfprune.latency.conditions import device_name
     from rfprune.report.report_json import versions
 
@@ -313,7 +318,7 @@ def machine(device: str) -> dict[str, Any]:
 
         found["onnxruntime"] = version("onnxruntime")
     return {
-        "device_name": device_name(torch.device(device)),
+        "device_name": device_name(pick_device(device)),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "tf32": device == "cuda" and torch.backends.cuda.matmul.allow_tf32,

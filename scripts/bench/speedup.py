@@ -110,8 +110,6 @@ def _check(options: argparse.Namespace) -> None:
     Raises:
         UserError: it does not.
     """
-    from rfprune.checkpoints.device import pick_device
-
     known = RUNTIMES[options.device]
     if options.profile:
         if options.runtime not in (None, ["eager"]):
@@ -131,7 +129,6 @@ def _check(options: argparse.Namespace) -> None:
             raise UserError("--runtime onnx needs --dtype float32: add it, or leave onnx out.")
     if not options.seconds >= 0:
         raise UserError(f"--seconds {options.seconds} is not a number of at least 0.")
-    pick_device(options.device)
 
 
 def _has_onnx() -> bool:
