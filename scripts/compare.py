@@ -99,7 +99,9 @@ def _check_output(path: Path, *, overwrite: bool) -> None:
             f"{path} exists already: give another with --output, or replace it with --overwrite."
         )
     if not path.absolute().parent.is_dir():
-        raise UserError(f"--output {path}: there is no folder {path.absolute().parent}, make it.")
+        raise UserError(
+            f"--output {path}: the folder {path.absolute().parent} does not exist: create it."
+        )
 
 
 if __name__ == "__main__":

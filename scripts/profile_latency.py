@@ -142,7 +142,7 @@ def load_model(name: str | None, synthetic: str | None, dtype: Any) -> Any:
         except Exception as error:  # each configuration fails in its own way
             raise UserError(
                 f"The checkpoint '{source}' cannot be loaded ({error_summary(error)}): give a "
-                f"folder, or a hub id where there is a connection."
+                f"folder, or a hub id if there is a connection."
             ) from error
 
 
@@ -213,8 +213,8 @@ def _print(table: LatencyTable, layout: Layout, path: Path) -> None:
         )
     console.print(shown)
     console.print(
-        f"{table.rounds} rounds; spread of the whole model's time {table.total_spread:.1%}; its "
-        f"sublayers apart take {1 / table.scale if table.scale else 0:.2f} of what they take in it."
+        f"{table.rounds} rounds; spread of the whole model's time {table.total_spread:.1%}. Timed "
+        f"alone, sublayers take {1 / table.scale if table.scale else 0:.2f} of their time in it."
     )
     console.print(f"Written to {path}")
 

@@ -64,7 +64,7 @@ def _commit(source: str) -> str:
     command = ["git", "ls-remote", source, "HEAD"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not done.stdout:
-        raise UserError(f"--source {source} is no repository with a commit: name one to clone.")
+        raise UserError(f"--source {source} is not a repository with a commit: name one to clone.")
     return done.stdout.split()[0]
 
 
@@ -129,8 +129,8 @@ def _seconds(command: Sequence[str], folder: Path, environment: dict[str, str]) 
     except OSError as error:
         raise UserError(f"'{shlex.join(command)}' cannot be run ({error.strerror}).") from error
     if done.returncode:
-        said = " / ".join((done.stdout + done.stderr).strip().splitlines()[-3:])
-        raise UserError(f"'{shlex.join(command)}' ended with {done.returncode}: {said}")
+        output = " / ".join((done.stdout + done.stderr).strip().splitlines()[-3:])
+        raise UserError(f"'{shlex.join(command)}' ended with {done.returncode}: {output}")
     return time.perf_counter() - start
 
 

@@ -1,4 +1,4 @@
-"""What all measurements share: result files that resume, their provenance, the common flags.
+"""The harness of all measurements: result files that resume, provenance, common flags.
 
 A measurement is described by its conditions. Its result is one line of JSON in a file of
 `results/`: the conditions, what was measured, and what it was measured with. A line is written as
@@ -168,7 +168,7 @@ def complete(
         module: `__file__` of the measurement; the digest of the code covers it.
         wanted: every measurement by its conditions; all have the same names.
         measure: is given the missing conditions that agree in `group_by`, one group at a time.
-        same: what all lines of the file must agree in, such as the machine of a timing.
+        same: values that all lines of the file must share, such as the machine of a timing.
 
     Raises:
         UserError: the file holds something else, or cannot be read or written.
@@ -230,7 +230,7 @@ def grouped_by(items: Iterable[Item], key: Callable[[Item], Any]) -> list[list[I
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a result file, none if there is no file.
+    """The lines of a result file; none if it does not exist.
 
     A last line that a killed process left incomplete is cut off the file.
 
@@ -272,7 +272,7 @@ def append_line(path: Path, line: Line | None) -> None:
 
 
 def provenance(module: str) -> dict[str, Any]:
-    """What a line was measured with: versions of the packages, digest of the code, commit."""
+    """Versions of the packages, digest of the code, and commit."""
     from rfprune.report.report_json import versions
 
     return {"versions": versions(), "code": code_digest(module), "commit": _commit()}
@@ -299,10 +299,10 @@ def _commit() -> str | None:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What timings in one file must agree in: hardware, threads, versions.
+    """Hardware, threads and versions: timings in one file must share them.
 
     Raises:
-        UserError: there is no such device.
+        UserError: the device does not exist.
     """
     from importlib.util import find_spec
 
@@ -327,7 +327,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def in_process(module: str, arguments: Sequence[str], **environment: str) -> Any:
-    """What a fresh process prints: `python -m MODULE ARGUMENTS`, as JSON on its last line.
+    """Run `python -m MODULE ARGUMENTS` in a fresh process: its last line, read as JSON.
 
     Raises:
         UserError: the process failed; its last words are in the sentence.
@@ -355,10 +355,10 @@ def in_processes(
     outputs = [process.communicate() for process in processes]
     for process, (_, errors) in zip(processes, outputs, strict=True):
         if process.returncode:
-            said = errors.strip().splitlines() or [
+            printed = errors.strip().splitlines() or [
                 f"exit code {process.returncode}, out of memory?"
             ]
-            reason = said[-1].rpartition("error: ")[2][:300]
+            reason = printed[-1].rpartition("error: ")[2][:300]
             raise UserError(f"A process of {module} failed ({reason}).")
     return [json.loads(out.splitlines()[-1]) if out.strip() else None for out, _ in outputs]
 

@@ -82,7 +82,7 @@ def _search(options: argparse.Namespace, points: float) -> dict[str, Any]:
 
 
 def line_of(report: Mapping[str, Any]) -> dict[str, Any]:
-    """What is kept of a report."""
+    """The part of a report that a line keeps."""
     found, seconds = report["max_drop"], report["seconds"]
     names = ("drop", "standard_error", "sure", "path", "least_possible", "seconds")
     same = ("metric_name", "divergence", "achieved", "evaluated_examples", "device", "warnings")

@@ -1,4 +1,4 @@
-"""What is measured: checkpoints with their data, models with random weights, and pruned copies.
+"""The models that are measured: checkpoints with their data, random weights, and pruned copies.
 
 Weights do not change time, shapes do. A pruned copy with random weights keeps what a global
 allocation leaves: more in the lower layers than in the upper ones, and no two layers alike.
@@ -55,7 +55,7 @@ class Checkpoint:
         return self.loaded.model
 
     def batches(self, samples: int, seed: int, *, labels: bool = False) -> list[dict[str, Tensor]]:
-        """Calibration batches of so many training examples, on the model's device."""
+        """Calibration batches of this many training examples, on the model's device."""
         from rfprune.tasks.calibration import calibration_batches
 
         drawn = calibration_batches(
@@ -72,7 +72,7 @@ class Checkpoint:
         return [{name: value.to(device) for name, value in batch.items()} for batch in drawn]
 
     def evaluation_set(self, limit: int | None) -> EvaluationSet:
-        """The validation data, or so many random examples of it."""
+        """The validation data, or a random sample of it."""
         from rfprune.tasks.evaluation import prepare_evaluation
 
         return prepare_evaluation(
@@ -119,7 +119,7 @@ def num_examples(batches: Sequence[Batch]) -> int:
 
 
 def add_model_or_synthetic(parser: argparse.ArgumentParser) -> None:
-    """Add --model and --synthetic, of which one must be given."""
+    """Add --model and --synthetic; one of them must be given."""
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--synthetic", choices=SYNTHETIC, help="random weights in this size")
     group.add_argument("--model", metavar="FOLDER", help="a dense checkpoint")

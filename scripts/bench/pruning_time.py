@@ -115,7 +115,7 @@ def _medians(runs: Runs, name: str) -> dict[str, float]:
 
 
 def _launch(processes: int, arguments: Sequence[str]) -> dict[str, Any]:
-    """The answer of the first of so many new processes."""
+    """Start this many processes: the result of the first."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

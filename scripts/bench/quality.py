@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from rfprune.tasks.evaluation import Evaluation, EvaluationSet
 
 Variants = Mapping[str, Mapping[str, Any]]
-"""By name, what a variant asks of `rfprune.Settings`."""
+"""Arguments of `rfprune.Settings`, by the name of the variant."""
 
 SELECT = "-select"
 """Ends the name of a variant that fits nothing after it has pruned."""
@@ -127,8 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process): 0 done, 1 something could not be
     measured, 2 user error, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    chosen, _ = _suite_parser(add_help=False).parse_known_args(arguments)
-    suite = SUITES[chosen.suite]
+    first = _add_suite(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
+    suite = SUITES[first.parse_known_args(arguments)[0].suite]
     options = _parser(suite).parse_args(arguments)
     measurements = list(wanted(options, suite))
     output = options.output or default_output(options)
@@ -142,8 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
 
-def _suite_parser(**settings: Any) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(allow_abbrev=False, **settings)
+def _add_suite(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--suite", choices=SUITES, default="quality", help="default: quality")
     return parser
 
@@ -152,8 +151,7 @@ def _parser(suite: Suite) -> argparse.ArgumentParser:
     names = "model task data-dir constraint metric seed samples batch-size max-length eval-limit"
     defaults = {"constraint": [harness.REQUIRED], "seed": [0], "samples": [2048]}
     parser = harness.parser_of(__doc__, f"{names} device dtype", **{**defaults, **suite.defaults})
-    parser.add_argument("--suite", choices=SUITES, default="quality", help="default: quality")
-    parser.add_argument(
+    _add_suite(parser).add_argument(
         "--variant",
         nargs="+",
         choices=suite.variants,

@@ -92,7 +92,7 @@ def _order(cell: Cell, variants: Sequence[str]) -> tuple[Any, ...]:
 
 
 def _by(cells: Iterable[Cell], names: int) -> list[list[Cell]]:
-    """Cells grouped by the first so many conditions of their rows."""
+    """Cells grouped by the first `names` conditions of their rows."""
     return grouped_by(cells, lambda cell: cell.row[:names])
 
 
@@ -110,7 +110,7 @@ def entry(cell: Cell | None, mark: Mark) -> str:
 
 
 def caption(cells: Sequence[Cell]) -> str:
-    """What the numbers of a table are, and the conditions that they hold for."""
+    """The meaning of the numbers of a table, and their conditions."""
     line = cells[0].lines[0]
     counts = sorted({len(cell.lines) for cell in cells})
     seeds = f"{counts[0]} seed{'s' if counts[0] > 1 else ''}"
@@ -371,7 +371,7 @@ def _inline(text: str) -> str:
 
 
 def drawn_cells(lines: Iterable[Line]) -> list[Cell]:
-    """What the figure shows."""
+    """The cells in the figure."""
     own = [line for line in lines if line["variant"] in DRAWN and line["metric"] == "mac"]
     return cells_of(own)
 

@@ -105,10 +105,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """See that what the flags ask for exists before anything is loaded; sets the runtimes.
+    """Check the flags before anything is loaded, and fill in the runtimes.
 
     Raises:
-        UserError: it does not.
+        UserError: a value is not possible here.
     """
     known = RUNTIMES[options.device]
     if options.profile:
@@ -161,7 +161,9 @@ def cells_of(options: argparse.Namespace, cells: Sequence[str]) -> list[Conditio
 def _shape(text: str) -> tuple[int, int]:
     size, _, length = text.partition("x")
     if not (size.isdecimal() and length.isdecimal() and int(size) and int(length)):
-        raise UserError(f"--cells {text} is no shape: write batch size x tokens, such as 32x128.")
+        raise UserError(
+            f"--cells {text} is not a shape: write batch size x tokens, such as 32x128."
+        )
     return int(size), int(length)
 
 
@@ -201,7 +203,7 @@ def make_field(options: argparse.Namespace, group: Sequence[Conditions]) -> Fiel
 
 
 def structure_of(conditions: Conditions) -> tuple[float, int]:
-    """What a pruned model of a field is named by."""
+    """The key of a pruned model in a field."""
     return conditions["constraint"], conditions["round_to"]
 
 

@@ -1,6 +1,6 @@
 """Every table and figure made of the result files; `--check` finds those that are stale.
 
-python -m scripts.bench.tables            # write what is stale
+python -m scripts.bench.tables            # update stale files
 python -m scripts.bench.tables --check    # write nothing; exit code 1 if something is stale
 
 A table stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->` in README.md or
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--check", action="store_true", help="only list what is stale")
+    parser.add_argument("--check", action="store_true", help="only list stale files")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
     options = parser.parse_args(argv)
@@ -79,16 +79,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if path == figure:
             score_tables.draw(cells, path)
         else:
-            write(path, wanted[path])
+            path.write_text(wanted[path], encoding="utf-8")
         sys.stderr.write(f"tables: wrote {path}\n")
     return 1 if options.check and stale else 0
 
 
 def texts(files: Files, results: Path, readme: Path) -> dict[Path, str]:
-    """What each file should hold.
+    """The current text of each file.
 
     Raises:
-        UserError: a line is no result, or a marker is missing.
+        UserError: a line is not a result, or a marker is missing.
     """
     of_results = results / "README.md"
     page = read(of_results)
@@ -132,7 +132,7 @@ def made(files: Files, kind: str, make: Callable[[Lines], str]) -> str:
     """A table of all lines of a kind.
 
     Raises:
-        UserError: a line lacks what the table needs.
+        UserError: a line lacks a field of the table.
     """
     own = of_kind(files, kind)
     lines = [line for part in own.values() for line in part]
@@ -221,18 +221,6 @@ def read(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise UserError(f"{path} cannot be read: {reason}.") from error
-
-
-def write(path: Path, text: str) -> None:
-    """Put text into a file.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the tests of the measurements share: a tiny model on MRPC, and the lines of a file."""
+"""Fixtures for the tests of the measurements: a tiny model on MRPC, and the lines of a file."""
 
 from __future__ import annotations
 

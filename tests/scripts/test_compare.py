@@ -86,14 +86,14 @@ def test_a_report_that_is_none_is_one_sentence(
     else:
         _damage(bad, text)
     assert script.main([str(good), str(bad)]) == 2
-    said = capsys.readouterr().err
-    assert words in said
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert words in printed
+    assert printed.count("\n") == 1
     assert not list(Path().glob("compare*"))
 
 
 @pytest.mark.parametrize(
-    ("output", "words"), [("run", "is a folder"), ("none/page.html", "there is no folder")]
+    ("output", "words"), [("run", "is a folder"), ("none/page.html", "does not exist: create it")]
 )
 def test_a_bad_output_is_one_sentence(
     output: str,

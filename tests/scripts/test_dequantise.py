@@ -120,8 +120,8 @@ def test_what_is_no_gguf_file_is_refused(
 ) -> None:
     (tmp_path / "other.gguf").write_text("something else")
     assert dequantise.main([str(tmp_path / "other.gguf"), str(tmp_path / "made")]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("dequantise: error: ")
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("dequantise: error: ")
+    assert printed.count("\n") == 1
     assert dequantise.main([str(tmp_path / "none.gguf"), str(tmp_path / "made")]) == 2
     assert not (tmp_path / "made").exists()

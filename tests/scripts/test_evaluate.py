@@ -85,7 +85,7 @@ def test_it_answers_questions(
         assert score in capsys.readouterr().out
 
 
-def test_it_scores_somebody_s_own_table(
+def test_it_scores_your_own_table(
     tiny_folder: TinyFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "mine"
@@ -118,7 +118,7 @@ def test_it_scores_somebody_s_own_table(
         ({"--output": "."}, "exists already"),
     ],
 )
-def test_what_a_user_can_mend_is_one_sentence(
+def test_a_user_error_is_one_line(
     changes: dict[str, str],
     what: str,
     tiny_folder: TinyFolder,
@@ -131,10 +131,10 @@ def test_what_a_user_can_mend_is_one_sentence(
     flags = {"--model": str(tiny_folder("bert")), "--task": "mrpc"}
     flags |= {"--data-dir": str(tiny_data_dir), "--output": "scores.json"} | changes
     assert main([word for pair in flags.items() for word in pair]) == 2
-    told = capsys.readouterr()
-    assert what in told.err
-    assert told.err.count("\n") == 1
-    assert told.out == ""
+    printed = capsys.readouterr()
+    assert what in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
     assert list(tmp_path.iterdir()) == []
 
 

@@ -66,7 +66,7 @@ def test_it_makes_a_checkpoint_with_a_head_for_the_task(
         (("2", "4"), ["--regression"], {0: "LABEL_0"}),
     ],
 )
-def test_somebody_s_own_table_makes_a_checkpoint_for_it(
+def test_your_own_table_makes_a_checkpoint_for_it(
     labels: tuple[str, str],
     more: list[str],
     names: dict[int, str],
@@ -139,7 +139,7 @@ def test_the_seed_decides_the_head_and_the_sample(
         ({"task": "custom"}, "no train split of custom"),
     ],
 )
-def test_what_the_user_can_mend_is_one_sentence_and_nothing_is_written(
+def test_a_user_error_is_one_line_and_nothing_is_written(
     changes: dict[str, Any],
     message: str,
     arguments: dict[str, Any],

@@ -115,7 +115,7 @@ def test_an_interruption_leaves_nothing(
         ("--device cuda:99", "--device cuda:99"),
     ],
 )
-def test_what_a_user_can_mend_is_one_sentence(
+def test_a_user_error_is_one_line(
     tiny_folder: TinyFolder,
     output: Path,
     changes: str,
@@ -127,10 +127,10 @@ def test_what_a_user_can_mend_is_one_sentence(
     (output.parent / "notes.txt").touch()
     flags = f"--model {tiny_folder()} {SHAPE} --output {output} {changes}"
     assert script.main(flags.split()) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("profile_latency: error: ")
-    assert what in said
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("profile_latency: error: ")
+    assert what in printed
+    assert printed.count("\n") == 1
     assert not output.exists()
 
 

@@ -27,10 +27,10 @@ def test_a_dry_run_asks_nobody(run_folder: Path, capsys: pytest.CaptureFixture[s
     before = {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()}
     # No stub: the tests keep the real hub out, so that a request would fail.
     assert script.main([str(run_folder), "someone/small", "--private", "--dry-run"]) == 0
-    said = capsys.readouterr().out
-    assert "Nothing was uploaded" in said
-    assert "private repository 'someone/small'" in said
-    assert "model.safetensors (0.01 MB)" in said
+    printed = capsys.readouterr().out
+    assert "Nothing was uploaded" in printed
+    assert "private repository 'someone/small'" in printed
+    assert "model.safetensors (0.01 MB)" in printed
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -53,10 +53,10 @@ def test_what_cannot_be_pushed_is_one_sentence(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert script.main(arguments) == 2
-    said = capsys.readouterr().err
-    assert words in said
-    assert said.startswith("push_to_hub: error: ")
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert words in printed
+    assert printed.startswith("push_to_hub: error: ")
+    assert printed.count("\n") == 1
     assert not hub.steps
 
 
@@ -77,6 +77,6 @@ def test_a_hub_that_refuses_is_one_sentence(
 ) -> None:
     hub.answers = {"create": 403, "info": 404}
     assert script.main([str(run_folder), "someone/small"]) == 2
-    said = capsys.readouterr()
-    assert "may not write there (403)" in said.err
-    assert said.err.count("\n") == 1
+    printed = capsys.readouterr()
+    assert "may not write there (403)" in printed.err
+    assert printed.err.count("\n") == 1
