@@ -279,9 +279,14 @@ def provenance(module: str) -> dict[str, Any]:
 
 
 def code_digest(module: str) -> str:
-    """SHA-256, shortened, of the package's code and of what measures: this file and `module`."""
-    own = Path(__file__).parent
-    paths = {*(ROOT / "rfprune").rglob("*.py"), own / "harness.py", own / "models.py", Path(module)}
+    """SHA-256, shortened, of all code of the package and of the measurement.
+
+    That is `module`, and the scripts that several measurements import.
+    """
+    shared = ("bench/harness.py", "bench/models.py", "bench/speedup.py", "profile_latency.py")
+    scripts = Path(__file__).resolve().parents[1]
+    own = {*(scripts / name for name in shared), Path(module).resolve()}
+    paths = {*(ROOT / "rfprune").rglob("*.py"), *own}
     digest = hashlib.sha256()
     for path in sorted(paths):
         digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
