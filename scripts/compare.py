@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folders = list(dict.fromkeys(options.folders))
     reports = [_read(folder) for folder in folders]
     _check_output(options.output, overwrite=options.overwrite)
-    runs = list(zip(_names(folders), reports, strict=True))
+    runs = list(zip(short_names(folders), reports, strict=True))
     try:
         write_runs_page(runs, options.output, f"{len(runs)} runs compared", folders=folders)
     except OSError as error:
@@ -74,7 +74,7 @@ def _read(folder: Path) -> dict[str, Any]:
     return report
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
+def short_names(folders: Sequence[Path]) -> list[str]:
     """Short names of the folders: their paths without the parts that all have in common."""
     parts = [folder.resolve().parts for folder in folders]
     if len(parts) == 1:

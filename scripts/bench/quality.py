@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     first = _add_suite(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
     suite = SUITES[first.parse_known_args(arguments)[0].suite]
-    options = _parser(suite).parse_args(arguments)
+    options = parser_for(suite).parse_args(arguments)
     measurements = list(wanted(options, suite))
     output = options.output or default_output(options)
     bench = Bench(options, suite)
@@ -147,7 +147,8 @@ def _add_suite(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def _parser(suite: Suite) -> argparse.ArgumentParser:
+def parser_for(suite: Suite) -> argparse.ArgumentParser:
+    """The flags, with the variants and the defaults of a suite."""
     names = "model task data-dir constraint metric seed samples batch-size max-length eval-limit"
     defaults = {"constraint": [harness.REQUIRED], "seed": [0], "samples": [2048]}
     parser = harness.parser_of(__doc__, f"{names} device dtype", **{**defaults, **suite.defaults})

@@ -90,7 +90,7 @@ def test_every_flag_is_a_condition() -> None:
     """Else a file could hold the result of other flags, and never be measured again."""
     suite = quality.SUITES["quality"]
     flags = "--model m --task rte --variant curvature --constraint 0.5"
-    parse = quality._parser(suite).parse_args
+    parse = quality.parser_for(suite).parse_args
     (usual,) = quality.wanted(parse(flags.split()), suite)
     changes = "--samples 8,--eval-limit 9,--batch-size 4,--max-length 8,--dtype bfloat16,--seed 1"
     for change in [*changes.split(","), "--metric params", "--task mrpc", "--model other"]:
@@ -196,8 +196,8 @@ def test_a_user_error_is_one_line(
 def test_the_file_name_says_the_conditions(tmp_path: Path) -> None:
     suite = quality.SUITES["quality"]
     flags = ["--model", "user/name", "--task", "rte", "--constraint", "0.5", "--samples", "512"]
-    options = quality._parser(suite).parse_args([*flags, "--eval-limit", "100"])
+    options = quality.parser_for(suite).parse_args([*flags, "--eval-limit", "100"])
     expected = "quality_user--name_rte_mac_512samples_100evaluated.jsonl"
     assert quality.default_output(options).name == expected
     with pytest.raises(UserError, match="--output"):
-        quality.default_output(quality._parser(suite).parse_args([*flags, "64"]))
+        quality.default_output(quality.parser_for(suite).parse_args([*flags, "64"]))

@@ -108,7 +108,7 @@ def test_a_bad_output_is_one_sentence(
 
 def test_names_are_what_tells_runs_apart() -> None:
     def names(*paths: str) -> list[str]:
-        found: list[str] = script._names([Path(path) for path in paths])
+        found: list[str] = script.short_names([Path(path) for path in paths])
         return found
 
     assert names("/o/bert/mac-0.5/seed-0", "/o/bert/mac-0.3/seed-0") == ["mac-0.5", "mac-0.3"]
