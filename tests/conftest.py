@@ -1,7 +1,7 @@
-"""What all tests share: tiny random models, a tiny tokenizer and tiny data, made here, offline.
+"""Fixtures of all tests: tiny random models, a tiny tokenizer and tiny data, made offline.
 
-Initial weights are drawn ten times wider than usual (`initializer_range=0.3`): with the usual 0.02
-a tiny model hardly reacts to anything, and equalities between its outputs would prove nothing.
+Weights are drawn with `initializer_range=0.3`: at the usual 0.02 the outputs of a tiny model hardly
+change when units are removed, and tests of equality would pass vacuously.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from typing import Any, Literal
 import hypothesis
 import pytest
 
-# No test may reach for the hub by accident, nor wait for one that does not answer.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# The first example pays for late imports: no test is judged by its time.
+# The first example includes late imports, so no example has a deadline.
 hypothesis.settings.register_profile("rfprune", deadline=None)
 hypothesis.settings.load_profile("rfprune")
 
@@ -38,25 +37,25 @@ TinyFolder = Callable[..., Path]
 TinyBatch = Callable[..., dict[str, Any]]
 
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "mpnet")
-"""Encoders of texts with norms after the residual sums, which the tests of the command run on."""
+"""Text encoders with norms after the residual sums; the tests of the command run on them."""
 
 CAUSAL_TYPES = (
     *("gpt2", "opt", "llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma"),
     *("starcoder2", "stablelm"),
 )
 IMAGE_TYPES = ("vit", "deit", "beit", "dinov2", "dinov2_with_registers")
-WRITING_TYPES = ("marian", "pegasus", "m2m_100")
-DECODING_TYPES = ("bart", "mbart", "t5", "mt5", *WRITING_TYPES)
-"""Encoder-decoders; some have no head but that of a language model."""
+GENERATION_TYPES = ("marian", "pegasus", "m2m_100")
+ENCODER_DECODER_TYPES = ("bart", "mbart", "t5", "mt5", *GENERATION_TYPES)
+"""Those of `GENERATION_TYPES` have no head but that of a language model."""
 
 ALL_TYPES = (
     *(*MODEL_TYPES, "ernie", "modernbert", "albert", "deberta-v2"),
-    *(*DECODING_TYPES, *CAUSAL_TYPES, *IMAGE_TYPES),
+    *(*ENCODER_DECODER_TYPES, *CAUSAL_TYPES, *IMAGE_TYPES),
 )
-"""Every architecture of the table; `tests/model` checks that none is missing."""
+"""Every supported model type; `tests/model` checks that none is missing."""
 
 GROUPED_TYPES = ("llama", "qwen2", "qwen3", "smollm3", "gemma", "starcoder2")
-"""Those whose tiny models have two query heads to a key and a value."""
+"""Model types whose tiny models have two query heads per key-value head."""
 
 WORDS = (
     "the a of and to in is was it that this film movie story cast plot actor scene good great fine "
@@ -68,9 +67,9 @@ WORDS = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep the hub out of every test but those marked `network`, and the user's cache out of all.
+    """Block the hub, except for tests marked `network`, and redirect the caches.
 
-    Before anything is imported that would read these variables.
+    This runs before the libraries read these variables.
     """
     modules = tempfile.TemporaryDirectory(prefix="rfprune-tests-")
     config.add_cleanup(modules.cleanup)
@@ -82,7 +81,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs checkpoints or a device that are not there."""
+    """Skip tests whose checkpoints or device are missing."""
     for item in items:
         if item.get_closest_marker("shared") and not shared_folder().is_dir():
             item.add_marker(pytest.mark.skip(reason=f"needs {shared_folder()}"))
@@ -98,7 +97,7 @@ def _has_cuda() -> bool:
 
 
 def shared_folder() -> Path:
-    """Where checkpoints and data for measuring are kept: beside the repository, if anywhere."""
+    """The folder of real checkpoints and data, beside the repository by default."""
     beside = Path(__file__).resolve().parents[2] / "shared"
     return Path(os.environ.get("RFPRUNE_SHARED", beside))
 
@@ -204,7 +203,7 @@ def make_tiny_model(
 
     if model_type in IMAGE_TYPES and head == "sequence-classification":
         head = "image-classification"
-    if model_type in WRITING_TYPES and head == "sequence-classification":
+    if model_type in GENERATION_TYPES and head == "sequence-classification":
         head = "seq2seq-lm"
     model_class = {
         "sequence-classification": transformers.AutoModelForSequenceClassification,
@@ -217,7 +216,7 @@ def make_tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class.from_config(tiny_config(model_type, **config))
-        _spread_what_starts_constant(model)
+        _randomise_constant_weights(model)
     return model.eval()
 
 
@@ -243,12 +242,14 @@ def make_tiny_batch(
             attention_mask[row, length - missing :] = 0
         elif padding == "left":
             attention_mask[row, :missing] = 0
-    if model_type in DECODING_TYPES:  # whose classifiers read the end of the text
+    if model_type in ENCODER_DECODER_TYPES:  # whose classifiers read the end of the text
         ends = attention_mask.cumsum(1).argmax(1)
         ids[torch.arange(num_examples), ends] = 3
     batch = {"input_ids": ids * attention_mask, "attention_mask": attention_mask}
     return (
-        batch | {"decoder_input_ids": batch["input_ids"]} if model_type in WRITING_TYPES else batch
+        batch | {"decoder_input_ids": batch["input_ids"]}
+        if model_type in GENERATION_TYPES
+        else batch
     )
 
 
@@ -273,7 +274,7 @@ def tiny_config(model_type: str = "bert", **changes: Any) -> Any:
     if model_type in ("electra", "albert"):
         settings["embedding_size"] = 8
     settings |= changes
-    settings = _in_the_words_of(model_type, settings) | {
+    settings = _family_entries(model_type, settings) | {
         name: value for name, value in changes.items() if name not in _SIZES
     }
     return transformers.AutoConfig.for_model(model_type, **settings)
@@ -282,15 +283,15 @@ def tiny_config(model_type: str = "bert", **changes: Any) -> Any:
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
-def _in_the_words_of(model_type: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings by BERT's names as a model type has them, with what else it needs to be tiny."""
+def _family_entries(model_type: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The configuration entries of a model type, from settings under BERT's names."""
     hidden, heads = settings["hidden_size"], settings["num_attention_heads"]
     names = {
         "distilbert": dict(zip(_SIZES, ("dim", "n_layers", "n_heads", "hidden_dim"), strict=True)),
         "gpt2": {"intermediate_size": "n_inner"},
         "opt": {"intermediate_size": "ffn_dim"},
     }.get(model_type, {})
-    if model_type in ("bart", "mbart", *WRITING_TYPES):
+    if model_type in ("bart", "mbart", *GENERATION_TYPES):
         settings = _as_bart(settings)
     if model_type in ("t5", "mt5"):
         settings = _as_t5(settings, gated=model_type == "mt5")
@@ -363,8 +364,8 @@ def _as_t5(settings: dict[str, Any], *, gated: bool) -> dict[str, Any]:
     }
 
 
-def _spread_what_starts_constant(model: Any) -> None:
-    """Draw biases and norms at random too: zeros and ones would hide whole classes of mistakes."""
+def _randomise_constant_weights(model: Any) -> None:
+    """Draw biases and norms at random too: zeros and ones would hide mistakes."""
     import torch
 
     with torch.no_grad():

@@ -16,7 +16,7 @@ from rfprune.cost.macs import mac_costs, total_macs, unit_macs
 from rfprune.model.compact import compact
 from rfprune.model.layout import Layout, layout_of
 from rfprune.model.masks import full_masks, num_kept
-from tests.conftest import ALL_TYPES, DECODING_TYPES, IMAGE_TYPES, WRITING_TYPES
+from tests.conftest import ALL_TYPES, ENCODER_DECODER_TYPES, GENERATION_TYPES, IMAGE_TYPES
 
 Tiny = Callable[..., Any]
 LENGTH = 9
@@ -33,7 +33,7 @@ def counted_macs(model: Any, layout: Layout) -> float:
             model(torch.randn(1, 3, 8, 8))
         else:
             ids = torch.full((1, LENGTH), 3)
-            written = model.config.model_type in WRITING_TYPES
+            written = model.config.model_type in GENERATION_TYPES
             model(input_ids=ids, **({"decoder_input_ids": ids} if written else {}))
     counts = counter.get_flop_counts()
     flops = sum(
@@ -77,7 +77,7 @@ def test_the_formulas_are_those_of_kwon_et_al(tiny_model: Tiny) -> None:
     assert unit_macs(neurons, hidden, length) == pytest.approx(2 * length * hidden)
 
 
-@pytest.mark.parametrize("model_type", DECODING_TYPES)
+@pytest.mark.parametrize("model_type", ENCODER_DECODER_TYPES)
 def test_a_decoder_has_a_length_of_its_own(model_type: str, tiny_model: Tiny) -> None:
     """Its queries come from its own tokens, the keys of its cross-attention from the encoder's."""
     model = tiny_model(model_type, "seq2seq-lm")

@@ -24,10 +24,10 @@ from rfprune.settings import Settings
 from tests.conftest import (
     ALL_TYPES,
     CAUSAL_TYPES,
-    DECODING_TYPES,
+    ENCODER_DECODER_TYPES,
+    GENERATION_TYPES,
     IMAGE_TYPES,
     MODEL_TYPES,
-    WRITING_TYPES,
 )
 
 Tiny = Callable[..., Any]
@@ -37,11 +37,11 @@ CASES = [
     *(
         (model_type, "sequence-classification")
         for model_type in ALL_TYPES[len(MODEL_TYPES) :]
-        if model_type not in WRITING_TYPES
+        if model_type not in GENERATION_TYPES
     ),
     *((model_type, "causal-lm") for model_type in CAUSAL_TYPES),
     ("modernbert", "question-answering"),
-    *((model_type, "seq2seq-lm") for model_type in DECODING_TYPES),
+    *((model_type, "seq2seq-lm") for model_type in ENCODER_DECODER_TYPES),
 ]
 SETTINGS = {
     "curvature": Settings(round_to=None),
@@ -114,7 +114,7 @@ def test_every_family_is_pruned_and_reloads(
 def test_six_layers_of_different_sizes_are_pruned_again_and_reload(
     model_type: str, tiny_model: Tiny, tiny_batch: Tiny, tmp_path: Path
 ) -> None:
-    head = "seq2seq-lm" if model_type in WRITING_TYPES else "sequence-classification"
+    head = "seq2seq-lm" if model_type in GENERATION_TYPES else "sequence-classification"
     model = tiny_model(model_type, head, num_hidden_layers=6)
     batches = batches_of(tiny_batch, model_type, head)
     first = prune(model, batches, Constraint("mac", 0.6))
@@ -138,7 +138,7 @@ def test_six_layers_of_different_sizes_are_pruned_again_and_reload(
         ("modernbert", "sequence-classification"),
         ("albert", "sequence-classification"),
         ("deberta-v2", "sequence-classification"),
-        *((model_type, "seq2seq-lm") for model_type in DECODING_TYPES),
+        *((model_type, "seq2seq-lm") for model_type in ENCODER_DECODER_TYPES),
     ],
 )
 def test_fitting_brings_the_predictions_back(

@@ -22,10 +22,10 @@ from rfprune.latency.table import LatencyTable, check_table, latency_costs
 from rfprune.latency.timing import Timing, TimingBudget
 from rfprune.model.compact import compact
 from rfprune.model.layout import layout_of
-from tests.conftest import ALL_TYPES, DECODING_TYPES
+from tests.conftest import ALL_TYPES, ENCODER_DECODER_TYPES
 
 Tiny = Callable[..., Any]
-PROFILED = tuple(model_type for model_type in ALL_TYPES if model_type not in DECODING_TYPES)
+PROFILED = tuple(model_type for model_type in ALL_TYPES if model_type not in ENCODER_DECODER_TYPES)
 
 
 def flops(call: Callable[[], object]) -> float:

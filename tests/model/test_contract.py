@@ -30,10 +30,10 @@ from rfprune.model.masks import full_masks, masked
 from tests.conftest import (
     ALL_TYPES,
     CAUSAL_TYPES,
-    DECODING_TYPES,
+    ENCODER_DECODER_TYPES,
+    GENERATION_TYPES,
     GROUPED_TYPES,
     IMAGE_TYPES,
-    WRITING_TYPES,
 )
 from tests.model.emptied import emptied
 
@@ -51,13 +51,13 @@ def heads_of(model_type: str) -> tuple[str, ...]:
         return ("image-classification",)
     if model_type in CAUSAL_TYPES:
         return ("causal-lm", "sequence-classification")
-    if model_type in WRITING_TYPES:
+    if model_type in GENERATION_TYPES:
         return ("seq2seq-lm",)
     return ("sequence-classification", "question-answering")
 
 
 CASES = [(model_type, head) for model_type in ALL_TYPES for head in heads_of(model_type)]
-CASES += [(each, "seq2seq-lm") for each in DECODING_TYPES if each not in WRITING_TYPES]
+CASES += [(each, "seq2seq-lm") for each in ENCODER_DECODER_TYPES if each not in GENERATION_TYPES]
 CASES += [("gpt2", "question-answering"), ("llama", "question-answering")]
 
 Batch = dict[str, Tensor]
@@ -155,7 +155,7 @@ def test_the_layout_finds_all_heads_and_neurons(layout: Layout, case: tuple[str,
     neurons = 16 if case[0].startswith("dinov2") else 12
     encoder = [(("head", n, 4, width), ("neuron", n, neurons, 1)) for n in range(2)]
     decoder = [(("head", n, 4, 4), ("head", n, 4, 4), ("neuron", n, 12, 1)) for n in (2, 3)]
-    layers = [*encoder, *decoder] if case[0] in DECODING_TYPES else encoder
+    layers = [*encoder, *decoder] if case[0] in ENCODER_DECODER_TYPES else encoder
     assert shapes == [shape for layer in layers for shape in layer]
     assert set(ALL_TYPES) == set(ARCHITECTURES)
 

@@ -24,7 +24,7 @@ from rfprune.model.encoder_decoder import (
 from rfprune.model.layerwise import layer_calls, run_layer
 from rfprune.model.layout import layout_of
 from rfprune.model.masks import full_masks
-from tests.conftest import DECODING_TYPES
+from tests.conftest import ENCODER_DECODER_TYPES
 
 Tiny = Callable[..., Any]
 
@@ -34,7 +34,7 @@ def model(request: pytest.FixtureRequest, tiny_model: Tiny) -> Any:
     return tiny_model(request.param, "seq2seq-lm")
 
 
-@pytest.mark.parametrize("model_type", DECODING_TYPES)
+@pytest.mark.parametrize("model_type", ENCODER_DECODER_TYPES)
 def test_labels_are_shifted_as_in_the_models_own_loss(
     model_type: str, tiny_model: Tiny, tiny_batch: Tiny
 ) -> None:
@@ -54,7 +54,7 @@ def test_labels_are_shifted_as_in_the_models_own_loss(
     assert torch.equal(block_token_mask(layout, layout.blocks[-1], prepared), tokens)
 
 
-@pytest.mark.parametrize("model_type", DECODING_TYPES)
+@pytest.mark.parametrize("model_type", ENCODER_DECODER_TYPES)
 def test_a_classifier_shifts_its_inputs(
     model_type: str, tiny_model: Tiny, tiny_batch: Tiny
 ) -> None:

@@ -21,7 +21,7 @@ from rfprune.model.compact import compact
 from rfprune.model.layout import Layout, layout_of
 from rfprune.model.masks import masked
 from rfprune.model.plain import plain_sizes, to_plain
-from tests.conftest import ALL_TYPES, DECODING_TYPES
+from tests.conftest import ALL_TYPES, ENCODER_DECODER_TYPES
 
 Tiny = Callable[..., Any]
 
@@ -134,7 +134,7 @@ def test_a_family_without_size_entries_is_refused_by_name(tiny_model: Tiny) -> N
 
 
 def test_every_supported_family_has_size_entries_or_a_reason() -> None:
-    without = {"dinov2", "dinov2_with_registers", *DECODING_TYPES} - {"t5", "mt5"}
+    without = {"dinov2", "dinov2_with_registers", *ENCODER_DECODER_TYPES} - {"t5", "mt5"}
     assert set(ARCHITECTURES) - set(SIZE_ENTRIES) <= without, (
         "neurons are a ratio of the width, or two numbers"
     )

@@ -68,6 +68,8 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(evaluate.config, "HF_MODULES_CACHE", folder / "modules")
         patch.setattr(evaluate.config, "HF_METRICS_CACHE", folder / "metrics")
         patch.setattr(sys, "path", [*sys.path])
+        for name in [name for name in sys.modules if name.startswith("evaluate_modules")]:
+            patch.delitem(sys.modules, name)  # loaded from the folder of an earlier setup
         yield folder
 
 
