@@ -16,6 +16,7 @@ from rfprune.model.encoder_decoder import add_decoder_inputs
 from rfprune.model.frozen import frozen
 from rfprune.model.layerwise import add_image_token_mask
 from rfprune.model.layout import Layout, layout_of
+from rfprune.model.rebuild import check_rebuildable, warn_of_own_class
 from rfprune.model.validation import check_finite_weights, check_layer_outputs
 from rfprune.result import StageTimer
 from rfprune.settings import Settings
@@ -117,11 +118,13 @@ def prepare_problem(
     The parameters are the seven of `rfprune.prune` besides the constraint; `prune` explains them.
 
     Raises:
-        UserError: the model type is not supported, the weights are not finite, or there is no
-            example or no block.
+        UserError: the model type is not supported, the weights are not finite, the pruned model
+            could not be loaded again, or there is no example or no block.
     """
     layout = layout_of(model)
     check_finite_weights(model)
+    check_rebuildable(model)
+    warn_of_own_class(model)
     prepared = [
         add_token_mask(model, layout, part)
         for batch in batches

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rfprune.errors import UserError
+from rfprune.errors import RfpruneWarning, UserError, error_summary
 from rfprune.families.architectures import ARCHITECTURES
 from rfprune.families.schema import SizeEntries
 from rfprune.model.compact import family_entries
 from rfprune.model.layout import Layout
 from rfprune.model.modeling_rfprune import check_description, pruned_class
-from rfprune.model.original_class import original_class
+from rfprune.model.rebuild import check_rebuildable, init_options
 
 MASKS_FILE = "masks.safetensors"
 MASKS_VERSION = 1
@@ -57,18 +58,14 @@ def save_pruned(
             are loaded again.
 
     Raises:
-        UserError: the model's class is not part of transformers, so nothing could load the folder.
+        UserError: the model's class makes other weights from its configuration, so nothing could
+            load the folder.
 
     Example:
         >>> result = prune(model, batches, Constraint("mac", 0.5))
         >>> save_pruned(result.model, result.layout, result.masks, "smaller", tokenizer)
     """
-    base = original_class(model)
-    if getattr(transformers, base.__name__, None) is not base:
-        raise UserError(
-            f"class '{base.__name__}' is not part of transformers, so a saved checkpoint could not "
-            "be loaded; load the model with transformers' own class before pruning it"
-        )
+    check_rebuildable(model)
     model.save_pretrained(folder, state_dict=None if dtype is None else stored_state(model, dtype))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -93,11 +90,15 @@ def stored_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor
     return stored
 
 
-def load_pruned(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
+def load_pruned(folder: str | Path, *, model_class: Any = None, **kwargs: Any) -> PreTrainedModel:
     """Load a pruned model from a local folder without executing code from it.
 
     Args:
-        folder: written by `save_pruned`, `PruneResult.save` or the command.
+        folder: written by `save_pruned`, `PruneResult.save`, the command, or `save_pretrained` of a
+            pruned model.
+        model_class: the class of the unpruned model, or an Auto class. Needed for a class of your
+            own; with another class of the same model type, the Transformer gets its head. None:
+            the class that was saved.
         kwargs: passed to `from_pretrained` (dtype, device_map, attn_implementation, ...).
 
     Returns:
@@ -105,53 +106,134 @@ def load_pruned(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
 
     Raises:
         UserError: the folder, its config.json or its weights are missing, damaged, newer than this
-            version of rfprune, or do not fit together; the message says which.
+            version of rfprune, or do not fit together or to `model_class`; the message says which.
+
+    A `RfpruneWarning` names the weights of a new head, which are random until they are trained.
 
     Example:
         >>> model = load_pruned("smaller", dtype=torch.bfloat16)
         >>> model(**tokenizer("A fine film.", return_tensors="pt")).logits
+        >>> encoder = load_pruned("smaller", model_class=transformers.AutoModel)
+        >>> model = load_pruned("mine", model_class=MyClassifier)  # a class of your own
     """
     folder = Path(folder)
     config = _read_config(folder)
     plain = _is_plain(config, folder)
     blocks = [] if plain else _described_blocks(config, folder)
-    base = _base_class(config, folder)
+    base = _base_class(config, folder, model_class)
     _check_family(blocks, config["model_type"], folder)
-    _check_readable(folder)
+    options = init_options(base, _names_of_weights(folder)) | kwargs
+    new_head = options.pop("ignore_mismatched_sizes", False) is True
     try:
         with _no_report():
-            model_class = base if plain else pruned_class(base)
-            model, info = model_class.from_pretrained(
+            loaded_class = base if plain else pruned_class(base)
+            model, info = loaded_class.from_pretrained(
                 folder,
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported below
-                **kwargs,
+                **options,
             )
+    except ImportError as error:
+        raise UserError(
+            f"the pruned model in '{folder}' cannot be loaded ({error_summary(error)}); install "
+            "what is missing, or choose another attn_implementation"
+        ) from error
     except (OSError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"the pruned model in '{folder}' cannot be loaded ({reason}); save or download it again"
         ) from error
-    if info["mismatched_keys"]:
-        name, saved, promised = min(info["mismatched_keys"], key=lambda entry: str(entry[0]))
+    other_class = base.__name__ != _saved_name(config)
+    _check_loaded(model, info, folder, kwargs, other_head=other_class, new_head=new_head)
+    return model
+
+
+def _check_loaded(
+    model: PreTrainedModel,
+    info: Mapping[str, Any],
+    folder: Path,
+    options: Mapping[str, Any],
+    *,
+    other_head: bool,
+    new_head: bool,
+) -> None:
+    """Refuse weights that do not fit; warn of weights of a new head.
+
+    Args:
+        info: what `from_pretrained` found.
+        options: that `load_pruned` was given.
+        other_head: the model has another class than the saved one.
+        new_head: weights of the head may have other shapes in the folder.
+    """
+    layers = _layer_prefixes(model)
+    mismatched = {str(name): shapes for name, *shapes in info["mismatched_keys"]}
+    inside = sorted(name for name in mismatched if name.startswith(layers))
+    if mismatched and (inside or not (new_head or other_head)):
+        name = min(inside) if inside else max(mismatched)  # the weight rather than the bias
+        saved, promised = mismatched[name]
+        changed = sorted(each for each in options if hasattr(model.config, each))
+        if changed and not inside:
+            raise UserError(
+                f"'{name}' in '{folder}' has the shape {tuple(saved)}, but {changed[0]}="
+                f"{options[changed[0]]!r} makes {tuple(promised)}; leave {changed[0]} out, or pass "
+                "ignore_mismatched_sizes=True for a new head"
+            )
         raise UserError(
             f"'{name}' in '{folder}' has the shape {tuple(saved)}, but config.json says "
             f"{tuple(promised)}; the two files are not of the same model: save or download them "
             "again"
         )
-    if info["missing_keys"]:
+    missing = sorted(str(name) for name in info["missing_keys"])
+    lost = [name for name in missing if not other_head or name.startswith(layers)]
+    if lost:
         raise UserError(
-            f"the weights in '{folder}' lack '{min(info['missing_keys'])}', which config.json "
-            "requires; save or download the model again"
+            f"the weights in '{folder}' lack '{lost[0]}', which config.json requires; save or "
+            "download the model again"
         )
-    if info["unexpected_keys"]:
+    if info["unexpected_keys"] and not other_head:
         raise UserError(
             f"the weights in '{folder}' hold '{min(info['unexpected_keys'])}', for which "
             "config.json has no place; the two files are not of the same model: save or download "
             "them again"
         )
-    return model
+    random = sorted([*missing, *mismatched])
+    if random:
+        number = f" and {len(random) - 1} more" if len(random) > 1 else ""
+        warnings.warn(
+            f"'{random[0]}'{number} of the {type(model).__name__} are not in '{folder}' and start "
+            "untrained; train them before use",
+            RfpruneWarning,
+            stacklevel=3,
+        )
+
+
+def _layer_prefixes(model: PreTrainedModel) -> tuple[str, ...]:
+    """What the names of the weights of Transformer layers start with."""
+    start = "" if model.base_model is model else f"{model.base_model_prefix}."
+    stacks = ARCHITECTURES[model.config.model_type].stacks
+    return tuple(f"{start}{stack.layers}." for stack in stacks)
+
+
+def _names_of_weights(folder: Path) -> list[str]:
+    """The names of all weights, from the one file or the index of several.
+
+    Raises:
+        UserError: the file is damaged. A missing one is reported by `from_pretrained`.
+    """
+    path, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    try:
+        if path.is_file():
+            with safe_open(path, framework="pt") as file:
+                return list(file.keys())
+        if index.is_file():
+            return list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"'{path if path.is_file() else index}' is damaged or not safetensors ({error}); save "
+            "or download it again"
+        ) from error
+    return []
 
 
 def load_masks(folder: str | Path) -> dict[str, Tensor]:
@@ -202,7 +284,7 @@ def _check_masks(masks: dict[str, Tensor], path: Path) -> None:
             )
 
 
-def _is_plain(config: dict[str, Any], folder: Path) -> bool:
+def _is_plain(config: Mapping[str, Any], folder: Path) -> bool:
     """Whether a folder holds a plain model, which its masks file is marked with."""
     row = ARCHITECTURES.get(str(config.get("model_type")))
     if "rfprune" in config or row is None or row.size_entries is None:
@@ -281,31 +363,49 @@ def _no_report() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _base_class(config: dict[str, Any], folder: Path) -> Any:
-    """The class of the original model."""
+def _saved_name(config: Mapping[str, Any]) -> str:
+    """Name of the class that was saved."""
     names = config.get("architectures")
     name = str(names[0] if isinstance(names, list) and names else None)
-    name = name.removeprefix("Pruned")  # the name in early outputs of 0.1.0
+    return name.removeprefix("Pruned")  # the name in early outputs of 0.1.0
+
+
+def _base_class(config: Mapping[str, Any], folder: Path, model_class: Any) -> Any:
+    """The class of the original model, or the given one."""
+    name, model_type = _saved_name(config), config.get("model_type")
+    if model_class is not None and model_type in ARCHITECTURES:
+        return _given_class(model_class, str(model_type), folder)
+    description = config.get("rfprune")
+    own = description.get("class") if isinstance(description, dict) else None
+    if own:
+        raise UserError(
+            f"'{folder}' holds a model of the class '{own}', which is not one of transformers; "
+            f"pass it, as in load_pruned(folder, model_class={name})"
+        )
     base: Any = getattr(transformers, name, None)
     is_model = isinstance(base, type) and issubclass(base, PreTrainedModel)
-    if base is None or not is_model or config.get("model_type") not in ARCHITECTURES:
+    if base is None or not is_model or model_type not in ARCHITECTURES:
         raise UserError(
-            f"'{folder}' names the architecture '{name}' of type '{config.get('model_type')}', "
-            f"which is not a supported class of transformers {transformers.__version__}; install "
-            "the version that it was saved with"
+            f"'{folder}' names the architecture '{name}' of type '{model_type}', which is not a "
+            f"supported class of transformers {transformers.__version__}; install the version that "
+            "it was saved with, or pass your own class as model_class"
         )
     return base
 
 
-def _check_readable(folder: Path) -> None:
-    """Check the weights file before a model is made."""
-    path = folder / "model.safetensors"
-    if not path.is_file():  # sharded or missing: from_pretrained reports it
-        return
-    try:
-        with safe_open(path, framework="pt") as file:
-            file.keys()
-    except (OSError, SafetensorError) as error:
+def _given_class(model_class: Any, model_type: str, folder: Path) -> Any:
+    """The unpruned class that the argument `model_class` names."""
+    given, config_class = model_class, transformers.CONFIG_MAPPING[model_type]
+    mapping = getattr(model_class, "_model_mapping", None)
+    if mapping is not None:
+        model_class = mapping.get(config_class, None)
+        model_class = model_class[0] if isinstance(model_class, tuple) else model_class
+    base = getattr(model_class, "pruned_from", model_class)
+    fits = isinstance(base, type) and issubclass(base, PreTrainedModel)
+    if not fits or getattr(base.config_class, "model_type", None) != model_type:
         raise UserError(
-            f"'{path}' is damaged or not safetensors ({error}); save or download it again"
-        ) from error
+            f"model_class={getattr(given, '__name__', repr(given))} has no model of type "
+            f"'{model_type}', which '{folder}' is; pass a class of transformers for this type, an "
+            "Auto class that has it, or your own subclass of one"
+        )
+    return base

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rfprune.families.schema import Sublayer
-from rfprune.model.layout import Block, Layout, recorded_blocks, unit_features
+from rfprune.model.layout import Block, Layout, unit_features
 from rfprune.model.linear import is_transposed, linear, weight_of
-from rfprune.model.modeling_rfprune import BIAS_TABLE, FORMAT_VERSION, pruned_class, shrink
+from rfprune.model.modeling_rfprune import (
+    BIAS_TABLE,
+    check_description,
+    describe,
+    pruned_class,
+    shrink,
+    within,
+)
 
 
 def compact(model: PreTrainedModel, layout: Layout, masks: Sequence[Tensor]) -> PreTrainedModel:
@@ -35,12 +42,12 @@ def compact(model: PreTrainedModel, layout: Layout, masks: Sequence[Tensor]) -> 
     for block, mask, units in zip(layout.blocks, masks, kept, strict=True):
         state |= _sliced(model, block, mask, units)
     small = _copy_without(model, layout)
-    entries = [_describe(block, units) for block, units in zip(layout.blocks, kept, strict=True)]
-    small.config.rfprune = {
-        "format_version": FORMAT_VERSION,
-        "blocks": [*_entries_of_empty_blocks(model, layout), *entries],
-    }
+    entries = [
+        within(model.base_model_prefix, _describe(block, units))
+        for block, units in zip(layout.blocks, kept, strict=True)
+    ]
     small.__class__ = pruned_class(type(model))
+    describe(small, [*_entries_of_empty_blocks(model, entries), *entries])
     shrink(small, entries)
     small.load_state_dict(state, strict=False, assign=True)
     tables = {
@@ -64,10 +71,14 @@ def _copy_without(model: PreTrainedModel, layout: Layout) -> PreTrainedModel:
     return copy.deepcopy(model, stand_ins)
 
 
-def _entries_of_empty_blocks(model: PreTrainedModel, layout: Layout) -> list[dict[str, Any]]:
+def _entries_of_empty_blocks(
+    model: PreTrainedModel, entries: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
     """Descriptions of the sublayers that an earlier pruning emptied; they have no block."""
-    present = {block.consumer for block in layout.blocks}
-    return [entry for entry in recorded_blocks(model.config) if entry["consumer"] not in present]
+    description = getattr(model.config, "rfprune", None)
+    earlier = [] if description is None else check_description(description, model.base_model_prefix)
+    present = {entry["consumer"] for entry in entries}
+    return [entry for entry in earlier if entry["consumer"] not in present]
 
 
 def _describe(block: Block, kept: Tensor) -> dict[str, Any]:

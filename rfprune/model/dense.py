@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rfprune.model.checkpoint import stored_state
-from rfprune.model.layout import Layout, Producer, unit_features
+from rfprune.model.layout import Layout, Producer, recorded_blocks, unit_features
 from rfprune.model.linear import is_transposed, linear
 from rfprune.model.original_class import fill, make_on_meta, original_config
 
@@ -39,7 +39,7 @@ def to_dense(
     neurons = {} if layout is None else _kept_neurons(layout, masks)
     dense = make_on_meta(model, original_config(model.config))
     state = dict(model.state_dict())
-    for block in model.config.rfprune["blocks"]:
+    for block in recorded_blocks(model):
         state |= _in_full_shapes(block, neurons.get(block["consumer"]), state, dense)
     fill(dense, model, state)
     return dense

@@ -8,7 +8,7 @@ the producers. Nothing else about an architecture matters to pruning.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from rfprune.errors import UserError
 from rfprune.families.schema import Architecture, BlockKind, Stack, Sublayer
 from rfprune.families.support import check_supported
 from rfprune.model.linear import is_empty, linear, weight_of
+from rfprune.model.modeling_rfprune import check_description
 
 InputSource = Literal["tokens", "positions", "encoder"]
 """What a producer is applied to: the hidden states of the block's own tokens, embeddings of
@@ -181,7 +182,8 @@ def layout_of(model: PreTrainedModel) -> Layout:
             "pass the model itself, not its wrapper"
         )
     architecture = check_supported(model.config)
-    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    prefix = _path_of_transformer(model)
+    known = {each["consumer"]: each["units"] for each in recorded_blocks(model)}
     layers: list[str] = []
     execution_order: list[int] = []
     first_layers: list[int] = []
@@ -194,7 +196,9 @@ def layout_of(model: PreTrainedModel) -> Layout:
             execution_order += [int(run / (runs / num_layers)) for run in range(runs)]
         for number in range(num_layers):
             path = f"{prefix}{stack.layers}.{number}"
-            found = (_block(model, stack, each, path, len(layers)) for each in stack.sublayers)
+            found = (
+                _block(model, stack, each, path, len(layers), known) for each in stack.sublayers
+            )
             blocks += [block for block in found if block is not None]
             layers.append(path)
     _check_unshared(model, blocks)
@@ -231,7 +235,12 @@ def _num_layers(model: nn.Module, path: str) -> int:
 
 
 def _block(
-    model: PreTrainedModel, stack: Stack, row: Sublayer, layer_path: str, layer: int
+    model: PreTrainedModel,
+    stack: Stack,
+    row: Sublayer,
+    layer_path: str,
+    layer: int,
+    recorded_units: Mapping[str, list[int] | None],
 ) -> Block | None:
     sublayer = row.in_layer(layer_path, model.config)
     if is_empty(model, sublayer.consumer):
@@ -254,7 +263,7 @@ def _block(
         ),
         num_units=num_units,
         unit_width=features // num_units,
-        original_units=_original_units(model.config, sublayer.consumer, num_units),
+        original_units=tuple(recorded_units.get(sublayer.consumer) or range(num_units)),
         pre_norm=stack.pre_norm,
         num_positions=num_positions,
     )
@@ -319,18 +328,26 @@ def _sizes(
     return num_units, features, rows
 
 
-def recorded_blocks(config: PretrainedConfig) -> list[dict[str, Any]]:
-    """The blocks that an earlier pruning has recorded in a configuration."""
-    blocks: list[dict[str, Any]] = (getattr(config, "rfprune", None) or {}).get("blocks", [])
-    return blocks
+def recorded_blocks(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """The blocks that an earlier pruning has recorded, with paths from the model's root."""
+    description = getattr(model.config, "rfprune", None)
+    if description is None:
+        return []
+    start = _path_of_transformer(model)
+    return [
+        block
+        | {
+            "consumer": start + block["consumer"],
+            "inner": start + block["inner"],
+            "producers": [each | {"path": start + each["path"]} for each in block["producers"]],
+        }
+        for block in check_description(description, model.base_model_prefix)
+    ]
 
 
-def _original_units(config: PretrainedConfig, consumer: str, num_units: int) -> tuple[int, ...]:
-    """The units' indices before any pruning, as far as an earlier pruning has recorded them."""
-    for entry in recorded_blocks(config):
-        if entry["consumer"] == consumer and entry["units"] is not None:
-            return tuple(entry["units"])
-    return tuple(range(num_units))
+def _path_of_transformer(model: PreTrainedModel) -> str:
+    """What the paths of a Transformer's modules start with in a model that has it."""
+    return "" if model.base_model is model else f"{model.base_model_prefix}."
 
 
 def _check_unshared(model: nn.Module, blocks: list[Block]) -> None:

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 BIAS_TABLE = "relative_attention_bias"  # in an attention: an embedding, one number per head
 
 # Attributes in which attentions of transformers store their sizes. A family that uses other names
@@ -43,7 +44,14 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "has_bias_table": (bool,),  # whether `inner` gets a position bias table of its own
 }
 
-_DEFAULTS: dict[str, Any] = {"bypass": "plain", "has_bias_table": False}  # not in early outputs
+# Entries that config.json leaves out where they have this value.
+_DEFAULTS: dict[str, Any] = {
+    "units": None,
+    "inner_returns_tuple": False,
+    "head_bias": None,
+    "bypass": "plain",
+    "has_bias_table": False,
+}
 
 _PRODUCER_FIELDS: dict[str, tuple[type, ...]] = {
     "path": (str,),
@@ -61,9 +69,17 @@ def pruned_class(base: type) -> Any:
     name = base.__name__
     known = globals().get(name)
     if known is None or known.pruned_from is not base:
-        entries = {"pruned_from": base, "_auto_class": _auto_class(name), "__module__": __name__}
+        # no Auto class loads a class of the user's own: `auto_map` names what does
+        auto_class = _auto_class(name) if is_of_transformers(base) else "rfprune.load_pruned"
+        entries = {"pruned_from": base, "_auto_class": auto_class, "__module__": __name__}
         globals()[name] = type(name, (_Pruned, base), entries)
     return globals()[name]
+
+
+def is_of_transformers(base: type) -> bool:
+    """Whether a class, or the class that a pruned one was made from, is one of transformers."""
+    base = getattr(base, "pruned_from", base)
+    return getattr(transformers, base.__name__, None) is base
 
 
 def _auto_class(name: str) -> str:
@@ -87,15 +103,152 @@ def __getattr__(name: str) -> Any:
 class _Pruned(nn.Module):
     """A mixin: shrinks the model that the original class has built."""
 
+    base_model_prefix: str
+    base_model: Any
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """As for the original class: its weights are renamed when they are saved and loaded."""
+        return not is_of_transformers(cls)
+
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        blocks = check_description(getattr(config, "rfprune", None))
-        config.rfprune = {"format_version": FORMAT_VERSION, "blocks": blocks}
+        blocks = check_description(getattr(config, "rfprune", None), self.base_model_prefix)
+        name = type(self).__name__
+        if name not in (getattr(config, "architectures", None) or [name]):
+            # another head than the saved one, such as that of an encoder without its decoder
+            stacks = dict(self.base_model.named_children())
+            blocks = [block for block in blocks if block["consumer"].split(".")[0] in stacks]
+        describe(self, blocks)
         shrink(self, blocks)
 
 
-def check_description(description: Any) -> list[dict[str, Any]]:
-    """The blocks in `description`, the entry "rfprune" of config.json, in the current format.
+def describe(model: Any, blocks: list[dict[str, Any]]) -> None:
+    """Record the blocks of a pruned model in its configuration, and the classes that load it."""
+    config, base = model.config, model.pruned_from
+    config.rfprune = {"format_version": FORMAT_VERSION, "blocks": _grouped(blocks)}
+    config.auto_map = _auto_map(base, type(config)) | {type(model)._auto_class: _named(base)}
+    if not is_of_transformers(base):
+        config.rfprune["class"] = f"{base.__module__}.{base.__qualname__}"
+
+
+def _auto_map(base: Any, config_class: type) -> dict[str, str]:
+    """The classes of this file by the Auto classes that load them: one for every kind of head.
+
+    Heads whose weights have other names for the Transformer are left out: they would be random.
+    """
+    found = {}
+    for name in (name for name in sorted(dir(modeling_auto)) if name.startswith("AutoModel")):
+        heads = getattr(getattr(modeling_auto, name), "_model_mapping", {})
+        made: Any = heads.get(config_class, None)
+        made = made[0] if isinstance(made, tuple) else made
+        if (
+            getattr(made, "config_class", None) is config_class
+            and made.base_model_prefix == base.base_model_prefix
+        ):
+            found[name] = _named(made)
+    return found
+
+
+def _named(base: type) -> str:
+    return f"{__name__.rpartition('.')[2]}.{base.__name__}"
+
+
+def _grouped(blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The blocks as config.json lists them: one entry for the same sublayer of all layers.
+
+    In paths and names "*" stands for the number of the layer. What differs from layer to layer is
+    one string: `layers` "0 1 2", `num_units` "12 9 0", `units` "0 1 2 3, 0 2, " (of heads). The
+    layers of a second stack are counted on in names but not in paths: `first_layer` is the number
+    in the name of the first one.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for block in blocks:
+        layer, place = _number_in(block["name"]), _number_in(block["consumer"])
+        entry = {
+            "name": _with_star(block["name"], layer),
+            "layers": [],
+            "num_units": [],
+            "units": [],
+            "first_layer": int(layer or 0) - int(place or 0),
+            "kind": block["kind"],
+            "unit_width": block["unit_width"],
+            "producers": {
+                _with_star(each["path"], place): f"{each['parts']} x {each['width']}"
+                for each in block["producers"]
+            },
+            "consumer": _with_star(block["consumer"], place),
+            "inner": _with_star(block["inner"], place),
+        }
+        for name, default in _DEFAULTS.items():
+            if block[name] != default and name != "units":
+                entry[name] = block[name]
+        group = groups.setdefault(repr((entry, block["units"] is None)), entry)
+        group["layers"].append(layer or "0")
+        group["num_units"].append(str(block["num_units"]))
+        if block["units"] is not None:
+            group["units"].append(" ".join(map(str, block["units"])))
+    for group in groups.values():
+        group["layers"] = " ".join(group["layers"])
+        group["num_units"] = " ".join(group["num_units"])
+        group["units"] = ", ".join(group["units"]) if group["kind"] == "head" else None
+    optional = {"units": None, "first_layer": 0}
+    return [
+        {name: value for name, value in group.items() if optional.get(name, ...) != value}
+        for group in groups.values()
+    ]
+
+
+def _number_in(path: str) -> str | None:
+    """The first part of a dotted path that is a number: that of the layer."""
+    return next((part for part in path.split(".") if part.isdigit()), None)
+
+
+def _with_star(path: str, number: str | None) -> str:
+    parts = path.split(".")
+    if number is not None and _number_in(path) == number:
+        parts[parts.index(number)] = "*"
+    return ".".join(parts)
+
+
+def _blocks_of(group: Any) -> list[tuple[int, dict[str, Any]]]:
+    """The blocks of an entry that `_grouped` made, with the numbers of their layers."""
+    try:
+        rest = dict(group)
+        layers, sizes = rest.pop("layers").split(" "), rest.pop("num_units").split(" ")
+        units = rest.pop("units", None)
+        of_layers = [None] * len(layers) if units is None else units.split(", ")
+        name, first, producers = rest.pop("name"), rest.pop("first_layer", 0), rest.pop("producers")
+        blocks = []
+        for layer, size, kept in zip(layers, sizes, of_layers, strict=True):
+            place = str(int(layer) - first)
+            block = {
+                "name": name.replace("*", layer),
+                "num_units": int(size),
+                "units": None if kept is None else [int(unit) for unit in kept.split()],
+                "producers": [
+                    {
+                        "path": path.replace("*", place),
+                        "parts": int(shape.split(" x ")[0]),
+                        "width": int(shape.split(" x ")[1]),
+                    }
+                    for path, shape in producers.items()
+                ],
+            }
+            paths = {key: rest[key].replace("*", place) for key in ("consumer", "inner")}
+            blocks.append((int(layer), rest | paths | block))
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the blocks cannot be read: {group!r:.80}") from error
+    return blocks
+
+
+def check_description(description: Any, prefix: str = "") -> list[dict[str, Any]]:
+    """The blocks in `description`, the entry "rfprune" of config.json.
+
+    Paths start at the Transformer within the model, which all heads have in common.
+
+    Args:
+        prefix: name of the Transformer within the model; earlier formats have it in all paths.
 
     Raises:
         ValueError: the entry is missing, malformed or of another format version.
@@ -103,18 +256,29 @@ def check_description(description: Any) -> list[dict[str, Any]]:
     if not isinstance(description, dict):
         raise ValueError("it has no entry 'rfprune', so this is not a pruned model")
     version, blocks = description.get("format_version"), description.get("blocks")
-    if version not in (1, FORMAT_VERSION):
+    if version not in (1, 2, FORMAT_VERSION):
         raise ValueError(
             f"the format version is {version!r}, not {FORMAT_VERSION}: upgrade rfprune"
         )
     if not isinstance(blocks, list):
         raise ValueError("there is no list of blocks")
-    if version == 1:
+    if version == FORMAT_VERSION:
+        numbered = [each for group in blocks for each in _blocks_of(group)]
+        blocks = [block for _, block in sorted(numbered, key=lambda each: each[0])]
+    elif version == 1:
         blocks = [_upgraded(block) for block in blocks]
     blocks = [_DEFAULTS | block if type(block) is dict else block for block in blocks]
     for block in blocks:
         _check_block(block)
-    return blocks
+    return blocks if version == FORMAT_VERSION else [within(prefix, block) for block in blocks]
+
+
+def within(prefix: str, block: dict[str, Any]) -> dict[str, Any]:
+    """A block with paths from the root of a model as one with paths from the Transformer in it."""
+    start = f"{prefix}." if prefix else ""
+    paths = {key: block[key].removeprefix(start) for key in ("consumer", "inner")}
+    producers = [each | {"path": each["path"].removeprefix(start)} for each in block["producers"]]
+    return block | paths | {"producers": producers}
 
 
 def _upgraded(block: Any) -> Any:
@@ -170,12 +334,13 @@ def _check_fields(entry: Any, fields: dict[str, tuple[type, ...]]) -> None:
             raise ValueError(f"a block has a bad '{field}': {entry[field]!r:.80}")
 
 
-def shrink(model: nn.Module, blocks: list[dict[str, Any]]) -> None:
-    """Give the projections of `model` the sizes in `blocks`, which come from `check_description`.
+def shrink(model: Any, blocks: list[dict[str, Any]]) -> None:
+    """Give the projections of a model the sizes in `blocks`, which come from `check_description`.
 
     Raises:
         ValueError: a path does not name a linear map, or names a smaller one.
     """
+    model = model.base_model
     for block in blocks:
         width = block["num_units"] * block["unit_width"]
         consumer = _linear(model, block["consumer"])

@@ -40,7 +40,7 @@ def fill(original: PreTrainedModel, model: PreTrainedModel, state: Mapping[str, 
 
     That is tied weights, buffers that are not saved, the generation configuration and the mode.
     """
-    joined = _with_joined_tables(state, recorded_blocks(model.config), original)
+    joined = _with_joined_tables(state, recorded_blocks(model), original)
     original.load_state_dict(joined, assign=True)
     _tie_like(model, original)
     _copy_unsaved_buffers(model, original)

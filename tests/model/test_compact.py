@@ -57,7 +57,7 @@ def test_the_original_stays_as_it_was(model: Any, tiny_batch: Tiny) -> None:
             parameter.fill_(7.0)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert (type(model), model.config.to_dict()) == (kind, config)
-    assert small.config.rfprune["format_version"] == 2
+    assert small.config.rfprune["format_version"] == 3
     assert type(small).__name__ == "BertForSequenceClassification", "pipelines go by it"
     assert type(small) is not transformers.BertForSequenceClassification
     assert isinstance(small, transformers.BertForSequenceClassification)

@@ -24,7 +24,7 @@ from rfprune.model.checkpoint import load_pruned, save_pruned
 from rfprune.model.compact import compact
 from rfprune.model.frozen import frozen
 from rfprune.model.layerwise import add_image_token_mask, layer_calls, run_layer
-from rfprune.model.layout import Layout, layout_of
+from rfprune.model.layout import Layout, layout_of, recorded_blocks
 from rfprune.model.linear import weight_of
 from rfprune.model.masks import full_masks, masked
 from tests.conftest import (
@@ -275,7 +275,7 @@ def test_pruned_twice_is_pruned_once_with_both_masks(
     assert_close(outputs_of(twice, batch), expected)
     twice.save_pretrained(tmp_path)
     assert torch.equal(outputs_of(load_pruned(tmp_path), batch), outputs_of(twice, batch))
-    kept = {entry["consumer"]: entry["units"] for entry in twice.config.rfprune["blocks"]}
+    kept = {entry["consumer"]: entry["units"] for entry in recorded_blocks(twice)}
     for block, mask in zip(layout.blocks, both, strict=True):
         expected_units = torch.nonzero(mask).flatten().tolist() if block.kind == "head" else None
         assert kept[block.consumer] == expected_units
@@ -290,7 +290,7 @@ def test_pruned_again_after_an_emptied_sublayer(model: Any, layout: Layout, batc
     masks[1][2] = 0  # the second remaining neuron of layer 0, which has lost its first
     twice = compact(once, again, second)
     assert_close(outputs_of(twice, batch), masked_outputs(model, layout, masks, batch))
-    assert len(twice.config.rfprune["blocks"]) == len(layout.blocks)
+    assert len(recorded_blocks(twice)) == len(layout.blocks)
 
 
 def test_bfloat16_stays_and_agrees_within_its_precision(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rfprune.model.checkpoint import load_pruned, save_pruned
 from rfprune.model.compact import compact
-from rfprune.model.layout import layout_of
+from rfprune.model.layout import layout_of, recorded_blocks
 from rfprune.model.masks import full_masks
 from tests.conftest import MODEL_TYPES
 
@@ -59,7 +59,12 @@ def load(folder: Path, how: str = LOADS[0], **options: Any) -> Any:
     if how == LOADS[1]:
         return load_pruned(folder, **options).eval()
     config = json.loads((folder / "config.json").read_text())
-    (auto_class,) = config["auto_map"]
+    (name,) = config["architectures"]
+    auto_class = next(
+        each
+        for each, loaded in config["auto_map"].items()
+        if loaded == f"modeling_rfprune.{name}" and each != "AutoModelForPreTraining"
+    )
     load_with_code = getattr(transformers, auto_class).from_pretrained
     return load_with_code(folder, trust_remote_code=True, **options).eval()
 
@@ -144,7 +149,7 @@ def test_a_pruned_model_is_fine_tuned_on(
     trainer.train()
     assert trainer.evaluate(trainer.train_dataset)["eval_loss"] < first_loss
     moved = {name for name, value in model.state_dict().items() if (value != before[name]).any()}
-    consumers = [block["consumer"] for block in model.config.rfprune["blocks"]]
+    consumers = [block["consumer"] for block in recorded_blocks(model)]
     assert {f"{path}.bias" for path in consumers} <= moved, "also what an emptied sublayer keeps"
     trainer.save_model(str(tmp_path / "tuned"))
     expected = logits_of(model.eval(), batch)

@@ -46,6 +46,18 @@ def _config(given: str, says: str, change: Callable[[Entry], Any]) -> Case:
 
 def _block(given: str, says: str, **entries: Any) -> Case:
     """A config.json whose first block has these entries."""
+
+    def change(config: Entry) -> None:
+        from tests.model.test_checkpoint import to_format_2
+
+        to_format_2(config)
+        config["rfprune"]["blocks"][0].update(entries)
+
+    return _config(given, says, change)
+
+
+def _group(given: str, says: str, **entries: Any) -> Case:
+    """A config.json whose first entry, the heads of all layers, is changed."""
     return _config(given, says, lambda config: config["rfprune"]["blocks"][0].update(entries))
 
 
@@ -103,7 +115,7 @@ PRUNED = (
          "cannot be met", _with_code),
     Case("a model that was never pruned", "not a pruned model", _dense),
     _config("a newer format version", "upgrade rfprune",
-            lambda config: config["rfprune"].update(format_version=3)),
+            lambda config: config["rfprune"].update(format_version=4)),
     _config("blocks that are no list", "no list of blocks",
             lambda config: config["rfprune"].update(blocks={})),
     _config("a block left out", "config.json says",
@@ -116,12 +128,19 @@ PRUNED = (
             lambda config: config.update(num_attention_heads=5)),
     _config("a configuration without a hidden size", "has the shape",
             lambda config: config.pop("hidden_size")),
+    _group("layers of no number", "cannot be read", layers="0 one"),
+    _group("sizes of a layer that there is not", "cannot be read", num_units="1 1 1 1 1 1 1"),
+    _group("a field that no group has", "must have the fields", evil=1),
+    _group("a size of 10⁹ units", "bad 'units'", num_units="1000000000 1"),
+    _group("producers that are a list", "cannot be read", producers=["attention.self.query"]),
+    _group("a path out of the Transformer", "bad 'producers'", producers={"pooler.dense": "1 x 4"}),
+    _group("a first layer before all others", "cannot be loaded", first_layer=-3),
     _block("a block of an unknown field", "must have the fields", evil=1),
     _block("a block of -1 units", "bad 'num_units'", num_units=-1),
     _block("a block of 10⁹ units", "cannot be loaded", num_units=10**9, units=None),
     _block("units that are code", "bad 'units'", units=["__class__"]),
     _block("a path out of the model", "cannot be loaded", consumer="__class__"),
-    _block("a path to another projection", "config.json says", consumer="classifier"),
+    _block("a path to another projection", "cannot be loaded", consumer="classifier"),
     _block("a path that is a number", "bad 'consumer'", consumer=7),
     _block("a block that hands on a position bias", "where that of a bert model", bypass="biased"),
     _block("a block with a table of biases", "where that of a bert model", has_bias_table=True),
