@@ -66,8 +66,8 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported_modules(tree: ast.AST, known: set[str]) -> Iterator[str]:
-    """The modules of rfprune that a module imports, at its top or inside functions."""
+def imported_modules(tree: ast.AST, known: set[str], root: str = "rfprune") -> Iterator[str]:
+    """The modules below `root` that a module imports, at its top or inside functions."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -77,7 +77,7 @@ def imported_modules(tree: ast.AST, known: set[str]) -> Iterator[str]:
             names = [name if name in known else str(node.module) for name in full]
         else:
             continue
-        yield from (name for name in names if name.split(".")[0] == "rfprune")
+        yield from (name for name in names if name.split(".")[0] == root)
 
 
 def parsed(path: Path) -> ast.Module:
@@ -115,8 +115,13 @@ def test_imports_go_one_way(module: str) -> None:
 
 
 def test_no_modules_import_each_other() -> None:
-    """Also not inside a part, where the order of the layers says nothing."""
+    """Neither inside a part, where the order of the layers says nothing, nor among the scripts."""
+    scripts = {module_name(path): path for path in SCRIPTS}
     left = {module: imported & KNOWN for module, imported in IMPORTS.items()}
+    left |= {
+        module: set(imported_modules(parsed(path), set(scripts), "scripts"))
+        for module, path in scripts.items()
+    }
     while free := {module for module, imported in left.items() if not imported & left.keys()}:
         for module in free:
             del left[module]

@@ -283,7 +283,7 @@ def code_digest(module: str) -> str:
 
     That is `module`, and the scripts that several measurements import.
     """
-    shared = ("bench/harness.py", "bench/models.py", "bench/speedup.py", "profile_latency.py")
+    shared = ("bench/harness.py", "bench/models.py", "bench/timed_models.py", "profile_latency.py")
     scripts = Path(__file__).resolve().parents[1]
     own = {*(scripts / name for name in shared), Path(module).resolve()}
     paths = {*(ROOT / "rfprune").rglob("*.py"), *own}

@@ -19,7 +19,13 @@ from rfprune.cost.macs import mac_costs
 from scripts.bench import harness
 from scripts.bench.harness import Conditions, Line, machine
 from scripts.bench.models import Batch, layers_of, random_batch
-from scripts.bench.speedup import Run, default_output, make_field, structure_of, time_field
+from scripts.bench.timed_models import (
+    Run,
+    default_output,
+    load_timed_models,
+    structure_of,
+    time_models,
+)
 
 PASSES = 5
 """Profiled forward passes of each model, in turn, after two that warm up."""
@@ -76,9 +82,9 @@ def _profile(group: Sequence[Conditions], options: argparse.Namespace) -> dict[s
     down Python, it was timed without.
     """
     cell = group[0]
-    field = make_field(options, group)
-    batch = random_batch(field.dense, cell["batch_size"], cell["length"])
-    runs = [field.run_dense, *(run for _, run in field.pruned.values())]
+    models = load_timed_models(options, group)
+    batch = random_batch(models.dense, cell["batch_size"], cell["length"])
+    runs = [models.run_dense, *(run for _, run in models.pruned.values())]
     with torch.inference_mode():
         for run in runs * 2:
             run(batch)
@@ -89,22 +95,22 @@ def _profile(group: Sequence[Conditions], options: argparse.Namespace) -> dict[s
         for which in range(1, len(runs))
     ]
     if batch["input_ids"].is_cuda:
-        ratios = time_field(field, group, options)
+        ratios = time_models(models, group, options)
         speedups = [1 / ratio.ratio for ratio in ratios]
         times = [ratios[0].original, *(ratio.pruned for ratio in ratios)]
         for own, timing in zip(passes, times, strict=True):
             own["ms"][OUTSIDE] += timing.median_ms - own["ms"]["all"]
             own["ms"]["all"] = timing.median_ms
-    costs = mac_costs(field.layout, cell["length"])
+    costs = mac_costs(models.layout, cell["length"])
     rows = []
     for one, speedup, own in zip(group, speedups, passes[1:], strict=True):
-        kept = field.pruned[structure_of(one)][0]
+        kept = models.pruned[structure_of(one)][0]
         ideal = costs.original / costs.total(kept)
         row = {
             **{name: one[name] for name in VARIED},
             "ideal": round(ideal, 5),
             "speedup": round(speedup, 5),
-            "layers": layers_of(field.layout, kept),
+            "layers": layers_of(models.layout, kept),
             **_rounded(own),
             "lost_ms": {
                 name: round(own["ms"][name] - passes[0]["ms"][name] / ideal, 5)

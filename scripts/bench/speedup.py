@@ -18,9 +18,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,19 +30,20 @@ from rfprune.errors import UserError
 from scripts.bench import harness
 from scripts.bench.harness import Conditions, grouped, machine, say
 from scripts.bench.models import (
-    Batch,
-    Kept,
     add_model_or_synthetic,
-    draw_structure,
     layers_of,
-    pruned_to,
-    random_batch,
 )
-from scripts.profile_latency import load_model
+from scripts.bench.timed_models import (
+    TimedModels,
+    default_output,
+    load_timed_models,
+    structure_of,
+    time_models,
+    warm_up,
+)
 
 if TYPE_CHECKING:
-    from rfprune.latency.timing import Ratio
-    from rfprune.model.layout import Layout
+    pass
 
 RUNTIMES = {"cpu": ("eager", "compile", "onnx"), "cuda": ("eager", "compile", "compile-graphs")}
 """By device; `compile-graphs` is `torch.compile(mode="reduce-overhead")`."""
@@ -51,13 +51,6 @@ RUNTIMES = {"cpu": ("eager", "compile", "onnx"), "cuda": ("eager", "compile", "c
 SHAPES = [f"{size}x{length}" for size in (1, 8, 32) for length in (32, 128, 384)]
 CONSTRAINTS = [0.75, 0.5, 0.25]
 
-WARM_UP_ROUNDS = {"cpu": 1, "cuda": 3}
-"""The first pass compiles; CUDA's graphs are recorded at the second."""
-
-TOLERANCE = 0.003
-"""Rounds end when the standard error of every speedup is below this fraction of it."""
-
-Run = Callable[[Batch], object]
 Wait = Callable[[bool], None]
 
 
@@ -167,105 +160,31 @@ def _shape(text: str) -> tuple[int, int]:
     return int(size), int(length)
 
 
-def default_output(kind: str, options: argparse.Namespace) -> Path:
-    """results/KIND_MODEL_DEVICE[_Nthread].jsonl."""
-    import torch
-
-    threads = f"{torch.get_num_threads()}thread" if options.device == "cpu" else None
-    return harness.default_output(kind, harness.model_name(options), options.device, threads)
-
-
-@dataclass(frozen=True)
-class Field:
-    """The models that are timed in turn; pruned ones by constraint and multiple of neurons."""
-
-    dense: Any
-    layout: Layout
-    run_dense: Run
-    pruned: Mapping[tuple[float, int], tuple[Kept, Run]]
-
-
-def make_field(options: argparse.Namespace, group: Sequence[Conditions]) -> Field:
-    """The models of measurements that share device, dtype and runtime."""
-    import torch
-
-    from rfprune.model.layout import layout_of
-
-    first = group[0]
-    dtype = getattr(torch, first["dtype"])
-    dense = load_model(options.model, options.synthetic, dtype).to(first["device"])
-    layout = layout_of(dense)
-    pruned = {}
-    for ratio, round_to in dict.fromkeys(structure_of(one) for one in group):
-        kept = draw_structure(layout, ratio, seed=first["seed"], round_to=round_to)
-        pruned[ratio, round_to] = kept, runner(first["runtime"], pruned_to(dense, layout, kept))
-    return Field(dense, layout, runner(first["runtime"], dense), pruned)
-
-
-def structure_of(conditions: Conditions) -> tuple[float, int]:
-    """The key of a pruned model in a field."""
-    return conditions["constraint"], conditions["round_to"]
-
-
-def runner(runtime: str, model: Any) -> Run:
-    """A function that runs a model on a batch by a runtime.
-
-    Compiled code and ONNX files are made for batches of any size and length (PyTorch makes its own
-    for a batch of one). Each compiled model compiles at its first batch.
-    """
-    if runtime == "onnx":
-        return _onnx_runner(model)
-    if runtime == "eager":
-        return lambda batch: model(**batch)
-    import torch
-
-    def forward(batch: Batch) -> object:
-        return model(**batch)
-
-    # torch keeps compiled variants by code object, and tries all of them at each call: with one
-    # code object for all models, the time of one would depend on how many models there are.
-    forward.__code__ = forward.__code__.replace(co_name=f"forward_{id(model)}")
-    mode = "reduce-overhead" if runtime == "compile-graphs" else None
-    return torch.compile(forward, dynamic=True, mode=mode)
-
-
-def _onnx_runner(model: Any) -> Run:
-    import tempfile
-
-    from rfprune.export.onnx import OnnxModel, export_onnx
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        export_onnx(model, random_batch(model, 2, 16), path)
-        exported = OnnxModel(path)
-    return lambda batch: exported(**batch)
-
-
 def _measure(
     options: argparse.Namespace, wait: Wait, group: Sequence[Conditions]
 ) -> Iterator[dict[str, Any]]:
     """The measurements of one set of models, shape by shape."""
     wait(False)
-    field = make_field(options, group)
+    models = load_timed_models(options, group)
     shapes = grouped(group, ("batch_size", "length"))
     if options.turns:
         for shape in shapes:
-            warm_up(field, shape)
+            warm_up(models, shape)
         wait(True)
     for shape in shapes:
-        yield from _measure_shape(field, shape, options)
+        yield from _measure_shape(models, shape, options)
     _forget_compiled()
 
 
 def _measure_shape(
-    field: Field, group: Sequence[Conditions], options: argparse.Namespace
+    models: TimedModels, group: Sequence[Conditions], options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     from rfprune.cost.macs import mac_costs
 
-    ratios = time_field(field, group, options)
-    costs = mac_costs(field.layout, group[0]["length"])
+    ratios = time_models(models, group, options)
+    costs = mac_costs(models.layout, group[0]["length"])
     for conditions, ratio in zip(group, ratios, strict=True):
-        kept = field.pruned[structure_of(conditions)][0]
+        kept = models.pruned[structure_of(conditions)][0]
         speedup, ideal = 1 / ratio.ratio, costs.original / costs.total(kept)
         yield {
             **conditions,
@@ -277,45 +196,10 @@ def _measure_shape(
             "pruned_ms": round(ratio.pruned.median_ms, 5),
             "dense_spread": round(ratio.original.spread, 5),
             "rounds": ratio.pruned.rounds,
-            "attention": field.dense.config._attn_implementation,
-            "layers": layers_of(field.layout, kept),
+            "attention": models.dense.config._attn_implementation,
+            "layers": layers_of(models.layout, kept),
             "load_average": round(os.getloadavg()[0], 2),
         }
-
-
-def time_field(
-    field: Field, group: Sequence[Conditions], options: argparse.Namespace
-) -> list[Ratio]:
-    """The original and the pruned models of one shape in turn, after they have been warmed up."""
-    import torch
-
-    from rfprune.latency.timing import TimingBudget, time_ratios
-
-    calls = warm_up(field, group)
-    budget = TimingBudget(
-        options.seconds, max_rounds=options.rounds, tolerance=TOLERANCE, warm_up_rounds=0
-    )
-    with torch.inference_mode():
-        return time_ratios(
-            calls[0],
-            calls[1:],
-            field.dense.device,
-            budget,
-        )
-
-
-def warm_up(field: Field, group: Sequence[Conditions]) -> list[Callable[[], object]]:
-    """Calls of the original and of the pruned models on one shape; each has been made before."""
-    import torch
-
-    batch = random_batch(field.dense, group[0]["batch_size"], group[0]["length"])
-    runs = [field.run_dense, *(field.pruned[structure_of(one)][1] for one in group)]
-    calls: list[Callable[[], object]] = [partial(run, batch) for run in runs]
-    with torch.inference_mode():
-        for _ in range(WARM_UP_ROUNDS[group[0]["device"]]):
-            for call in calls:
-                call()
-    return calls
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from scripts.bench import (
     pruning_time,
     scale,
     speedup,
+    timed_models,
 )
 from scripts.profile_latency import load_model
 from tests.bench.conftest import ReadLines
@@ -134,7 +135,7 @@ def test_the_ideal_speedup_counts_what_the_pruned_model_runs(
         pruned.append(models.pruned_to(*args))
         return pruned[-1]
 
-    monkeypatch.setattr(speedup, "pruned_to", pruned_to)
+    monkeypatch.setattr(timed_models, "pruned_to", pruned_to)
     more = "--runtime eager --rounds 2 --cells 1x5 3x9 --constraint 0.75 0.25 --round-to 1 8"
     assert speedup.main(f"{shape_flags} {more}".split()) == 0
     found = lines()
@@ -207,7 +208,7 @@ def test_every_runtime_runs_the_model_that_it_was_given(tiny_model: Callable[...
         expected = one(**batch).logits
         assert not torch.allclose(expected, other(**batch).logits, atol=1e-2)
         for runtime in ("eager", *["onnx"] * HAS_ONNX):
-            found: Any = speedup.runner(runtime, one)(batch)
+            found: Any = timed_models.runner(runtime, one)(batch)
             assert torch.allclose(found["logits"], expected, atol=1e-4)
 
 
@@ -224,7 +225,7 @@ def test_each_compiled_model_has_code_of_its_own(
     monkeypatch.setattr(torch, "compile", note)
     batch = models.random_batch(tiny_model(), 2, 5)
     for model in (tiny_model(), tiny_model(seed=1)):
-        found: Any = speedup.runner("compile", model)(batch)
+        found: Any = timed_models.runner("compile", model)(batch)
         assert torch.equal(found.logits, model(**batch).logits)
     assert compiled[0].__code__ is not compiled[1].__code__
 
