@@ -114,7 +114,6 @@ def load_pruned(folder: str | Path, *, model_class: Any = None, **kwargs: Any) -
         >>> model = load_pruned("smaller", dtype=torch.bfloat16)
         >>> model(**tokenizer("A fine film.", return_tensors="pt")).logits
         >>> encoder = load_pruned("smaller", model_class=transformers.AutoModel)
-        >>> model = load_pruned("mine", model_class=MyClassifier)  # a class of your own
     """
     folder = Path(folder)
     config = _read_config(folder)
