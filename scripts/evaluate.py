@@ -10,11 +10,12 @@ import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from warnings import warn
 
 from rfprune.cli.exit_codes import NOTHING_WRITTEN, script
 from rfprune.cli.parser import add_flags
 from rfprune.cli.validation import check_data, check_new_file, check_task
-from rfprune.errors import UserError
+from rfprune.errors import RfpruneWarning, UserError
 from rfprune.settings import DTYPES, DataSettings, RunSettings
 from rfprune.tasks.registry import TASK_NAMES, HeldOut, default_batch_size
 
@@ -68,6 +69,7 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
     from rfprune.checkpoints.loading import load, resolve_data_dir, resolve_max_length, resolve_task
     from rfprune.cli.console import collected_warnings
     from rfprune.report.report_json import versions
+    from rfprune.tasks.baseline import below_baseline
     from rfprune.tasks.evaluation import evaluate_model, prepare_evaluation
 
     with collected_warnings(Console(stderr=True, highlight=False), verbose=False) as warnings:
@@ -95,6 +97,8 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
             seed=options.seed,
         )
         evaluation = evaluate_model(loaded.model, evaluation_set, progress=sys.stderr.isatty())
+        if (reason := below_baseline(evaluation_set, evaluation, loaded.model)) is not None:
+            warn(f"The model's {reason}.", RfpruneWarning, stacklevel=2)
     return {
         "model": options.model,
         "source": loaded.source,

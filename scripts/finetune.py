@@ -45,6 +45,7 @@ def finetune(options: argparse.Namespace) -> None:
     check(options)
     from transformers import Trainer, set_seed
 
+    from rfprune.tasks.baseline import below_baseline
     from rfprune.tasks.calibration import sample
     from rfprune.tasks.encoding import encode
     from rfprune.tasks.evaluation import evaluate_model, prepare_evaluation
@@ -66,8 +67,11 @@ def finetune(options: argparse.Namespace) -> None:
     ).train()
     model.save_pretrained(options.output_dir)
     tokenizer.save_pretrained(options.output_dir)
-    for name, score in evaluate_model(model, prepared).scores.items():
+    evaluation = evaluate_model(model, prepared)
+    for name, score in evaluation.scores.items():
         print(f"{task.name} {name}: {score:.2f}")
+    if (reason := below_baseline(prepared, evaluation, model)) is not None:
+        print(f"warning: The model's {reason}.", file=sys.stderr)
 
 
 def choose_task(options: argparse.Namespace) -> Any:

@@ -100,6 +100,9 @@ from rfprune.max_drop import search
 from rfprune.tasks.bootstrap import Drop
 search.paired_drop = lambda *_: Drop(9.0, 1.0, 0.0)
 """
+UNTRAINED = "from rfprune.cli import run\nrun.below_baseline = lambda *_: None\n"
+"""Tiny models score below the most frequent label, which --max-drop refuses."""
+
 BUG = "from rfprune.cli import run\nrun.measure = lambda *_, **__: 1 / 0"
 
 
@@ -159,7 +162,12 @@ def launched(flags_of: Flags, tmp_path_factory: pytest.TempPathFactory) -> Launc
     runs |= {name: (more, code) for name, (more, code, _) in ERRORS.items()}
     folders = [tmp_path_factory.mktemp(name.replace(" ", "-")) for name in runs]
     jobs = [
-        {"folder": str(folder), "flags": flags_of(more), "before": code, "first": number == 0}
+        {
+            "folder": str(folder),
+            "flags": flags_of(more),
+            "before": UNTRAINED + code,
+            "first": number == 0,
+        }
         for number, (folder, (more, code)) in enumerate(zip(folders, runs.values(), strict=True))
     ]
     done = subprocess.run(
@@ -182,6 +190,7 @@ def run_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[list[str]],
     from rfprune.main import main
 
     monkeypatch.setattr("rfprune.latency.speedup.MAX_ROUNDS", 1)
+    monkeypatch.setattr("rfprune.cli.run.below_baseline", lambda *_: None)
     for page in ("write_run_page", "write_family_page"):
         monkeypatch.setattr(f"rfprune.cli.outputs.{page}", lambda *_: None)
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from warnings import warn
 
 import torch
 
@@ -29,6 +30,7 @@ from rfprune.cli.console import (
 from rfprune.cli.outputs import export_job, identity_of, publish, save_output, unfinished_ratios
 from rfprune.cli.validation import check_kind
 from rfprune.cost.constraint import Constraint
+from rfprune.errors import RfpruneWarning, UserError
 from rfprune.latency.profile import load_or_profile
 from rfprune.max_drop.search import DropSearch, constraints_to_try, find_smallest_model
 from rfprune.methods.budget import check_constraints
@@ -39,6 +41,7 @@ from rfprune.report.console_table import print_report
 from rfprune.report.measure import Outcome, Prepared, measure
 from rfprune.report.report_json import SCHEMA
 from rfprune.settings import Options
+from rfprune.tasks.baseline import below_baseline
 from rfprune.tasks.calibration import calibration_batches
 from rfprune.tasks.evaluation import Evaluation, prepare_evaluation
 from rfprune.tasks.own_data import warn_about_truncation
@@ -167,6 +170,14 @@ def _make_models(
     log, progress = consoles.log, consoles.progress
     log.print(f"Scoring the original on {prepared.evaluation_set.num_examples} examples")
     original, cached = evaluate_original(prepared, _cache_folder(options), progress=progress)
+    reason = below_baseline(prepared.evaluation_set, original, prepared.loaded.model)
+    if reason is not None:
+        if options.target.max_drop is not None:
+            raise UserError(
+                f"--max-drop {options.target.max_drop:g} needs an original that works, but its "
+                f"{reason}; correct that, or give a size with --constraint"
+            )
+        warn(f"The original's {reason}.", RfpruneWarning, stacklevel=2)
     log.print("Pruning")
     for outcome in _outcomes(options, prepared, original, ratios, consoles):
         result = outcome.result

@@ -90,8 +90,12 @@ def test_a_training_step_is_the_yardstick(tiny_model: Callable[..., Any]) -> Non
 
 
 def test_max_drop_is_searched_and_its_report_kept(
-    flags: str, lines: ReadLines, capsys: pytest.CaptureFixture[str]
+    flags: str,
+    lines: ReadLines,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("rfprune.cli.run.below_baseline", lambda *_: None)  # it is untrained
     assert max_drop.main(f"{flags} --points 99 --eval-limit 12".split()) == 0
     (line,) = lines()
     assert (line["points"], line["evaluated_examples"]) == (99, 12)

@@ -213,6 +213,8 @@ def flags(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RFPRUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("rfprune.latency.speedup.MAX_ROUNDS", 1)
+    # Tiny models are untrained, so they score below the most frequent label.
+    monkeypatch.setattr("rfprune.cli.run.below_baseline", lambda *_: None)
     monkeypatch.setattr("rfprune.cli.outputs.write_run_page", lambda *_: None)
     monkeypatch.setattr("rfprune.cli.outputs.write_family_page", lambda *_: None)
     shutil.copytree(tiny_folder(), "model")

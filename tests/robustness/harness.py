@@ -241,7 +241,7 @@ def check(case: Case, place: Place) -> None:
         own = tuple(f"{folder}/{name}/" for name in ("out", "cache"))
         changed = {name for name in changed if not f"{name}/".startswith(own)}
         assert code == 0, err
-        answer = next((line for line in err.splitlines() if line.startswith("warning: ")), "")
+        answer = "\n".join(line for line in err.splitlines() if line.startswith("warning: "))
     elif case.outcome == "loaded":
         assert code == 0, err
         answer = err
