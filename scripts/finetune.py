@@ -106,6 +106,7 @@ def load(name: str, task: Any) -> tuple[Any, Any]:
         AutoTokenizer,
     )
 
+    from rfprune.checkpoints.padding import align_pad_token
     from rfprune.tasks.offline import cached_when_unreachable
 
     head: dict[str, Any] = {}
@@ -122,13 +123,15 @@ def load(name: str, task: Any) -> tuple[Any, Any]:
     with cached_when_unreachable():
         try:
             model = model_class.from_pretrained(name, **head).float()
-            return model, AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0].rstrip(".")
             raise UserError(
                 f"The encoder {name} cannot be loaded ({reason}): give a folder or a hub id of a "
                 f"pretrained encoder with its tokenizer."
             ) from error
+    align_pad_token(model, tokenizer, name)
+    return model, tokenizer
 
 
 def training_arguments(options: argparse.Namespace, num_examples: int) -> Any:

@@ -25,6 +25,7 @@ from rfprune.checkpoints.inspection import (
     missing_head_error,
     read_config,
 )
+from rfprune.checkpoints.padding import align_pad_token
 from rfprune.checkpoints.sentence_transformers import (
     SentenceTransformerFiles,
     read_sentence_transformer,
@@ -140,6 +141,8 @@ def load(name: str, task: Task, *, device: torch.device, dtype: torch.dtype) -> 
         setattr(model.config, POOLING_ENTRY, extra.pooling)
     if extra.max_tokens is not None:
         tokenizer.model_max_length = min(tokenizer.model_max_length, extra.max_tokens)
+    if not images:
+        align_pad_token(model, tokenizer, source)
     check_finite_weights(model)
     return LoadedCheckpoint(model.to(device).eval(), tokenizer, source, extra)
 

@@ -17,7 +17,7 @@ from rfprune.model.frozen import frozen
 from rfprune.model.layerwise import add_image_token_mask
 from rfprune.model.layout import Layout, layout_of
 from rfprune.model.rebuild import check_rebuildable, warn_of_own_class
-from rfprune.model.validation import check_finite_weights, check_layer_outputs
+from rfprune.model.validation import check_finite_weights, check_layer_outputs, check_pad_token
 from rfprune.result import StageTimer
 from rfprune.settings import Settings
 from rfprune.stages.calibration import Calibration
@@ -136,6 +136,7 @@ def prepare_problem(
             f"{len(layout.blocks)} blocks); give at least one example, and a model with heads or "
             "neurons"
         )
+    check_pad_token(model, prepared)
     with frozen(model):
         check_layer_outputs(model, layout, prepared[0])
     folder = None if cache is None else Path(cache)
