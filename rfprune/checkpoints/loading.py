@@ -6,7 +6,8 @@ Cheap checks come first: the folder, the configuration and the labels before the
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from rfprune.checkpoints.aliases import resolve_checkpoint
+from rfprune.checkpoints.companion_files import read_companion_files
 from rfprune.checkpoints.inspection import (
     OTHER_CHECKPOINTS,
     check_config,
@@ -27,13 +29,13 @@ from rfprune.checkpoints.inspection import (
 )
 from rfprune.checkpoints.padding import align_pad_token
 from rfprune.checkpoints.sentence_transformers import (
-    SentenceTransformerFiles,
+    EmbedderSettings,
     read_sentence_transformer,
     transformer_folder,
 )
 from rfprune.demo import DEMO_TASK, demo_data_dir, demo_path
 from rfprune.embeddings import POOLING_ENTRY
-from rfprune.errors import UserError, error_summary
+from rfprune.errors import RfpruneWarning, UserError, error_summary
 from rfprune.families.architectures import ARCHITECTURES
 from rfprune.model.validation import check_finite_weights
 from rfprune.tasks.max_length import tokenizer_limit
@@ -66,13 +68,14 @@ class LoadedCheckpoint:
         model: in eval mode, on its device, all weights finite.
         tokenizer: the image processor for a model of images.
         source: the folder or hub id of the checkpoint.
-        sentence_transformer: pooling and further files, for an embedding model.
+        files: what goes along with the pruned model, by path within its folder; see
+            `rfprune.checkpoints.companion_files`.
     """
 
     model: Any
     tokenizer: Any
     source: str
-    sentence_transformer: SentenceTransformerFiles = field(default_factory=SentenceTransformerFiles)
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def resolve_task(
@@ -129,11 +132,10 @@ def load(name: str, task: Task, *, device: torch.device, dtype: torch.dtype) -> 
     with quiet_transformers(), _hub_errors(name, source):
         config = read_config(source)
         check_config(config, source, task)
-        extra = (
-            read_sentence_transformer(source)
-            if task.kind == "similarity"
-            else SentenceTransformerFiles()
-        )
+        embeds = task.kind == "similarity"
+        extra = read_sentence_transformer(source) if embeds else EmbedderSettings()
+        files = read_companion_files(source)
+        _warn_of_own_code(config, source)
         model = _load_pruned(source, dtype) if "rfprune" in config else _load(source, task, dtype)
         images = task.kind == "image-classification"
         tokenizer = _load_processor(source) if images else _load_tokenizer(source, model)
@@ -144,7 +146,21 @@ def load(name: str, task: Task, *, device: torch.device, dtype: torch.dtype) -> 
     if not images:
         align_pad_token(model, tokenizer, source)
     check_finite_weights(model)
-    return LoadedCheckpoint(model.to(device).eval(), tokenizer, source, extra)
+    return LoadedCheckpoint(model.to(device).eval(), tokenizer, source, files)
+
+
+def _warn_of_own_code(config: Mapping[str, Any], source: str) -> None:
+    """Say that modelling code in a checkpoint is not run."""
+    auto_map = config.get("auto_map")
+    names = [name for name in auto_map if name != "AutoConfig"] if auto_map else []
+    if names and "rfprune" not in config:
+        warnings.warn(
+            f"'{source}' brings modelling code of its own (auto_map in config.json), which is not "
+            f"run: the weights are loaded into the {config['model_type']} model of transformers, "
+            "so check the score of the original",
+            RfpruneWarning,
+            stacklevel=3,
+        )
 
 
 def resolve_model(name: str, task: Task) -> str:

@@ -1,8 +1,8 @@
 """Folders of sentence-transformers: where the model is, how it pools, which files it needs.
 
-Such a folder has a modules.json that lists its modules: the Transformer, a Pooling, and possibly
-Dense, Normalize or Dropout. A pruned model gets copies of these files, so it loads like the
-original. They are read and checked before any work begins.
+Such a folder has a modules.json that lists its modules: the Transformer, for an embedding model a
+Pooling, and possibly Dense, Normalize or Dropout. A pruned model gets copies of these files, so it
+loads like the original. They are read and checked before any work begins.
 """
 
 from __future__ import annotations
@@ -35,18 +35,16 @@ _SAVE_AGAIN = "save it again with sentence-transformers, or copy or download it 
 
 
 @dataclass(frozen=True)
-class SentenceTransformerFiles:
-    """What sentence-transformers stores beside a model.
+class EmbedderSettings:
+    """What sentence-transformers says of an embedding model.
 
     Attributes:
         pooling: one of `POOLINGS`, or None if the folder does not say.
         max_tokens: tokens read of a text, or None if the folder does not say.
-        files: contents by path within the folder; None if it is no sentence-transformers folder.
     """
 
     pooling: str | None = None
     max_tokens: int | None = None
-    files: Mapping[str, bytes] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,8 +64,8 @@ def transformer_folder(folder: Path) -> Path:
     return folder / _modules(folder)[0].path
 
 
-def read_sentence_transformer(source: str) -> SentenceTransformerFiles:
-    """Read pooling, length and files of a folder or hub repository.
+def read_sentence_transformer(source: str) -> EmbedderSettings:
+    """Read the pooling and the length of an embedding model in a folder or hub repository.
 
     A RfpruneWarning says where sentence-transformers would do more with a text than is done here.
 
@@ -75,9 +73,9 @@ def read_sentence_transformer(source: str) -> SentenceTransformerFiles:
         UserError: a file is damaged or leads out of the folder, or a module or pooling is not
             supported.
     """
-    folder = _folder_of(source)
+    folder = _folder_of(source, warn=True)
     if folder is None:
-        return SentenceTransformerFiles(_pooling_alone(Path(source)))
+        return EmbedderSettings(_pooling_alone(Path(source)))
     modules = _modules(folder)
     _check_kinds(modules, folder)
     pooling = _pooling(folder / modules[1].path / "config.json")
@@ -86,26 +84,58 @@ def read_sentence_transformer(source: str) -> SentenceTransformerFiles:
     limit = {} if settings is None else _read(settings)
     _warn_of_differences(folder, modules, limit)
     tokens = limit.get("max_seq_length")
-    files = _files(folder, modules, settings)
-    return SentenceTransformerFiles(
-        pooling, tokens if isinstance(tokens, int) and tokens > 0 else None, files
-    )
+    return EmbedderSettings(pooling, tokens if isinstance(tokens, int) and tokens > 0 else None)
 
 
-def write_sentence_transformer_files(files: Mapping[str, bytes] | None, folder: Path) -> bool:
-    """Write the files into the folder of the pruned model; returns whether there are any."""
-    for name, content in (files or {}).items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    return bool(files)
+def read_sentence_transformer_files(source: str) -> dict[str, bytes]:
+    """Read the files with which sentence-transformers loads a model, of any kind.
+
+    Returns:
+        Contents by path within the folder of the pruned model; none if it is no folder of
+        sentence-transformers.
+
+    Raises:
+        UserError: a file is damaged or leads out of the folder, or a module is not one of
+            sentence-transformers.
+    """
+    folder = _folder_of(source)
+    if folder is None:
+        folder = Path(source)
+        alone = (folder / _SETTINGS_FILE).is_file()
+        return {_SETTINGS_FILE: _library_settings(folder)} if alone else {}
+    modules = _modules(folder)
+    custom = [module.kind for module in modules if "." in module.kind]
+    if custom or modules[0].kind != _FIRST[0]:
+        what = f"'{custom[0]}', which is code of its own" if custom else f"{modules[0].kind} first"
+        raise UserError(
+            f"'{folder}' uses the module {what}, but only a Transformer followed by modules of "
+            f"sentence-transformers can be pruned: remove {MODULES_FILE} to prune the model alone, "
+            "or choose another checkpoint."
+        )
+    return _files(folder, modules, _settings_of(folder / modules[0].path))
 
 
-def _folder_of(source: str) -> Path | None:
-    """The folder with the modules.json whose first module this model is, if there is one."""
+def pools(files: Mapping[str, bytes]) -> bool:
+    """Whether files of sentence-transformers are those of an embedding model."""
+    entries = json.loads(files.get(MODULES_FILE, b"[]"))
+    return any(_kind(entry) == "Pooling" for entry in entries)
+
+
+def is_reranker(files: Mapping[str, bytes]) -> bool:
+    """Whether files of sentence-transformers are those of a cross-encoder."""
+    settings = json.loads(files.get(_SETTINGS_FILE, b"{}"))
+    return bool(settings.get("model_type") == "CrossEncoder")
+
+
+def _folder_of(source: str, *, warn: bool = False) -> Path | None:
+    """The folder with the modules.json whose first module this model is, if there is one.
+
+    Args:
+        warn: warn if the hub is not reachable.
+    """
     folder = Path(source)
     if not folder.is_dir():
-        return _fetched(source)
+        return _fetched(source, warn=warn)
     if (folder / MODULES_FILE).is_file():
         return folder
     above = folder.resolve().parent
@@ -114,7 +144,7 @@ def _folder_of(source: str) -> Path | None:
     return above if above / _modules(above)[0].path == folder.resolve() else None
 
 
-def _fetched(repository: str) -> Path | None:
+def _fetched(repository: str, *, warn: bool) -> Path | None:
     """A local copy of such files of a hub repository; None if it has no modules.json."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -122,12 +152,13 @@ def _fetched(repository: str) -> Path | None:
     try:
         folder = Path(hf_hub_download(repository, MODULES_FILE)).parent
     except LocalEntryNotFoundError:
-        warnings.warn(
-            f"The pooling of '{repository}' cannot be read from the hub, which is not reachable: "
-            f"the mean over tokens is used",
-            RfpruneWarning,
-            stacklevel=2,
-        )
+        if warn:
+            warnings.warn(
+                f"The pooling of '{repository}' cannot be read from the hub, which is not "
+                f"reachable: the mean over tokens is used",
+                RfpruneWarning,
+                stacklevel=2,
+            )
         return None
     except EntryNotFoundError:
         return None
@@ -246,14 +277,21 @@ def _files(folder: Path, modules: Sequence[_Module], settings: Path | None) -> d
     if settings is not None:
         files[settings.name] = _content(settings, folder)
     if (folder / _SETTINGS_FILE).is_file():
-        files[_SETTINGS_FILE] = _content(folder / _SETTINGS_FILE, folder)
+        files[_SETTINGS_FILE] = _library_settings(folder)
     for module in modules[1:]:
         config = folder / module.path / "config.json"
         if config.is_file():
             files[f"{module.path}/config.json"] = _content(config, folder)
-        if module.kind == "Dense":
+        has_weights = any((folder / module.path / name).exists() for name in (_WEIGHTS, _PICKLED))
+        if module.kind == "Dense" or has_weights:
             files[f"{module.path}/{_WEIGHTS}"] = _weights(folder / module.path, folder)
     return files
+
+
+def _library_settings(folder: Path) -> bytes:
+    """The file with prompts and activation function, after a check."""
+    _read(folder / _SETTINGS_FILE)
+    return _content(folder / _SETTINGS_FILE, folder)
 
 
 def _weights(module: Path, folder: Path) -> bytes:
@@ -287,14 +325,19 @@ def _content(path: Path, folder: Path) -> bytes:
 
 def _check_linked(path: Path, folder: Path) -> None:
     """Refuse links out of the folder, except into the hub's cache: a copy may be published."""
-    inside = [folder.resolve()]
-    if inside[0].parent.name == "snapshots":
-        inside.append(inside[0].parents[1] / "blobs")
-    if not any(path.resolve().is_relative_to(place) for place in inside):
+    if not is_inside(path, folder):
         raise UserError(
             f"'{path}' is a link that leads out of its folder, which is not followed: copy the "
             f"file there instead."
         )
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path, with its links followed, lies in a folder or in the hub's cache of it."""
+    inside = [folder.resolve()]
+    if inside[0].parent.name == "snapshots":
+        inside.append(inside[0].parents[1] / "blobs")
+    return any(path.resolve().is_relative_to(place) for place in inside)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from rfprune.checkpoints.companion_files import write_companion_files
 from rfprune.checkpoints.loading import quiet_transformers
-from rfprune.checkpoints.sentence_transformers import write_sentence_transformer_files
+from rfprune.checkpoints.sentence_transformers import is_reranker, pools
 from rfprune.cli.console import Consoles
 from rfprune.export.contract import ExportJob
 from rfprune.export.formats import write_exports
@@ -75,11 +76,14 @@ def save_output(
         tokenizer = prepared.loaded.tokenizer
         save_pruned(result.model, result.layout, result.masks, temporary, tokenizer, dtype=dtype)
         report["pruned"]["bytes"] = weight_bytes(temporary)
-        report["embedder"] = write_sentence_transformer_files(
-            prepared.loaded.sentence_transformer.files, temporary
-        )
+        files = prepared.loaded.files
+        write_companion_files(files, temporary)
+        report["embedder"] = pools(files)
+        report["reranker"] = is_reranker(files)
         if exports is not None:
             report["exports"] = write_exports(options.output.export, temporary, exports)
+            if "dense" in options.output.export:
+                write_companion_files(files, temporary / "dense")
         if prepared.problem.latency_table is not None:
             prepared.problem.latency_table.save(temporary / LATENCY_TABLE_FILE)
         write_report(report, temporary)

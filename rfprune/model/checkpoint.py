@@ -113,7 +113,8 @@ def load_pruned(folder: str | Path, *, model_class: Any = None, **kwargs: Any) -
     Example:
         >>> model = load_pruned("smaller", dtype=torch.bfloat16)
         >>> model(**tokenizer("A fine film.", return_tensors="pt")).logits
-        >>> encoder = load_pruned("smaller", model_class=transformers.AutoModel)
+        >>> from transformers import AutoModel
+        >>> encoder = load_pruned("smaller", model_class=AutoModel)
     """
     folder = Path(folder)
     config = _read_config(folder)

@@ -274,6 +274,8 @@ def reload_line(report: Report) -> str:
     code = "" if is_plain(report) else ", trust_remote_code=True"
     if is_embedder(report):
         return f"sentence_transformers.SentenceTransformer({folder}{code})"
+    if is_reranker(report):
+        return f"sentence_transformers.CrossEncoder({folder}{code})"
     return f"transformers.{auto_class(report)}.from_pretrained({folder}{code})"
 
 
@@ -289,6 +291,11 @@ def auto_class(report: Report) -> str:
 def is_embedder(report: Report) -> bool:
     """Whether sentence-transformers can load the pruned model."""
     return bool(report.get("embedder"))
+
+
+def is_reranker(report: Report) -> bool:
+    """Whether the pruned model is a cross-encoder of sentence-transformers."""
+    return bool(report.get("reranker"))
 
 
 def is_plain(report: Report) -> bool:

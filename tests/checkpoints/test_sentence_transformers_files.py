@@ -15,11 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load, save_file
 
+from rfprune.checkpoints.companion_files import write_companion_files
 from rfprune.checkpoints.sentence_transformers import (
     MODULES_FILE,
     read_sentence_transformer,
+    read_sentence_transformer_files,
     transformer_folder,
-    write_sentence_transformer_files,
 )
 from rfprune.errors import RfpruneWarning, UserError
 
@@ -84,8 +85,7 @@ def test_pooling_is_that_of_the_folder(tmp_path: Path, settings: Any, pooling: s
     assert read_sentence_transformer(str(tmp_path)).pooling == pooling
     (tmp_path / MODULES_FILE).unlink()
     alone = read_sentence_transformer(str(tmp_path))
-    assert (alone.pooling, alone.files) == (pooling, None)
-    assert not write_sentence_transformer_files(alone.files, tmp_path)
+    assert alone.pooling == pooling
 
 
 @pytest.mark.parametrize(
@@ -107,9 +107,8 @@ def test_all_that_loads_it_is_taken_along_and_nothing_else(tmp_path: Path) -> No
     folder = embedder(tmp_path / "given", "Normalize")
     (folder / "README.md").write_text("of the original")
     (folder / "1_Pooling" / "notes.txt").write_text("mine")
-    found = read_sentence_transformer(str(folder))
-    assert found.max_tokens == 20
-    assert write_sentence_transformer_files(found.files, tmp_path / "out")
+    assert read_sentence_transformer(str(folder)).max_tokens == 20
+    write_companion_files(read_sentence_transformer_files(str(folder)), tmp_path / "out")
     names = {
         path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*")
     }
@@ -131,17 +130,18 @@ def test_a_model_of_its_own_folder_moves_up(tmp_path: Path) -> None:
     (folder / "0_Transformer" / "sentence_roberta_config.json").write_text('{"max_seq_length": 9}')
     (folder / "0_Transformer" / "sentence_bert_config.json").unlink()
     assert transformer_folder(folder) == folder / "0_Transformer"
-    found = read_sentence_transformer(str(transformer_folder(folder)))
-    assert found.max_tokens == 9
-    assert found.files is not None and "sentence_roberta_config.json" in found.files
-    assert [entry["path"] for entry in json.loads(found.files[MODULES_FILE])] == ["", "1_Pooling"]
+    transformer = str(transformer_folder(folder))
+    assert read_sentence_transformer(transformer).max_tokens == 9
+    files = read_sentence_transformer_files(transformer)
+    assert "sentence_roberta_config.json" in files
+    assert [entry["path"] for entry in json.loads(files[MODULES_FILE])] == ["", "1_Pooling"]
 
 
 def test_a_model_that_lies_within_another_is_not_that_one(tmp_path: Path) -> None:
     folder = embedder(tmp_path, model="0_Transformer")
     (folder / "pruned").mkdir()
-    assert read_sentence_transformer(str(folder / "pruned")).files is None
-    assert read_sentence_transformer(str(folder / "0_Transformer")).files is not None
+    assert not read_sentence_transformer_files(str(folder / "pruned"))
+    assert read_sentence_transformer_files(str(folder / "0_Transformer"))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
@@ -149,12 +149,12 @@ def test_a_dense_module_is_copied_as_safetensors_with_a_warning(tmp_path: Path, 
     folder = embedder(tmp_path, "Dense")
     weights = dense(folder, name)
     with pytest.warns(RfpruneWarning, match="ends in a Dense module"):
-        found = read_sentence_transformer(str(folder))
-    assert found.files is not None
-    assert {name for name in found.files if name.startswith("2_")} == {
+        read_sentence_transformer(str(folder))
+    files = read_sentence_transformer_files(str(folder))
+    assert {name for name in files if name.startswith("2_")} == {
         *("2_Dense/config.json", "2_Dense/model.safetensors"),
     }
-    kept = load(found.files["2_Dense/model.safetensors"])
+    kept = load(files["2_Dense/model.safetensors"])
     assert kept.keys() == weights.keys()
     assert all(torch.equal(kept[key], weights[key]) for key in weights)
 
@@ -192,6 +192,8 @@ def test_other_modules_are_refused(tmp_path: Path, kinds: tuple[str, ...], named
     rewrite(embedder(tmp_path), 1, type="custom_pooling.Pooling")
     with pytest.raises(UserError, match="'custom_pooling.Pooling'"):
         read_sentence_transformer(str(tmp_path))
+    with pytest.raises(UserError, match="'custom_pooling.Pooling', which is code of its own"):
+        read_sentence_transformer_files(str(tmp_path))
 
 
 def rewrite(folder: Path, place: int, **changes: Any) -> None:
@@ -221,7 +223,7 @@ def test_no_link_leads_out_of_the_folder(tmp_path: Path, name: str) -> None:
     (folder / name).rename(tmp_path / "elsewhere")
     (folder / name).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="link that leads out of its folder"):
-        read_sentence_transformer(str(folder))
+        read_sentence_transformer_files(str(folder))
 
 
 def test_links_into_the_hubs_cache_are_followed(
@@ -243,9 +245,10 @@ def test_links_into_the_hubs_cache_are_followed(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     found = read_sentence_transformer("someone/embedder")
     assert found.pooling == "cls"
-    assert found.files is not None and "1_Pooling/config.json" in found.files
+    assert "1_Pooling/config.json" in read_sentence_transformer_files("someone/embedder")
     with pytest.warns(RfpruneWarning, match="someone/other.*mean over tokens"):
-        assert read_sentence_transformer("someone/other").files is None
+        read_sentence_transformer("someone/other")
+    assert not read_sentence_transformer_files("someone/other")
 
 
 @pytest.mark.parametrize(
@@ -269,10 +272,11 @@ def test_damaged_files_are_refused(
 ) -> None:
     folder = embedder(tmp_path, "Dense")
     dense(folder)
-    assert read_sentence_transformer(str(folder)).files
+    assert read_sentence_transformer_files(str(folder))
     (folder / name).unlink() if content is None else (folder / name).write_text(content)
     with pytest.raises(UserError, match=sentence):
         read_sentence_transformer(str(folder))
+        read_sentence_transformer_files(str(folder))
     if name == MODULES_FILE:
         with pytest.raises(UserError, match=MODULES_FILE):
             transformer_folder(folder)

@@ -51,3 +51,37 @@ def test_it_embeds_as_it_was_scored(
         hidden = load_pruned("out")(**tokens).last_hidden_state[0]
     expected = torch.nn.functional.normalize(hidden[0], dim=0)
     torch.testing.assert_close(torch.from_numpy(embeddings[0]), expected)
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_a_reranker_scores_on_the_scale_of_the_original(
+    uniform: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_model: Any,
+    tiny_tokenizer: Any,
+) -> None:
+    """Its activation function is in config_sentence_transformers.json alone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rfprune.latency.speedup.MAX_ROUNDS", 1)
+    monkeypatch.setattr("rfprune.report.plots.RUN_FIGURES", ())
+    tiny_model(num_labels=1).save_pretrained("plain")
+    tiny_tokenizer().save_pretrained("plain")
+    identity = LIBRARY.CrossEncoder("plain", activation_fn=torch.nn.Identity(), device="cpu")
+    identity.save_pretrained("given")
+    pairs = [("the film", f"a {word} movie") for word in ("good", "bad", "dull", "great")] * 8
+    for split in ("train", "validation"):
+        rows = [f"{a},{b},{number % 5}" for number, (a, b) in enumerate(pairs)]
+        path = tmp_path / "data" / f"{split}.csv"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("\n".join(["sentence1,sentence2,label", *rows]) + "\n")
+    flags = "--model given --task custom --data-dir data --samples 16 --batch-size 4".split()
+    flags += "--output-dir out --no-cache --skip-tune --constraint".split()
+    assert main([*flags, *(["0.95", "--uniform"] if uniform else ["0.5"])]) == 0
+    loaded = LIBRARY.CrossEncoder("out", device="cpu", trust_remote_code=not uniform)
+    texts = loaded.tokenizer(*map(list, zip(*pairs[:4], strict=True)), return_tensors="pt")
+    with torch.no_grad():
+        logits = load_pruned("out")(**texts).logits[:, 0]
+    np.testing.assert_allclose(loaded.predict(pairs[:4]), logits, atol=1e-5)
+    assert not np.allclose(loaded.predict(pairs[:4]), torch.sigmoid(logits), atol=1e-2)
+    assert "CrossEncoder(" in (tmp_path / "out" / "README.md").read_text()
