@@ -24,6 +24,7 @@ from rfprune.report.summary import (
 from tests.report.conftest import MAX_DROP, PROMISE
 
 MakeReport = Callable[..., dict[str, Any]]
+CRITERION = {"importance": "magnitude-l1", "allocation": "uniform"}
 
 
 def test_rows_have_the_main_score_first_and_no_details(report: MakeReport) -> None:
@@ -41,19 +42,24 @@ def test_rows_have_the_main_score_first_and_no_details(report: MakeReport) -> No
 
 
 @pytest.mark.parametrize(
-    ("ratio", "percent"),
-    [(0.5, "50%"), (0.07, "7%"), (0.125, "12.5%"), (1 / 3, "33.3333%"), (1e-5, "0.001%")],
+    ("changes", "part"),
+    [
+        ({"constraint": 0.5}, "pruned to 50% of its MACs"),
+        ({"constraint": 0.07}, "pruned to 7% of its MACs"),
+        ({"constraint": 0.125}, "pruned to 12.5% of its MACs"),
+        ({"constraint": 1 / 3}, "pruned to 33.3333% of its MACs"),
+        ({"constraint": 1e-5}, "pruned to 0.001% of its MACs"),
+        ({"method": "kwon", "samples": 1}, "(kwon, 1 calibration example)"),
+        (
+            {"method": "importance", "settings": CRITERION},
+            "(magnitude-l1 importance, uniform allocation, 2048 calibration examples)",
+        ),
+    ],
 )
-def test_the_title_has_the_exact_constraint(ratio: float, percent: str, report: MakeReport) -> None:
-    assert f"pruned to {percent} of its MACs" in title(report(constraint=ratio))
-
-
-def test_the_title_has_the_method_and_its_criterion(report: MakeReport) -> None:
-    settings = {"importance": "magnitude-l1", "allocation": "uniform"}
-    assert "(kwon, 1 calibration example)" in title(report(method="kwon", samples=1))
-    assert "(magnitude-l1 importance, uniform allocation, 2048 calibration examples)" in title(
-        report(method="importance", settings=settings)
-    )
+def test_the_title_has_constraint_and_method(
+    changes: dict[str, Any], part: str, report: MakeReport
+) -> None:
+    assert part in title(report(**changes))
 
 
 @pytest.mark.parametrize(
@@ -104,17 +110,13 @@ def test_the_reload_line_is_python_and_fits_the_task(
     assert "trust_remote_code" not in reload_line(report(settings={"uniform": True}))
 
 
-def test_latency_lines(report: MakeReport) -> None:
-    assert latency_lines(report()) == []
+def test_lines_of_a_latency_and_of_a_max_drop(report: MakeReport) -> None:
+    assert latency_lines(report()) == max_drop_lines(report()) == []
     (line,) = latency_lines(report(promise=PROMISE))
     for part in ("target 100 ms", "predicted 101 ms", "measured 99 ms", "1 candidate timed"):
         assert part in line
     (line,) = latency_lines(report(promise=PROMISE | {"attempts": PROMISE["attempts"] * 2}))
     assert "2 candidates timed" in line
-
-
-def test_max_drop_lines(report: MakeReport) -> None:
-    assert max_drop_lines(report()) == []
     tried, certainty = max_drop_lines(report(max_drop=MAX_DROP))
     assert "70% (+0.25), 40% (-4.39), 50% (-1.49)" in tried
     assert "at most 1.5 points" in tried and "61 s" in tried
