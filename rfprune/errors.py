@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 _LONGEST_SUMMARY = 200  # characters
 
@@ -55,3 +58,17 @@ def error_summary(error: BaseException) -> str:
     if len(text) > _LONGEST_SUMMARY:
         text = text[:_LONGEST_SUMMARY] + "..."
     return text.rstrip(".:")
+
+
+def as_path(value: Any, name: str) -> Path:
+    """The path that a caller has given as text or as a path.
+
+    Args:
+        name: of the argument.
+
+    Raises:
+        UserError: the value is neither, or cannot be a path.
+    """
+    if not isinstance(value, str | os.PathLike) or "\0" in os.fsdecode(value):
+        raise UserError(f"{name} {value!r:.60} is not a path; give a str or a pathlib.Path")
+    return Path(value)

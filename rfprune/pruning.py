@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel
 
 from rfprune import distributed
@@ -24,6 +23,7 @@ from rfprune.cost.constraint import Constraint, CostModel
 from rfprune.cost.macs import mac_costs
 from rfprune.cost.memory import total_bytes
 from rfprune.cost.params import total_params
+from rfprune.errors import UserError
 from rfprune.latency.profile import load_or_profile
 from rfprune.latency.promise import LatencyPromise, meet_latency, missed_latency_warnings
 from rfprune.latency.speedup import measure_ratio
@@ -34,7 +34,7 @@ from rfprune.methods.problem import Problem, prepare_problem
 from rfprune.methods.statistics import Statistics, collect_statistics
 from rfprune.model.batch import Batch, mean_decoder_tokens, mean_tokens
 from rfprune.model.compact import compact
-from rfprune.model.frozen import frozen
+from rfprune.model.frozen import default_torch_state, frozen
 from rfprune.model.masks import Masks, compose_masks, full_masks, num_kept, scale_kept_units
 from rfprune.model.plain import to_plain
 from rfprune.result import PruneResult, units_of_layers
@@ -45,7 +45,7 @@ from rfprune.stages.objective import Loss
 def prune(
     model: PreTrainedModel,
     batches: Iterable[Batch],
-    constraint: Constraint,
+    constraint: Constraint | float,
     settings: Settings | None = None,
     *,
     loss: Loss | None = None,
@@ -61,7 +61,7 @@ def prune(
         batches: calibration batches, as a data collator makes them: input_ids (B, S) or
             pixel_values (B, C, H, W), attention_mask (B, S), and the model's other inputs. Labels
             are not needed. Read once.
-        constraint: the fraction of the original cost to keep.
+        constraint: the fraction of the original cost to keep; a bare number is a fraction of MACs.
         settings: method and options; the default is `Settings()`.
         loss: a function of the model's outputs and a batch, labels included, that returns one loss
             per example (B,), or their mean. Its gradients replace those of the model's own
@@ -96,10 +96,11 @@ def prune(
         Transformers" (arXiv 2204.09656). `rfprune.methods.curvature` and `rfprune.methods.criteria`
         name the sources of the other methods.
     """
+    constraint = Constraint.of(constraint)
     problem = prepare_problem(
         model,
         batches,
-        settings or Settings(),
+        Settings() if settings is None else settings,
         loss=loss,
         latency_table=latency_table,
         cache=cache,
@@ -111,7 +112,7 @@ def prune(
 def prune_family(
     model: PreTrainedModel,
     batches: Iterable[Batch],
-    constraints: Iterable[Constraint],
+    constraints: Iterable[Constraint | float],
     settings: Settings | None = None,
     *,
     loss: Loss | None = None,
@@ -122,8 +123,9 @@ def prune_family(
     """Prune to several constraints with one collection of statistics.
 
     Args:
-        constraints: a list, or an iterator. Of an iterator each constraint is asked for when the
-            result before it has been used, so a search can decide by the results so far.
+        constraints: a list, or an iterator; a bare number is a fraction of MACs. Of an iterator
+            each constraint is asked for when the result before it has been used, so a search can
+            decide by the results so far.
 
     The other arguments and the errors are those of `prune`.
 
@@ -142,29 +144,42 @@ def prune_family(
         >>> [result.constraint.ratio for result in prune_family(model, batches, constraints)]
         [0.7, 0.4]
     """
+    if isinstance(constraints, Constraint | str) or not isinstance(constraints, Iterable):
+        raise UserError(
+            f"constraints is a single {type(constraints).__name__}; give a list, such as "
+            "[Constraint('mac', 0.5)]"
+        )
+    wanted: Iterable[Constraint] = map(Constraint.of, constraints)
+    if isinstance(constraints, Sequence):  # an iterator is asked one by one
+        wanted = list(wanted)
     problem = prepare_problem(
         model,
         batches,
-        settings or Settings(),
+        Settings() if settings is None else settings,
         loss=loss,
         latency_table=latency_table,
         cache=cache,
         progress=progress,
     )
-    yield from prune_to_each(problem, constraints)
+    yield from prune_to_each(problem, wanted)
 
 
-@torch.inference_mode(False)  # in any mode of the caller, which is restored between two results
-@torch.enable_grad()
 def prune_to_each(problem: Problem, constraints: Iterable[Constraint]) -> Iterator[PruneResult]:
-    """Prune to several constraints; `prune_family` for a caller who has prepared the problem."""
+    """Prune to several constraints; `prune_family` for a caller who has prepared the problem.
+
+    The caller's torch state (autocast, inference mode, ...) holds between two results.
+    """
     known = constraints if isinstance(constraints, Sequence) else []
-    problem = _with_latency_table(problem, known)
-    check_constraints(problem, known)
-    statistics = collect_statistics(problem)
+    device = problem.model.device
+    with default_torch_state(device):
+        problem = _with_latency_table(problem, known)
+        check_constraints(problem, known)
+        statistics = collect_statistics(problem)
     for constraint in constraints:
-        check_constraints(problem, [constraint])  # an iterator gives them one by one
-        yield _prune(problem.with_own_timer(), statistics, constraint)
+        with default_torch_state(device):
+            check_constraints(problem, [constraint])  # an iterator gives them one by one
+            result = _prune(problem.with_own_timer(), statistics, constraint)
+        yield result
 
 
 def _with_latency_table(problem: Problem, constraints: Sequence[Constraint]) -> Problem:

@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rfprune.cost.constraint import Constraint
+from rfprune.errors import as_path
 from rfprune.latency.promise import LatencyPromise
-from rfprune.model.checkpoint import MASKS_FILE, save_pruned
+from rfprune.model.checkpoint import MASKS_FILE, check_saved_parts, save_pruned
 from rfprune.model.layout import Layout
 from rfprune.model.masks import Masks
 from rfprune.model.staging import check_free, recover, staged
@@ -94,7 +95,8 @@ class PruneResult:
             ... )
             >>> model = load_pruned("smaller")  # or without code from the folder
         """
-        folder = Path(folder)
+        folder = as_path(folder, "folder")
+        check_saved_parts(tokenizer, dtype)
         recover(folder)
         check_free(folder, overwrite=overwrite, marker=MASKS_FILE)
         with staged(folder, overwrite=overwrite) as temporary:

@@ -14,9 +14,11 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from numbers import Real
 from pathlib import Path
 from textwrap import fill
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from rfprune.errors import UserError
 
@@ -138,12 +140,43 @@ def _spelled(subject: type[Any], name: str, value: Any) -> str:
 
 
 def _check_values(settings: Any) -> None:
-    """Check every field by what it declares."""
+    """Check every field by its type and by what it declares."""
+    types = get_type_hints(type(settings))
     for name, declaration in declarations(type(settings)).items():
-        value = getattr(settings, name)
+        value = _of_type(types[name], declaration, name, getattr(settings, name))
+        object.__setattr__(settings, name, value)
         for one in value if isinstance(value, tuple) else (value,):
             if one is not None:
                 declaration.check(name, one)
+
+
+_TYPE_NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+
+
+def _of_type(declared: Any, declaration: Declaration, name: str, value: Any) -> Any:
+    """The value as its declared type has it; numbers of numpy become Python's.
+
+    Raises:
+        UserError: the value has another type.
+    """
+    options = get_args(declared) if isinstance(declared, UnionType) else (declared,)
+    if value is None and type(None) in options:
+        return None
+    kind = options[0]
+    if kind not in _TYPE_NAMES:  # paths and tuples, which the parser makes
+        return value
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if kind is float and is_number:
+        return float(value)
+    if kind is int and is_number and value == value // 1:
+        return int(value)
+    if kind in (bool, str) and isinstance(value, kind):
+        return value
+    known = ", ".join(str(choice) for choice in declaration.choices)
+    raise UserError(
+        f"{name} {value!r:.60} is not {_TYPE_NAMES[kind]}: "
+        + (f"choose one of {known}" if known else "correct it, or leave it out")
+    )
 
 
 Subject = TypeVar("Subject", bound=type[Any])

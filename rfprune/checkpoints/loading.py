@@ -37,7 +37,7 @@ from rfprune.demo import DEMO_TASK, demo_data_dir, demo_path
 from rfprune.embeddings import POOLING_ENTRY
 from rfprune.errors import RfpruneWarning, UserError, error_summary
 from rfprune.families.architectures import ARCHITECTURES
-from rfprune.model.validation import check_finite_weights
+from rfprune.model.validation import check_weights
 from rfprune.tasks.max_length import tokenizer_limit
 from rfprune.tasks.own_data import (
     blank_custom_task,
@@ -145,7 +145,7 @@ def load(name: str, task: Task, *, device: torch.device, dtype: torch.dtype) -> 
         tokenizer.model_max_length = min(tokenizer.model_max_length, extra.max_tokens)
     if not images:
         align_pad_token(model, tokenizer, source)
-    check_finite_weights(model)
+    check_weights(model)
     return LoadedCheckpoint(model.to(device).eval(), tokenizer, source, files)
 
 

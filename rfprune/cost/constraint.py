@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from numbers import Real
+from typing import Any, SupportsFloat
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,12 +47,43 @@ class Constraint:
             raise UserError(
                 f"metric '{self.metric}' is unknown; choose one of {', '.join(METRICS)}"
             )
-        is_number = isinstance(self.ratio, Real)
-        if not (is_number and math.isfinite(self.ratio) and 0 < self.ratio < 1):
+        number = _number(self.ratio)
+        if not 0 < number < 1:
             raise UserError(
-                f"constraint {self.ratio} is not a fraction between 0 and 1 (both excluded); "
-                "0.5, for example, keeps half of the original cost"
+                f"constraint {_shown(self.ratio)} is not a fraction between 0 and 1 (both "
+                "excluded); 0.5, for example, keeps half of the original cost"
             )
+        object.__setattr__(self, "ratio", number)
+
+    @classmethod
+    def of(cls, value: Any) -> Constraint:
+        """A constraint as it is; a bare ratio as a constraint on MACs.
+
+        Raises:
+            UserError: the value is neither.
+        """
+        if isinstance(value, Constraint):
+            return value
+        if isinstance(value, list | tuple | set | dict):
+            raise UserError(
+                f"constraint {_shown(value)} is a {type(value).__name__}; give one constraint, "
+                "such as Constraint('mac', 0.5), or several to prune_family()"
+            )
+        return cls(METRICS[0], value)
+
+
+def _number(value: Any) -> float:
+    """A number, also of numpy or torch, as a float; NaN for anything else."""
+    try:
+        return float(value) if isinstance(value, SupportsFloat) else math.nan
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # such as a vector
+        return math.nan
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, on one line."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else text[:60] + "..."
 
 
 @dataclass(frozen=True)

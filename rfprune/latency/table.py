@@ -26,7 +26,7 @@ from scipy.optimize import isotonic_regression
 from transformers import PreTrainedModel
 
 from rfprune.cost.constraint import CostModel
-from rfprune.errors import RfpruneWarning, UserError
+from rfprune.errors import RfpruneWarning, UserError, as_path
 from rfprune.latency.conditions import Conditions
 from rfprune.model.layout import Block, Layout
 
@@ -118,9 +118,8 @@ class LatencyTable:
         rounds: how many times everything was timed.
 
     Example:
-        >>> from pathlib import Path
         >>> from rfprune import Constraint, LatencyTable, prune
-        >>> table = LatencyTable.load(Path("table.json"))
+        >>> table = LatencyTable.load("table.json")
         >>> result = prune(model, batches, Constraint("latency", 0.5), latency_table=table)
     """
 
@@ -153,12 +152,13 @@ class LatencyTable:
             f"{PROFILE_AGAIN}"
         )
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the table as JSON. An existing file is replaced in one step or stays as it was.
 
         Raises:
             UserError: the file cannot be written.
         """
+        path = as_path(path, "path")
         entries = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
         text = json.dumps(entries, indent=1, allow_nan=False) + "\n"
         temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.partial")
@@ -175,13 +175,14 @@ class LatencyTable:
                 temporary.unlink(missing_ok=True)
 
     @staticmethod
-    def load(path: Path) -> LatencyTable:
+    def load(path: str | Path) -> LatencyTable:
         """Read a table that `save` wrote.
 
         Raises:
             UserError: the file cannot be read, is not a latency table, has another format version,
                 or is damaged.
         """
+        path = as_path(path, "path")
         try:
             entries = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:

@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rfprune.cache import Tensors, load_or_collect
-from rfprune.errors import UserError
+from rfprune.errors import UserError, as_path
 from rfprune.latency.table import LatencyTable
-from rfprune.model.batch import LABEL_NAMES, Batch, split_batch, to_device, token_mask
+from rfprune.model.batch import LABEL_NAMES, Batch, split_batch, token_mask
 from rfprune.model.encoder_decoder import add_decoder_inputs
-from rfprune.model.frozen import frozen
+from rfprune.model.frozen import default_torch_state, frozen
 from rfprune.model.layerwise import add_image_token_mask
 from rfprune.model.layout import Layout, layout_of
 from rfprune.model.rebuild import check_rebuildable, warn_of_own_class
-from rfprune.model.validation import check_finite_weights, check_layer_outputs, check_pad_token
+from rfprune.model.unwrapped import unwrapped
+from rfprune.model.validation import (
+    check_layer_outputs,
+    check_pad_token,
+    check_weights,
+    checked_batches,
+    running_on,
+)
 from rfprune.result import StageTimer
-from rfprune.settings import Settings
+from rfprune.settings import WEIGHT_CRITERIA, Settings
 from rfprune.stages.calibration import Calibration
-from rfprune.stages.objective import LABELLED, PREDICTIONS, Loss, Objective
+from rfprune.stages.objective import LABELLED, PREDICTIONS, Loss, Objective, batch_generator
+from rfprune.stages.output_gradients import output_gradients
 
 
 @dataclass(frozen=True)
@@ -121,26 +132,87 @@ def prepare_problem(
         UserError: the model type is not supported, the weights are not finite, the pruned model
             could not be loaded again, or there is no example or no block.
     """
+    _check_arguments(settings, loss, latency_table)
+    folder = None if cache is None else as_path(cache, "cache").expanduser()
+    model = unwrapped(model)
     layout = layout_of(model)
-    check_finite_weights(model)
+    check_weights(model)
     check_rebuildable(model)
     warn_of_own_class(model)
-    prepared = [
-        add_token_mask(model, layout, part)
-        for batch in batches
-        for part in split_batch(model, to_device(batch, model.device))
-    ]
-    if not any(token_mask(batch).any() for batch in prepared) or not layout.blocks:
+    if not layout.blocks:
         raise UserError(
-            f"there is nothing to calibrate on, or nothing to prune ({len(prepared)} batches, "
-            f"{len(layout.blocks)} blocks); give at least one example, and a model with heads or "
-            "neurons"
+            "there is nothing to prune: this model has no heads or neurons left; give a model with "
+            "heads or neurons"
         )
-    check_pad_token(model, prepared)
-    with frozen(model):
-        check_layer_outputs(model, layout, prepared[0])
-    folder = None if cache is None else Path(cache)
-    return Problem(model, layout, prepared, settings, loss, latency_table, folder, progress)
+    labelled = loss is None and settings.use_labels
+    given = list(checked_batches(model, batches, labelled=labelled))
+    with default_torch_state(model.device):
+        _check_runs(model, layout, given)
+        prepared = [
+            add_token_mask(model, layout, part)
+            for batch in given
+            for part in split_batch(model, batch)
+        ]
+        if not any(token_mask(batch).any() for batch in prepared):
+            raise UserError(
+                f"there is nothing to calibrate on: {len(prepared)} batches hold no token; give at "
+                "least one example"
+            )
+        check_pad_token(model, prepared)
+        problem = Problem(model, layout, prepared, settings, loss, latency_table, folder, progress)
+        _check_objective(problem)
+    return problem
+
+
+def _check_arguments(settings: Any, loss: Any, latency_table: Any) -> None:
+    if not isinstance(settings, Settings):
+        raise UserError(
+            f"settings is a {type(settings).__name__}; give Settings(...), such as "
+            "Settings(method='kwon')"
+        )
+    if loss is not None and not callable(loss):
+        raise UserError(
+            f"loss is a {type(loss).__name__}; give a function of the model's outputs and a batch"
+        )
+    if latency_table is not None and not isinstance(latency_table, LatencyTable):
+        raise UserError(
+            f"latency_table is a {type(latency_table).__name__}; give LatencyTable.load(file)"
+        )
+
+
+def _check_runs(model: PreTrainedModel, layout: Layout, batches: Sequence[Batch]) -> None:
+    """Run the model on an example of the longest batch, and of the first one with each set of
+    entries.
+
+    Raises:
+        UserError: the model cannot run, or its layers do not return what its family's row says.
+    """
+    first = {frozenset(batch): number for number, batch in reversed(list(enumerate(batches)))}
+    sizes = [sum(value[0].numel() for value in batch.values()) for batch in batches]
+    longest = [sizes.index(max(sizes))] if sizes else []
+    for number in sorted({*first.values(), *longest}):
+        example = {name: value[:1] for name, value in batches[number].items()}
+        with frozen(model), running_on(model, number):
+            check_layer_outputs(model, layout, add_token_mask(model, layout, example))
+
+
+def _check_objective(problem: Problem) -> None:
+    """Differentiate the objective of one example; a loss of the user that of the first batch.
+
+    Raises:
+        UserError: the objective is not defined for this model and these batches.
+    """
+    settings, calibration = problem.settings, problem.calibration
+    if settings.method == "importance" and settings.importance in WEIGHT_CRITERIA:
+        return
+    batch = calibration.batches[0]
+    attempt: AbstractContextManager[None] = nullcontext()  # an error in a user's loss is theirs
+    if problem.loss is None:
+        batch = {name: value[:1] for name, value in batch.items()}
+        attempt = running_on(problem.model, 0)
+    unused: list[Callable[[Tensor], None]] = [lambda _: None for _ in problem.layout.blocks]
+    with frozen(problem.model), attempt:
+        next(output_gradients(calibration, batch, batch_generator(settings.seed, 0), unused))
 
 
 def add_token_mask(model: PreTrainedModel, layout: Layout, batch: Batch) -> Batch:

@@ -7,7 +7,6 @@ Shapes: `B` examples, `S` tokens of the encoder (or of the only stack), `T` toke
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,20 +37,6 @@ DECODER_TOKEN_MASK = "rfprune_decoder_tokens"
 MAX_LOGITS = 2**25
 """Largest number of logits of a language model per batch: 128 MiB in float32, several times that
 with gradients."""
-
-
-def to_device(batch: Any, device: torch.device) -> Batch:
-    """Copy a batch to a device.
-
-    Raises:
-        UserError: `batch` is not a mapping of names to tensors.
-    """
-    if not (isinstance(batch, Mapping) and all(isinstance(v, Tensor) for v in batch.values())):
-        raise UserError(
-            f"a batch must map names to tensors, as a data collator's output does; got a "
-            f"{type(batch).__name__}: collate the examples with tensors first"
-        )
-    return {name: value.to(device) for name, value in batch.items()}
 
 
 def split_batch(model: PreTrainedModel, batch: Batch) -> list[Batch]:

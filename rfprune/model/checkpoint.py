@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rfprune.errors import RfpruneWarning, UserError, error_summary
+from rfprune.errors import RfpruneWarning, UserError, as_path, error_summary
 from rfprune.families.architectures import ARCHITECTURES
 from rfprune.families.schema import SizeEntries
 from rfprune.model.compact import family_entries
@@ -65,7 +65,14 @@ def save_pruned(
         >>> result = prune(model, batches, Constraint("mac", 0.5))
         >>> save_pruned(result.model, result.layout, result.masks, "smaller", tokenizer)
     """
+    folder = as_path(folder, "folder")
     check_rebuildable(model)
+    check_saved_parts(tokenizer, dtype)
+    if [block.num_units for block in layout.blocks] != [len(mask) for mask in masks]:
+        raise UserError(
+            f"the {len(masks)} masks do not fit the {len(layout.blocks)} blocks of the layout; "
+            "give the layout and the masks of one PruneResult"
+        )
     model.save_pretrained(folder, state_dict=None if dtype is None else stored_state(model, dtype))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -76,6 +83,24 @@ def save_pruned(
     if getattr(model.config, "rfprune", None) is None:
         metadata["plain"] = "true"
     save_file(named, Path(folder) / MASKS_FILE, metadata=metadata)
+
+
+def check_saved_parts(tokenizer: Any, dtype: Any) -> None:
+    """Check what is saved with a model, before anything is written.
+
+    Raises:
+        UserError: the tokenizer cannot be saved, or weights cannot be stored in this dtype.
+    """
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise UserError(
+            f"tokenizer is a {type(tokenizer).__name__}, which has no save_pretrained(); give the "
+            "loaded tokenizer or image processor"
+        )
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise UserError(
+            f"dtype {dtype!r:.60} cannot store weights; give a dtype of floating-point numbers, "
+            "such as torch.float16"
+        )
 
 
 def stored_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -116,7 +141,7 @@ def load_pruned(folder: str | Path, *, model_class: Any = None, **kwargs: Any) -
         >>> from transformers import AutoModel
         >>> encoder = load_pruned("smaller", model_class=AutoModel)
     """
-    folder = Path(folder)
+    folder = as_path(folder, "folder")
     config = _read_config(folder)
     plain = _is_plain(config, folder)
     blocks = [] if plain else _described_blocks(config, folder)
@@ -246,7 +271,7 @@ def load_masks(folder: str | Path) -> dict[str, Tensor]:
         UserError: the file is missing, damaged, of another format version, or does not fit the
             config.json beside it.
     """
-    path = Path(folder) / MASKS_FILE
+    path = as_path(folder, "folder") / MASKS_FILE
     try:
         with safe_open(path, framework="pt") as file:
             version = (file.metadata() or {}).get("format_version")

@@ -21,6 +21,7 @@ from rfprune.model.modeling_rfprune import (
     shrink,
     within,
 )
+from rfprune.model.unwrapped import remove_added_methods
 
 
 def compact(model: PreTrainedModel, layout: Layout, masks: Sequence[Tensor]) -> PreTrainedModel:
@@ -68,7 +69,9 @@ def _copy_without(model: PreTrainedModel, layout: Layout) -> PreTrainedModel:
         for module in sliced
         for parameter in module.parameters()
     }
-    return copy.deepcopy(model, stand_ins)
+    copied = copy.deepcopy(model, stand_ins)
+    remove_added_methods(copied)
+    return copied
 
 
 def _entries_of_empty_blocks(

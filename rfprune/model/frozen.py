@@ -1,11 +1,12 @@
-"""A context in which a model is evaluated: no dropout, no weight gradients, no key-value cache."""
+"""Contexts in which a model is evaluated: of the model, and of torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -32,3 +33,24 @@ def frozen(model: nn.Module) -> Iterator[None]:
             module.training = training
         for parameter, requires_grad in flags:
             parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def default_torch_state(device: torch.device) -> Iterator[None]:
+    """Torch as it starts, whatever the caller has set: gradients, no inference mode, no autocast,
+    float32 and the CPU as defaults. The caller's state is restored on exit.
+
+    Args:
+        device: of the model, for which autocast is turned off, and for the CPU.
+    """
+    dtype = torch.get_default_dtype()
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in sorted({"cpu", device.type} - {"meta"}):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        torch.set_default_dtype(torch.float32)
+        stack.callback(torch.set_default_dtype, dtype)
+        yield

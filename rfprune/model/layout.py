@@ -21,6 +21,7 @@ from rfprune.families.schema import Architecture, BlockKind, Stack, Sublayer
 from rfprune.families.support import check_supported
 from rfprune.model.linear import is_empty, linear, weight_of
 from rfprune.model.modeling_rfprune import check_description
+from rfprune.model.unwrapped import check_is_model
 
 InputSource = Literal["tokens", "positions", "encoder"]
 """What a producer is applied to: the hidden states of the block's own tokens, embeddings of
@@ -176,11 +177,7 @@ def layout_of(model: PreTrainedModel) -> Layout:
         UserError: the model type is not supported, its modules are not where the family's row has
             them, or they are not plain linear maps (adapters, quantisation, shared layers).
     """
-    if not isinstance(model, PreTrainedModel):
-        raise UserError(
-            f"a {type(model).__name__} is not a model of transformers; "
-            "pass the model itself, not its wrapper"
-        )
+    check_is_model(model)
     architecture = check_supported(model.config)
     prefix = _path_of_transformer(model)
     known = {each["consumer"]: each["units"] for each in recorded_blocks(model)}

@@ -1,26 +1,36 @@
-"""Checks of a model before any work is done with it."""
+"""Checks of a model and of its calibration batches, before any work is done with them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rfprune.errors import UserError
+from rfprune.errors import UserError, error_summary
 from rfprune.families.architectures import ARCHITECTURES
-from rfprune.model.batch import Batch, model_inputs
+from rfprune.model.batch import LABEL_NAMES, Batch, model_inputs, token_mask
 from rfprune.model.layout import Layout
 
+_NUM_DIMS = {"input_ids": (2, 3), "inputs_embeds": (3, 4), "pixel_values": (4,)}
+_SHAPES = {"input_ids": "(B, S)", "inputs_embeds": "(B, S, d)", "pixel_values": "(B, C, H, W)"}
 
-def check_finite_weights(model: PreTrainedModel) -> None:
-    """Check that all parameters are in memory and finite.
+_FORWARD_ERRORS = (
+    *(RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError),
+    *(AssertionError, NotImplementedError),
+)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_weights(model: PreTrainedModel) -> None:
+    """Check that all parameters are in memory, of an ordinary dtype, and finite.
 
     Raises:
-        UserError: names the first parameter that is offloaded, or holds NaN or infinity.
+        UserError: names the first parameter that is offloaded or distributed, was made in inference
+            mode, has a dtype without arithmetic, or holds NaN or infinity.
     """
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
@@ -28,10 +38,42 @@ def check_finite_weights(model: PreTrainedModel) -> None:
                 f"parameter '{name}' is offloaded, but pruning needs every weight in memory; load "
                 "the model onto devices that hold all of it"
             )
+        if type(parameter.data).__name__ == "DTensor":
+            raise UserError(
+                f"parameter '{name}' is distributed over several processes; save the whole model, "
+                "and load it in one process with from_pretrained"
+            )
+        if parameter.is_inference():
+            raise UserError(
+                f"parameter '{name}' was made in torch.inference_mode(), where nothing can be "
+                "differentiated; load the model outside of it"
+            )
+        if parameter.is_floating_point() and parameter.dtype not in _DTYPES:
+            raise UserError(
+                f"parameter '{name}' has dtype {parameter.dtype}; load the model with "
+                "dtype=torch.float32 or torch.bfloat16"
+            )
         if not torch.isfinite(parameter).all():
             raise UserError(
                 f"parameter '{name}' holds NaN or infinity; save or download the checkpoint again"
             )
+
+
+@contextmanager
+def running_on(model: PreTrainedModel, number: int) -> Iterator[None]:
+    """Turn an error of a model that runs on the batch `number` into a UserError.
+
+    What a model is called with is its user's choice, and each family has errors of its own.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except _FORWARD_ERRORS as error:
+        raise UserError(
+            f"this {type(model).__name__} cannot run on batches[{number}] ({error_summary(error)})"
+            "; give the inputs that its forward() takes, and leave everything else out"
+        ) from error
 
 
 def check_layer_outputs(model: PreTrainedModel, layout: Layout, batch: Batch) -> None:
@@ -105,3 +147,160 @@ def check_pad_token(model: PreTrainedModel, batches: Sequence[Batch]) -> None:
                 f"model.config.pad_token_id is {pad}, but the batches are padded with {other}, so "
                 f"{name} would read padding as the last token: {way_out}, and pad with that id"
             )
+
+
+def checked_batches(
+    model: PreTrainedModel, batches: Iterable[Any], *, labelled: bool = False
+) -> Iterator[Batch]:
+    """Copies of batches on the model's device, checked before the model runs.
+
+    Args:
+        labelled: labels are used, and must be classes that the model has.
+
+    Raises:
+        UserError: names the batch and the entry that a model cannot be called with: what is not a
+            tensor of one row per example, ids beyond the vocabulary, more tokens than positions.
+    """
+    if isinstance(batches, Mapping | Tensor | str | bytes) or not isinstance(batches, Iterable):
+        raise UserError(
+            f"batches is a single {type(batches).__name__}, but must be a list (or any iterable) "
+            "of batches; for a single batch give [batch]"
+        )
+    for number, batch in enumerate(batches):
+        name = f"batches[{number}]"
+        checked = _with_rows(name, _to_device(name, batch, model.device))
+        _check_ids(name, checked, model)
+        if labelled and "labels" in checked:
+            _check_labels(name, checked, model)
+        yield checked
+
+
+def _to_device(name: str, batch: Any, device: torch.device) -> dict[str, Tensor]:
+    if not isinstance(batch, Mapping):
+        raise UserError(
+            f"{name} is a {type(batch).__name__}, but a batch must map names to tensors, as a data "
+            "collator's output does: collate the examples first"
+        )
+    for key, value in batch.items():
+        if not isinstance(value, Tensor):
+            raise UserError(
+                f"{name}[{key!r}] is a {type(value).__name__}, but a batch must map names to "
+                "tensors: leave it out, or collate it to a tensor (return_tensors='pt')"
+            )
+        if value.is_meta or value.is_nested or value.layout != torch.strided:
+            raise UserError(f"{name}[{key!r}] is not an ordinary dense tensor: give one")
+        if value.dim() == 0:
+            raise UserError(
+                f"{name}[{key!r}] is a single number, but every entry of a batch must have one row "
+                "per example: leave it out"
+            )
+    # a tensor from inference mode cannot be differentiated
+    moved = {str(key): value.to(device) for key, value in batch.items()}
+    return {key: value.clone() if value.is_inference() else value for key, value in moved.items()}
+
+
+def _with_rows(name: str, batch: dict[str, Tensor]) -> Batch:
+    """Check that all entries have one row per example; position ids for all are repeated."""
+    main = next((key for key in _NUM_DIMS if key in batch), None)
+    if main is None:
+        raise UserError(
+            f"{name} holds {', '.join(batch) or 'nothing'}, but a model needs input_ids (B, S), "
+            "or pixel_values for images"
+        )
+    inputs = batch[main]
+    if inputs.dim() not in _NUM_DIMS[main]:
+        raise UserError(
+            f"{name}['{main}'] has shape {tuple(inputs.shape)}, not {_SHAPES[main]}: collate "
+            "examples to batches first"
+        )
+    if inputs.numel() == 0:
+        raise UserError(
+            f"{name}['{main}'] has shape {tuple(inputs.shape)}, so it holds no example or no "
+            "token: leave the batch out, or give at least one example"
+        )
+    if "position_ids" in batch and len(batch["position_ids"]) == 1:
+        batch["position_ids"] = batch["position_ids"].expand(len(inputs), -1)
+    for key, value in batch.items():
+        if len(value) != len(inputs):
+            raise UserError(
+                f"{name}[{key!r}] has {len(value)} rows, but '{main}' has {len(inputs)}: give one "
+                "row per example, or leave it out"
+            )
+        if key not in LABEL_NAMES and value.is_floating_point() and not value.isfinite().all():
+            raise UserError(f"{name}[{key!r}] holds NaN or infinity: give finite numbers")
+    if main != "pixel_values":
+        token_mask(batch)  # which checks the attention mask
+    return batch
+
+
+def _check_ids(name: str, batch: Batch, model: PreTrainedModel) -> None:
+    """Check ids against embeddings; on a GPU an id out of range would end the process."""
+    tables = {
+        key: getattr(stack, "get_input_embeddings", lambda: None)()
+        for key, stack in (("input_ids", model), ("decoder_input_ids", model.get_decoder()))
+    }
+    tables["token_type_ids"] = _embedding(model, ("token_type_embeddings",))
+    decoder = model.get_decoder() if model.config.is_encoder_decoder else None
+    encoder = model if decoder is None else model.get_encoder()
+    for key in ("input_ids", "token_type_ids", "decoder_input_ids"):
+        ids, table = batch.get(key), tables[key]
+        if ids is None:
+            continue
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise UserError(
+                f"{name}['{key}'] holds {ids.dtype}, not whole numbers: give ids as torch.long"
+            )
+        rows = int(getattr(table, "num_embeddings", 2**62))
+        bad = ids[(ids < 0) | (ids >= rows)]
+        if bad.numel():
+            raise UserError(
+                f"{name}['{key}'] has the id {int(bad[0])}, but the model has embeddings for 0 to "
+                f"{rows - 1}: use the tokenizer of this model"
+            )
+        if key == "token_type_ids":
+            continue
+        limit = _num_positions(decoder if key == "decoder_input_ids" else encoder)
+        if limit is not None and ids.shape[-1] > limit:
+            raise UserError(
+                f"{name}['{key}'] has {ids.shape[-1]} tokens per example, but this model takes at "
+                f"most {limit}: tokenize with truncation=True, max_length={limit}"
+            )
+
+
+def _check_labels(name: str, batch: Batch, model: PreTrainedModel) -> None:
+    """Check the range of labels that are classes."""
+    labels = batch["labels"]
+    number = model.config.num_labels
+    if batch["input_ids"].dim() == 3 if "input_ids" in batch else False:
+        number = batch["input_ids"].shape[1]
+    elif model.can_generate():
+        number = model.get_output_embeddings().weight.shape[0]
+    elif model.config.problem_type == "regression" or number == 1:
+        return
+    bad = labels[(labels != -100) & ((labels < 0) | (labels >= number))]
+    if not labels.is_floating_point() and bad.numel():
+        raise UserError(
+            f"{name}['labels'] has the label {int(bad[0])}, but the model has classes 0 to "
+            f"{number - 1}: give its own labels, or leave use_labels (--use-labels) out"
+        )
+
+
+def _embedding(model: nn.Module, names: Sequence[str]) -> nn.Embedding | None:
+    """The first embedding of a model that has one of these names."""
+    found = (
+        module
+        for path, module in model.named_modules()
+        if path.rpartition(".")[2] in names and isinstance(module, nn.Embedding)
+    )
+    return next(found, None)
+
+
+def _num_positions(stack: nn.Module | None) -> int | None:
+    """The largest number of tokens for which a stack has positions; None if it has no table."""
+    names = ("position_embeddings", "wpe", "embed_positions")
+    table = None if stack is None else _embedding(stack, names)
+    if table is None:
+        return None
+    padding = table.padding_idx
+    offset = getattr(table, "offset", 0 if padding is None else padding + 1)
+    return int(table.num_embeddings - offset)

@@ -148,6 +148,11 @@ def label_losses(outputs: Any, batch: Batch, config: PretrainedConfig) -> list[T
     if logits is not None and logits.dim() == 3 and _has_aligned_labels(outputs, logits, config):
         losses = functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
         return [losses.sum(1) / (labels != -100).sum(1).clamp_min(1)]
+    if logits is not None and logits.dim() == 3:
+        raise UserError(
+            "use_labels (--use-labels) is not supported for language models, whose predictions "
+            "already are distributions over tokens; leave it out, or pass a loss to prune()"
+        )
     logits = _class_logits(outputs, batch, config)
     if not _is_choice(batch):
         if config.problem_type == "regression" or logits.shape[1] == 1:
@@ -162,6 +167,11 @@ def _user_loss(loss: Loss, outputs: Any, batch: Batch) -> Tensor:
     """The user's loss per example, (B,); a mean over the batch is repeated."""
     values: Any = loss(outputs, batch)
     size = len(next(iter(batch.values())))
+    if values is None:
+        raise UserError(
+            "the loss is None: the model is called without labels, so outputs.loss is None; "
+            "compute the loss from the outputs and the labels of the batch"
+        )
     if not isinstance(values, Tensor) or values.shape not in ((), (size,)):
         is_tensor = isinstance(values, Tensor)
         found = f"shape {tuple(values.shape)}" if is_tensor else f"type {type(values).__name__}"

@@ -9,6 +9,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from rfprune.errors import UserError
 from rfprune.model.batch import Batch, model_inputs
 from rfprune.stages.calibration import Calibration
 from rfprune.stages.objective import objective_values
@@ -34,6 +35,9 @@ def output_gradients(
         record_inputs: one function per block. It is called with the input of the block's consumer,
             (B, S, p) or (B * S, p), detached, once for each run of the block.
 
+    Raises:
+        UserError: the objective does not depend on every block.
+
     Yields:
         One item for each objective value of an example (one per class, for instance). An item holds
         for every block, and each of its runs, the gradient (B, S, d) or (B * S, d) at the
@@ -52,7 +56,14 @@ def output_gradients(
     )
     flat = [output for block_outputs in outputs for output in block_outputs]
     for i, value in enumerate(values):
-        gradients = iter(torch.autograd.grad(value.sum(), flat, retain_graph=i + 1 < len(values)))
+        keep = i + 1 < len(values)
+        found = torch.autograd.grad(value.sum(), flat, retain_graph=keep, allow_unused=True)
+        if any(gradient is None for gradient in found):
+            raise UserError(
+                "the loss does not depend on every layer of the model; compute it from the outputs "
+                "of the last layer or of the head"
+            )
+        gradients = iter(found)
         yield tuple(tuple(islice(gradients, len(block_outputs))) for block_outputs in outputs)
 
 
