@@ -65,7 +65,8 @@ def prune(
         settings: method and options; the default is `Settings()`.
         loss: a function of the model's outputs and a batch, labels included, that returns one loss
             per example (B,), or their mean. Its gradients replace those of the model's own
-            predictions, and the cache is not used.
+            predictions, and the cache is not used. The model is called without labels. The first
+            batch is also used to check the loss.
         latency_table: for a constraint on latency; without one the model is profiled first, on a
             batch of median length.
         cache: a folder for the collected statistics, which other constraints and runs reuse; None

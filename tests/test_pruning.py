@@ -394,7 +394,7 @@ def test_weights_that_are_not_finite_are_named(
     ("bad", "message"),
     [
         ([], "nothing to calibrate on"),
-        ([{"input_ids": torch.zeros(0, 4, dtype=torch.long)}], "nothing to calibrate on"),
+        ([{"input_ids": torch.zeros(0, 4, dtype=torch.long)}], "no example or no token"),
         ([torch.zeros(2, 3)], "a batch must map names to tensors"),
         ([{"input_ids": [[1, 2]]}], "a batch must map names to tensors"),
         ([{"labels": torch.zeros(2)}], "a model needs input_ids"),

@@ -21,7 +21,7 @@ from rfprune.errors import UserError
 
 @pytest.mark.parametrize("ratio", [0, 1, 1.5, -1, math.nan, math.inf, "0.5", None])
 def test_a_ratio_outside_0_and_1_is_refused(ratio: Any) -> None:
-    with pytest.raises(UserError, match=rf"{ratio} is not .* between 0 and 1 .*0\.5"):
+    with pytest.raises(UserError, match=rf"{ratio!r} is not .* between 0 and 1 .*0\.5"):
         Constraint("mac", ratio)
 
 

@@ -189,6 +189,7 @@ def test_outputs_without_an_objective_are_refused() -> None:
     for outputs in (discriminator, {}):
         with pytest.raises(UserError, match="no output that an objective is defined for"):
             fisher_factors(outputs, {}, config_of(2), torch.Generator())
-    for outputs in (discriminator, causal, {}):
         with pytest.raises(UserError, match="no output that an objective is defined for"):
             label_losses(outputs, {"labels": labels}, config_of(2))
+    with pytest.raises(UserError, match="use_labels.* language models.* leave it out"):
+        label_losses(causal, {"labels": labels}, config_of(2))
