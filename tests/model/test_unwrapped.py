@@ -37,10 +37,13 @@ def batches(tiny_batch: Tiny) -> list[Batch]:
 
 
 @pytest.fixture(autouse=True)
-def clean_compiler() -> Iterator[None]:
-    """Compiled code of one test is not used in the next."""
+def clean_state() -> Iterator[None]:
+    """Compiled code and the state of accelerate do not last until the next test."""
+    from accelerate.state import AcceleratorState
+
     yield
     torch.compiler.reset()
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def compile_it(function: Any) -> Any:
@@ -67,7 +70,9 @@ def compile_in_place(model: Any) -> None:
 
 def prepare(model: Any) -> None:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # one precision per process
     assert Accelerator(mixed_precision="bf16", cpu=True).prepare(model) is model
 
 
