@@ -97,6 +97,14 @@ def check_config(config: Mapping[str, Any], source: str, task: Task) -> None:
             f"Model type {model_type!r} of '{source}' is not supported: the supported types are "
             f"{', '.join(sorted(ARCHITECTURES))}."
         )
+    quantised = config.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise UserError(
+            f"'{source}' is quantised ({method or 'quantization_config in its config.json'}), and "
+            f"pruning needs weights that are not: give the original checkpoint, or load this one, "
+            f"call its dequantize() and save it again without quantization_config."
+        )
     if task.kind == "similarity" and len(ARCHITECTURES[model_type].stacks) > 1:
         raise UserError(
             f"'{source}' is an encoder-decoder ({model_type}), or an encoder taken from one, and "

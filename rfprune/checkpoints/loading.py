@@ -285,6 +285,12 @@ def _load(source: str, task: Task, dtype: torch.dtype) -> Any:
             raise
         if isinstance(error, OSError) and not Path(source).is_dir():
             raise
+        if isinstance(error, ImportError) or "attn_implementation" in str(error):
+            raise UserError(
+                f"The checkpoint '{source}' needs what this machine does not have "
+                f"({error_summary(error)}): remove the entry that asks for it, such as "
+                f"attn_implementation, from its config.json, or install it."
+            ) from error
         raise UserError(
             f"The checkpoint '{source}' cannot be loaded ({error_summary(error)}): its config.json "
             f"may belong to other weights, or a file is missing or damaged; copy or download it "

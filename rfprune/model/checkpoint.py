@@ -27,7 +27,7 @@ from rfprune.families.architectures import ARCHITECTURES
 from rfprune.families.schema import SizeEntries
 from rfprune.model.compact import family_entries
 from rfprune.model.layout import Layout
-from rfprune.model.modeling_rfprune import check_description, pruned_class
+from rfprune.model.modeling_rfprune import check_description, is_of_transformers, pruned_class
 from rfprune.model.rebuild import check_rebuildable, init_options
 
 MASKS_FILE = "masks.safetensors"
@@ -47,6 +47,8 @@ def save_pruned(
 
     `AutoModel...from_pretrained(folder, trust_remote_code=True)` loads the folder, and so does
     `load_pruned` without remote code. `PruneResult.save` calls this function.
+
+    A README.md in the folder says how to load it.
 
     Args:
         model: pruned, from `compact` or `PruneResult.model`.
@@ -76,6 +78,9 @@ def save_pruned(
     model.save_pretrained(folder, state_dict=None if dtype is None else stored_state(model, dtype))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    readme = Path(folder) / "README.md"
+    if not readme.exists():
+        readme.write_text(_how_to_load(model), encoding="utf-8")
     named = {
         block.name: mask.detach().clone() for block, mask in zip(layout.blocks, masks, strict=True)
     }
@@ -101,6 +106,29 @@ def check_saved_parts(tokenizer: Any, dtype: Any) -> None:
             f"dtype {dtype!r:.60} cannot store weights; give a dtype of floating-point numbers, "
             "such as torch.float16"
         )
+
+
+def _how_to_load(model: PreTrainedModel) -> str:
+    """The README of a saved folder."""
+    name, auto_class = type(model).__name__, getattr(model, "_auto_class", None)
+    title = f"# {name}, pruned by rfprune\n\n"
+    if getattr(model.config, "rfprune", None) is None:
+        return title + f'A plain architecture: `{name}.from_pretrained("this folder")` loads it.\n'
+    if not is_of_transformers(type(model)):
+        return (
+            title + f'`rfprune.load_pruned("this folder", model_class={name})` loads it; {name} is '
+            "not a class of transformers.\n"
+        )
+    return title + (
+        "```python\n"
+        f"from transformers import {auto_class}\n\n"
+        f'model = {auto_class}.from_pretrained("this folder", trust_remote_code=True)\n'
+        "```\n\n"
+        "runs the model's own code, modeling_rfprune.py: one short file; read it first. With "
+        'rfprune installed, `rfprune.load_pruned("this folder")` loads the model without it.\n\n'
+        "Without `trust_remote_code=True`, transformers makes a model of the original sizes, "
+        "reports weights of other shapes (MISMATCH) and stops.\n"
+    )
 
 
 def stored_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -159,15 +187,16 @@ def load_pruned(folder: str | Path, *, model_class: Any = None, **kwargs: Any) -
                 ignore_mismatched_sizes=True,  # reported below
                 **options,
             )
-    except ImportError as error:
+    except Exception as error:  # models and their arguments raise errors of many types
+        if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
+            raise
+        way_out = "save or download it again"
+        if isinstance(error, ImportError):
+            way_out = "install what is missing, or choose another attn_implementation"
+        elif kwargs:
+            way_out = f"correct the arguments ({', '.join(sorted(kwargs))}), or {way_out}"
         raise UserError(
-            f"the pruned model in '{folder}' cannot be loaded ({error_summary(error)}); install "
-            "what is missing, or choose another attn_implementation"
-        ) from error
-    except (OSError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"the pruned model in '{folder}' cannot be loaded ({reason}); save or download it again"
+            f"the pruned model in '{folder}' cannot be loaded ({error_summary(error)}); {way_out}"
         ) from error
     other_class = base.__name__ != _saved_name(config)
     _check_loaded(model, info, folder, kwargs, other_head=other_class, new_head=new_head)

@@ -229,6 +229,26 @@ def test_remote_code_is_not_run(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "it ran").exists()
 
 
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "fp8", "torchao"])
+def test_a_quantised_checkpoint_is_refused_before_its_weights_are_read(
+    method: str, folder: Path
+) -> None:
+    change_config(folder, quantization_config={"quant_method": method, "load_in_4bit": True})
+    (folder / "model.safetensors").write_text("damaged")
+    sentence = refused(folder)
+    assert f"is quantised ({method})" in sentence
+    assert "original checkpoint" in sentence
+    assert "download" not in sentence
+
+
+def test_attention_that_is_not_installed(folder: Path) -> None:
+    change_config(folder, attn_implementation="flash_attention_2")
+    sentence = refused(folder)
+    assert "FlashAttention2" in sentence
+    assert "remove the entry" in sentence
+    assert "download" not in sentence
+
+
 @pytest.mark.parametrize("name", ["bert-base", "owner/model"])
 def test_what_is_not_on_the_hub_says_what_was_wanted_and_the_ways_out(name: str) -> None:
     sentence = refused(Path(name))

@@ -146,6 +146,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 SNIPPETS = blocks("python")
 
 
+@pytest.mark.filterwarnings("ignore:MyClassifier is not a class:rfprune.errors.RfpruneWarning")
 @pytest.mark.parametrize("page", sorted({page for page, _ in SNIPPETS}))
 def test_the_python_of_a_page_runs_in_its_order(page: str, names: dict[str, Any]) -> None:
     for other, text in SNIPPETS:

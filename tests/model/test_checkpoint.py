@@ -99,6 +99,32 @@ def test_the_files_of_a_folder(saved: Path) -> None:
     assert blocks[0]["units"] == "0 2 3, "
 
 
+def test_the_readme_of_a_folder_says_how_to_load_it(
+    saved: Path, tiny_model: Tiny, tmp_path: Path
+) -> None:
+    text = (saved / "README.md").read_text()
+    for words in ("trust_remote_code=True)", "load_pruned(", "MISMATCH"):
+        assert words in text
+    (tmp_path / "README.md").write_text("mine")
+    save_pruned(*pruned(tiny_model()), tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attn_implementation": "flash_attention_2"}, "choose another attn_implementation"),
+        ({"dtype": "no"}, r"correct the arguments \(dtype\)"),
+        ({"no_such": 1}, r"correct the arguments \(no_such\)"),
+    ],
+)
+def test_arguments_of_the_caller_are_named(
+    options: dict[str, Any], message: str, saved: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        load_pruned(saved, **options)
+
+
 def test_load_pruned_runs_no_code_of_the_folder(folder: Path, tiny_batch: Tiny) -> None:
     marker = folder / "executed"
     code = f"import pathlib; pathlib.Path({str(marker)!r}).touch(); raise SystemExit"

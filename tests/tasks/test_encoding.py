@@ -74,6 +74,19 @@ def test_a_length_that_does_not_fit_is_refused(
         encode(task, tiny_tokenizer(), rows, length)
 
 
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [(20, "--max-length 30 exceeds the 20 tokens that the tokenizer"), (2, "allows 2 tokens")],
+)
+def test_a_limit_of_the_tokenizer_is_named(
+    limit: int, message: str, tiny_tokenizer: Tokenizers
+) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = limit
+    with pytest.raises(UserError, match=rf"{message}.*model_max_length in tokenizer_config\.json"):
+        encode(SST2, tokenizer, plain(["the film"]), 30)
+
+
 def test_a_model_without_token_types_gets_none(tiny_tokenizer: Tokenizers) -> None:
     encoded = encode(SST2, tiny_tokenizer("distilbert"), plain(["the film"]))
     assert set(encoded.column_names) == {"input_ids", "attention_mask", "labels"}
