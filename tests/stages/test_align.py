@@ -18,7 +18,7 @@ from rfprune.model.frozen import frozen
 from rfprune.model.layout import Block, layout_of
 from rfprune.model.masks import full_masks
 from rfprune.stages.align import apply_regression_map, fit_regression_map
-from rfprune.stages.least_squares import Moments, NumericalFailure
+from rfprune.stages.least_squares import Moments
 from rfprune.stages.reconstruct import BlockFit, reconstruct
 
 Tiny = Callable[..., Any]
@@ -41,7 +41,7 @@ def maps_of(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor | None]:
     return fit_regression_map(train, held_out)
 
 
-def test_a_planted_map_is_found_and_applied() -> None:
+def test_a_planted_map_is_found_and_applied_and_that_of_no_change_is_the_identity() -> None:
     torch.manual_seed(0)
     original = torch.randn(4000, 6, dtype=torch.float64)
     mixing = torch.eye(6, dtype=torch.float64) + 0.3 * torch.randn(6, 6, dtype=torch.float64)
@@ -55,20 +55,9 @@ def test_a_planted_map_is_found_and_applied() -> None:
     after = (moved @ new_weight.T + new_bias - wanted).square().mean()
     assert before > 0.1
     assert after < 0.01 * before
-
-
-def test_the_map_of_unchanged_hidden_states_is_the_identity() -> None:
-    torch.manual_seed(0)
-    states = torch.randn(500, 6)
-    matrix, shift = maps_of(states, states)
+    matrix, shift = maps_of(original, original)
     torch.testing.assert_close(matrix, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-6)
-    assert shift is not None
-    assert shift.abs().max() < 1e-6
-
-
-def test_a_product_that_is_not_finite_is_a_failure() -> None:
-    with pytest.raises(NumericalFailure, match="not finite"):
-        apply_regression_map(torch.ones(2, 3), None, torch.full((3, 3), torch.nan).double(), None)
+    assert shift is not None and shift.abs().max() < 1e-6
 
 
 def test_one_failing_input_projection_leaves_the_others_of_its_block_unchanged(

@@ -6,6 +6,7 @@ Without these tests a budget could be exceeded, or spent on the wrong blocks.
 from __future__ import annotations
 
 import math
+import re
 from itertools import product
 
 import numpy as np
@@ -99,42 +100,28 @@ def test_a_coarse_grid_never_exceeds_the_budget_and_wastes_a_cell_a_block(
     assert found <= brute_force(errors, costs, spared) + 1e-9
 
 
-def test_a_sublayer_that_is_expensive_as_a_whole_is_dropped() -> None:
-    stepped = np.array([0.0, 10.0, 11.0, 12.0])  # the first unit costs nearly all
-    linear = np.array([0.0, 4.0, 8.0, 12.0])
-    errors = [np.array([0.5, 0.3, 0.1, 0.0]), np.array([9.0, 5.0, 2.0, 0.0])]
-    assert allocate(errors, CostModel("mac", (stepped, linear)), 14.0) == (0, 3)
-
-
-@pytest.mark.parametrize("budget", [3.0, 0.0, -1.0])
+@pytest.mark.parametrize(
+    ("tables", "constant", "budgets", "named", "kept"),
+    [
+        (([0, 5, 10], [0, 4, 10]), 0, (3, 0, -1), 0.2, (0, 1)),
+        # Of 40 in total 20 are never pruned; two units of the first cost 6, none of the second 3.
+        (([1, math.inf, 6, 10], [3, math.inf, math.inf, 10]), 20, (8.8, 0), 0.725, (2, 0)),
+    ],
+)
 def test_a_budget_below_one_unit_is_refused_and_the_smallest_constraint_named(
-    budget: float,
+    tables: tuple[list[float], ...],
+    constant: float,
+    budgets: tuple[float, ...],
+    named: float,
+    kept: tuple[int, ...],
 ) -> None:
-    costs = CostModel("mac", (np.array([0.0, 5.0, 10.0]), np.array([0.0, 4.0, 10.0])))
-    errors = [np.array([2.0, 1.0, 0.0])] * 2
-    with pytest.raises(UserError, match=r"at least 0\.2$"):
-        allocate(errors, costs, budget)
-    assert allocate(errors, costs, 0.2 * costs.original) == (0, 1)
-
-
-def test_the_named_constraint_includes_empty_blocks_and_sizes_that_are_not_allowed() -> None:
-    first = np.array([1.0, np.inf, 6.0, 10.0])
-    second = np.array([3.0, np.inf, np.inf, 10.0])
-    errors = [np.array([3.0, 2.0, 1.0, 0.0])] * 2
-    costs = CostModel("latency", (first, second), constant=20.0)
-    # Of 40 in total: 20 are never pruned, two units of the first cost 6, none of the second 3.
-    for ratio in (0.72, 0.5):
-        with pytest.raises(UserError, match=r"at least 0\.725$"):
-            allocate(errors, costs, ratio * 40 - 20)
-    assert allocate(errors, costs, costs.budget(Constraint("mac", 0.725))) == (2, 0)
-
-
-def test_the_end_of_a_plateau_is_kept_and_free_units_are_never_dropped() -> None:
-    plateau = np.array([0.0, 4.0, 4.0, 4.0, 9.0])
-    free = np.zeros(4)
-    errors = [np.array([4.0, 3.0, 2.0, 1.0, 0.0]), np.array([3.0, 2.0, 1.0, 0.0])]
-    assert allocate(errors, CostModel("latency", (plateau, free)), 8.0) == (3, 3)
-    assert allocate(errors, CostModel("latency", (plateau, free)), 0.0) == (0, 3)
+    """It includes empty blocks and leaves out sizes that are not allowed."""
+    costs = CostModel("mac", tuple(np.array(table, dtype=np.float64) for table in tables), constant)
+    errors = [np.arange(len(table), dtype=np.float64)[::-1] for table in tables]
+    for budget in budgets:
+        with pytest.raises(UserError, match=re.escape(f"at least {named}") + "$"):
+            allocate(errors, costs, budget)
+    assert allocate(errors, costs, costs.budget(Constraint("mac", named))) == kept
 
 
 def test_a_model_whose_units_have_no_influence_is_refused() -> None:

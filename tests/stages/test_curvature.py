@@ -153,8 +153,7 @@ def test_factors_of_shared_layers_are_sums_over_their_runs(
 ) -> None:
     model, batches = tiny_model("albert", num_hidden_groups=1), [tiny_batch()]
     layout = layout_of(model)
-    with frozen(model):
-        summed = collect_curvature(Calibration(model, layout, batches))
+    summed = collect(model, batches)
     entering: list[Tensor] = []
     tokens = batches[0]["attention_mask"].bool()
     consumer = model.get_submodule(layout.blocks[1].consumer)

@@ -18,24 +18,11 @@ from rfprune.model.frozen import frozen
 from rfprune.model.layout import layout_of
 from rfprune.model.masks import full_masks, masked
 from rfprune.stages.calibration import Calibration
-from rfprune.stages.fisher import block_fisher, collect_gradients, diagonal_fisher
+from rfprune.stages.fisher import collect_gradients, diagonal_fisher
 from rfprune.stages.objective import LABELLED, PREDICTIONS, Objective
+from tests.stages.test_importance import LABELS, examples_of
 
 Tiny = Callable[..., Any]
-LABELS = torch.tensor([0, 1, 1, 0])
-
-
-def one_by_one(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """One batch per example, without padding."""
-    lengths = batch["attention_mask"].sum(1).tolist()
-    rows = range(len(lengths))
-    return [
-        {
-            name: value[row : row + 1, : lengths[row]] if value.dim() == 2 else value[row : row + 1]
-            for name, value in batch.items()
-        }
-        for row in rows
-    ]
 
 
 def collect(
@@ -54,7 +41,7 @@ def test_every_example_has_its_own_gradient(
 ) -> None:
     model, batch = tiny_model(model_type), {**tiny_batch(), "labels": LABELS}
     together = collect(model, [batch], objective=objective)
-    alone = collect(model, one_by_one(batch), objective=objective)
+    alone = collect(model, examples_of(batch), objective=objective)
     for block, left, right in zip(layout_of(model).blocks, together, alone, strict=True):
         assert left.shape == (4, block.num_units)
         assert left.dtype == torch.float32
@@ -74,21 +61,11 @@ def test_gradients_on_labels_are_those_of_the_loss(tiny_model: Tiny, tiny_batch:
     with masked(model, layout, masks):
         model(**batch, labels=labels).loss.backward()
     labelled = [{**batch, "labels": labels}]
-    for mask, gradient in zip(masks, collect(model, labelled, objective=LABELLED), strict=True):
-        assert mask.grad is not None
-        torch.testing.assert_close(gradient.mean(0), mask.grad, rtol=1e-4, atol=1e-6)
-    per_batch = collect(model, labelled, objective=LABELLED, per_batch=True)
-    for mask, gradient in zip(masks, per_batch, strict=True):
-        assert mask.grad is not None
-        torch.testing.assert_close(gradient[0], mask.grad, rtol=1e-4, atol=1e-6)
-
-
-def test_labels_have_no_influence_unless_asked_for(tiny_model: Tiny, tiny_batch: Tiny) -> None:
-    model, batch = tiny_model(), tiny_batch()
-    plain = collect(model, [batch])
-    for labels in (LABELS, torch.full((4,), 99)):
-        for left, right in zip(collect(model, [{**batch, "labels": labels}]), plain, strict=True):
-            assert torch.equal(left, right)
+    for per_batch in (False, True):
+        found = collect(model, labelled, objective=LABELLED, per_batch=per_batch)
+        for mask, gradient in zip(masks, found, strict=True):
+            assert mask.grad is not None
+            torch.testing.assert_close(gradient.mean(0), mask.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_several_classes_give_several_rows_per_example(tiny_model: Tiny, tiny_batch: Tiny) -> None:
@@ -156,11 +133,3 @@ def test_the_block_of_a_gradient_that_is_not_finite_is_named(
     with pytest.raises(UserError, match=r"mask gradients of layer\.\d\.\w+ are not finite"):
         collect(model, [tiny_batch()])
     assert all(not module._forward_pre_hooks for module in model.modules())
-
-
-def test_importance_is_the_diagonal_of_the_block_fisher() -> None:
-    gradient = torch.randn(20, 6)
-    fisher = block_fisher(gradient)
-    brute = sum(torch.outer(row, row) for row in gradient.double())
-    torch.testing.assert_close(fisher, brute)
-    torch.testing.assert_close(diagonal_fisher((gradient,))[0], fisher.diagonal())

@@ -65,18 +65,6 @@ def test_classification_is_the_sum_over_classes(num_classes: int) -> None:
     torch.testing.assert_close(fisher_of_factors(logits, masks, config_of(num_classes)), brute)
 
 
-def test_the_fisher_information_is_the_hessian_of_the_divergence() -> None:
-    net, ones = network(4), torch.ones(1, 5, dtype=torch.float64)
-
-    def divergence(masks: Tensor) -> Tensor:
-        p, q = net(ones).softmax(-1), net(masks[None]).softmax(-1)
-        return (p * (p.log() - q.log())).sum()
-
-    hessian = torch.autograd.functional.hessian(divergence, ones[0])
-    masks = ones.clone().requires_grad_()
-    torch.testing.assert_close(fisher_of_factors(net(masks), masks, config_of(4))[0], hessian)
-
-
 def test_a_certain_model_has_no_fisher_information() -> None:
     masks = torch.ones(3, 5, dtype=torch.float64, requires_grad=True)
     logits = 1e4 * network(3)(masks)

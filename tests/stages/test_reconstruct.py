@@ -22,14 +22,14 @@ from rfprune.model.layout import Block, Layout, layout_of
 from rfprune.model.masks import full_masks, masked
 from rfprune.stages.least_squares import Moments, NumericalFailure, solve_weights
 from rfprune.stages.reconstruct import BlockFit, reconstruct
-from tests.conftest import IMAGE_TYPES
 
 Tiny = Callable[..., Any]
 Pair = tuple[Tensor, Tensor | None]
 FAMILIES = [
     *("bert", "distilbert", "mpnet", "modernbert", "albert", "deberta-v2"),
     *("bart", "pegasus", "t5", "mt5"),
-    *("gpt2", "opt", "llama", "qwen3", "vit", "beit", "dinov2"),
+    *("gpt2", "opt", "llama", "qwen3"),
+    *("vit", "beit", "dinov2"),  # images, without padding
 ]
 
 
@@ -47,6 +47,12 @@ class Spy:
         self.moments[block.name] = moments
         self.errors[block.name] = moments.error(weight, bias) / moments.count
         return weight, bias
+
+
+def unpruned(teacher: Any) -> tuple[Layout, Any]:
+    """The layout of the teacher, and a student with all units."""
+    layout = layout_of(teacher)
+    return layout, compact(teacher, layout, full_masks(layout))
 
 
 def refit(_: Block, moments: Moments, __: Moments, weight: Tensor, bias: Tensor | None) -> Pair:
@@ -85,17 +91,16 @@ def noted(model: Any, batch: Batch) -> Batch:
     return add_image_token_mask(model, layout_of(model), batch)
 
 
-@pytest.mark.parametrize("padding", ["right", "left"])
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize(
+    ("model_type", "padding"),
+    [*((each, "right") for each in FAMILIES), *((each, "left") for each in FAMILIES[:-3])],
+)
 def test_a_student_equal_to_its_teacher_has_no_error(
     model_type: str, padding: str, tiny_model: Tiny, tiny_batch: Tiny
 ) -> None:
     teacher, spy = tiny_model(model_type), Spy()
-    if padding == "left" and model_type in IMAGE_TYPES:
-        pytest.skip("images have no padding")
     batches = batches_of(tiny_batch, teacher, padding=padding)
-    layout = layout_of(teacher)
-    student = compact(teacher, layout, full_masks(layout))
+    layout, student = unpruned(teacher)
     assert run(teacher, student, layout, batches, spy) == []
     assert list(spy.errors) == [block.name for block in layout.blocks]
     for block in layout.blocks:
@@ -112,8 +117,7 @@ def test_damaged_out_projections_are_repaired(
 ) -> None:
     teacher = tiny_model(model_type)
     batches = batches_of(tiny_batch, teacher)
-    layout = layout_of(teacher)
-    student = compact(teacher, layout, full_masks(layout))
+    layout, student = unpruned(teacher)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for block in layout.blocks:
@@ -159,32 +163,27 @@ def test_the_target_corrects_the_residual(tiny_model: Tiny, tiny_batch: Tiny) ->
     masks = full_masks(layout)
     masks[0][:3] = 0
     student = compact(teacher, layout, masks)
-    seen: dict[str, Tensor] = {}
+    neurons, seen = layout.blocks[1], []
 
-    def watch(name: str, model: Any, path: str | None) -> Any:
-        def note(_: Any, inputs: tuple[Tensor, ...]) -> None:
-            seen[name] = inputs[0]
-
+    def watch(model: Any, path: str | None) -> None:
         assert path is not None
-        return model.get_submodule(path).register_forward_pre_hook(note)
+        module = model.get_submodule(path)
+        handles.append(module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])))
 
-    neurons = layout.blocks[1]
-    watches = [
-        watch("teacher total", teacher, neurons.sublayer.next_norm),
-        watch("student total", student, neurons.sublayer.next_norm),
-        watch("features", student, neurons.consumer),
-    ]
+    handles: list[Any] = []
+    watch(teacher, neurons.sublayer.next_norm)
+    watch(student, neurons.consumer)
+    watch(student, neurons.sublayer.next_norm)
     tokens = batch["attention_mask"].bool()
     with torch.no_grad():
         teacher(**batch), student(**batch)
-        for handle in watches:
+        for handle in handles:
             handle.remove()
-        output = student.get_submodule(neurons.consumer)(seen["features"])
-        residual = seen["student total"] - output
-        target = (seen["teacher total"] - residual)[tokens]
+        teacher_sum, features, student_sum = seen
+        residual = student_sum - student.get_submodule(neurons.consumer)(features)
     run(teacher, student, layout, [batch], spy)
     expected = Moments.zeros(12, 16)
-    expected.add(seen["features"][tokens], target)
+    expected.add(features[tokens], (teacher_sum - residual)[tokens])
     moments = spy.moments[neurons.name]
     torch.testing.assert_close(moments.gram, expected.gram, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(moments.cross, expected.cross, rtol=1e-4, atol=1e-4)
@@ -195,8 +194,7 @@ def test_a_failed_block_is_reported_and_later_blocks_are_fitted(
     tiny_model: Tiny, tiny_batch: Tiny
 ) -> None:
     teacher = tiny_model()
-    layout = layout_of(teacher)
-    student = compact(teacher, layout, full_masks(layout))
+    layout, student = unpruned(teacher)
     before = {name: value.clone() for name, value in student.state_dict().items()}
 
     def fit(
@@ -253,11 +251,10 @@ def test_layers_without_blocks(tiny_model: Tiny, tiny_batch: Tiny) -> None:
     masks = full_masks(layout_of(dense))
     masks[0][:], masks[1][:], masks[4][:] = 0, 0, 0
     teacher = compact(dense, layout_of(dense), masks)
-    layout, batches, spy = layout_of(teacher), batches_of(tiny_batch), Spy()
+    (layout, student), batches, spy = unpruned(teacher), batches_of(tiny_batch), Spy()
     assert [block.name for block in layout.blocks] == [
         *("layer.1.heads", "layer.1.neurons", "layer.2.neurons"),
     ]
-    student = compact(teacher, layout, full_masks(layout))
     assert run(teacher, student, layout, batches, spy) == []
     assert max(spy.errors.values()) < 1e-5
 
@@ -279,8 +276,7 @@ def test_a_block_fitted_on_the_first_token_alone(
     padding: str, tiny_model: Tiny, tiny_batch: Tiny
 ) -> None:
     teacher, spy = tiny_model(), Spy()
-    layout, batch = layout_of(teacher), tiny_batch(padding=padding)
-    student = compact(teacher, layout, full_masks(layout))
+    (layout, student), batch = unpruned(teacher), tiny_batch(padding=padding)
     last = layout.blocks[3]
     run(teacher, student, layout, [batch], spy, first_token_only=[last.consumer])
     assert [spy.moments[block.name].count for block in layout.blocks] == [*[25] * 3, 4]
@@ -298,8 +294,7 @@ def test_an_interruption_leaves_the_teacher_and_no_hooks(
     tiny_model: Tiny, tiny_batch: Tiny
 ) -> None:
     teacher = tiny_model()
-    layout = layout_of(teacher)
-    student = compact(teacher, layout, full_masks(layout))
+    layout, student = unpruned(teacher)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
 
     def fail(*_: Any) -> Pair:
@@ -317,7 +312,7 @@ def test_every_eighth_batch_is_held_out_and_skipped_blocks_are_not_fitted(
     tiny_model: Tiny, tiny_batch: Tiny
 ) -> None:
     model = tiny_model()
-    layout = layout_of(model)
+    layout, student = unpruned(model)
     batches = [tiny_batch(2, 5, padding="none", seed=seed) for seed in range(17)]
     counts = {}
 
@@ -327,7 +322,6 @@ def test_every_eighth_batch_is_held_out_and_skipped_blocks_are_not_fitted(
         counts[block.name] = (train.count, held_out.count)
         return weight, bias
 
-    student = compact(model, layout, full_masks(layout))
     skip = {layout.blocks[0].consumer, layout.blocks[3].consumer}
     run(model, student, layout, batches, solve, skip=skip)
     assert counts == {"layer.0.neurons": (150, 20), "layer.1.heads": (150, 20)}
