@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from rfprune.cost.params import param_costs, total_params, unit_params
+from rfprune.cost.params import param_costs, total_params
 from rfprune.model.compact import compact
 from rfprune.model.layout import layout_of
 from rfprune.model.masks import full_masks, num_kept
@@ -42,13 +42,6 @@ def test_costs_are_the_sizes_of_compact_models(model_type: str, tiny_model: Tiny
         assert again.original == total_params(small)
         sizes.add(total_params(small))
     assert len(sizes) == 4
-
-
-def test_a_unit_takes_rows_of_its_producers_and_columns_of_its_consumer(tiny_model: Tiny) -> None:
-    model = tiny_model()
-    heads, neurons = layout_of(model).blocks[:2]
-    assert unit_params(model, heads) == 3 * 4 * (16 + 1) + 4 * 16
-    assert unit_params(model, neurons) == (16 + 1) + 16
 
 
 def test_shared_parameters_count_once() -> None:

@@ -114,23 +114,23 @@ def test_an_unreachable_latency_ends_with_the_nearest_attempt_and_a_warning() ->
         assert part in warning
 
 
-def test_one_bad_measurement_does_not_end_it() -> None:
-    assert meet_measured(0.3, [0.95, 0.36, 0.3]).is_met
+@pytest.mark.parametrize(
+    ("ratio", "measured", "chosen"),
+    [
+        (0.3, [0.95, 0.36, 0.3], 0.3),  # one bad measurement does not end it
+        (0.5, [0.6, 0.42, 0.57, 0.43], 0.43),  # the faster of two misses
+    ],
+)
+def test_the_chosen_attempt(ratio: float, measured: list[float], chosen: float) -> None:
+    promise = meet_measured(ratio, measured)
+    assert promise.measured == chosen
+    warnings = missed_latency_warnings(promise)
+    assert promise.is_met != any("larger sizes are slower" in warning for warning in warnings)
 
 
-def test_the_faster_of_two_misses_is_chosen() -> None:
-    promise = meet_measured(0.5, [0.6, 0.42, 0.57, 0.43])
-    assert promise.measured == 0.43
-    (warning,) = missed_latency_warnings(promise)
-    assert "larger sizes are slower" in warning
-
-
-def test_noise_ends_after_the_last_correction() -> None:
+def test_noise_ends_after_the_last_correction_and_the_impossible_before_any_measurement() -> None:
     measured = np.random.default_rng(0).uniform(0.2, 0.9, 10).tolist()
     assert len(meet_measured(0.5, measured).attempts) <= 1 + MAX_CORRECTIONS
-
-
-def test_a_latency_that_the_table_rules_out_is_refused_before_any_measurement() -> None:
     with pytest.raises(UserError, match="cannot be met"):
         meet_measured(0.05, [])
 

@@ -47,14 +47,6 @@ def test_models_alternate_and_swap_places_every_round() -> None:
     assert models[0].inputs == {"input_ids", "attention_mask"}, "labels are not timed"
 
 
-def test_slow_models_stop_after_the_first_rounds() -> None:
-    calls: list[str] = []
-    measured = measure_latency(
-        Recorded("original", calls), Recorded("pruned", calls), batch(1, 1), TimingBudget(-1.0)
-    )
-    assert measured.rounds == DEFAULT_BUDGET.min_rounds
-
-
 def test_the_typical_batch_is_full_and_of_median_length() -> None:
     batches = [batch(4, 9), batch(4, 5), batch(4, 2), batch(1, 40)]
     assert typical_batch(batches)["input_ids"].shape == (4, 5)

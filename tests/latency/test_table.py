@@ -308,17 +308,15 @@ def test_a_damaged_table_is_refused_in_one_line(
         (b'{"format": "rfprune latency', "not JSON"),
         (b"[]", "not a latency table"),
         (b"null", "not a latency table"),
+        (None, "cannot be read.*profile_latency"),
     ],
-    ids=["empty", "binary", "deep", "cut short", "list", "null"],
+    ids=["empty", "binary", "deep", "cut short", "list", "null", "missing"],
 )
-def test_a_file_that_is_not_a_table_is_refused(tmp_path: Path, content: bytes, what: str) -> None:
+def test_a_file_that_is_not_a_table_is_refused(
+    tmp_path: Path, content: bytes | None, what: str
+) -> None:
     path = tmp_path / "table.json"
-    path.write_bytes(content)
+    if content is not None:
+        path.write_bytes(content)
     with pytest.raises(UserError, match=what):
         LatencyTable.load(path)
-
-
-@pytest.mark.parametrize("name", ["missing.json", "."])
-def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match="cannot be read.*profile_latency"):
-        LatencyTable.load(tmp_path / name)

@@ -58,10 +58,6 @@ def test_the_smallest_ratio_is_the_smallest_that_is_accepted(
         check_constraints(problem, [Constraint(metric, smallest - 1e-4)])
 
 
-def test_a_uniform_model_cannot_be_as_small(problem_of: Callable[..., Problem]) -> None:
-    assert min_ratio(problem_of(uniform=True), "mac") > min_ratio(problem_of(), "mac")
-
-
 def test_latency_needs_a_table(problem_of: Callable[..., Problem]) -> None:
     with pytest.raises(UserError, match=r"needs a latency table.*profile_latency"):
         cost_model(problem_of(), "latency")
