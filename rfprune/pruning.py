@@ -227,7 +227,7 @@ def _prune(problem: Problem, statistics: Statistics, constraint: Constraint) -> 
         constraint=constraint,
         achieved=_achieved(problem, student, masks) | latency,
         seconds=timer.report(),
-        warnings=tuple(warnings),
+        warnings=(*problem.warnings, *warnings),
         layers=tuple(units_of_layers(problem.layout, num_kept(masks))),
         mean_tokens=mean_tokens(problem.batches),
         importance=statistics.importance,

@@ -38,8 +38,8 @@ class PruneResult:
             and "latency" if that was constrained.
         seconds: by stage (collect, search, rearrange, compact, verify, tune), and their sum
             (prune_total).
-        warnings: one sentence for each block that could not be fitted, or a latency that was not
-            met.
+        warnings: one sentence for each way in which the calibration batches are no sample of the
+            model's data, each block that could not be fitted, or a latency that was not met.
         layers: units of every kind kept in every layer; see `units_of_layers`.
         mean_tokens: mean length of the calibration examples, at which MACs are counted.
         importance: importance (U,) of the units of each block; None for a method without it.

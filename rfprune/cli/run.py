@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from warnings import warn
@@ -15,6 +15,7 @@ from rfprune import distributed
 from rfprune.cache import default_folder
 from rfprune.checkpoints.device import pick_device
 from rfprune.checkpoints.loading import (
+    LoadedCheckpoint,
     load,
     resolve_data_dir,
     resolve_max_length,
@@ -44,8 +45,9 @@ from rfprune.settings import Options
 from rfprune.tasks.baseline import below_baseline
 from rfprune.tasks.calibration import calibration_batches
 from rfprune.tasks.evaluation import Evaluation, prepare_evaluation
+from rfprune.tasks.max_length import NO_LIMIT
 from rfprune.tasks.own_data import warn_about_truncation
-from rfprune.tasks.registry import CUSTOM, HeldOut
+from rfprune.tasks.registry import OWN_DATA, HeldOut, Task
 
 
 def run(options: Options, arguments: Sequence[str]) -> None:
@@ -111,6 +113,7 @@ def _prepare(options: Options, device: torch.device, consoles: Consoles) -> Prep
         seed=options.settings.seed,
         with_labels=options.settings.use_labels,
     )
+    _warn_about_truncation(options, task, loaded, batches, "calibration")
     problem = prepare_problem(
         loaded.model,
         batches,
@@ -118,6 +121,8 @@ def _prepare(options: Options, device: torch.device, consoles: Consoles) -> Prep
         cache=_cache_folder(options),
         progress=consoles.progress,
     )
+    for warning in problem.warnings:
+        warn(warning, RfpruneWarning, stacklevel=2)
     batches = [dict(add_token_mask(loaded.model, problem.layout, batch)) for batch in batches]
     if target.metric != "latency":  # checked once there is a latency table
         check_constraints(problem, _constraints(options, target.ratios))
@@ -129,11 +134,31 @@ def _prepare(options: Options, device: torch.device, consoles: Consoles) -> Prep
         max_length=max_length,
         limit=data.eval_limit,
     )
-    if task.name == CUSTOM and data.max_length is None and "pixel_values" not in batches[0]:
-        warn_about_truncation(evaluation_set.batches, max_length)
+    _warn_about_truncation(options, task, loaded, evaluation_set.batches, "validation")
     seconds = time.perf_counter() - start
     inputs = inputs_digest(loaded.model, batches, evaluation_set)
     return Prepared(loaded, problem, stored, batches, evaluation_set, seconds, inputs)
+
+
+def _warn_about_truncation(
+    options: Options,
+    task: Task,
+    loaded: LoadedCheckpoint,
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    examples: str,
+) -> None:
+    """Warn if texts were cut; long contexts and running text are split without gaps instead."""
+    if task.kind in ("question-answering", "language-modeling", "image-classification"):
+        return
+    longest = resolve_max_length(loaded, replace(task, max_length=NO_LIMIT), None)
+    length = resolve_max_length(loaded, task, options.data.max_length)
+    warn_about_truncation(
+        batches,
+        length,
+        examples=examples,
+        is_default=options.data.max_length is None and task.name in OWN_DATA,
+        is_longest=length == longest,
+    )
 
 
 def _with_latency_table(

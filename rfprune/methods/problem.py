@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from rfprune.cache import Tensors, load_or_collect
 from rfprune.errors import UserError, as_path
 from rfprune.latency.table import LatencyTable
+from rfprune.methods.sample import sample_warnings
 from rfprune.model.batch import LABEL_NAMES, Batch, split_batch, token_mask
 from rfprune.model.encoder_decoder import add_decoder_inputs
 from rfprune.model.frozen import default_torch_state, frozen
@@ -49,6 +50,7 @@ class Problem:
         cache: folder of the cache; None for no cache.
         progress: show progress bars.
         timer: takes the seconds of each stage.
+        warnings: about the batches; see `rfprune.methods.sample`.
     """
 
     model: PreTrainedModel
@@ -60,6 +62,7 @@ class Problem:
     cache: Path | None = None
     progress: bool = False
     timer: StageTimer = field(default_factory=StageTimer)
+    warnings: tuple[str, ...] = ()
 
     @property
     def inputs(self) -> list[Batch]:
@@ -161,7 +164,7 @@ def prepare_problem(
         check_pad_token(model, prepared)
         problem = Problem(model, layout, prepared, settings, loss, latency_table, folder, progress)
         _check_objective(problem)
-    return problem
+    return replace(problem, warnings=tuple(sample_warnings(model, layout, prepared)))
 
 
 def _check_arguments(settings: Any, loss: Any, latency_table: Any) -> None:

@@ -243,18 +243,39 @@ def task_from_training_data(
     return replace(task, label_names=names)
 
 
-def warn_about_truncation(batches: Sequence[Mapping[str, Tensor]], max_length: int) -> None:
-    """Warn if many rows fill the default length, and may have been cut."""
+def warn_about_truncation(
+    batches: Sequence[Mapping[str, Tensor]],
+    max_length: int,
+    *,
+    examples: str = "validation",
+    is_default: bool = True,
+    is_longest: bool = False,
+) -> None:
+    """Warn if many rows are as long as is read, and may have been cut.
+
+    Args:
+        examples: what the batches hold, for the message.
+        is_default: whether nobody chose the length: some cut rows are enough for a warning. If it
+            was chosen, all must be cut.
+        is_longest: whether model or tokenizer take no more.
+    """
     masks = [batch["attention_mask"] for batch in batches if "attention_mask" in batch]
     lengths = [int(length) for mask in masks for length in mask.sum(dim=-1).flatten()]
     full = sum(length >= max_length for length in lengths)
-    if full > _TRUNCATED_FRACTION * len(lengths):
-        warnings.warn(
-            f"{full} of {len(lengths)} validation examples fill the default length of {max_length} "
-            f"tokens and may be cut: choose a larger --max-length to read them whole.",
-            RfpruneWarning,
-            stacklevel=2,
-        )
+    enough = full > _TRUNCATED_FRACTION * len(lengths) if is_default else full == len(lengths)
+    if not lengths or not enough:
+        return
+    length, way_out = "default length", "choose a larger --max-length to read them whole"
+    if is_longest:
+        length, way_out = "length limit of model or tokenizer", "shorten or split the texts"
+    elif not is_default:
+        length = "--max-length"
+    warnings.warn(
+        f"{full} of {len(lengths)} {examples} examples fill the {length} of {max_length} tokens "
+        f"and may be cut: {way_out}.",
+        RfpruneWarning,
+        stacklevel=2,
+    )
 
 
 def _columns(task: Task, split: str, data_dir: Path) -> Table:
