@@ -141,7 +141,9 @@ def _checked_labels(task: Task, labels: Sequence[Any], source: str) -> list[int]
         return _checked_choices(task, labels, source)
     if task.kind in _KINDS_WITH_NUMBERS:
         low, high = task.label_range or (-math.inf, math.inf)
-        wanted = f"a number from {low:g} to {high:g}" if task.label_range else "a number"
+        wanted = (
+            f"a number from {low:g} to {high:g}" if task.label_range else "a number (such as 0.5)"
+        )
     else:
         low, high = 0, task.num_labels - 1
         meanings = (f"{label} {name}" for label, name in enumerate(task.label_names))

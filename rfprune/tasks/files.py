@@ -22,6 +22,10 @@ TEXT = "text"
 
 SHOWN_NAMES = 20
 """How many names of a folder's content an error shows."""
+SEPARATORS = (",", ";", "\t", "|")
+"""Separators of csv and tsv files; which one it is shows in the header line."""
+
+_HEADER = 2**16  # characters in which a header line ends
 _QUOTED = re.compile(r'"(?:[^"]|"")*"')
 
 
@@ -154,7 +158,9 @@ def _read_json_lines(path: Path, wanted: Collection[str]) -> tuple[list[str], di
 def _read_delimited(path: Path, wanted: Collection[str]) -> tuple[list[str], dict[str, list[Any]]]:
     """Columns of a csv or tsv file; an empty cell is a missing value."""
     text = _read_text(path)
-    header, *rows = _tab_separated(path, text) if path.suffix == ".tsv" else _quoted(path, text)
+    separator = _separator(text, "\t" if path.suffix == ".tsv" else ",")
+    rows = _tab_separated(path, text) if separator == "\t" else _quoted(path, text, separator)
+    header, *rows = rows
     if len(set(header)) != len(header):
         raise UserError(
             f"'{path}' names a column twice in its first line ({', '.join(header)}): rename one."
@@ -165,6 +171,21 @@ def _read_delimited(path: Path, wanted: Collection[str]) -> tuple[list[str], dic
         if name in wanted
     }
     return header, columns
+
+
+def _separator(text: str, usual: str) -> str:
+    """The separator of a file: the usual one, unless another one alone splits the header line."""
+    known = [one for one in (usual, *SEPARATORS) if _num_fields(text, one) > 1]
+    return known[0] if usual in known or len(set(known)) == 1 else usual
+
+
+def _num_fields(text: str, separator: str) -> int:
+    """Number of columns in the header line; 0 if it cannot be parsed."""
+    try:
+        rows = csv.reader(io.StringIO(text[:_HEADER], newline=""), delimiter=separator, strict=True)
+        return len(next((row for row in rows if row), []))
+    except csv.Error:
+        return 0
 
 
 def _tab_separated(path: Path, text: str) -> list[list[str]]:
@@ -190,7 +211,8 @@ def _quoted(path: Path, text: str, delimiter: str = ",") -> list[list[str]]:
             if row and rows and len(row) != len(rows[0]):
                 raise UserError(
                     f"'{path}', line {reader.line_num} has {len(row)} fields, but its first line "
-                    f"has {len(rows[0])}: correct the line, or quote the text with a separator."
+                    f"has {len(rows[0])}, separated by {delimiter!r}: correct the line, or quote "
+                    f"the text with a separator."
                 )
             if row:
                 rows.append(row)

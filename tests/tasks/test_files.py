@@ -184,3 +184,41 @@ def test_a_damaged_saved_dataset(tmp_path: Path, refused: Refused) -> None:
     for path in (tmp_path / "sst2/train").glob("*.arrow"):
         path.write_bytes(b"nonsense")
     refused(tmp_path, str(tmp_path / "sst2/train"), "not a readable saved dataset")
+
+
+@pytest.mark.parametrize("separator", [";", "\t", "|", ","])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+@pytest.mark.parametrize("quote", ["", '"'])
+def test_the_header_shows_the_separator(
+    separator: str, suffix: str, quote: str, tmp_path: Path
+) -> None:
+    rows = [("sentence", "label"), ("a good film, or not", "1"), ("bad", "0")]
+    if separator == ",":
+        rows[1] = ("a good film", "1")
+    path = tmp_path / "sst2" / f"train{suffix}"
+    path.parent.mkdir()
+    lines = (separator.join(f"{quote}{cell}{quote}" for cell in row) for row in rows)
+    path.write_text("\n".join(lines), encoding="utf-8")
+    loaded = load_split(SST2, "train", tmp_path)
+    assert loaded["sentence"][:] == [row[0] for row in rows[1:]]
+    assert loaded["label"][:] == [1, 0]
+
+
+@pytest.mark.parametrize("header", ["sentence,a;b,label", '"sentence";x,label', "sentence;x|label"])
+def test_a_header_with_two_separators_is_read_as_usual(
+    header: str, tmp_path: Path, refused: Refused
+) -> None:
+    path = tmp_path / "sst2" / "train.csv"
+    path.parent.mkdir()
+    path.write_text(f"{header}\na,b,1\n", encoding="utf-8")
+    if header.startswith("sentence,"):
+        assert load_split(SST2, "train", tmp_path)["label"][:] == [1]
+    else:
+        refused(tmp_path, "train.csv")
+
+
+def test_a_row_with_more_fields_names_the_separator(tmp_path: Path, refused: Refused) -> None:
+    path = tmp_path / "sst2" / "train.csv"
+    path.parent.mkdir()
+    path.write_text("sentence;label\na;b;1\n", encoding="utf-8")
+    refused(tmp_path, "line 2 has 3 fields", "separated by ';'")
