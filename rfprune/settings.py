@@ -69,6 +69,10 @@ HELD_OUT = Allowed(
     "validation data, such as 0.2",
     lambda number: 0 < number < 1,
 )
+SPLIT_NAME = Allowed(
+    "the name of a split: letters, digits, _, - and ., such as dev for the file dev.csv",
+    lambda name: re.fullmatch(r"\w[\w.-]*", name) is not None,
+)
 POINTS = Allowed(
     "a number from 0 up to 100: it is how many points of the task's score may be lost, such as 1",
     lambda number: 0 <= number < 100,
@@ -271,6 +275,18 @@ class DataSettings:
         default=None,
         metavar="FRACTION",
         allowed=HELD_OUT,
+    )
+    train_split: str | None = choice(
+        "the split to calibrate on (default: train)",
+        default=None,
+        metavar="NAME",
+        allowed=SPLIT_NAME,
+    )
+    validation_split: str | None = choice(
+        "the split to score on, such as dev or test (default: validation)",
+        default=None,
+        metavar="NAME",
+        allowed=SPLIT_NAME,
     )
     text_columns: tuple[str, ...] | None = choice(
         "with --task {own_data}: the column of the text, or the two columns of a pair (default: "

@@ -25,6 +25,15 @@ if TYPE_CHECKING:
     from rfprune.tasks.evaluation import Evaluation
 
 
+SPLITS_AND_COLUMNS = (
+    "validation_fraction",
+    "train_split",
+    "validation_split",
+    "text_columns",
+    "label_column",
+)
+
+
 @script(NOTHING_WRITTEN)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process): 0 done, 2 user error, 130
@@ -49,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", required=True, help="folder (dense or pruned), hub id or alias")
     parser.add_argument("--task", required=True, help=", ".join(TASK_NAMES))
-    columns = ("validation_fraction", "text_columns", "label_column")
+    columns = SPLITS_AND_COLUMNS
     add_flags(parser, DataSettings, ("data_dir", *columns, "batch_size", "max_length"))
     parser.add_argument("--limit", type=int, help="score this many random examples of each split")
     seed = "draws the examples, and the rows of --validation-fraction (default: 0)"
@@ -79,6 +88,8 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
             data_dir=options.data_dir,
             text_columns=options.text_columns,
             label_column=options.label_column,
+            train_split=options.train_split,
+            validation_split=options.validation_split,
             held_out=HeldOut.from_flags(options.validation_fraction, options.seed),
         )
         device = pick_device(options.device)

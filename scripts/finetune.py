@@ -15,7 +15,7 @@ from rfprune.cli.parser import add_flags
 from rfprune.cli.validation import check_data
 from rfprune.errors import UserError
 from rfprune.settings import DataSettings
-from rfprune.tasks.registry import CUSTOM, get_task
+from rfprune.tasks.registry import CUSTOM, get_task, with_splits
 
 
 @script("the checkpoint was not written.")
@@ -27,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--model", required=True, help="folder or hub id of a pretrained encoder")
     add("--task", required=True, help="such as mrpc, sst2, stsb, squad, custom")
     add("--output-dir", type=Path, required=True, help="new folder for the checkpoint")
-    add_flags(parser, DataSettings, ("data_dir", "text_columns", "label_column"))
+    add_flags(parser, DataSettings, ("data_dir", "train_split", "validation_split"))
+    add_flags(parser, DataSettings, ("text_columns", "label_column"))
     add("--regression", action="store_true", help="for --task custom: labels are numbers")
     add("--epochs", type=float, default=3.0, help="default: 3")
     add("--learning-rate", type=float, default=3e-5, help="default: 3e-5")
@@ -77,11 +78,13 @@ def finetune(options: argparse.Namespace) -> None:
 def choose_task(options: argparse.Namespace) -> Any:
     """A known task, or the one that the labels of your own data define."""
     if options.task != CUSTOM:
-        return get_task(options.task)
-    from rfprune.tasks.own_data import task_from_training_data
+        return with_splits(get_task(options.task), options.train_split, options.validation_split)
+    from rfprune.tasks.own_data import blank_custom_task, task_from_training_data
 
+    blank = with_splits(blank_custom_task(), options.train_split, options.validation_split)
     columns = options.text_columns, options.label_column
-    return task_from_training_data(options.data_dir, *columns, regression=options.regression)
+    regression = options.regression
+    return task_from_training_data(options.data_dir, *columns, regression=regression, task=blank)
 
 
 def check(options: argparse.Namespace) -> None:

@@ -55,6 +55,7 @@ from rfprune.tasks.registry import (
     HeldOut,
     Task,
     get_task,
+    with_splits,
 )
 
 DEMO = "demo"
@@ -85,6 +86,8 @@ def resolve_task(
     data_dir: Path | None = None,
     text_columns: Sequence[str] | None = None,
     label_column: str | None = None,
+    train_split: str | None = None,
+    validation_split: str | None = None,
     held_out: HeldOut | None = None,
 ) -> Task:
     """The task of that name; a task on your own data is made from the checkpoint and the data.
@@ -95,13 +98,15 @@ def resolve_task(
         data_dir: folder or file with the data; None: the hub's.
         text_columns: columns with the text or texts; None: the usual names.
         label_column: column with the labels; None: the usual names.
+        train_split: name of the split to calibrate on; None: train.
+        validation_split: name of the split to score on; None: that of the task.
         held_out: makes the validation split from rows of the training split.
 
     Raises:
         UserError: the task is unknown, or the checkpoint or the data does not fit it.
     """
     if name not in OWN_DATA:
-        return get_task(name)
+        return with_splits(get_task(name), train_split, validation_split)
     known = {LANGUAGE_MODELING: language_task, SIMILARITY: similarity_task}
     task = known[name]() if name in known else blank_custom_task()
     source = resolve_model(model, task)
@@ -111,7 +116,7 @@ def resolve_task(
             labels, kind = labels_of(config, source), kind_of(config, source)
             task = custom_task(labels, config.get("problem_type"), source, kind)
         check_config(config, source, task)
-    task = replace(task, held_out=held_out)
+    task = with_splits(replace(task, held_out=held_out), train_split, validation_split)
     return with_columns(task, data_dir, text_columns, label_column)
 
 

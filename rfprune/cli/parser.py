@@ -168,18 +168,19 @@ def _reader(flag: str, kind: Any, declaration: Declaration) -> Reader:
     if declaration.is_path:
         return lambda text: _name_or_path(flag, text)
     if (allowed := declaration.allowed) is not None:
-        return lambda text: _number(flag, text, kind, allowed)
+        return lambda text: _allowed(flag, text, kind, allowed)
     return kind  # type: ignore[no-any-return]
 
 
-def _number(flag: str, text: str, kind: Any, allowed: Allowed) -> Any:
+def _allowed(flag: str, text: str, kind: Any, allowed: Allowed) -> Any:
+    """The value of a flag, a name or a number."""
     try:
-        number = kind(text) + 0  # turns -0.0 into 0.0
+        value = text if kind is str else kind(text) + 0  # turns -0.0 into 0.0
     except ValueError:
-        number = None
-    if number is None or not allowed.test(number):
+        value = None
+    if value is None or not allowed.test(value):
         raise UserError(f"{flag} {text or repr(text)} is not {allowed.description}")
-    return number
+    return value
 
 
 def _path(flag: str, text: str) -> Path:

@@ -93,6 +93,8 @@ def _prepare(options: Options, device: torch.device, consoles: Consoles) -> Prep
         data_dir=data.data_dir,
         text_columns=data.text_columns,
         label_column=data.label_column,
+        train_split=data.train_split,
+        validation_split=data.validation_split,
         held_out=HeldOut.from_flags(data.validation_fraction, options.settings.seed),
     )
     check_kind(task, exports=options.output.export, max_drop=target.max_drop)

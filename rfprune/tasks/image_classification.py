@@ -46,17 +46,20 @@ def load_images(task: Task, split: str, data_dir: Path, *, labels_required: bool
         )
     if task.held_out is not None:
         split = task.train_split
-        if existing := _split_folders(task, "validation", data_dir):
+        existing = _split_folders(task, "validation", data_dir)
+        if existing and split != "validation":
             raise UserError(
                 f"'{existing[0]}' is a validation split already, and --validation-fraction makes "
                 f"one: leave the flag out, or remove the folder."
             )
     found = _split_folders(task, split, data_dir)
     if not found:
+        flag = "--train-split" if split == task.train_split else "--validation-split"
         names = sorted(path.name for path in data_dir.iterdir())[:SHOWN_NAMES] or ["nothing"]
         raise UserError(
             f"'{data_dir}' has no {split} images: needed is {split}/CLASS/*.png with a folder per "
-            f"class, or a save_to_disk folder {split}, but it holds {', '.join(names)}."
+            f"class, or a save_to_disk folder {split}, or another split named with "
+            f"{flag} NAME, but it holds {', '.join(names)}."
         )
     if (found[0] / "state.json").is_file():
         return _saved(task, found[0], labels_required)

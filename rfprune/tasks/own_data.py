@@ -153,7 +153,8 @@ def with_columns(
         )
     if task.kind == "image-classification":
         return replace(task, text_columns=(IMAGE,), label_column=label_column or USUAL_LABEL)
-    train, validation = (_columns(task, split, data_dir) for split in ("train", "validation"))
+    splits = (task.train_split, task.validation_splits[0])
+    train, validation = (_columns(task, split, data_dir) for split in splits)
     texts = tuple(text_columns) if text_columns else _usual_texts(task, validation)
     label = "" if task.kind == "language-modeling" else _label_of(task, validation, label_column)
     check_columns(texts, label or None, most=_MOST_TEXTS.get(task.kind, 2))
@@ -206,6 +207,7 @@ def task_from_training_data(
     label_column: str | None,
     *,
     regression: bool = False,
+    task: Task | None = None,
 ) -> Task:
     """Task custom from training data, before there is a checkpoint.
 
@@ -217,13 +219,14 @@ def task_from_training_data(
         text_columns: None: the usual names.
         label_column: None: the usual name.
         regression: whether whole numbers are values to predict, too.
+        task: names the splits; None: train and validation.
 
     Raises:
         UserError: as for `with_columns`, or the training data has no labels or one class only.
     """
-    task = with_columns(blank_custom_task(), data_dir, text_columns, label_column)
+    task = with_columns(task or blank_custom_task(), data_dir, text_columns, label_column)
     assert data_dir is not None
-    table = read_table(find_split(task, "train", data_dir), [task.label_column])
+    table = read_table(find_split(task, task.train_split, data_dir), [task.label_column])
     labels = table.columns.get(task.label_column)
     if labels is None:
         raise UserError(

@@ -5,7 +5,7 @@ Lengths follow Kwon et al. 2022; columns and label ids are those of the hub's da
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -204,6 +204,28 @@ def get_task(name: str) -> Task:
     if name not in TASKS:
         raise UserError(f"Unknown task {name!r}: choose one of {', '.join(TASKS)}.")
     return TASKS[name]
+
+
+def with_splits(task: Task, train: str | None, validation: str | None) -> Task:
+    """The task with other names of its splits; None keeps a name.
+
+    Raises:
+        UserError: one split is both, or the validation split is made from the training split.
+    """
+    if validation is not None and task.held_out is not None:
+        raise UserError(
+            f"--validation-split {validation} names a split, and --validation-fraction "
+            f"{task.held_out.fraction:g} makes one from the training split: leave one of them out."
+        )
+    train = train or task.train_split
+    splits = task.validation_splits if validation is None else (validation,)
+    if train in splits and task.held_out is None:
+        raise UserError(
+            f"The split {train} would be the training split and the validation split, and scores "
+            f"need other rows than the calibration: name another with --train-split or "
+            f"--validation-split, or split it with --validation-fraction 0.2."
+        )
+    return replace(task, train_split=train, validation_splits=splits)
 
 
 def check_columns(

@@ -94,10 +94,13 @@ def _from_hub(task: Task, split: str, wanted: Iterable[str]) -> Table:
         try:
             dataset = datasets.load_dataset(task.hub_path, task.hub_config, split=split)
         except Exception as error:  # network, hub, cache and disk raise errors of many types
-            reason = error_summary(error) if is_reachable else "no connection, and not in the cache"
+            reason = "no connection, and not in the cache"
+            if is_reachable or "split" in str(error):
+                reason = error_summary(error)
             raise UserError(
                 f"The {split} split of dataset {name} cannot be loaded from the Hugging Face hub "
-                f"({reason}): check the connection, or give local files with --data-dir DIR, where "
+                f"({reason}): check the connection, name another split with "
+                f"{_flag(task, split)} NAME, or give local files with --data-dir DIR, where "
                 f"DIR holds {task.name}/{split}.parquet (or .csv, .tsv, .jsonl)."
             ) from error
     return table_of(dataset, list(wanted), f"The {split} split of dataset {name}")
@@ -143,12 +146,16 @@ def _find_table_to_split(task: Task, data_dir: Path) -> Path:
         return data_dir
     if _is_saved_dataset(data_dir):
         return data_dir
-    if data_dir.is_dir() and (existing := _split_paths(task, "validation", data_dir)):
+    if (
+        data_dir.is_dir()
+        and task.train_split != "validation"
+        and (existing := _split_paths(task, "validation", data_dir))
+    ):
         raise UserError(
             f"'{existing[0]}' is a validation split already, and --validation-fraction makes one: "
             f"leave the flag out, or remove the file."
         )
-    return find_split(replace(task, held_out=None), "train", data_dir)
+    return find_split(replace(task, held_out=None), task.train_split, data_dir)
 
 
 def _split_paths(task: Task, split: str, data_dir: Path) -> Sequence[Path]:
@@ -177,7 +184,8 @@ def _paragraphs(table: Table) -> Table:
 def _not_a_folder(task: Task, data_dir: Path) -> UserError:
     end = ".txt" if task.name == LANGUAGE_MODELING else ".csv"
     own = task.name in OWN_DATA
-    holding = f"train{end} and validation{end}" if own else f"{task.name}/"
+    validation = task.validation_splits[0]
+    holding = f"{task.train_split}{end} and {validation}{end}" if own else f"{task.name}/"
     if not data_dir.exists():
         return UserError(
             f"The data folder '{data_dir}' does not exist: give one that holds {holding}."
@@ -198,9 +206,15 @@ def _missing(task: Task, split: str, data_dir: Path) -> UserError:
     wanted = f"{'' if own else task.name + '/'}{split}{first}"
     return UserError(
         f"'{data_dir}' has no {split} split of {task.name}: needed is {wanted} (or "
-        f"{', '.join(others)}, or a save_to_disk folder), but '{folder}' holds {there}"
+        f"{', '.join(others)}, or a save_to_disk folder), or another split named with "
+        f"{_flag(task, split)} NAME, but '{folder}' holds {there}"
         f"{_advice(task, split) if own else _one_level_off(task, split, data_dir)}."
     )
+
+
+def _flag(task: Task, split: str) -> str:
+    """The flag that names a split."""
+    return "--train-split" if split == task.train_split else "--validation-split"
 
 
 def _one_level_off(task: Task, split: str, data_dir: Path) -> str:
@@ -214,7 +228,7 @@ def _one_level_off(task: Task, split: str, data_dir: Path) -> str:
 
 def _advice(task: Task, split: str) -> str:
     """What a task on your own data needs the split for."""
-    if split != "train":
+    if split != task.train_split:
         advice = "; scores need labelled examples that the model was not trained on"
         if task.name == LANGUAGE_MODELING:
             advice = "; a text to score the models on is needed"

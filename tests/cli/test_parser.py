@@ -43,6 +43,8 @@ OTHER_VALUES: dict[str, tuple[str, Any]] = {
     "latency_table": ("table.json --metric latency", Path("table.json")),
     "data_dir": ("mine", Path("mine")),
     "validation_fraction": ("0.25", 0.25),
+    "train_split": ("dev", "dev"),
+    "validation_split": ("test.2", "test.2"),
     "text_columns": ("a b", ("a", "b")),
     "label_column": ("c", "c"),
     "samples": ("7", 7),
