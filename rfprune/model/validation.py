@@ -15,8 +15,11 @@ from rfprune.families.architectures import ARCHITECTURES
 from rfprune.model.batch import LABEL_NAMES, Batch, model_inputs, token_mask
 from rfprune.model.layout import Layout
 
-_NUM_DIMS = {"input_ids": (2, 3), "inputs_embeds": (3, 4), "pixel_values": (4,)}
-_SHAPES = {"input_ids": "(B, S)", "inputs_embeds": "(B, S, d)", "pixel_values": "(B, C, H, W)"}
+_NUM_DIMS = {"input_ids": 2, "inputs_embeds": 3, "pixel_values": 4}
+"""Dimensions of the main input; multiple choice has one more, (B, choices, S)."""
+
+_OPTIONS = ("use_cache", "return_dict", "output_attentions", "output_hidden_states")
+"""Arguments of a model that are no inputs; a collator makes tensors of them, too."""
 
 _FORWARD_ERRORS = (
     *(RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError),
@@ -168,7 +171,7 @@ def checked_batches(
         )
     for number, batch in enumerate(batches):
         name = f"batches[{number}]"
-        checked = _with_rows(name, _to_device(name, batch, model.device))
+        checked = _with_rows(name, _to_device(name, batch, model.device), model)
         _check_ids(name, checked, model)
         if labelled and "labels" in checked:
             _check_labels(name, checked, model)
@@ -187,6 +190,8 @@ def _to_device(name: str, batch: Any, device: torch.device) -> dict[str, Tensor]
                 f"{name}[{key!r}] is a {type(value).__name__}, but a batch must map names to "
                 "tensors: leave it out, or collate it to a tensor (return_tensors='pt')"
             )
+        if key in _OPTIONS:
+            raise UserError(f"{name}[{key!r}] is an option, not a model input: leave it out")
         if value.is_meta or value.is_nested or value.layout != torch.strided:
             raise UserError(f"{name}[{key!r}] is not an ordinary dense tensor: give one")
         if value.dim() == 0:
@@ -199,7 +204,7 @@ def _to_device(name: str, batch: Any, device: torch.device) -> dict[str, Tensor]
     return {key: value.clone() if value.is_inference() else value for key, value in moved.items()}
 
 
-def _with_rows(name: str, batch: dict[str, Tensor]) -> Batch:
+def _with_rows(name: str, batch: dict[str, Tensor], model: PreTrainedModel) -> Batch:
     """Check that all entries have one row per example; position ids for all are repeated."""
     main = next((key for key in _NUM_DIMS if key in batch), None)
     if main is None:
@@ -208,18 +213,21 @@ def _with_rows(name: str, batch: dict[str, Tensor]) -> Batch:
             "or pixel_values for images"
         )
     inputs = batch[main]
-    if inputs.dim() not in _NUM_DIMS[main]:
+    has_choices = any(base.__name__.endswith("ForMultipleChoice") for base in type(model).__mro__)
+    num_dims = _NUM_DIMS[main] + has_choices
+    if inputs.dim() != num_dims:
         raise UserError(
-            f"{name}['{main}'] has shape {tuple(inputs.shape)}, not {_SHAPES[main]}: collate "
-            "examples to batches first"
+            f"{name}['{main}'] has shape {tuple(inputs.shape)}, but a {type(model).__name__} takes "
+            f"{num_dims} dimensions, the first of which counts examples: collate examples first"
         )
     if inputs.numel() == 0:
         raise UserError(
             f"{name}['{main}'] has shape {tuple(inputs.shape)}, so it holds no example or no "
             "token: leave the batch out, or give at least one example"
         )
-    if "position_ids" in batch and len(batch["position_ids"]) == 1:
-        batch["position_ids"] = batch["position_ids"].expand(len(inputs), -1)
+    positions = batch.get("position_ids")
+    if positions is not None and positions.dim() == 2 and len(positions) == 1:
+        batch["position_ids"] = positions.expand(len(inputs), -1)
     for key, value in batch.items():
         if len(value) != len(inputs):
             raise UserError(

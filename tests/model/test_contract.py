@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from torch import Tensor
 
 from rfprune.families.architectures import ARCHITECTURES
 from rfprune.families.schema import LINEAR_MAPS
-from rfprune.model.batch import model_inputs, pack, token_mask, unpack
+from rfprune.methods.problem import add_token_mask
+from rfprune.model.batch import decoder_token_mask, model_inputs, pack, token_mask, unpack
 from rfprune.model.checkpoint import load_pruned, save_pruned
 from rfprune.model.compact import compact
+from rfprune.model.encoder_decoder import encoder_output, inputs_with_encoder_output
 from rfprune.model.frozen import frozen
 from rfprune.model.layerwise import add_image_token_mask, layer_calls, run_layer
 from rfprune.model.layout import Layout, layout_of, recorded_blocks
@@ -380,3 +383,60 @@ def test_mask_gradients_are_finite_differences(
             scale = float(gradients[i].abs().max())
             rtol, atol = (1e-2, 1e-3 * scale) if single else (1e-5, 1e-7)
             torch.testing.assert_close(gradients[i][:, unit], expected, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("model_type", ALL_TYPES)
+def test_six_layers_of_different_sizes(
+    model_type: str,
+    tiny_model: Callable[..., Any],
+    tiny_batch: Callable[..., Batch],
+    tmp_path: Path,
+) -> None:
+    """Two layers hide what is wrong from the third on, and equal sizes hide mixed-up layers."""
+    head = heads_of(model_type)[0]
+    model = tiny_model(model_type, head, num_hidden_layers=6)
+    layout, batch = layout_of(model), tiny_batch(model_type=model_type)
+    if head == "seq2seq-lm":
+        batch["decoder_input_ids"] = batch["input_ids"]
+    masks = six_sizes(layout)
+    expected = masked_outputs(model, layout, masks, batch)
+    assert (expected - outputs_of(model, batch)).abs().max() > 1e-2
+    small = compact(model, layout, masks)
+    close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-4)  # rounding of six layers
+    close(outputs_of(small, batch), expected)
+    save_pruned(small, layout, masks, tmp_path)
+    exact = outputs_of(small, batch)
+    assert_same(outputs_of(load_pruned(tmp_path), batch), exact, model_type)
+    with_code = HEADS[head].from_pretrained(tmp_path, trust_remote_code=True)
+    assert_same(outputs_of(with_code, batch), exact, model_type)
+    batch = dict(add_token_mask(small, layout, batch))
+    with torch.no_grad():
+        _, leaving = states_of(small, layout, batch)
+        hidden, calls = layer_calls(small, layout, batch)
+        order = layout.execution_order or layout.layer_indices()
+        assert len(set(order)) == 6
+        for run, layer in enumerate(order):
+            hidden = run_layer(small, layout.layers[layer], hidden, calls)
+            close(*(pack(each, token_mask(batch)) for each in (hidden, leaving[run])))
+        if not layout.is_encoder_decoder:
+            return
+        encoded = encoder_output(small, batch)
+        inputs = inputs_with_encoder_output(batch, encoded)
+        hidden, calls = layer_calls(small, layout, batch, decoder_inputs=inputs)
+        decoder = layout.layer_indices(decoder=True)
+        assert len(decoder) == 6
+        for layer in decoder:
+            hidden = run_layer(small, layout.layers[layer], hidden, calls)
+            tokens = decoder_token_mask(batch)
+            close(*(pack(each, tokens) for each in (hidden, leaving[layer])))
+
+
+def six_sizes(layout: Layout) -> tuple[Tensor, ...]:
+    """Masks that leave each of six layers other sizes than the others, and one sublayer empty."""
+    masks = full_masks(layout)
+    for block, mask in zip(layout.blocks, masks, strict=True):
+        layer = block.layer % 6
+        removed = layer % block.num_units if block.kind == "head" else layer + 1
+        mask[torch.arange(removed) * 5 % block.num_units] = 0
+    masks[4].zero_()
+    return masks

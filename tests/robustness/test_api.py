@@ -81,7 +81,10 @@ IDS = make_tiny_batch(6)["input_ids"]
         (changed(extra=torch.ones(2)), r"batches\[2\]\['extra'\] has 2 rows, .*'input_ids' has 6"),
         (changed(input_ids=torch.zeros(0, 9).long()), r"batches\[2\].* no example or no token"),
         (changed(input_ids=torch.zeros(6, 0).long()), r"batches\[2\].* no example or no token"),
-        (changed(input_ids=IDS[0]), r"batches\[2\]\['input_ids'\] has shape \(7,\), not \(B, S\)"),
+        (
+            changed(input_ids=IDS[0]),
+            r"batches\[2\]\['input_ids'\] has shape \(7,\), .* takes 2 dim",
+        ),
         (
             changed(input_ids=IDS.float(), attention_mask=None),
             r"batches\[2\]\['input_ids'\] holds torch.float32",
@@ -94,6 +97,8 @@ IDS = make_tiny_batch(6)["input_ids"]
             changed(input_ids=IDS - 999, attention_mask=None),
             r"'input_ids'\] has the id -\d+, .*0 to 218: use the tok",
         ),
+        (changed(input_ids=IDS[:, None]), r"\['input_ids'\] has shape \(6, 1, 7\), .* takes 2 dim"),
+        (changed(use_cache=torch.ones(6)), r"batches\[2\]\['use_cache'\] is an option.*leave"),
         (changed(input_ids=None), r"batches\[2\] holds attention_mask, but .* needs input_ids"),
         (changed(token_type_ids=2 + 0 * IDS), r"'token_type_ids'\] has the id 2, .* 0 to 1"),
         (
