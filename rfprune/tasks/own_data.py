@@ -258,8 +258,8 @@ def warn_about_truncation(
 
     Args:
         examples: what the batches hold, for the message.
-        is_default: whether nobody chose the length: some cut rows are enough for a warning. If it
-            was chosen, all must be cut.
+        is_default: whether the length is the default: some cut rows are then enough. A length that
+            the user chose gives a warning only if all rows may be cut.
         is_longest: whether model or tokenizer take no more.
     """
     masks = [batch["attention_mask"] for batch in batches if "attention_mask" in batch]

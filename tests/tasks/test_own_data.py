@@ -4,6 +4,7 @@ Without these a label could be scored as another one.
 """
 
 import random
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -331,3 +332,24 @@ def test_what_is_to_be_learned_is_read_from_the_training_labels(made: Callable[.
     assert "which training needs" in refusal(task_from_training_data, data, None, None)
     data = made(rows("a", "a"), rows("a", "a"))
     assert "two or more" in refusal(task_from_training_data, data, None, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"examples": "calibration"}, "1 of 4 calibration .* default length of 8 .*--max-length"),
+        ({"is_longest": True}, "limit of model or tokenizer of 8 tokens.*shorten or split"),
+        ({"is_default": False}, ""),
+    ],
+)
+def test_the_warning_names_the_examples_and_the_limit(options: dict[str, Any], says: str) -> None:
+    mask = torch.ones(4, 8, dtype=torch.int64)
+    mask[1:, 5:] = 0
+    batches = [{"attention_mask": mask}]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_about_truncation(batches, 8, **options)
+    assert len(caught) == bool(says)
+    assert all(re.search(says, str(one.message)) for one in caught)
+    with pytest.warns(RfpruneWarning, match="4 of 4 .* --max-length of 8"):
+        warn_about_truncation([{"attention_mask": torch.ones(4, 8)}], 8, is_default=False)
