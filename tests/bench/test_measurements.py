@@ -172,39 +172,6 @@ def test_processes_prepare_side_by_side_and_measure_one_at_a_time(tmp_path: Path
             fcntl.flock(third, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ("--turns missing/file", "--turns missing/file"),
-        ("--cells 32by128", "32by128 is not a shape"),
-        ("--cells 0x5", "--cells 0x5"),
-        ("--cells 1x900", "--length 900"),
-        ("--constraint 1.5", "1.5"),
-        ("--round-to 0", "--round-to 0"),
-        ("--seconds nan", "--seconds nan"),
-        ("--runtime compile-graphs", "--device cpu"),
-        ("--model missing/folder", "missing/folder"),
-        ("--runtime compile --profile", "leave --runtime out"),
-        pytest.param("--runtime onnx --dtype bfloat16", "float32", marks=needs_onnx),
-    ],
-)
-def test_a_user_error_is_one_line(
-    changes: str,
-    words: str,
-    shape_flags: str,
-    tmp_path: Path,
-    output: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert speedup.main(f"{shape_flags} --runtime eager --cells 1x5 {changes}".split()) == 2
-    printed = [line for line in capsys.readouterr().err.splitlines() if "to make" not in line]
-    assert words in printed[0]
-    assert len(printed) == 1
-    assert not output.exists() or not output.read_text()
-
-
 def test_every_runtime_runs_the_model_that_it_was_given(tiny_model: Callable[..., Any]) -> None:
     one, other = tiny_model(), tiny_model(seed=1)
     batch = models.random_batch(one, 3, 9)

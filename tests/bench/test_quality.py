@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 
 from rfprune.cost.constraint import Constraint
 from rfprune.errors import UserError
@@ -22,7 +21,7 @@ from rfprune.tasks.evaluation import divergence, evaluate_model, prepare_evaluat
 from rfprune.tasks.registry import get_task
 from scripts.bench import quality
 from tests.bench.conftest import ReadLines
-from tests.conftest import make_tiny_model, make_tiny_tokenizer
+from tests.conftest import WORDS
 
 Run = Callable[[str], int]
 
@@ -145,20 +144,19 @@ def test_later_seeds_of_an_ablation_are_for_random_importance(run: Run, lines: R
 
 
 def test_a_language_model_continues_prompts(
-    tmp_path: Path, output: Path, lines: ReadLines, monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Callable[..., Path],
+    tmp_path: Path,
+    output: Path,
+    lines: ReadLines,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("RFPRUNE_CACHE", str(tmp_path / "cache"))
-    tokenizer = make_tiny_tokenizer("gpt2")
-    model = make_tiny_model("gpt2", "causal-lm", vocab_size=len(tokenizer))
-    assert isinstance(model, transformers.PreTrainedModel)
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
     generator = random.Random(0)
-    words = "the a film was not very good bad and it".split()
     for split in ("train", "validation"):
-        (tmp_path / f"{split}.txt").write_text(" ".join(generator.choices(words, k=400)))
+        (tmp_path / f"{split}.txt").write_text(" ".join(generator.choices(WORDS, k=400)))
     flags = (
-        f"--suite decoder --model {tmp_path / 'model'} --data-dir {tmp_path} --output {output} "
+        f"--suite decoder --model {tiny_folder('gpt2', 'causal-lm')} --data-dir {tmp_path} "
+        f"--output {output} "
         "--device cpu --constraint 0.7 --samples 8 --max-length 12 --eval-limit 4 "
         "--variant curvature magnitude-l2-select"
     )
@@ -172,25 +170,6 @@ def test_a_language_model_continues_prompts(
         assert line["written"].keys() == line["written_by_original"].keys() == {"film"}
         assert line["divergence"] > 0
         assert line["peak_memory_bytes"] > 1e7
-
-
-@pytest.mark.parametrize(
-    ("more", "words"),
-    [
-        ("--task mrcp", "mrcp"),
-        ("--model no/such/folder", "no/such/folder"),
-        ("--output scores.json", ".jsonl"),
-        ("--constraint 1", "--constraint 1"),
-    ],
-)
-def test_a_user_error_is_one_line(
-    run: Run, output: Path, more: str, words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(more) == 2
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert message.startswith("quality: error: ")
-    assert words in message
-    assert not output.exists() or not output.read_text()
 
 
 def test_the_file_name_says_the_conditions(tmp_path: Path) -> None:

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as some
 
 from rfprune.settings import Settings
 from scripts.bench import tables
@@ -164,13 +162,6 @@ def test_constraints_are_columns_and_variants_rows(update: Update, tmp_path: Pat
 def test_other_conditions_are_never_averaged(change: dict[str, Any]) -> None:
     assert len(cells_of([a_line(), a_line(seed=1)])) == 1
     assert len(cells_of([a_line(), a_line(seed=1) | change])) == 2
-
-
-@given(some.lists(some.floats(0, 100), min_size=1, max_size=5))
-def test_the_mean_is_within_its_spread(scores: list[float]) -> None:
-    (cell,) = cells_of(a_line(seed=seed, score=score) for seed, score in enumerate(scores))
-    assert min(scores) - 1e-9 <= cell.mean("score") <= max(scores) + 1e-9
-    assert sorted(cell.values("score")) == sorted(scores)
 
 
 def test_lines_that_cannot_be_repeated_are_marked(update: Update, tmp_path: Path) -> None:

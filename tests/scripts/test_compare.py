@@ -49,16 +49,15 @@ def test_an_earlier_page_is_replaced_only_if_asked_to(
     run_at: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_at("run")
+    for output, words in (("run", "is a folder"), ("none/page.html", "does not exist: create it")):
+        assert script.main(["run", "--output", output]) == 2
+        assert words in capsys.readouterr().err
     Path("page.html").write_text("mine", encoding="utf-8")
     assert script.main(["run", "--output", "page.html"]) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert Path("page.html").read_text(encoding="utf-8") == "mine"
     assert script.main(["run", "--output", "page.html", "--overwrite"]) == 0
     assert Path("page.html").read_text(encoding="utf-8").startswith("<!doctype html>")
-
-
-def _damage(folder: Path, text: str) -> None:
-    (folder / "report.json").write_text(text, encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -81,29 +80,14 @@ def test_a_report_that_is_none_is_one_sentence(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     good, bad = run_at("good"), run_at("bad")
-    if text is None:
-        (bad / "report.json").unlink()
-    else:
-        _damage(bad, text)
+    (bad / "report.json").unlink()
+    if text is not None:
+        (bad / "report.json").write_text(text, encoding="utf-8")
     assert script.main([str(good), str(bad)]) == 2
     printed = capsys.readouterr().err
     assert words in printed
     assert printed.count("\n") == 1
     assert not list(Path().glob("compare*"))
-
-
-@pytest.mark.parametrize(
-    ("output", "words"), [("run", "is a folder"), ("none/page.html", "does not exist: create it")]
-)
-def test_a_bad_output_is_one_sentence(
-    output: str,
-    words: str,
-    run_at: Callable[..., Path],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    run_at("run")
-    assert script.main(["run", "--output", output]) == 2
-    assert words in capsys.readouterr().err
 
 
 def test_names_are_what_tells_runs_apart() -> None:

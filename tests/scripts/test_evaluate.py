@@ -104,40 +104,6 @@ def test_it_scores_your_own_table(
     assert "belongs to --task custom" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("changes", "what"),
-    [
-        ({"--task": "mprc"}, "Unknown task 'mprc'"),
-        ({"--model": "missing/folder/here"}, "'missing/folder/here' does not exist"),
-        ({"--data-dir": "missing"}, "data folder 'missing' does not exist"),
-        ({"--batch-size": "0"}, "--batch-size 0"),
-        ({"--limit": "-3"}, "limit of -3"),
-        ({"--seed": "-3"}, "seed of -3"),
-        ({"--max-length": "9999"}, "9999"),
-        ({"--output": "missing/scores.json"}, "does not exist: create it"),
-        ({"--output": "."}, "exists already"),
-    ],
-)
-def test_a_user_error_is_one_line(
-    changes: dict[str, str],
-    what: str,
-    tiny_folder: TinyFolder,
-    tiny_data_dir: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    flags = {"--model": str(tiny_folder("bert")), "--task": "mrpc"}
-    flags |= {"--data-dir": str(tiny_data_dir), "--output": "scores.json"} | changes
-    assert main([word for pair in flags.items() for word in pair]) == 2
-    printed = capsys.readouterr()
-    assert what in printed.err
-    assert printed.err.count("\n") == 1
-    assert printed.out == ""
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_ctrl_c_leaves_nothing(
     tiny_folder: TinyFolder,
     tiny_data_dir: Path,

@@ -75,15 +75,6 @@ def test_a_pruned_model_and_one_of_random_weights(
     assert len(LatencyTable.load(tmp_path / "random.json").model.blocks) == 2
 
 
-def test_the_shapes_that_have_names() -> None:
-    import transformers
-
-    base, small = (transformers.BertConfig(**shape) for shape in script.SYNTHETIC.values())
-    assert list(script.SYNTHETIC) == ["bert-base", "minilm"]
-    assert (base.num_hidden_layers, base.hidden_size, base.intermediate_size) == (12, 768, 3072)
-    assert (small.num_hidden_layers, small.hidden_size, small.num_attention_heads) == (6, 384, 12)
-
-
 def test_an_interruption_leaves_nothing(
     tiny_folder: TinyFolder,
     output: Path,
@@ -99,48 +90,3 @@ def test_an_interruption_leaves_nothing(
     assert script.main(flags.split()) == 130
     assert "interrupted; nothing was written" in capsys.readouterr().err
     assert not list(output.parent.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("changes", "what"),
-    [
-        ("--batch-size 0", "--batch-size 0: give 1 or more"),
-        ("--sequence-length -1", "--sequence-length -1: give 1 or more"),
-        ("--round-to 0", "--round-to 0: give 1 or more"),
-        ("--sequence-length 600", "--sequence-length 600 exceeds the 514 positions"),
-        ("--model missing/folder", "missing/folder"),
-        ("--model .", "config.json"),
-        ("--output missing/file.json", "does not exist: create it"),
-        ("--output .", "exists already"),
-        ("--device cuda:99", "--device cuda:99"),
-    ],
-)
-def test_a_user_error_is_one_line(
-    tiny_folder: TinyFolder,
-    output: Path,
-    changes: str,
-    what: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(output.parent)
-    (output.parent / "notes.txt").touch()
-    flags = f"--model {tiny_folder()} {SHAPE} --output {output} {changes}"
-    assert script.main(flags.split()) == 2
-    printed = capsys.readouterr().err
-    assert printed.startswith("profile_latency: error: ")
-    assert what in printed
-    assert printed.count("\n") == 1
-    assert not output.exists()
-
-
-def test_weights_that_are_damaged_are_one_sentence(
-    tiny_folder: TinyFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_bytes((tiny_folder() / "config.json").read_bytes())
-    (folder / "model.safetensors").write_bytes(b"short")
-    flags = f"--model {folder} {SHAPE} --output {tmp_path / 'table.json'}"
-    assert script.main(flags.split()) == 2
-    assert "cannot be loaded" in capsys.readouterr().err

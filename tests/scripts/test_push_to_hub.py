@@ -34,49 +34,19 @@ def test_a_dry_run_asks_nobody(run_folder: Path, capsys: pytest.CaptureFixture[s
     assert {path: path.read_bytes() for path in before} == before
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["nowhere", "someone/small"], "There is no folder 'nowhere'"),
-        ([".", "someone/small"], "not the output of a run"),
-        ([".", "../someone"], "is not a valid name of a repository"),
-        ([".", ""], "is not a valid name of a repository"),
-    ],
-)
-def test_what_cannot_be_pushed_is_one_sentence(
-    arguments: list[str],
-    words: str,
-    hub: StubHub,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert script.main(arguments) == 2
-    printed = capsys.readouterr().err
-    assert words in printed
-    assert printed.startswith("push_to_hub: error: ")
-    assert printed.count("\n") == 1
-    assert not hub.steps
-
-
-def test_without_a_token_nobody_is_asked(
+def test_a_hub_that_refuses_is_one_sentence(
     hub: StubHub,
     run_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    hub.answers = {"create": 403, "info": 404}
+    assert script.main([str(run_folder), "someone/small"]) == 2
+    printed = capsys.readouterr().err
+    assert "may not write there (403)" in printed
+    assert printed.count("\n") == 1
+    hub.steps.clear()
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     assert script.main([str(run_folder), "someone/small"]) == 2
     assert "no token for the hub" in capsys.readouterr().err
-    assert not hub.steps
-
-
-def test_a_hub_that_refuses_is_one_sentence(
-    hub: StubHub, run_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    hub.answers = {"create": 403, "info": 404}
-    assert script.main([str(run_folder), "someone/small"]) == 2
-    printed = capsys.readouterr()
-    assert "may not write there (403)" in printed.err
-    assert printed.err.count("\n") == 1
+    assert not hub.steps, "the hub is not asked without one"
