@@ -35,11 +35,6 @@ def test_a_script_ends_with_a_code_and_one_line(
     assert capsys.readouterr().err == (f"{PROGRAM}: {printed}\n" if printed else "")
 
 
-def test_a_bug_keeps_its_traceback() -> None:
-    with pytest.raises(ZeroDivisionError):
-        main(ZeroDivisionError())
-
-
 def test_one_of_several_processes_prints_the_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -294,7 +294,8 @@ def test_an_output_of_another_run_is_refused(
     assert main(flags) == 2
     assert "exists already" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in Path("out").rglob("*")} == before
-    assert main([*flags, "--overwrite"]) == 0
+    assert main([*flags, "--overwrite", "--seed", "1"]) == 0
+    assert read_report(Path("out/mac-0.7"))["seed"] == 1
 
 
 def test_the_log_has_what_was_printed(flags: list[str], capsys: Capture) -> None:
@@ -328,18 +329,20 @@ def left_behind(folder: Path, purpose: str, monkeypatch: MonkeyPatch) -> Path:
     return path
 
 
-def test_hidden_folders_of_killed_processes_are_removed(
-    tmp_path: Path, monkeypatch: MonkeyPatch
+def test_what_a_killed_process_left_is_removed_or_restored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "out"
     left_behind(folder, "partial", monkeypatch)
+    hidden_folder(folder, "partial").mkdir()  # in a container a number is often used again
     check_output(folder, overwrite=False)
     assert list(tmp_path.iterdir()) == []
+    with staged(folder, overwrite=False) as temporary:
+        (temporary / "new").touch()
+    assert [path.name for path in folder.iterdir()] == ["new"]
+    shutil.rmtree(folder)
 
-
-def test_an_output_being_replaced_is_restored(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
-    """Killed between two renames, with the earlier output already out of the way."""
-    folder = tmp_path / "out"
+    # Killed between two renames, with the earlier output already out of the way.
     old = left_behind(folder, "old", monkeypatch)
     (old / "report.json").write_text("{}")
     left_behind(folder, "partial", monkeypatch)
@@ -370,16 +373,6 @@ def test_hidden_folders_of_running_processes_stay(tmp_path: Path, monkeypatch: M
     os.utime(names[1], (time.time() - 2 * 86400,) * 2)
     check_output(folder, overwrite=False)
     assert set(tmp_path.iterdir()) == set(others), "now one has ended, and one is days old"
-
-
-def test_a_number_that_is_used_again(tmp_path: Path) -> None:
-    """In a container a run often has the very number of the one before it."""
-    folder = tmp_path / "out"
-    hidden_folder(folder, "partial").mkdir()
-    check_output(folder, overwrite=False)
-    with staged(folder, overwrite=False) as temporary:
-        (temporary / "file").touch()
-    assert [path.name for path in folder.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"identity": 1}', b"\xff"])

@@ -38,11 +38,6 @@ def sentences() -> list[str]:
     return [sentence for split in splits for sentence in split["sentence"]]
 
 
-def test_it_is_small_enough_to_ship() -> None:
-    files = [path for path in demo_path().rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files if path.suffix != ".pyc") <= 30_000_000
-
-
 def test_its_data_are_enough_to_calibrate_and_the_whole_validation_split() -> None:
     train = load_split(TASK, "train", demo_data_dir())
     validation = load_split(TASK, "validation", demo_data_dir())
@@ -62,14 +57,22 @@ def test_its_readme_names_the_files_as_they_are() -> None:
         assert hashlib.sha256(content).hexdigest() == digest
 
 
-def test_its_readme_states_source_licence_and_score() -> None:
-    for words in ("all-MiniLM-L6-v2", "Apache License 2.0", "Socher et al.", "accuracy 89.11"):
-        assert words in README
+def test_its_files_are_small_and_its_configuration_says_how_to_run_it(
+    demo: tuple[Any, Any],
+) -> None:
+    """The weights are stored in half precision; the model is meant to run in float32."""
+    from safetensors import safe_open
 
-
-def test_its_labels_are_the_task_s(demo: tuple[Any, Any]) -> None:
+    files = [path for path in demo_path().rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files if path.suffix != ".pyc") <= 30_000_000
+    assert all(words in README for words in ("all-MiniLM-L6-v2", "Apache License 2.0"))
+    assert all(words in README for words in ("Socher et al.", "accuracy 89.11"))
     check_labels(demo[0].config, TASK)
     assert demo[0].config.id2label == {0: "negative", 1: "positive"}
+    assert json.loads((demo_path() / "config.json").read_text())["dtype"] == "float32"
+    with safe_open(demo_path() / "model.safetensors", "pt") as file:
+        dtypes = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    assert dtypes == {"F16"}
 
 
 def test_tokenizer_and_embeddings_belong_together(demo: tuple[Any, Any]) -> None:
@@ -82,17 +85,14 @@ def test_tokenizer_and_embeddings_belong_together(demo: tuple[Any, Any]) -> None
     assert tokenizer("a b")["input_ids"][-1] == tokenizer.sep_token_id
 
 
-def test_its_sentences_have_no_unknown_words(demo: tuple[Any, Any], sentences: list[str]) -> None:
+def test_only_words_it_has_not_kept_are_spelled_out(
+    demo: tuple[Any, Any], sentences: list[str]
+) -> None:
     _, tokenizer = demo
     encoded = tokenizer(sentences)["input_ids"]
     assert not any(tokenizer.unk_token_id in row for row in encoded)
     assert tokenizer.unk_token_id in tokenizer("\U0001f600")["input_ids"], "it does happen"
-
-
-def test_words_it_has_not_kept_are_spelled_out(demo: tuple[Any, Any]) -> None:
-    _, tokenizer = demo
-    words = "supercalifragilistic xylophonist 1789 Zürich"
-    pieces = tokenizer.tokenize(words)
+    pieces = tokenizer.tokenize("supercalifragilistic xylophonist 1789 Zürich")
     assert tokenizer.unk_token not in pieces
     spelled = "".join(piece.removeprefix("##") for piece in pieces)
     assert spelled == "supercalifragilisticxylophonist1789zurich"
@@ -149,14 +149,3 @@ def test_its_logits_are_those_of_the_full_checkpoint(shared: Path, demo: tuple[A
         logits.append(evaluate_model(model, prepared).logits[0])
     assert np.ptp(logits[0]) > 1
     np.testing.assert_allclose(logits[0], logits[1], atol=1e-5)
-
-
-def test_its_configuration_asks_for_single_precision() -> None:
-    """The weights are stored in half precision; the model is meant to run in float32."""
-    from safetensors import safe_open
-
-    config = json.loads((demo_path() / "config.json").read_text())
-    assert config["dtype"] == "float32"
-    with safe_open(demo_path() / "model.safetensors", "pt") as file:
-        dtypes = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-    assert dtypes == {"F16"}

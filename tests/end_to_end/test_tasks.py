@@ -21,7 +21,7 @@ from rfprune import load_pruned
 from rfprune.embeddings import POOLING_ENTRY
 from rfprune.main import main
 from rfprune.report.report_json import read_report
-from tests.conftest import WORDS, make_tiny_model, make_tiny_tokenizer, vocabulary
+from tests.conftest import WORDS, make_tiny_model, make_tiny_tokenizer
 
 SPLITS = {"train": 24, "validation": 12}
 LIBRARY = "sentence_transformers.models"
@@ -50,19 +50,9 @@ def write_rows(folder: Path, row: Callable[[random.Random], dict[str, Any]]) -> 
     return folder
 
 
-def tiny_gpt2() -> Any:
-    config = transformers.GPT2Config(
-        n_embd=16, n_layer=2, n_head=4, n_inner=12, n_positions=64, vocab_size=len(vocabulary()),
-        initializer_range=0.3, bos_token_id=2, eos_token_id=3,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return transformers.GPT2LMHeadModel(config)
-
-
 def language(folder: Path) -> tuple[Path, Path]:
     model = folder / "model"
-    tiny_gpt2().save_pretrained(model)
+    make_tiny_model("gpt2", "causal-lm").save_pretrained(model)
     make_tiny_tokenizer("gpt2").save_pretrained(model)
     data = folder / "data"
     data.mkdir()
@@ -126,13 +116,8 @@ def embedder(folder: Path) -> tuple[Path, Path]:
     )
     modules = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
     entries = [
-        {
-            "idx": place,
-            "name": str(place),
-            "path": path,
-            "type": f"sentence_transformers.models.{t}",
-        }
-        for place, (t, path) in enumerate(modules.items())
+        {"idx": place, "name": str(place), "path": path, "type": f"{LIBRARY}.{name}"}
+        for place, (name, path) in enumerate(modules.items())
     ]
     (model / "modules.json").write_text(json.dumps(entries))
     (model / "sentence_bert_config.json").write_text('{"max_seq_length": 10}')
@@ -146,8 +131,8 @@ def embedder(folder: Path) -> tuple[Path, Path]:
 
 def images(folder: Path) -> tuple[Path, Path]:
     names = ("cat", "dog")
-    model = tiny_vit(id2label=dict(enumerate(names)), label2id={"cat": 0, "dog": 1})
-    model.save_pretrained(folder / "model")
+    labels: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": {"cat": 0, "dog": 1}}
+    make_tiny_model("vit", **labels).save_pretrained(folder / "model")
     processor = transformers.ViTImageProcessor(size={"height": 8, "width": 8})
     processor.save_pretrained(folder / "model")
     generator = random.Random(0)
@@ -161,28 +146,29 @@ def images(folder: Path) -> tuple[Path, Path]:
     return folder / "model", folder / "data"
 
 
-def tiny_vit(**changes: Any) -> Any:
-    config = transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=12,
-        image_size=8, patch_size=4, initializer_range=0.3, **changes,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return transformers.ViTForImageClassification(config)
-
-
-CASES: dict[str, tuple[Callable[[Path], tuple[Path, Path]], list[str], str, str]] = {
+Case = tuple[Callable[[Path], tuple[Path, Path]], str, str, str, str]
+CASES: dict[str, Case] = {
     "language-modeling": (
-        language,
-        ["--task", "language-modeling", "--max-length", "16"],
-        "perplexity",
-        "AutoModelForCausalLM",
+        *(language, "language-modeling --max-length 16", "perplexity"),
+        *("AutoModelForCausalLM", "GPT2LMHeadModel"),
     ),
-    "token-classification": (tagger, [], "f1", "AutoModelForTokenClassification"),
-    "multiple-choice": (chooser, [], "accuracy", "AutoModelForMultipleChoice"),
-    "multi-label": (several_labels, [], "f1_micro", "AutoModelForSequenceClassification"),
-    "image-classification": (images, [], "accuracy", "AutoModelForImageClassification"),
-    "similarity": (embedder, ["--task", "similarity"], "spearmanr", "AutoModel"),
+    "token-classification": (
+        *(tagger, "custom", "f1"),
+        *("AutoModelForTokenClassification", "BertForTokenClassification"),
+    ),
+    "multiple-choice": (
+        *(chooser, "custom", "accuracy"),
+        *("AutoModelForMultipleChoice", "BertForMultipleChoice"),
+    ),
+    "multi-label": (
+        *(several_labels, "custom", "f1_micro"),
+        *("AutoModelForSequenceClassification", "BertForSequenceClassification"),
+    ),
+    "image-classification": (
+        *(images, "custom", "accuracy"),
+        *("AutoModelForImageClassification", "ViTForImageClassification"),
+    ),
+    "similarity": (embedder, "similarity", "spearmanr", "AutoModel", "BertModel"),
 }
 
 
@@ -200,10 +186,9 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 def test_every_kind_of_task(
     kind: str, small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make, flags, metric, auto_class = CASES[kind]
+    make, task, metric, auto_class, model_class = CASES[kind]
     model, data = make(tmp_path / "given")
-    task = flags or ["--task", "custom"]
-    arguments = ["--model", str(model), *task, "--data-dir", str(data), *small]
+    arguments = ["--model", str(model), "--task", *task.split(), "--data-dir", str(data), *small]
     assert main([*arguments, "--score-stages"]) == 0, capsys.readouterr().err
     report = read_report(tmp_path / "out")
     assert (report["kind"], report["metric_name"]) == (kind, metric)
@@ -222,7 +207,7 @@ def test_every_kind_of_task(
     again = load_pruned(tmp_path / "out")
     for name in ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json"):
         assert (tmp_path / "out" / name).is_file() == (kind == "similarity")
-    assert type(again).__name__.endswith(type(make_model(kind)).__name__)
+    assert type(again).__name__.endswith(model_class)
     assert kind != "similarity" or getattr(again.config, POOLING_ENTRY) == "cls"
     pruned_on = [*arguments, "--output-dir", "further", "--skip-tune"]
     pruned_on[1] = "out"
@@ -260,20 +245,6 @@ def test_an_encoder_decoder_classifies(
     shown = capsys.readouterr().err
     assert "encoder-decoder" in shown
     assert "mac, params or memory" in shown
-
-
-def make_model(kind: str) -> Any:
-    classes = {
-        "token-classification": transformers.BertForTokenClassification,
-        "multiple-choice": transformers.BertForMultipleChoice,
-        "similarity": transformers.BertModel,
-    }
-    if kind == "image-classification":
-        return tiny_vit()
-    if kind == "language-modeling":
-        return tiny_gpt2()
-    chosen = classes.get(kind, transformers.BertForSequenceClassification)
-    return chosen(make_tiny_model().config)
 
 
 def grouped_queries(folder: Path) -> tuple[Path, Path]:

@@ -109,8 +109,13 @@ def test_the_file_is_valid_reproducible_and_has_no_paths_of_this_machine(
 ) -> None:
     import onnx
 
+    small = pruned_model(tiny_model()).to(torch.bfloat16).train()
     for name in ("one", "two"):
-        export_onnx(pruned_model(tiny_model()), tiny_batch(), tmp_path / name)
+        plain = export_onnx(small, tiny_batch(), tmp_path / name)
+    assert small.training
+    assert {parameter.dtype for parameter in small.parameters()} == {torch.bfloat16}
+    assert all(parameter.requires_grad for parameter in small.parameters())
+    assert {parameter.dtype for parameter in plain.parameters()} == {torch.float32}
     content = (tmp_path / "one").read_bytes()
     assert content == (tmp_path / "two").read_bytes()
     assert b".py" not in content
@@ -143,17 +148,6 @@ def test_int8_weights_compute_nearly_the_same(
     assert len(weights) > 8
     widest = max(abs(int(v)) for w in weights for v in onnx.numpy_helper.to_array(w).ravel())
     assert 32 < widest <= 64, "seven bits, for processors that would overflow with eight"
-
-
-def test_the_exported_model_is_not_changed(
-    tiny_model: Tiny, tiny_batch: Tiny, tmp_path: Path
-) -> None:
-    small = pruned_model(tiny_model()).to(torch.bfloat16).train()
-    plain = export_onnx(small, tiny_batch(), tmp_path / "model.onnx")
-    assert small.training
-    assert {parameter.dtype for parameter in small.parameters()} == {torch.bfloat16}
-    assert all(parameter.requires_grad for parameter in small.parameters())
-    assert {parameter.dtype for parameter in plain.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize(

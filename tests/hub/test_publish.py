@@ -141,38 +141,6 @@ def test_a_dry_run_uploads_nothing(
     assert 'name = "someone/small"' in Path("out/README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"push_to_hub": "../evil"}, "is not a valid name of a repository"),
-        ({"push_to_hub": "someone/small", "constraint": "0.7 0.4"}, "several constraints"),
-        ({"private": True}, "--private does nothing without --push-to-hub"),
-        ({"hub_dry_run": True}, "--hub-dry-run does nothing without --push-to-hub"),
-    ],
-)
-def test_wrong_hub_flags_are_errors_before_the_run(
-    changes: dict[str, Any],
-    words: str,
-    flags: Flags,
-    refused: Callable[[list[str]], str],
-    hub: StubHub,
-) -> None:
-    assert words in refused(flags(**changes))
-    assert not hub.steps
-
-
-def test_offline_and_without_a_token_the_run_does_not_start(
-    flags: Flags,
-    refused: Callable[[list[str]], str],
-    hub: StubHub,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    assert "no token for the hub" in refused(flags(push_to_hub="someone/small"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE is set" in refused(flags(push_to_hub="someone/small"))
-
-
 def test_a_card_that_fails_leaves_nothing(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("no page")
