@@ -57,7 +57,8 @@ def prune(
 
     Args:
         model: a model of a supported type with any head, or none. It is left untouched, also after
-            an error.
+            an error. What torch.compile, accelerate and Trainer wrap around it is not used, and
+            neither is autocast: the result is that of the plain model.
         batches: calibration batches, as a data collator makes them: input_ids (B, S) or
             pixel_values (B, C, H, W), attention_mask (B, S), and the model's other inputs. Labels
             are not needed. Read once.
@@ -77,8 +78,9 @@ def prune(
         The smaller model, its masks, the costs that were achieved, and warnings.
 
     Raises:
-        UserError: the model type is not supported, the constraint cannot be met, there are no
-            batches, or weights or gradients are not finite.
+        UserError: the model type is not supported, the constraint cannot be met, an argument is
+            wrong, the model cannot run on a batch, or weights or gradients are not finite. All but
+            the last is checked before statistics are collected.
 
     Example:
         >>> import torch

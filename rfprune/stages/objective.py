@@ -150,8 +150,8 @@ def label_losses(outputs: Any, batch: Batch, config: PretrainedConfig) -> list[T
         return [losses.sum(1) / (labels != -100).sum(1).clamp_min(1)]
     if logits is not None and logits.dim() == 3:
         raise UserError(
-            "use_labels (--use-labels) is not supported for language models, whose predictions "
-            "already are distributions over tokens; leave it out, or pass a loss to prune()"
+            "use_labels (--use-labels) is not supported for language models; leave it out, and the "
+            "model's own predictions are used, or pass a loss to prune()"
         )
     logits = _class_logits(outputs, batch, config)
     if not _is_choice(batch):
