@@ -88,7 +88,7 @@ FLAGS = (
     _one_flag("--uniform --constraint 0.1", "leave out --uniform"),
     Case(
         "`--uniform` on a pruned model, whose layers differ",
-        "leave out --uniform",
+        "can only express",
         lambda place: place.flags(model=place.material.finished, uniform=True),
     ),
     _one_flag("--device gpu", "Unknown device 'gpu'"),
