@@ -290,7 +290,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_a_known_task_is_chosen_by_its_name() -> None:
-    assert resolve_task("mrpc", "/no/such/model") is MRPC
+    assert resolve_task("mrpc", "/no/such/model") == MRPC
     with pytest.raises(UserError, match="Unknown task"):
         resolve_task("mprc", "demo")
 

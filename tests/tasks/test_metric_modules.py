@@ -67,9 +67,10 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate.config, "HF_MODULES_CACHE", folder / "modules")
         patch.setattr(evaluate.config, "HF_METRICS_CACHE", folder / "metrics")
-        patch.setattr(sys, "path", [*sys.path])
+        # evaluate appends its folder: one that an earlier test has used would come first
+        patch.setattr(sys, "path", [str(folder / "modules"), *sys.path])
         for name in [name for name in sys.modules if name.startswith("evaluate_modules")]:
-            patch.delitem(sys.modules, name)  # loaded from the folder of an earlier setup
+            patch.delitem(sys.modules, name)
         yield folder
 
 
