@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoModel, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from rfprune.errors import UserError
+from rfprune.errors import UserError, error_summary
 from rfprune.families.schema import LINEAR_MAPS, Stack, Sublayer
 
 _OUTPUT = re.compile(
@@ -135,12 +135,8 @@ def _on_meta(config: PretrainedConfig) -> Any:
     except _FAILURES as error:
         raise UserError(
             f"transformers cannot make a model of type '{config.model_type}' from this "
-            f"configuration ({_first_line(error)}); give a folder with a config.json"
+            f"configuration ({error_summary(error)}); give a folder with a config.json"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return f"{next(iter(str(error).strip().splitlines()), type(error).__name__):.200}"
 
 
 def _outermost_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
@@ -188,7 +184,7 @@ def _execution_order(model: Any, layer: nn.Module) -> tuple[list[str], str]:
         with torch.no_grad(), torch.device("meta"):
             model(**_inputs(model))
     except _FAILURES as error:
-        failure = _first_line(error)
+        failure = error_summary(error)
     finally:
         for handle in handles:
             handle.remove()
