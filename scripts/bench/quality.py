@@ -259,7 +259,7 @@ class Bench:
                     "score": pruned.score,
                     "scores": {"original": dict(original.scores), "pruned": dict(pruned.scores)},
                     "divergence": divergence(original, pruned),
-                    **_generated(checkpoint, result.model, continued),
+                    **_of_language_model(checkpoint, result.model, continued, original, pruned),
                     "evaluated_examples": original.num_examples,
                     "achieved": result.achieved,
                     "mean_tokens": result.mean_tokens,
@@ -269,17 +269,28 @@ class Bench:
                 }
 
 
-def _generated(
-    checkpoint: Checkpoint, pruned: Any, by_original: Mapping[str, str]
+def _of_language_model(
+    checkpoint: Checkpoint,
+    pruned_model: Any,
+    by_original: Mapping[str, str],
+    original: Evaluation,
+    pruned: Evaluation,
 ) -> dict[str, Any]:
-    """The text that language models generate, and the most memory that the process has had."""
+    """Language models: the text that they generate, nats of every block, and peak memory."""
     if checkpoint.task.name != LANGUAGE_MODELING:
         return {}
     return {
-        "written": _continued(checkpoint, pruned),
+        "nats": {"original": _nats_per_block(original), "pruned": _nats_per_block(pruned)},
+        "written": _continued(checkpoint, pruned_model),
         "written_by_original": by_original,
         "peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }
+
+
+def _nats_per_block(evaluation: Evaluation) -> list[float]:
+    """Mean negative log-likelihood of every block: standard errors are those of blocks, and models
+    are compared block by block."""
+    return [round(-float(block.mean()), 5) for block in evaluation.logits[0]]
 
 
 def _continued(checkpoint: Checkpoint, model: Any) -> dict[str, str]:

@@ -5,6 +5,7 @@ Without these tests hours of measuring could score other settings than the table
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -169,6 +170,9 @@ def test_a_language_model_continues_prompts(
         assert line["evaluated_examples"] == 4
         assert line["written"].keys() == line["written_by_original"].keys() == {"film"}
         assert line["divergence"] > 0
+        for model, score in (("original", line["original_score"]), ("pruned", line["score"])):
+            assert len(line["nats"][model]) == 4
+            assert math.exp(sum(line["nats"][model]) / 4) == pytest.approx(score, rel=1e-4)
         assert line["peak_memory_bytes"] > 1e7
 
 
