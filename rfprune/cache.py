@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from rfprune import distributed
 from rfprune.errors import RfpruneWarning
+from rfprune.model.residency import execution_device, stored_tensors
 from rfprune.result import StageTimer
 from rfprune.settings import Settings
 
@@ -220,14 +221,14 @@ def statistics_key(
     }
 
 
-def environment(model: nn.Module) -> dict[str, str]:
+def environment(model: Any) -> dict[str, str]:
     """The part of a key besides model and data: code, library versions, and the kind of device."""
     return {
         "code": code_digest(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "safetensors": safetensors.__version__,
-        "device": next(model.parameters()).device.type,
+        "device": execution_device(model).type,
     }
 
 
@@ -238,7 +239,7 @@ def model_digest(model: Any) -> str:
     }
     config["attention"] = model.config._attn_implementation
     digest = hashlib.sha256(_canonical([type(model).__name__, config]))
-    for name, tensor in model.state_dict().items():
+    for name, tensor in stored_tensors(model):
         _feed(digest, name, tensor)
     return digest.hexdigest()
 

@@ -37,6 +37,7 @@ from rfprune.model.compact import compact
 from rfprune.model.frozen import default_torch_state, frozen
 from rfprune.model.masks import Masks, compose_masks, full_masks, num_kept, scale_kept_units
 from rfprune.model.plain import to_plain
+from rfprune.model.residency import execution_device
 from rfprune.result import PruneResult, units_of_layers
 from rfprune.settings import Settings
 from rfprune.stages.objective import Loss
@@ -173,7 +174,7 @@ def prune_to_each(problem: Problem, constraints: Iterable[Constraint]) -> Iterat
     The caller's torch state (autocast, inference mode, ...) holds between two results.
     """
     known = constraints if isinstance(constraints, Sequence) else []
-    device = problem.model.device
+    device = execution_device(problem.model)
     with default_torch_state(device):
         problem = _with_latency_table(problem, known)
         check_constraints(problem, known)

@@ -408,11 +408,3 @@ def test_a_dispatched_model_can_be_collected_from(
     weights = expected.model.state_dict()
     for name, weight in result.model.state_dict().items():
         assert torch.equal(weight, weights[name])
-
-
-def test_an_offloaded_model_is_refused(tiny_model: Tiny, tiny_batch: Tiny) -> None:
-    from accelerate import cpu_offload
-
-    model = cpu_offload(tiny_model(), execution_device=torch.device("cpu"))
-    with pytest.raises(UserError, match=r"'bert\..*weight' is offloaded.*load the model"):
-        prune(model, [tiny_batch()], Constraint("mac", 0.5))

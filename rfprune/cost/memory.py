@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from rfprune.cost.constraint import CostModel
 from rfprune.cost.params import weight_costs
 from rfprune.model.layout import Layout
+from rfprune.model.residency import offloaded_ties
+
+
+def distinct_tensors(model: nn.Module) -> list[Tensor]:
+    """The weights and saved buffers of a model; shared ones once. Offloaded ones have no values."""
+    ties = offloaded_ties(model)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in ties}
+    return list({tensor.data_ptr() or id(tensor): tensor for tensor in state.values()}.values())
 
 
 def total_bytes(model: nn.Module) -> int:
     """Bytes of all weights and saved buffers of a model; shared ones count once."""
-    tensors = {tensor.data_ptr() or id(tensor): tensor for tensor in model.state_dict().values()}
-    return sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
+    return sum(tensor.numel() * tensor.itemsize for tensor in distinct_tensors(model))
 
 
 def memory_costs(model: nn.Module, layout: Layout) -> CostModel:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rfprune.cost.constraint import CostModel, linear_costs
 from rfprune.model.layout import Block, Layout
 from rfprune.model.linear import linear, weight_of
+from rfprune.model.residency import offloaded_ties
 
 ElementCost = Callable[[Tensor], int]
 """The cost of one element of a weight: 1 to count parameters, its bytes to count memory."""
@@ -73,7 +74,10 @@ def shared_params(model: nn.Module, block: Block, element_cost: ElementCost = _o
 
 def total_params(model: nn.Module) -> int:
     """Number of parameters of a model; shared ones count once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    ties = offloaded_ties(model)
+    parameters = model.named_parameters(remove_duplicate=False)
+    distinct = {id(weight): weight for name, weight in parameters if name not in ties}
+    return sum(weight.numel() for weight in distinct.values())
 
 
 def param_costs(model: nn.Module, layout: Layout) -> CostModel:

@@ -21,6 +21,7 @@ from rfprune.model.frozen import default_torch_state, frozen
 from rfprune.model.layerwise import add_image_token_mask
 from rfprune.model.layout import Layout, layout_of
 from rfprune.model.rebuild import check_rebuildable, warn_of_own_class
+from rfprune.model.residency import execution_device
 from rfprune.model.unwrapped import unwrapped
 from rfprune.model.validation import (
     check_layer_outputs,
@@ -149,7 +150,7 @@ def prepare_problem(
         )
     labelled = loss is None and settings.use_labels
     given = list(checked_batches(model, batches, labelled=labelled))
-    with default_torch_state(model.device):
+    with default_torch_state(execution_device(model)):
         _check_runs(model, layout, given)
         prepared = [
             add_token_mask(model, layout, part)

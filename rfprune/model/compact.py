@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from rfprune.model.modeling_rfprune import (
     shrink,
     within,
 )
+from rfprune.model.residency import copy_without_offloading, load_weights, resident
 from rfprune.model.unwrapped import remove_added_methods
 
 
@@ -41,7 +41,8 @@ def compact(model: PreTrainedModel, layout: Layout, masks: Sequence[Tensor]) -> 
     kept = [torch.nonzero(mask).flatten() for mask in masks]
     state: dict[str, Tensor] = {}
     for block, mask, units in zip(layout.blocks, masks, kept, strict=True):
-        state |= _sliced(model, block, mask, units)
+        with resident(model.get_submodule(layout.layers[block.layer])):
+            state |= _sliced(model, block, mask, units)
     small = _copy_without(model, layout)
     entries = [
         within(model.base_model_prefix, _describe(block, units))
@@ -50,7 +51,7 @@ def compact(model: PreTrainedModel, layout: Layout, masks: Sequence[Tensor]) -> 
     small.__class__ = pruned_class(type(model))
     describe(small, [*_entries_of_empty_blocks(model, entries), *entries])
     shrink(small, entries)
-    small.load_state_dict(state, strict=False, assign=True)
+    load_weights(small, model, state)
     tables = {
         _own_table(block): f"{block.sublayer.position_bias_table}.weight"
         for block in layout.blocks
@@ -69,7 +70,7 @@ def _copy_without(model: PreTrainedModel, layout: Layout) -> PreTrainedModel:
         for module in sliced
         for parameter in module.parameters()
     }
-    copied = copy.deepcopy(model, stand_ins)
+    copied = copy_without_offloading(model, stand_ins)
     remove_added_methods(copied)
     return copied
 

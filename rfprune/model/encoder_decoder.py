@@ -26,6 +26,7 @@ from rfprune.model.batch import (
 )
 from rfprune.model.layerwise import first_call
 from rfprune.model.layout import Block, Layout
+from rfprune.model.residency import execution_device
 
 
 def add_decoder_inputs(model: PreTrainedModel, batch: Batch) -> Batch:
@@ -55,7 +56,8 @@ def _shifted(model: PreTrainedModel, batch: Batch) -> Tensor:
     generates = model.can_generate()
     if generates:
         inputs["labels"] = batch.get("labels")
-    states = torch.zeros(*token_mask(batch).shape, model.config.hidden_size, device=model.device)
+    device = execution_device(model)
+    states = torch.zeros(*token_mask(batch).shape, model.config.hidden_size, device=device)
     inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=states)
     call = None
     if not generates or "labels" in batch:  # without labels a BART would shift its inputs

@@ -19,7 +19,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
     config: Any = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
     modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    flags = {name: parameter.requires_grad for name, parameter in _named_parameters(model)}
     try:
         model.eval()
         model.requires_grad_(False)
@@ -31,8 +31,12 @@ def frozen(model: nn.Module) -> Iterator[None]:
             config.use_cache = use_cache
         for module, training in modes:
             module.training = training
-        for parameter, requires_grad in flags:
-            parameter.requires_grad_(requires_grad)
+        for name, parameter in _named_parameters(model):  # offloaded ones are other objects by now
+            parameter.requires_grad_(flags[name])
+
+
+def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return model.named_parameters(remove_duplicate=False)
 
 
 @contextmanager

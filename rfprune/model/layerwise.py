@@ -22,6 +22,7 @@ from transformers import Cache, PreTrainedModel
 from rfprune.families.schema import LINEAR_MAPS
 from rfprune.model.batch import TOKEN_MASK, Batch, model_inputs
 from rfprune.model.layout import Block, Layout
+from rfprune.model.residency import execution_device
 
 
 class _Stop(Exception):
@@ -80,7 +81,7 @@ def add_image_token_mask(model: PreTrainedModel, layout: Layout, batch: Batch) -
     if TOKEN_MASK in batch or "pixel_values" not in batch or "input_ids" in batch:
         return batch
     with torch.no_grad():
-        on_device = {name: values.to(model.device) for name, values in batch.items()}
+        on_device = {name: values.to(execution_device(model)) for name, values in batch.items()}
         hidden, _ = layer_calls(model, layout, on_device)
     device = batch["pixel_values"].device
     return {**batch, TOKEN_MASK: torch.ones(hidden.shape[:2], dtype=torch.bool, device=device)}

@@ -14,6 +14,7 @@ from rfprune.errors import UserError, error_summary
 from rfprune.families.architectures import ARCHITECTURES
 from rfprune.model.batch import LABEL_NAMES, Batch, model_inputs, token_mask
 from rfprune.model.layout import Layout
+from rfprune.model.residency import execution_device, stored_tensors
 
 _NUM_DIMS = {"input_ids": 2, "inputs_embeds": 3, "pixel_values": 4}
 """Dimensions of the main input; multiple choice has one more, (B, choices, S)."""
@@ -29,17 +30,21 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_weights(model: PreTrainedModel) -> None:
-    """Check that all parameters are in memory, of an ordinary dtype, and finite.
+    """Check that all parameters have values, an ordinary dtype, and are finite.
 
     Raises:
-        UserError: names the first parameter that is offloaded or distributed, was made in inference
+        UserError: names the first parameter that is nowhere or distributed, was made in inference
             mode, has a dtype without arithmetic, or holds NaN or infinity.
     """
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
+    parameters = dict(model.named_parameters())
+    for name, value in stored_tensors(model):
+        if name not in parameters:
+            continue
+        parameter = parameters[name]
+        if value.is_meta:
             raise UserError(
-                f"parameter '{name}' is offloaded, but pruning needs every weight in memory; load "
-                "the model onto devices that hold all of it"
+                f"parameter '{name}' is on the meta device and has no value; load the model with "
+                "from_pretrained"
             )
         if type(parameter.data).__name__ == "DTensor":
             raise UserError(
@@ -56,7 +61,7 @@ def check_weights(model: PreTrainedModel) -> None:
                 f"parameter '{name}' has dtype {parameter.dtype}; load the model with "
                 "dtype=torch.float32 or torch.bfloat16"
             )
-        if not torch.isfinite(parameter).all():
+        if not torch.isfinite(value).all():
             raise UserError(
                 f"parameter '{name}' holds NaN or infinity; save or download the checkpoint again"
             )
@@ -169,9 +174,10 @@ def checked_batches(
             f"batches is a single {type(batches).__name__}, but must be a list (or any iterable) "
             "of batches; for a single batch give [batch]"
         )
+    device = execution_device(model)
     for number, batch in enumerate(batches):
         name = f"batches[{number}]"
-        checked = _with_rows(name, _to_device(name, batch, model.device), model)
+        checked = _with_rows(name, _to_device(name, batch, device), model)
         _check_ids(name, checked, model)
         if labelled and "labels" in checked:
             _check_labels(name, checked, model)

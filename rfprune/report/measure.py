@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rfprune.checkpoints.loading import LoadedCheckpoint
 from rfprune.cost.macs import total_macs
+from rfprune.cost.memory import distinct_tensors
 from rfprune.cost.params import total_params
 from rfprune.latency.speedup import Latency, measure_latency
 from rfprune.latency.timed_batch import timed_batch
@@ -162,7 +163,7 @@ def _costs(
     Args:
         stored: the dtype in which floating-point weights are saved.
     """
-    tensors = _distinct(model.state_dict())
+    tensors = distinct_tensors(model)
     return {
         "score": evaluation.score,
         "macs": macs,
@@ -173,11 +174,6 @@ def _costs(
         ),
         "latency_ms": latency_ms,
     }
-
-
-def _distinct(state: Mapping[str, Tensor]) -> list[Tensor]:
-    """The tensors of a state, with tied weights once."""
-    return list({tensor.data_ptr(): tensor for tensor in state.values()}.values())
 
 
 def latency_promise(result: PruneResult, latency: Latency) -> dict[str, Any] | None:

@@ -32,6 +32,7 @@ from rfprune.model.batch import Batch, pack, token_mask
 from rfprune.model.encoder_decoder import block_token_mask
 from rfprune.model.layout import Block, Layout
 from rfprune.model.linear import linear, weight_of
+from rfprune.model.residency import execution_device, resident
 from rfprune.stages.calibration import Calibration, require_finite
 from rfprune.stages.float64 import to_float64
 from rfprune.stages.least_squares import NumericalFailure
@@ -153,12 +154,13 @@ def error_curves(
         consumer = linear(model, block.consumer)
         scale = _depth_weight(block, layout) / (2 * factors.examples)
         try:
-            curves[i] = removal_curve(
-                factors.input_covariance(centred=consumer.bias is not None),
-                weight_of(consumer).detach(),
-                scale * to_float64(factors.gradient_moment),
-                block.unit_width,
-            )
+            with resident(consumer):
+                curves[i] = removal_curve(
+                    factors.input_covariance(centred=consumer.bias is not None),
+                    weight_of(consumer).detach(),
+                    scale * to_float64(factors.gradient_moment),
+                    block.unit_width,
+                )
         except NumericalFailure as failure:
             raise UserError(
                 f"the error curve of {block.name} cannot be computed: {failure}; calibrate on more "
@@ -180,11 +182,12 @@ def _keeper(block: Block) -> int:
 
 
 def _zeros(model: PreTrainedModel, block: Block) -> KroneckerFactors:
-    weight = weight_of(model.get_submodule(block.consumer))
-    outputs, features = weight.shape if _keeper(block) == distributed.rank() else (0, 0)
+    shape = weight_of(model.get_submodule(block.consumer)).shape
+    outputs, features = shape if _keeper(block) == distributed.rank() else (0, 0)
+    device = execution_device(model)
 
     def zeros(*shape: int) -> Tensor:
-        return torch.zeros(*shape, device=weight.device)
+        return torch.zeros(*shape, device=device)
 
     return KroneckerFactors(zeros(features, features), zeros(features), zeros(outputs, outputs))
 

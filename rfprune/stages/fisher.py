@@ -18,6 +18,7 @@ from tqdm import tqdm
 from rfprune import distributed
 from rfprune.model.batch import Batch, model_inputs, token_mask
 from rfprune.model.masks import masked
+from rfprune.model.residency import execution_device
 from rfprune.stages.calibration import Calibration, require_finite
 from rfprune.stages.float64 import to_float64
 from rfprune.stages.objective import PREDICTIONS, batch_generator, objective_values
@@ -68,11 +69,12 @@ def _batch_gradients(
 ) -> Iterator[tuple[Tensor, ...]]:
     """For every objective value, a gradient (B, U) per block; also under no_grad."""
     model, layout = calibration.model, calibration.layout
-    weight = next(model.parameters())
+    device, dtype = execution_device(model), model.dtype
     num_rows = len(token_mask(batch))
     with torch.inference_mode(False), torch.enable_grad():
         masks = [
-            weight.new_ones(num_rows, block.num_units).requires_grad_() for block in layout.blocks
+            torch.ones(num_rows, block.num_units, dtype=dtype, device=device, requires_grad=True)
+            for block in layout.blocks
         ]
         with masked(model, layout, masks):
             outputs = model(**model_inputs(batch), return_dict=True)

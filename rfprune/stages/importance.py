@@ -25,6 +25,7 @@ from rfprune.model.batch import Batch
 from rfprune.model.encoder_decoder import block_token_mask
 from rfprune.model.layout import Block, Layout
 from rfprune.model.linear import linear, weight_of
+from rfprune.model.residency import resident
 from rfprune.stages.calibration import Calibration, require_finite
 from rfprune.stages.fisher import Gradients, collect_gradients
 from rfprune.stages.float64 import to_float64
@@ -68,7 +69,11 @@ def _averages_over_weights(
     if criterion == "random":
         return random(layout, calibration.seed)
     magnitude = {"magnitude-l1": magnitude_l1, "magnitude-l2": magnitude_l2}[criterion]
-    return tuple(magnitude(unit_weights(model, block)).cpu() for block in layout.blocks)
+    found = []
+    for block in layout.blocks:
+        with resident(model.get_submodule(layout.layers[block.layer])):
+            found.append(magnitude(unit_weights(model, block)).cpu())
+    return tuple(found)
 
 
 def unit_weights(model: nn.Module, block: Block) -> Tensor:

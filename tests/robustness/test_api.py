@@ -246,7 +246,7 @@ def test_position_ids_for_all_examples_work(tiny_model: Tiny) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda model: model.to("meta"), "is offloaded"),
+        (lambda model: model.to("meta"), "is on the meta device and has no value; load"),
         (lambda model: model.to(torch.float8_e4m3fn), r"dtype torch.float8_e4m3fn; load"),
         (lambda model: model.classifier.bias.data.fill_(torch.inf), "holds NaN or infinity"),
     ],

@@ -1,0 +1,162 @@
+"""Weights that are not in memory: models that accelerate has offloaded to the CPU or to disk.
+
+An offloaded weight is on the meta device, and a hook of accelerate loads it for each call of its
+module. Forward passes need nothing else. Code that reads a weight, or calls a module many times,
+makes it resident first. For a model in memory all of this does nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether some weights of a model, or of a part of one, are outside the memory that it computes
+    in."""
+    return next(_offloading_hooks(model), None) is not None
+
+
+def execution_device(model: PreTrainedModel) -> torch.device:
+    """The device on which a model computes; its first weight may be offloaded."""
+    device: torch.device = model.device
+    hook = next(_offloading_hooks(model), None) if device.type == "meta" else None
+    if hook is None:
+        return device
+    found = hook[1].execution_device
+    return torch.device("cuda", found) if isinstance(found, int) else torch.device(found)
+
+
+@contextmanager
+def resident(module: nn.Module, *, write_back: bool = False) -> Iterator[None]:
+    """Within, the weights of a module and of all modules in it are on the device that they compute
+    on; afterwards they are freed. Contexts may be nested.
+
+    Args:
+        module: such as a layer of an offloaded model. One that is in memory stays as it is.
+        write_back: keep what was changed in place. The model must be a student, whose weights are
+            in a `rfprune.model.weight_store.WeightStore`; changes of other models are lost.
+    """
+    loaded: list[tuple[nn.Module, Any]] = []
+    try:
+        for part, hook in list(_offloading_hooks(module)):
+            hook.pre_forward(part)
+            loaded.append((part, hook))
+            hook.offload = False  # calls within neither load nor free
+        yield
+        if write_back:
+            _write_back(loaded)
+    finally:
+        for part, hook in loaded:
+            hook.offload = True
+            hook.post_forward(part, None)
+
+
+def stored_tensors(
+    model: nn.Module, names: Collection[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """The entries of a model's state by name; an offloaded weight is read when its turn comes.
+
+    A weight without a hook that knows where it is stays on the meta device.
+
+    Args:
+        names: of the entries; None for all.
+    """
+    for name, tensor in model.state_dict().items():
+        if names is None or name in names:
+            yield name, _read(model, name, tensor) if tensor.is_meta else tensor
+
+
+def offloaded_ties(model: nn.Module) -> set[str]:
+    """Names of offloaded parameters that are other parameters of the model under another name.
+
+    In memory both names have one parameter; offloaded, each may have a placeholder of its own.
+    """
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    parameters = dict(model.named_parameters(remove_duplicate=False)) if ties else {}
+    return {name for name in ties if name in parameters and parameters[name].is_meta}
+
+
+def copy_without_offloading(model: PreTrainedModel, memo: dict[int, Any]) -> PreTrainedModel:
+    """A deep copy without the hooks that load weights; offloaded weights are placeholders in it.
+
+    Args:
+        memo: what stands for an object of the original in the copy, by its id.
+    """
+    hooks = {id(hook): hook for _, hook in _offloading_hooks(model)}
+    copied: PreTrainedModel = copy.deepcopy(model, memo | hooks)
+    if hooks:
+        vars(copied).pop("hf_device_map", None)
+    for part in copied.modules():
+        if any(id(hook) in hooks for hook in _hooks(part)):
+            for name in ("_hf_hook", "_old_forward", "forward"):
+                vars(part).pop(name, None)
+    return copied
+
+
+def load_weights(student: PreTrainedModel, model: PreTrainedModel, own: dict[str, Tensor]) -> None:
+    """Give a student, which is a copy of `model`, its own weights, and the others of `model` that
+    are placeholders in it.
+
+    Args:
+        own: weights that differ from those of `model`, by name.
+    """
+    places = {
+        name: tensor.is_meta and name not in own for name, tensor in student.state_dict().items()
+    }
+    device = execution_device(model)
+    read = {
+        name: value.to(device, copy=True)
+        for name, value in stored_tensors(
+            model, {name for name, is_one in places.items() if is_one}
+        )
+    }
+    student.load_state_dict(own | read, strict=False, assign=True)
+    for name in offloaded_ties(model):
+        parent, _, attribute = name.rpartition(".")
+        other = student.get_parameter(model.all_tied_weights_keys[name])
+        setattr(student.get_submodule(parent), attribute, other)
+
+
+def _offloading_hooks(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
+    """The modules whose weights are offloaded now, each with its hook."""
+    for part in model.modules():
+        for hook in _hooks(part):
+            if getattr(hook, "offload", False):
+                yield part, hook
+
+
+def _hooks(module: nn.Module) -> tuple[Any, ...]:
+    """The hooks of accelerate on a module."""
+    hook = getattr(module, "_hf_hook", None)
+    return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
+
+
+def _read(model: nn.Module, name: str, placeholder: Tensor) -> Tensor:
+    """The value of an offloaded weight, from the module that loads it; else its placeholder."""
+    parts = name.split(".")
+    for end in range(len(parts) - 1, -1, -1):
+        for hook in _hooks(model.get_submodule(".".join(parts[:end]))):
+            if getattr(hook, "weights_map", None) is not None:
+                with suppress(KeyError):
+                    value: Tensor = hook.weights_map[".".join(parts[end:])]
+                    return value
+    return placeholder
+
+
+def _write_back(loaded: list[tuple[nn.Module, Any]]) -> None:
+    """Store the present values of loaded weights where they came from."""
+    changed: dict[int, tuple[Any, dict[str, Tensor]]] = {}
+    for part, hook in loaded:
+        store, prefix = hook.weights_map.dataset, hook.weights_map.prefix
+        tensors = changed.setdefault(id(store), (store, {}))[1]
+        for name, parameter in part.named_parameters(recurse=hook.place_submodules):
+            tensors[prefix + name] = parameter.detach()
+    for store, tensors in changed.values():
+        store.write(tensors)
