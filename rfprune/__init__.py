@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from rfprune.settings import Settings
     from rfprune.stages.objective import Loss
     from rfprune.stages.optimal_brain_surgeon import ErrorCurve
+    from rfprune.vocabulary.counting import PieceChanges
+    from rfprune.vocabulary.trim import TrimmedVocabulary, trim_vocabulary
 
 __all__ = [
     "Batch",
@@ -39,15 +41,18 @@ __all__ = [
     "Layout",
     "Loss",
     "Masks",
+    "PieceChanges",
     "PruneResult",
     "RfpruneWarning",
     "Settings",
+    "TrimmedVocabulary",
     "UserError",
     "__version__",
     "load_pruned",
     "prune",
     "prune_family",
     "save_pruned",
+    "trim_vocabulary",
 ]
 
 _MODULES = {
@@ -60,14 +65,17 @@ _MODULES = {
     "Layout": "rfprune.model.layout",
     "Loss": "rfprune.stages.objective",
     "Masks": "rfprune.model.masks",
+    "PieceChanges": "rfprune.vocabulary.counting",
     "PruneResult": "rfprune.result",
     "RfpruneWarning": "rfprune.errors",
     "Settings": "rfprune.settings",
+    "TrimmedVocabulary": "rfprune.vocabulary.trim",
     "UserError": "rfprune.errors",
     "load_pruned": "rfprune.model.checkpoint",
     "prune": "rfprune.pruning",
     "prune_family": "rfprune.pruning",
     "save_pruned": "rfprune.model.checkpoint",
+    "trim_vocabulary": "rfprune.vocabulary.trim",
 }
 
 

@@ -30,6 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("max_drop",),
     ("report",),
     ("checkpoints",),
+    ("vocabulary",),
     ("demo",),
     ("tasks",),
     ("pruning",),
