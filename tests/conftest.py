@@ -41,20 +41,24 @@ MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distil
 
 CAUSAL_TYPES = (
     *("gpt2", "opt", "llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma"),
-    *("starcoder2", "stablelm"),
+    *("starcoder2", "stablelm", "granite", "gemma2", "gemma3_text", "gpt_neox"),
 )
 IMAGE_TYPES = ("vit", "deit", "beit", "dinov2", "dinov2_with_registers")
 GENERATION_TYPES = ("marian", "pegasus", "m2m_100")
-ENCODER_DECODER_TYPES = ("bart", "mbart", "t5", "mt5", *GENERATION_TYPES)
+ENCODER_DECODER_TYPES = ("bart", "mbart", "t5", "mt5", "umt5", *GENERATION_TYPES)
 """Those of `GENERATION_TYPES` have no head but that of a language model."""
 
 ALL_TYPES = (
-    *(*MODEL_TYPES, "ernie", "modernbert", "albert", "deberta-v2"),
+    *(*MODEL_TYPES, "ernie", "modernbert", "albert", "deberta-v2", "data2vec-text"),
+    *("roberta-prelayernorm", "xlm-roberta-xl", "nomic_bert", "eurobert"),
     *(*ENCODER_DECODER_TYPES, *CAUSAL_TYPES, *IMAGE_TYPES),
 )
 """Every supported model type; `tests/model` checks that none is missing."""
 
-GROUPED_TYPES = ("llama", "qwen2", "qwen3", "smollm3", "gemma", "starcoder2")
+GROUPED_TYPES = (
+    *("llama", "qwen2", "qwen3", "smollm3", "gemma", "starcoder2", "granite", "gemma2"),
+    *("gemma3_text", "eurobert"),
+)
 """Model types whose tiny models have two query heads per key-value head."""
 
 WORDS = (
@@ -205,6 +209,8 @@ def make_tiny_model(
         head = "image-classification"
     if model_type in GENERATION_TYPES and head == "sequence-classification":
         head = "seq2seq-lm"
+    if model_type == "granite" and head == "sequence-classification":
+        head = "causal-lm"
     model_class = {
         "sequence-classification": transformers.AutoModelForSequenceClassification,
         "question-answering": transformers.AutoModelForQuestionAnswering,
@@ -269,6 +275,10 @@ def tiny_config(model_type: str = "bert", **changes: Any) -> Any:
         "bos_token_id": 2,
         "eos_token_id": 3,
     }
+    if model_type == "granite":
+        settings["residual_multiplier"] = 0.5
+    if model_type == "nomic_bert":  # frequencies that bfloat16 represents exactly
+        settings["rope_parameters"] = {"rope_type": "default", "rope_theta": 256.0}
     if model_type in ("bert", "electra", "roberta", "xlm-roberta", "camembert"):
         settings["type_vocab_size"] = 2 if model_type in ("bert", "electra") else 1
     if model_type in ("electra", "albert"):
@@ -293,8 +303,8 @@ def _family_entries(model_type: str, settings: dict[str, Any]) -> dict[str, Any]
     }.get(model_type, {})
     if model_type in ("bart", "mbart", *GENERATION_TYPES):
         settings = _as_bart(settings)
-    if model_type in ("t5", "mt5"):
-        settings = _as_t5(settings, gated=model_type == "mt5")
+    if model_type in ("t5", "mt5", "umt5"):
+        settings = _as_t5(settings, gated=model_type != "t5")
     if model_type == "opt":
         # with ReLU some of twelve neurons would never fire
         settings = {**settings, "word_embed_proj_dim": hidden, "activation_function": "gelu"}

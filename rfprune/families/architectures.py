@@ -32,6 +32,18 @@ _BERT = Architecture(
     (Stack("encoder.layer", (_BERT_ATTENTION, _BERT_FFN)),), size_entries=SizeEntries()
 )
 
+
+def _pre_norm_roberta(ffn_norm: str) -> Architecture:
+    """A BERT with norms before its sublayers; the norm of the FFN has this path."""
+    sublayers = (
+        replace(_BERT_ATTENTION, next_norm=ffn_norm),
+        replace(_BERT_FFN, next_norm=None),
+    )
+    return Architecture(
+        (Stack("encoder.layer", sublayers, pre_norm=True),), size_entries=SizeEntries()
+    )
+
+
 _ALBERT_ATTENTION = Sublayer(
     kind="head",
     producers=tuple(f"albert_layers.0.attention.{name}" for name in ("query", "key", "value")),
@@ -145,6 +157,46 @@ _LLAMA = Architecture(
     size_entries=_GROUPED_QUERY_SIZES,
 )
 
+_GRANITE_SUBLAYERS = (
+    replace(_LLAMA_ATTENTION, layer_scale="residual_multiplier"),
+    replace(_LLAMA_FFN, layer_scale="residual_multiplier"),
+)
+
+_NOMIC_BERT_SUBLAYERS = (
+    _LLAMA_ATTENTION,
+    replace(_LLAMA_FFN, next_norm="post_mlp_layernorm"),
+)
+
+_GEMMA2_SUBLAYERS = (
+    replace(
+        _LLAMA_ATTENTION,
+        next_norm="pre_feedforward_layernorm",
+        output_norm="post_attention_layernorm",
+    ),
+    replace(_LLAMA_FFN, output_norm="post_feedforward_layernorm"),
+)
+
+_GEMMA2 = replace(_LLAMA, stacks=(Stack("layers", _GEMMA2_SUBLAYERS, pre_norm=True),))
+
+_GPT_NEOX_SUBLAYERS = (
+    Sublayer(
+        kind="head",
+        producers=("attention.query_key_value",),  # queries, keys and values of a head in a row
+        consumer="attention.dense",
+        module="attention",
+        next_norm=None,
+        returns_tuple=True,
+        parallel=True,
+    ),
+    Sublayer(
+        kind="neuron",
+        producers=("mlp.dense_h_to_4h",),
+        consumer="mlp.dense_4h_to_h",
+        module="mlp",
+        next_norm=None,
+    ),
+)
+
 _OPT_ATTENTION = replace(
     _LLAMA_ATTENTION, consumer="self_attn.out_proj", next_norm="final_layer_norm"
 )
@@ -239,6 +291,18 @@ _T5 = Architecture(
     size_entries=SizeEntries(neurons="d_ff"),
 )
 
+_UMT5_ATTENTION = replace(_T5_ATTENTION, returns_position_bias=False)
+
+_UMT5_CROSS_ATTENTION = replace(_T5_CROSS_ATTENTION, returns_position_bias=False)
+
+_UMT5 = Architecture(
+    (
+        Stack("encoder.block", (_UMT5_ATTENTION, _t5_ffn(1)), pre_norm=True),
+        Stack("decoder.block", (_UMT5_ATTENTION, _UMT5_CROSS_ATTENTION, _t5_ffn(2)), pre_norm=True),
+    ),
+    size_entries=SizeEntries(neurons="d_ff"),
+)
+
 _VIT_ATTENTION = Sublayer(
     kind="head",
     producers=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
@@ -278,6 +342,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "camembert": _BERT,
     "ernie": _BERT,
     "electra": _BERT,
+    "data2vec-text": _BERT,
+    "roberta-prelayernorm": _pre_norm_roberta("intermediate.LayerNorm"),
+    "xlm-roberta-xl": _pre_norm_roberta("LayerNorm"),
     "albert": Architecture(
         (Stack("encoder.albert_layer_groups", (_ALBERT_ATTENTION, _ALBERT_FFN), shared=True),),
         required_config={"inner_group_num": 1},
@@ -296,6 +363,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         (Stack("encoder.layer", (_MPNET_ATTENTION, _BERT_FFN), layer_output_length=1),),
         size_entries=SizeEntries(),
     ),
+    "nomic_bert": Architecture(
+        (Stack("layers", _NOMIC_BERT_SUBLAYERS),),
+        size_entries=SizeEntries(heads=("num_attention_heads",)),
+    ),
+    "eurobert": replace(_LLAMA, causal=False),
     "modernbert": Architecture(
         (Stack("layers", (_MODERNBERT_ATTENTION, _MODERNBERT_FFN), pre_norm=True),),
         size_entries=SizeEntries(),
@@ -304,6 +376,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         (Stack("h", (_GPT2_ATTENTION, _GPT2_FFN), pre_norm=True),),
         causal=True,
         size_entries=SizeEntries(neurons="n_inner"),
+    ),
+    "gpt_neox": Architecture(
+        (Stack("layers", _GPT_NEOX_SUBLAYERS, pre_norm=True),),
+        causal=True,
+        required_config={"use_parallel_residual": True},
+        size_entries=SizeEntries(),
     ),
     "opt": Architecture(
         (Stack("decoder.layers", (_OPT_ATTENTION, _OPT_FFN), pre_norm=True),),
@@ -318,12 +396,16 @@ ARCHITECTURES: dict[str, Architecture] = {
     "m2m_100": _PEGASUS,
     "t5": _T5,
     "mt5": _T5,
+    "umt5": _UMT5,
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
     "smollm3": _LLAMA,
     "gemma": _LLAMA,
+    "gemma2": _GEMMA2,
+    "gemma3_text": _GEMMA2,
+    "granite": replace(_LLAMA, stacks=(Stack("layers", _GRANITE_SUBLAYERS, pre_norm=True),)),
     "starcoder2": Architecture(
         (Stack("layers", (_LLAMA_ATTENTION, _GPT2_FFN), pre_norm=True),),
         causal=True,

@@ -33,7 +33,10 @@ class Sublayer:
             queries, keys and values, 2 for the two halves of a gated FFN.
         returns_tuple: whether `module` returns a tuple (attentions return their weights too).
         head_bias: the argument of `module` with one slice per head, such as a position bias.
-        layer_scale: a vector (d,) that multiplies the consumer's output (LayerScale).
+        output_norm: an RMS norm of the consumer's output, before the residual is added (Gemma 2).
+        parallel: the next sublayer has the same input as this one, and both outputs are added to
+            the residual at once (GPT-NeoX).
+        layer_scale: a vector (d,) or a number that multiplies the consumer's output (LayerScale).
         label: the last part of the block's name; "heads" or "neurons" unless two sublayers of a
             layer have the same kind.
         includes_residual: whether `module` also adds the residual and applies the norm (ALBERT).
@@ -55,6 +58,8 @@ class Sublayer:
     fused: int = 1
     returns_tuple: bool = False
     head_bias: str | None = None
+    output_norm: str | None = None
+    parallel: bool = False
     layer_scale: str | None = None
     label: str = ""
     includes_residual: bool = False
@@ -87,6 +92,7 @@ class Sublayer:
             consumer=f"{layer_path}.{self.consumer}",
             module=f"{layer_path}.{self.module}",
             next_norm=self.next_norm and f"{layer_path}.{self.next_norm}",
+            output_norm=self.output_norm and f"{layer_path}.{self.output_norm}",
             layer_scale=self.layer_scale and f"{layer_path}.{self.layer_scale}",
             position_producers=full(self.position_producers),
             encoder_producers=full(self.encoder_producers),

@@ -3,7 +3,8 @@
 Sizes of linear maps tell most of it: one with the hidden size as input features is a producer, one
 with the hidden size as output features is a consumer. Where both are the hidden size (in an
 attention), names and the execution order tell them apart. The execution order also tells which norm
-follows which sublayer.
+follows which sublayer, and its input whether it normalises the consumer's output, the residual sum,
+or the layer's own input.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,18 +76,18 @@ def suggest(config: PretrainedConfig) -> list[Suggestion]:
     found = []
     for path, layers in _outermost_lists(model):
         layer = layers[0]
-        ran, failure = _execution_order(model, layer)
-        maps = _linear_maps(layer, ran)
+        order = _execution_order(model, layer)
+        maps = _linear_maps(layer, order.paths)
         sublayers, left_over = _sublayers(maps, int(config.hidden_size))
         if sublayers:
-            pre_norm = _norm_comes_first(sublayers[0], ran)
-            placed = [_with_norm(each, ran) for each in sublayers]
+            placed = _with_norms(sublayers, order)
+            pre_norm = _norm_comes_first(sublayers[0], order.paths) or bool(placed[0].output_norm)
             kinds = [each.kind for each in placed]
             for number, kind in enumerate(kinds):
                 if kind in kinds[:number]:
                     placed[number] = replace(placed[number], label=f"cross_{kind}s")
             stack = Stack(path, tuple(placed), pre_norm)
-            found.append(Suggestion(stack, left_over, _other_parameters(layer), failure))
+            found.append(Suggestion(stack, left_over, _other_parameters(layer), order.failure))
     if not found:
         raise UserError(
             f"a {type(model).__name__} has no list of layers with linear maps from and to a hidden "
@@ -169,16 +171,37 @@ def _other_parameters(layer: nn.Module) -> tuple[str, ...]:
     )
 
 
-def _execution_order(model: Any, layer: nn.Module) -> tuple[list[str], str]:
-    """Paths of a layer's modules in execution order, and why the model did not run, if so.
+@dataclass(frozen=True)
+class _Order:
+    """What a forward pass tells of a layer's modules.
 
-    Modules that did not run follow in the order of registration. The meta device computes nothing.
+    Attributes:
+        paths: in execution order; modules that did not run follow in the order of registration.
+        inputs: the tensor that entered each module that ran.
+        outputs: the tensor that left it.
+        failure: why the model did not run; empty if it ran.
     """
+
+    paths: Sequence[str]
+    inputs: dict[str, Any]
+    outputs: dict[str, Any]
+    failure: str
+
+
+def _execution_order(model: Any, layer: nn.Module) -> _Order:
+    """Run a model on the meta device, which computes nothing, and watch one of its layers."""
     ran: list[str] = []
+    inputs: dict[str, Any] = {}
+    outputs: dict[str, Any] = {}
     handles = []
     leaves = {path: part for path, part in layer.named_modules() if not list(part.children())}
+
+    def record(_: nn.Module, args: tuple[Any, ...], output: Any, *, path: str) -> None:
+        ran.append(path)
+        inputs[path], outputs[path] = args[0] if args else None, output
+
     for path, module in leaves.items():
-        handles.append(module.register_forward_hook(lambda *_, path=path: ran.append(path)))
+        handles.append(module.register_forward_hook(partial(record, path=path)))
     failure = ""
     try:
         with torch.no_grad(), torch.device("meta"):
@@ -188,7 +211,8 @@ def _execution_order(model: Any, layer: nn.Module) -> tuple[list[str], str]:
     finally:
         for handle in handles:
             handle.remove()
-    return [*ran, *(path for path in leaves if path not in ran)], failure
+    rest = (path for path in leaves if path not in ran)
+    return _Order([*ran, *rest], inputs, outputs, failure)
 
 
 def _inputs(model: Any) -> dict[str, torch.Tensor]:
@@ -254,8 +278,28 @@ def _norm_comes_first(first: Sublayer, ran: Sequence[str]) -> bool:
     return any(_is_norm(path) for path in ran[: ran.index(first.producers[0])])
 
 
-def _with_norm(sublayer: Sublayer, ran: Sequence[str]) -> Sublayer:
-    """With the norm that runs next after the consumer, if any."""
-    after = ran[ran.index(sublayer.consumer) + 1 :]
-    following = next((path for path in after if _is_norm(path)), None)
-    return replace(sublayer, next_norm=following)
+def _with_norms(sublayers: Sequence[Sublayer], order: _Order) -> list[Sublayer]:
+    """With the norms that run between the consumer and the next sublayer's producers."""
+    placed = []
+    for number, sublayer in enumerate(sublayers):
+        start, end = order.paths.index(sublayer.consumer) + 1, len(order.paths)
+        if number + 1 < len(sublayers):
+            end = order.paths.index(sublayers[number + 1].producers[0])
+        norms = [path for path in order.paths[start:end] if _is_norm(path)]
+        output = order.outputs.get(sublayer.consumer)
+        before = order.paths[: order.paths.index(sublayer.producers[0])]
+        first_inputs = [order.inputs.get(path) for path in before if _is_norm(path)]
+        output_norm, next_norm, parallel = None, None, False
+        for path in norms:
+            entering = order.inputs.get(path)
+            if entering is not None and entering is output:
+                output_norm = path
+            elif entering is not None and any(entering is other for other in first_inputs):
+                parallel = True
+            else:
+                next_norm = path
+                break
+        placed.append(
+            replace(sublayer, output_norm=output_norm, next_norm=next_norm, parallel=parallel)
+        )
+    return placed

@@ -22,6 +22,7 @@ from transformers import Cache, PreTrainedModel
 from rfprune.families.schema import LINEAR_MAPS
 from rfprune.model.batch import TOKEN_MASK, Batch, model_inputs
 from rfprune.model.layout import Block, Layout
+from rfprune.model.linear import weight_of
 from rfprune.model.residency import execution_device
 
 
@@ -47,13 +48,16 @@ class Trace:
 
     Attributes:
         features: (B, S, U * width), the consumer's input; None if the block has no units left.
-        output: (B, S, d), the consumer's output, scaled where the family has a LayerScale.
+        output: (B, S, d), the consumer's output, normalised or scaled where the family does so.
         residual_sum: (B, S, d), output plus residual.
+        output_rms: (B, S, 1), the root mean square by which the output was divided; None in
+            families without a norm of the output.
     """
 
     features: Tensor | None
     output: Tensor
     residual_sum: Tensor
+    output_rms: Tensor | None = None
 
 
 def first_call(module: nn.Module, run: Callable[[], Any]) -> ModuleCall | None:
@@ -186,19 +190,31 @@ def trace_block(
     """Run a layer up to the residual sum of `block`; for the arguments see `run_layer`."""
     with _skipped(model, skip, hidden), _recorded(model, block) as seen, suppress(_Stop):
         seen["residual_sum"] = _layer_output(model, layer, hidden, calls)
-    scale = layer_scale(model, block)
-    output = seen["output"] if scale is None else scale * seen["output"]
-    residual_sum = seen["residual_sum"].view(hidden.shape)
-    return Trace(seen.get("features"), output.view(hidden.shape), residual_sum)
+    output, rms = seen["output"].view(hidden.shape), None
+    if block.sublayer.output_norm is not None:
+        rms = output.float().square().mean(-1, keepdim=True).sqrt()
+        output = model.get_submodule(block.sublayer.output_norm)(output)
+    elif (scale := layer_scale(model, block)) is not None:
+        output = scale * output
+    if block.sublayer.parallel:
+        return Trace(seen.get("features"), output, hidden + output, rms)
+    return Trace(seen.get("features"), output, seen["residual_sum"].view(hidden.shape), rms)
 
 
 def layer_scale(model: nn.Module, block: Block) -> Tensor | None:
-    """The vector (d,) that multiplies the consumer's output; None where there is none."""
-    if block.sublayer.layer_scale is None:
+    """What multiplies the consumer's output, (d,) or (1,): a LayerScale, or the weight of a norm
+    of the output; None where there is none."""
+    row, weight = block.sublayer, weight_of(model.get_submodule(block.consumer))
+    if row.output_norm is not None:
+        gain: Tensor = model.get_submodule(row.output_norm)(weight.new_ones(len(weight)))
+        return gain
+    if row.layer_scale is None:
         return None
-    parent, _, name = block.sublayer.layer_scale.rpartition(".")
+    parent, _, name = row.layer_scale.rpartition(".")
     scale = getattr(model.get_submodule(parent), name)
-    return scale if isinstance(scale, Tensor) else None  # BEiT has 1.0 where it does not scale
+    if isinstance(scale, Tensor):
+        return scale
+    return None if scale == 1 else weight.new_tensor([scale])
 
 
 def block_input(
@@ -274,6 +290,8 @@ def _recorded(model: nn.Module, block: Block) -> Iterator[dict[str, Tensor]]:
         if isinstance(module, LINEAR_MAPS):  # else no unit is left, and there are no features
             seen["features"] = inputs[0]
         seen["output"] = output
+        if block.sublayer.parallel:
+            raise _Stop
 
     def before_norm(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         seen["residual_sum"] = inputs[0]

@@ -404,26 +404,21 @@ def _set_heads(attention: Any, block: dict[str, Any], width: int) -> None:
     for name, size in sizes.items():
         if hasattr(attention, name):
             setattr(attention, name, size)
-    if block["bypass"] == "biased":
-        _make_own_bias(attention, block)
+    if block["has_bias_table"]:
+        shape = attention.relative_attention_num_buckets, block["num_units"]
+        table = nn.Embedding.from_pretrained(attention.o.weight.new_zeros(shape), freeze=False)
+        setattr(attention, BIAS_TABLE, table)
+        attention.has_relative_attention_bias = True
+    if block["bypass"] == "biased" and not hasattr(attention, "makes_own_bias"):
+        # earlier layers have other heads, so an attention computes the position bias of its own
+        attention.register_forward_pre_hook(_without_bias, with_kwargs=True)
+        attention.makes_own_bias = True
     if block["head_bias"] is not None:
         if not hasattr(attention, "kept_heads"):
             position = list(signature(attention.forward).parameters).index(block["head_bias"])
             hook = partial(_select_bias, name=block["head_bias"], position=position)
             attention.register_forward_pre_hook(hook, with_kwargs=True)
         attention.kept_heads = list(block["units"])
-
-
-def _make_own_bias(attention: Any, block: dict[str, Any]) -> None:
-    """Let an attention compute the position bias of its own heads: earlier layers have others."""
-    if block["has_bias_table"]:
-        shape = attention.relative_attention_num_buckets, block["num_units"]
-        table = nn.Embedding.from_pretrained(attention.o.weight.new_zeros(shape), freeze=False)
-        setattr(attention, BIAS_TABLE, table)
-        attention.has_relative_attention_bias = True
-    if not hasattr(attention, "makes_own_bias"):
-        attention.register_forward_pre_hook(_without_bias, with_kwargs=True)
-        attention.makes_own_bias = True
 
 
 def _without_bias(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -510,7 +505,8 @@ class EmptySublayer(nn.Module):
     def forward(self, hidden_states: torch.Tensor, *_: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
         cache = getattr(cache, "self_attention_cache", cache)
-        is_cross = kwargs.get("key_value_states") is not None
+        names = "key_value_states", "encoder_hidden_states"
+        is_cross = any(kwargs.get(name) is not None for name in names)
         if cache is not None and self.layer_idx is not None and not is_cross:
             # the cache counts tokens by its keys, so it gets one number per token
             placeholder = hidden_states.new_zeros(*hidden_states.shape[:-1], 1).unsqueeze(1)

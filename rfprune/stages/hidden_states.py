@@ -74,10 +74,19 @@ class HiddenStates:
 
     def advance(self, block: Block) -> None:
         """Replace the stored hidden states by those after `block`."""
+        if block.sublayer.parallel:
+            return
         for i in range(len(self.batches)):
-            residual_sum = self.trace(i, block, self.layer_calls(i)).residual_sum
-            self.values[i].copy_(pack(residual_sum, self.tokens(i, block)))
+            self.store(i, block, self.trace(i, block, self.layer_calls(i)).residual_sum)
         self.block = block
+
+    def store(self, i: int, block: Block, residual_sum: Tensor) -> None:
+        """Replace the stored hidden states of batch i by those after `block`, (B, S, d).
+
+        The next block needs the input of a parallel block, so that stays.
+        """
+        if not block.sublayer.parallel:
+            self.values[i].copy_(pack(residual_sum, self.tokens(i, block)))
 
     def _encoder_output(self, i: int) -> Tensor | None:
         return self.encoder_outputs[i] if self.encoder_outputs else None

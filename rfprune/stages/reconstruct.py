@@ -9,6 +9,11 @@ so that the student's output plus its own residual matches the teacher's. A bloc
 corrects the errors of the blocks below it (as in K-prune, Park et al., ICLR 2024). Compute: one
 forward pass of the teacher and two of the student. Memory: one hidden state per token and model.
 
+Where a norm divides the output by its root mean square before the residual is added (Gemma 2), the
+features are divided by that of the teacher's output instead, and the weight of the norm scales the
+output projection. The fit is then linear, and exact where student and teacher have the same root
+mean square.
+
 Layers with shared weights (ALBERT) run several times in a forward pass. Their blocks are fitted
 once, to the teacher's outputs in all runs. The inputs of a run depend on the fit itself, through
 the earlier runs. So both models are given the teacher's hidden states in each run, and there is no
@@ -39,10 +44,13 @@ from rfprune.stages.least_squares import Moments, NumericalFailure
 HELD_OUT_EVERY = 8
 """One batch of this many is held out from a fit, to choose the ridge and to accept the fit."""
 
+SMALLEST_RMS = 1e-6
+"""The least root mean square of an output that features are divided by."""
+
 Solve = Callable[[Block, Moments, Moments, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 """From a block, the moments of the training and of the held-out batches, and the present weight
 (d, p) and bias (d,) or None of its output projection, to a new weight and bias. In families that
-scale the output of the projection (layer scale), weight and bias include that scale."""
+scale the output of the projection (layer scale, norm of the output), both include that scale."""
 
 
 @dataclass(frozen=True)
@@ -179,14 +187,18 @@ def _collect_moments(
     for i in range(len(student.batches)):
         tokens = student.tokens(i, block)
         teacher_calls, student_calls = _layer_calls(teacher, student, i)
-        teacher_sum = teacher.trace(i, block, teacher_calls).residual_sum
-        teacher.values[i].copy_(pack(teacher_sum, tokens))
+        wanted = teacher.trace(i, block, teacher_calls)
+        teacher.store(i, block, wanted.residual_sum)
         trace = student.trace(i, block, student_calls)
         chosen = first_tokens(tokens) if first_token_only else tokens
         residual = pack(trace.residual_sum, chosen) - pack(trace.output, chosen)
-        target = pack(teacher_sum, chosen) - residual
-        moments.add(i, _features(trace.features, chosen, target), target)
-    teacher.block = block
+        target = pack(wanted.residual_sum, chosen) - residual
+        features = _features(trace.features, chosen, target)
+        if wanted.output_rms is not None:
+            features = features / pack(wanted.output_rms, chosen).clamp_min(SMALLEST_RMS)
+        moments.add(i, features, target)
+    if not block.sublayer.parallel:
+        teacher.block = block
     return moments.all_reduce()
 
 

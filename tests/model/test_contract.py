@@ -52,6 +52,10 @@ HEADS = {
 def heads_of(model_type: str) -> tuple[str, ...]:
     if model_type in IMAGE_TYPES:
         return ("image-classification",)
+    if model_type == "granite":
+        return ("causal-lm",)
+    if model_type in ("eurobert", "nomic_bert"):
+        return ("sequence-classification",)
     if model_type in CAUSAL_TYPES:
         return ("causal-lm", "sequence-classification")
     if model_type in GENERATION_TYPES:
@@ -370,7 +374,7 @@ def test_mask_gradients_are_finite_differences(
     gradients = torch.autograd.grad(score, masks)
     assert all(gradient.abs().max() > 1e-2 for gradient in gradients)
     # some families always compute norms or positions in float32
-    single = case[0] in (*CAUSAL_TYPES[2:], "modernbert", "t5", "mt5")
+    single = case[0] in (*CAUSAL_TYPES[2:], "modernbert", "eurobert", "t5", "mt5", "umt5")
     step = 3e-3 if single else 1e-5
     for i, block in enumerate(layout.blocks):
         for unit in (0, block.num_units - 1):
