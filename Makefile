@@ -27,7 +27,7 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,onnx]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,onnx,gguf]'
 	@touch $@ $(VENV)/installed
 
 demo: $(VENV)/installed

@@ -30,13 +30,16 @@ class RfpruneWarning(UserWarning):
     """Something that the user should know about a run that goes on; listed in the report."""
 
 
-def check_installed(feature: str, packages: Iterable[str], alternative: str = "") -> None:
+def check_installed(
+    feature: str, packages: Iterable[str], alternative: str = "", extra: str = ""
+) -> None:
     """Check that optional packages are installed.
 
     Args:
         feature: what needs them.
         packages: their names on PyPI.
         alternative: what to do without them.
+        extra: the extra of rfprune that has them.
 
     Raises:
         UserError: a package is missing; the message says how to install it.
@@ -44,9 +47,12 @@ def check_installed(feature: str, packages: Iterable[str], alternative: str = ""
     modules = {"pillow": "PIL"}
     missing = [one for one in packages if importlib.util.find_spec(modules.get(one, one)) is None]
     if missing:
+        ways = [f"run pip install {' '.join(missing)}"]
+        ways += [f"install rfprune with its extra {extra}"] * bool(extra)
+        ways += [alternative] * bool(alternative)
         raise UserError(
-            f"{feature} needs packages that are not installed here ({', '.join(missing)}): run pip "
-            f"install {' '.join(missing)}" + (f", or {alternative}" if alternative else "")
+            f"{feature} needs packages that are not installed here ({', '.join(missing)}): "
+            f"{', or '.join(ways)}"
         )
 
 

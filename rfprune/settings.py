@@ -34,7 +34,8 @@ METRICS = ("mac", "params", "memory", "latency")
 MULTIPLES = (8, 16, 32, 64)
 MAX_ROUNDS = 16
 DTYPES = ("float32", "bfloat16", "float16")
-EXPORTS = ("dense", "onnx")
+EXPORTS = ("dense", "onnx", "gguf")
+GGUF_TYPES = ("f16", "q8_0", "q4_0")
 MAX_SEED = 2**63 - 1  # torch accepts no larger one
 
 _BY_METHOD: Any = "by method"
@@ -519,13 +520,21 @@ class OutputSettings:
     overwrite: bool = choice("replace an earlier output", default=False, changes_output=False)
     export: tuple[str, ...] = choice(
         "also write other formats; dense: the original shapes, filled with zeros; onnx: an ONNX "
-        "file for any batch size and length (needs the packages {onnx_packages})",
+        "file for any batch size and length (needs the packages {onnx_packages}); gguf: a file for "
+        "llama.cpp (needs the package gguf)",
         default=(),
         choices=EXPORTS,
         repeatable=True,
     )
     quantize: bool = choice(
         "with --export onnx: also write an ONNX file with int8 weights", default=False
+    )
+    gguf_type: tuple[str, ...] = choice(
+        "with --export gguf: the type of the weights; several values write several files (default: "
+        "f16)",
+        default=(),
+        choices=GGUF_TYPES,
+        repeatable=True,
     )
     score_stages: bool = choice(
         "for the report: also score the model after selection, before the remaining weights are "
@@ -534,13 +543,23 @@ class OutputSettings:
     )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "export", tuple(dict.fromkeys(self.export)))
+        for name in ("export", "gguf_type"):
+            object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
         _check_values(self)
         if self.quantize and "onnx" not in self.export:
             raise UserError(
                 "--quantize writes a second ONNX file, with int8 weights: add --export onnx, or "
                 "leave --quantize out"
             )
+        if self.gguf_type and "gguf" not in self.export:
+            raise UserError(
+                f"--gguf-type {' '.join(self.gguf_type)} does nothing without --export gguf: add it"
+            )
+
+    @property
+    def gguf_types(self) -> tuple[str, ...]:
+        """The types of GGUF files to write."""
+        return self.gguf_type or GGUF_TYPES[:1]
 
 
 @dataclass(frozen=True, kw_only=True)

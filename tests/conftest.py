@@ -12,6 +12,7 @@ import string
 import tempfile
 from collections.abc import Callable
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,6 +90,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("shared") and not shared_folder().is_dir():
             item.add_marker(pytest.mark.skip(reason=f"needs {shared_folder()}"))
+        if item.get_closest_marker("llamacpp") and find_spec("llama_cpp") is None:
+            item.add_marker(pytest.mark.skip(reason="needs the extra rfprune[llamacpp]"))
         if item.get_closest_marker("cuda") and not _has_cuda():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 

@@ -109,6 +109,7 @@ def export_job(
         reference=original,
         stored=stored,
         quantize=options.output.quantize,
+        gguf_types=options.output.gguf_types,
     )
 
 

@@ -32,6 +32,7 @@ from rfprune.cli.outputs import export_job, identity_of, publish, save_output, u
 from rfprune.cli.validation import check_kind
 from rfprune.cost.constraint import Constraint
 from rfprune.errors import RfpruneWarning, UserError
+from rfprune.export.formats import check_formats
 from rfprune.latency.profile import load_or_profile
 from rfprune.max_drop.search import DropSearch, constraints_to_try, find_smallest_model
 from rfprune.methods.budget import check_constraints
@@ -102,6 +103,7 @@ def _prepare(options: Options, device: torch.device, consoles: Consoles) -> Prep
     start = time.perf_counter()
     dtype = getattr(torch, options.run.dtype or "float32")
     loaded = load(target.model, task, device=device, dtype=dtype)
+    check_formats(loaded.model, loaded.tokenizer, options)
     stored = stored_dtype(loaded.source) if options.run.dtype is None else dtype
     max_length = resolve_max_length(loaded, task, data.max_length)
     data_dir = resolve_data_dir(target.model, data.data_dir)

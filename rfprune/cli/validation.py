@@ -71,6 +71,11 @@ def check_kind(task: Task, *, exports: Sequence[str], max_drop: float | None) ->
             f"--max-drop needs a score that is a mean over examples, but {task.metric_name} of "
             f"{task.kind} is not: give sizes with --constraint, and compare them"
         )
+    if "gguf" in exports and task.kind != "language-modeling":
+        raise UserError(
+            f"--export gguf is for language models, whose task is language-modeling, and not for "
+            f"{task.kind}: leave gguf out of --export"
+        )
     if exports and task.kind in _KINDS_WITHOUT_EXPORT:
         raise UserError(
             f"--export supports classifiers, question answering and language models, not "
@@ -81,7 +86,9 @@ def check_kind(task: Task, *, exports: Sequence[str], max_drop: float | None) ->
 def check_exports(formats: Collection[str]) -> None:
     """Raise a UserError if packages for the formats of --export are not installed."""
     if "onnx" in formats:
-        check_installed("--export onnx", ONNX_PACKAGES, "leave --export onnx out")
+        check_installed("--export onnx", ONNX_PACKAGES, "leave --export onnx out", extra="onnx")
+    if "gguf" in formats:
+        check_installed("--export gguf", ("gguf",), "leave --export gguf out", extra="gguf")
 
 
 def check_new_file(flag: str, path: Path) -> None:

@@ -22,6 +22,7 @@ from rfprune.errors import UserError
 from rfprune.latency.speedup import report_budget
 from rfprune.latency.timing import Timer, TimingBudget, time_interleaved
 from rfprune.result import PruneResult
+from rfprune.settings import GGUF_TYPES
 from rfprune.tasks.evaluation import Evaluation, EvaluationSet, divergence, evaluate_model
 
 TOLERANCE = 1e-4
@@ -43,6 +44,7 @@ class ExportJob:
         reference: the scores of the original, from which divergences are computed.
         stored: the dtype in which PyTorch weights are saved.
         quantize: also write a variant with int8 weights, in formats that have one.
+        gguf_types: of the weights in GGUF files, one file each.
         progress: show progress bars.
     """
 
@@ -54,6 +56,7 @@ class ExportJob:
     reference: Evaluation
     stored: torch.dtype
     quantize: bool = False
+    gguf_types: tuple[str, ...] = GGUF_TYPES[:1]
     progress: bool = False
 
     @cached_property
@@ -95,9 +98,16 @@ def float32_cpu_copy(model: Any) -> Any:
 
 
 def check_outputs(
-    name: str, pruned: Any, exported: nn.Module, batches: Sequence[Batch]
+    name: str,
+    pruned: Any,
+    exported: nn.Module,
+    batches: Sequence[Batch],
+    stored: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """Compare the logits of an export with the pruned model's on inputs of several sizes.
+
+    Args:
+        stored: dtype of the export's weights, if it is not the pruned model's.
 
     Returns:
         "max_difference", and "checked_on": the shapes of the inputs.
@@ -111,7 +121,7 @@ def check_outputs(
         for batch in varied_inputs(batches)
     ]
     difference, largest = max_difference(pruned, exported, inputs)
-    tolerance = max(TOLERANCE, HALF_PRECISION_EPS * torch.finfo(parameter.dtype).eps)
+    tolerance = max(TOLERANCE, HALF_PRECISION_EPS * torch.finfo(stored or parameter.dtype).eps)
     limit = tolerance * max(1.0, largest)
     if not difference <= limit:
         raise UserError(

@@ -1,20 +1,55 @@
-"""The formats of `--export`: writes, scores and times the requested ones."""
+"""The formats of `--export`: checks, writes, scores and times the requested ones."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rfprune.export.contract import Export, ExportJob, evaluate_export, time_on_cpu
 from rfprune.export.dense import write_dense
+from rfprune.export.gguf import check_gguf, write_gguf
 from rfprune.export.onnx import write_onnx
 from rfprune.latency.timed_batch import typical_batch
+from rfprune.settings import Options
 
 Writer = Callable[[Path, ExportJob], Mapping[str, Export]]
 
-FORMATS: dict[str, Writer] = {"dense": write_dense, "onnx": write_onnx}
-"""Format -> function that writes it to a folder; returns each export by its name in the report."""
+
+class Format(NamedTuple):
+    """One format of `--export`.
+
+    Attributes:
+        write: writes it to a folder, and returns each export by its name in the report.
+        check: refuses a model and tokenizer before any work, if their kind alone decides that.
+    """
+
+    write: Writer
+    check: Callable[[Any, Any, Options], None] | None = None
+
+
+FORMATS: dict[str, Format] = {
+    "dense": Format(write_dense),
+    "onnx": Format(write_onnx),
+    "gguf": Format(
+        write_gguf,
+        lambda model, tokenizer, options: check_gguf(
+            model,
+            tokenizer,
+            options.output.gguf_types,
+            equal_layers=options.settings.uniform,
+        ),
+    ),
+}
+"""By the name that `--export` takes."""
+
+
+def check_formats(model: Any, tokenizer: Any, options: Options) -> None:
+    """Raise a UserError unless a pruned model can have the requested formats."""
+    for name in options.output.export:
+        check = FORMATS[name].check
+        if check is not None:
+            check(model, tokenizer, options)
 
 
 def write_exports(formats: Sequence[str], folder: Path, job: ExportJob) -> dict[str, Any]:
@@ -31,9 +66,9 @@ def write_exports(formats: Sequence[str], folder: Path, job: ExportJob) -> dict[
         UserError: the model cannot be exported, or an export computes something else.
     """
     exports: dict[str, Export] = {}
-    for name, write in FORMATS.items():
+    for name, one in FORMATS.items():
         if name in formats:
-            exports |= write(folder, job)
+            exports |= one.write(folder, job)
     runtimes = {name: export.runtime for name, export in exports.items() if export.runtime}
     entries = {name: export.entry for name, export in exports.items()}
     if not runtimes:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from rfprune.report.report_json import STAGES, Report
+from rfprune.settings import GGUF_TYPES
 from rfprune.tasks.registry import AUTO_CLASSES
 
 Row = tuple[str, ...]
@@ -21,7 +22,12 @@ EXPORT_HEADINGS = ("model and runtime", "score", "size", "latency", "speedup")
 DETAIL_SCORES = ("HasAns_", "NoAns_", "best_")
 """SQuAD 2.0 has a dozen scores; those with these prefixes are in report.json alone."""
 
-_RUNTIMES = {"onnx": "pruned, ONNX Runtime", "onnx_int8": "pruned, ONNX Runtime, int8"}
+_RUNTIMES = {
+    "onnx": "pruned, ONNX Runtime",
+    "onnx_int8": "pruned, ONNX Runtime, int8",
+    **{f"gguf_{kind}": f"pruned, llama.cpp, {kind}" for kind in GGUF_TYPES},
+}
+"""Labels of the exports that another runtime runs, by their names in the report."""
 
 
 def title(report: Report) -> str:
@@ -226,7 +232,8 @@ def export_rows(report: Report) -> list[Row]:
         (f"{name}, PyTorch", report[name] | {"latency_ms": conditions[f"{name}_ms"]})
         for name in ("original", "pruned")
     ]
-    entries += [(label, exports[name]) for name, label in _RUNTIMES.items() if name in exports]
+    timed = {name for name, entry in exports.items() if "latency_ms" in entry}
+    entries += [(label, exports[name]) for name, label in _RUNTIMES.items() if name in timed]
     slowest = max(entry["latency_ms"] for _, entry in entries)
     return [
         (

@@ -73,6 +73,7 @@ OTHER_VALUES: dict[str, tuple[str, Any]] = {
     "overwrite": ("", True),
     "export": ("dense", ("dense",)),
     "quantize": (" --export onnx", True),
+    "gguf_type": ("q8_0 f16 --export gguf", ("q8_0", "f16")),
     "score_stages": ("", True),
     "push_to_hub": ("me/model --hub-dry-run", "me/model"),
     "private": (" --push-to-hub me/model --hub-dry-run", True),

@@ -28,6 +28,7 @@ from rfprune.settings import EXPORTS
 
 Tiny = Callable[..., Any]
 NEEDED = "--model no/such/folder --task sst2 --constraint 0.5 --output-dir out"
+NEEDED_OF_TEXT = NEEDED.replace("sst2", "language-modeling")
 
 
 @pytest.fixture(autouse=True)
@@ -136,9 +137,12 @@ def test_a_dense_export_in_half_precision_can_be_pruned_again(
     assert read_report(Path("again"))["stored_dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize("missing", ["onnx", "onnxruntime", "onnxscript"])
+@pytest.mark.parametrize(
+    ("missing", "extra"),
+    [("onnx", "onnx"), ("onnxruntime", "onnx"), ("onnxscript", "onnx"), ("gguf", "gguf")],
+)
 def test_a_missing_package_is_an_error_before_the_run(
-    missing: str, monkeypatch: pytest.MonkeyPatch
+    missing: str, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = importlib.util.find_spec
 
@@ -146,8 +150,9 @@ def test_a_missing_package_is_an_error_before_the_run(
         return None if name == missing else find(name, *arguments)
 
     monkeypatch.setattr(importlib.util, "find_spec", without)
-    with pytest.raises(UserError, match=rf"\({missing}\).*pip install {missing}"):
-        parse([*NEEDED.split(), "--export", "onnx"])
+    sentence = rf"\({missing}\): run pip install {missing}, or install .* extra {extra}, or leave"
+    with pytest.raises(UserError, match=sentence):
+        parse([*NEEDED_OF_TEXT.split(), "--export", extra])
     assert parse([*NEEDED.split(), "--export", "dense"]).output.export == ("dense",)
 
 
@@ -157,6 +162,12 @@ def test_repeated_flags_are_combined() -> None:
     assert (output.export, output.quantize) == (("dense", "onnx"), True)
     assert parse(NEEDED.split()).output.export == ()
     assert tuple(FORMATS) == EXPORTS, "the flag has the formats of the registry"
+
+
+def test_types_of_gguf_files() -> None:
+    output = parse([*NEEDED_OF_TEXT.split(), *"--export gguf --gguf-type q4_0 f16".split()]).output
+    assert output.gguf_types == ("q4_0", "f16")
+    assert parse([*NEEDED_OF_TEXT.split(), "--export", "gguf"]).output.gguf_types == ("f16",)
 
 
 def broken(*_: Any, **__: Any) -> Any:

@@ -119,6 +119,8 @@ TASKS = (
           label_column="label"),
     _text("language modelling with `--max-drop`", "perplexity of language-modeling is not", {},
           constraint=None, max_drop=1),
+    _text("language modelling: an encoder with `--export gguf`", "not a BertLMHeadModel", {},
+          export="gguf"),
     _text("language modelling with `--use-labels`", "--use-labels does nothing", {},
           use_labels=True),
     _case("a language model for `custom`", "use --task language-modeling", "LMHeadModel",
