@@ -4,6 +4,7 @@
     choose    the units to keep within the budget of the constraint
     compact   remove all other units from a copy of the model
     fit       the weights that are left, by least squares against the original
+    sparsify  set single weights to zero within the layers that are left, if asked to
 
 `rfprune.methods` says what each method collects and how it chooses and fits; the mathematics is in
 `rfprune.stages`. The model that is given is never changed: masks act through hooks that are removed
@@ -31,22 +32,24 @@ from rfprune.latency.table import LatencyTable
 from rfprune.latency.timed_batch import timed_batch
 from rfprune.methods.budget import check_constraints, cost_model
 from rfprune.methods.problem import Problem, prepare_problem
+from rfprune.methods.sparsity import add_zeros
 from rfprune.methods.statistics import Statistics, collect_statistics
 from rfprune.model.batch import Batch, mean_decoder_tokens, mean_tokens
-from rfprune.model.compact import compact
+from rfprune.model.compact import compact, unpruned_copy
 from rfprune.model.frozen import default_torch_state, frozen
 from rfprune.model.masks import Masks, compose_masks, full_masks, num_kept, scale_kept_units
 from rfprune.model.plain import to_plain
 from rfprune.model.residency import execution_device
 from rfprune.result import PruneResult, units_of_layers
 from rfprune.settings import Settings
+from rfprune.stages.map_inputs import maps_of_layers
 from rfprune.stages.objective import Loss
 
 
 def prune(
     model: PreTrainedModel,
     batches: Iterable[Batch],
-    constraint: Constraint | float,
+    constraint: Constraint | float | None,
     settings: Settings | None = None,
     *,
     loss: Loss | None = None,
@@ -64,6 +67,7 @@ def prune(
             pixel_values (B, C, H, W), attention_mask (B, S), and the model's other inputs. Labels
             are not needed. Read once.
         constraint: the fraction of the original cost to keep; a bare number is a fraction of MACs.
+            None keeps all heads and neurons, for `Settings(sparsity=...)` alone.
         settings: method and options; the default is `Settings()`.
         loss: a function of the model's outputs and a batch, labels included, that returns one loss
             per example (B,), or their mean. Its gradients replace those of the model's own
@@ -100,7 +104,7 @@ def prune(
         Transformers" (arXiv 2204.09656). `rfprune.methods.curvature` and `rfprune.methods.criteria`
         name the sources of the other methods.
     """
-    constraint = Constraint.of(constraint)
+    wanted = _wanted(constraint, settings)
     problem = prepare_problem(
         model,
         batches,
@@ -110,13 +114,13 @@ def prune(
         cache=cache,
         progress=progress,
     )
-    return next(prune_to_each(problem, [constraint]))
+    return next(prune_to_each(problem, [wanted]))
 
 
 def prune_family(
     model: PreTrainedModel,
     batches: Iterable[Batch],
-    constraints: Iterable[Constraint | float],
+    constraints: Iterable[Constraint | float | None],
     settings: Settings | None = None,
     *,
     loss: Loss | None = None,
@@ -153,7 +157,7 @@ def prune_family(
             f"constraints is a single {type(constraints).__name__}; give a list, such as "
             "[Constraint('mac', 0.5)]"
         )
-    wanted: Iterable[Constraint] = map(Constraint.of, constraints)
+    wanted: Iterable[Constraint | None] = (_wanted(one, settings) for one in constraints)
     if isinstance(constraints, Sequence):  # an iterator is asked one by one
         wanted = list(wanted)
     problem = prepare_problem(
@@ -168,20 +172,33 @@ def prune_family(
     yield from prune_to_each(problem, wanted)
 
 
-def prune_to_each(problem: Problem, constraints: Iterable[Constraint]) -> Iterator[PruneResult]:
+def _wanted(constraint: Constraint | float | None, settings: Settings | None) -> Constraint | None:
+    """A constraint, or None where something else than the removal of units is asked for."""
+    if constraint is None and getattr(settings, "sparsity", None) is not None:
+        return None
+    return Constraint.of(constraint)
+
+
+def prune_to_each(
+    problem: Problem, constraints: Iterable[Constraint | None]
+) -> Iterator[PruneResult]:
     """Prune to several constraints; `prune_family` for a caller who has prepared the problem.
 
     The caller's torch state (autocast, inference mode, ...) holds between two results.
     """
-    known = constraints if isinstance(constraints, Sequence) else []
+    is_list = isinstance(constraints, Sequence)
+    known = [one for one in constraints if one is not None] if is_list else []
     device = execution_device(problem.model)
     with default_torch_state(device):
+        if problem.settings.sparsity is not None:
+            maps_of_layers(problem.model, problem.layout)
         problem = _with_latency_table(problem, known)
         check_constraints(problem, known)
-        statistics = collect_statistics(problem)
+        statistics = collect_statistics(problem) if known or not is_list else None
     for constraint in constraints:
         with default_torch_state(device):
-            check_constraints(problem, [constraint])  # an iterator gives them one by one
+            if constraint is not None:
+                check_constraints(problem, [constraint])  # an iterator gives them one by one
             result = _prune(problem.with_own_timer(), statistics, constraint)
         yield result
 
@@ -202,10 +219,49 @@ def _with_latency_table(problem: Problem, constraints: Sequence[Constraint]) -> 
     return replace(problem, latency_table=table)
 
 
-def _prune(problem: Problem, statistics: Statistics, constraint: Constraint) -> PruneResult:
-    """Prune to one constraint in one or more rounds; each starts from the student of the last."""
+def _prune(
+    problem: Problem, statistics: Statistics | None, constraint: Constraint | None
+) -> PruneResult:
+    """Remove units to meet a constraint, if there is one, and set weights to zero, if asked to."""
     settings, timer = problem.settings, problem.timer
     student, masks = problem.model, full_masks(problem.layout)
+    promise, zeros, warnings = None, None, list[str]()
+    if constraint is None or statistics is None:
+        student = unpruned_copy(student)
+    else:
+        student, masks, promise, warnings = _remove_units(problem, statistics, constraint)
+    if settings.uniform:
+        student = to_plain(student)
+    if settings.sparsity is not None:
+        with timer.stage("sparsify"), frozen(student):
+            zeros, failures = add_zeros(problem, student)
+        warnings += failures
+    latency = {"latency": promise.measured} if promise else {}
+    return PruneResult(
+        model=student,
+        masks=masks,
+        layout=problem.layout,
+        constraint=constraint,
+        achieved=_achieved(problem, student, masks) | latency,
+        seconds=timer.report(),
+        warnings=(*problem.warnings, *warnings),
+        layers=tuple(units_of_layers(problem.layout, num_kept(masks))),
+        mean_tokens=mean_tokens(problem.batches),
+        importance=None if statistics is None else statistics.importance,
+        curves=None if statistics is None else statistics.curves,
+        cached=tuple(sorted(timer.cached)),
+        promise=promise,
+        sparsity=zeros,
+    )
+
+
+def _remove_units(
+    problem: Problem, statistics: Statistics, constraint: Constraint
+) -> tuple[PreTrainedModel, Masks, LatencyPromise | None, list[str]]:
+    """Prune to a constraint in one or more rounds; each starts from the student of the last."""
+    settings, timer = problem.settings, problem.timer
+    student, masks = problem.model, full_masks(problem.layout)
+    promise, warnings = None, list[str]()
     for number, ratio in enumerate(schedule(constraint.ratio, settings.rounds)):
         target = Constraint(constraint.metric, ratio)
         current = problem if number == 0 else problem.with_model(student)
@@ -220,24 +276,7 @@ def _prune(problem: Problem, statistics: Statistics, constraint: Constraint) -> 
                 scales, failures = statistics.fit(problem, student, target)
                 masks = scale_kept_units(problem.layout, masks, scales)
             warnings += failures
-    if settings.uniform:
-        student = to_plain(student)
-    latency = {"latency": promise.measured} if promise else {}
-    return PruneResult(
-        model=student,
-        masks=masks,
-        layout=problem.layout,
-        constraint=constraint,
-        achieved=_achieved(problem, student, masks) | latency,
-        seconds=timer.report(),
-        warnings=(*problem.warnings, *warnings),
-        layers=tuple(units_of_layers(problem.layout, num_kept(masks))),
-        mean_tokens=mean_tokens(problem.batches),
-        importance=statistics.importance,
-        curves=statistics.curves,
-        cached=tuple(sorted(timer.cached)),
-        promise=promise,
-    )
+    return student, masks, promise, warnings
 
 
 def schedule(ratio: float, rounds: int) -> list[float]:

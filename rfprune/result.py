@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rfprune.cost.constraint import Constraint
+from rfprune.cost.sparsity import MapSparsity
 from rfprune.errors import as_path
 from rfprune.latency.promise import LatencyPromise
 from rfprune.model.checkpoint import MASKS_FILE, check_saved_parts, save_pruned
@@ -32,12 +33,12 @@ class PruneResult:
         masks: one (U,) per block of `layout`: 0 for units that were removed, the tuned scale of the
             others (1 if the method does not scale units).
         layout: the blocks of the original model.
-        constraint: the constraint that was asked for.
+        constraint: the constraint that was asked for; None if all units were kept.
         achieved: cost of the pruned model as a fraction of the original's, by metric: "mac"
             (Transformer layers, at the mean length), "params" (all), "memory" (bytes of weights),
             and "latency" if that was constrained.
-        seconds: by stage (collect, search, rearrange, compact, verify, tune), and their sum
-            (prune_total).
+        seconds: by stage (collect, search, rearrange, compact, verify, tune, sparsify), and their
+            sum (prune_total).
         warnings: one sentence for each way in which the calibration batches are no sample of the
             model's data, each block that could not be fitted, or a latency that was not met.
         layers: units of every kind kept in every layer; see `units_of_layers`.
@@ -46,12 +47,14 @@ class PruneResult:
         curves: error curve of each block of `layout`; None for a method without them.
         cached: stages whose result was loaded from the cache; their seconds are those of loading.
         promise: predicted and measured latency; None unless latency was constrained.
+        sparsity: the zeros of every linear map within the layers; None without
+            `Settings(sparsity=...)`.
     """
 
     model: PreTrainedModel
     masks: Masks
     layout: Layout
-    constraint: Constraint
+    constraint: Constraint | None
     achieved: dict[str, float]
     seconds: dict[str, float]
     warnings: tuple[str, ...]
@@ -61,6 +64,12 @@ class PruneResult:
     curves: tuple[ErrorCurve, ...] | None = None
     cached: tuple[str, ...] = ()
     promise: LatencyPromise | None = None
+    sparsity: tuple[MapSparsity, ...] | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """The ratio of the constraint; None if all units were kept."""
+        return None if self.constraint is None else self.constraint.ratio
 
     def save(
         self,

@@ -30,6 +30,8 @@ WEIGHT_CRITERIA = CRITERIA[3:]
 ALLOCATIONS = ("global", "uniform")
 GRADIENTS = ("per-example", "per-batch")
 TEACHERS = ("dense", "scheduled")
+SPARSITY_CRITERIA = ("obs", "wanda", "magnitude")
+SPARSITY_SCOPES = ("layer", "global")
 METRICS = ("mac", "params", "memory", "latency")
 MULTIPLES = (8, 16, 32, 64)
 MAX_ROUNDS = 16
@@ -37,6 +39,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 EXPORTS = ("dense", "onnx", "gguf")
 GGUF_TYPES = ("f16", "q8_0", "q4_0")
 MAX_SEED = 2**63 - 1  # torch accepts no larger one
+
+_OF_UNITS = (
+    *("metric", "method", "importance", "allocation", "gradients", "teacher", "rearrange", "tune"),
+    *("uniform", "rounds", "score_stages"),
+)
+"""Choices about the heads and neurons that are removed."""
 
 _BY_METHOD: Any = "by method"
 """The default of `round_to`: multiples of 8 for curvature. The other methods are there to compare
@@ -77,6 +85,25 @@ SPLIT_NAME = Allowed(
 POINTS = Allowed(
     "a number from 0 up to 100: it is how many points of the task's score may be lost, such as 1",
     lambda number: 0 <= number < 100,
+)
+
+
+def parse_sparsity(text: str) -> float | tuple[int, int] | None:
+    """The fraction of zeros, or (N, M) for at most N non-zeros of M; None for anything else."""
+    if found := re.fullmatch(r"([1-9]\d{0,3}):([1-9]\d{0,3})", text):
+        kept, size = int(found[1]), int(found[2])
+        return (kept, size) if kept < size else None
+    try:
+        fraction = float(text)
+    except ValueError:
+        return None
+    return fraction if 0 < fraction < 1 else None
+
+
+SPARSITY = Allowed(
+    "a fraction of zeros between 0 and 1 (both excluded), such as 0.5, or N:M for at most N "
+    "non-zeros of every M weights, such as 2:4",
+    lambda text: parse_sparsity(text) is not None,
 )
 
 
@@ -219,7 +246,6 @@ class TargetSettings:
         default=(),
         metavar="RATIO",
         allowed=FRACTION,
-        required=True,
         changes_output=False,  # it is part of the output's own identity
     )
     max_drop: float | None = choice(
@@ -254,7 +280,8 @@ class TargetSettings:
 
     @property
     def ratios(self) -> tuple[float | None, ...]:
-        """The ratio of each model to make; None for the one that `max_drop` finds."""
+        """The ratio of each model to make; None for the one that `max_drop` finds, and for one that
+        keeps all units."""
         return self.constraint or (None,)
 
 
@@ -410,6 +437,25 @@ class Settings:
         metavar="N",
         allowed=whole_number(1, MAX_ROUNDS),
     )
+    sparsity: str | None = choice(
+        "also set weights within the layers to zero: a fraction such as 0.5, or 2:4 for at most 2 "
+        "non-zeros of every 4 weights of a row; without --constraint all units stay",
+        default=None,
+        metavar="FRACTION|N:M",
+        allowed=SPARSITY,
+    )
+    sparsity_criterion: str = choice(
+        "with --sparsity: which weights become zero; obs: Optimal Brain Surgeon, the others are "
+        "adjusted; wanda: weight times norm of its input; magnitude: the smallest",
+        default=SPARSITY_CRITERIA[0],
+        choices=SPARSITY_CRITERIA,
+    )
+    sparsity_scope: str = choice(
+        "with --sparsity FRACTION; layer: the same fraction in every linear map; global: more "
+        "zeros where they change the predictions less",
+        default=SPARSITY_SCOPES[0],
+        choices=SPARSITY_SCOPES,
+    )
     seed: int = choice(
         "seed for drawing the calibration examples and for sampling",
         default=0,
@@ -421,7 +467,11 @@ class Settings:
         if self.round_to == _BY_METHOD:
             multiple = MULTIPLES[0] if self.method == METHODS[0] else None
             object.__setattr__(self, "round_to", multiple)
+        given: Any = self.sparsity
+        if isinstance(given, int | float) and not isinstance(given, bool):
+            object.__setattr__(self, "sparsity", f"{float(given):g}")
         _check_values(self)
+        self._check_sparsity()
         if self.round_to == 1:
             object.__setattr__(self, "round_to", None)
         for one in fields(self):
@@ -458,6 +508,21 @@ class Settings:
             if declaration.implies_method and name in given:
                 settings._check_method_of(name)
         return settings
+
+    def _check_sparsity(self) -> None:
+        """Refuse choices of sparsity that do nothing."""
+        for one in fields(self):
+            needs_sparsity = one.name in ("sparsity_criterion", "sparsity_scope")
+            if needs_sparsity and self.sparsity is None and getattr(self, one.name) != one.default:
+                raise UserError(
+                    f"{_spelled(type(self), one.name, getattr(self, one.name))} does nothing "
+                    "without --sparsity: add it, or leave this out"
+                )
+        if self.sparsity_scope == "global" and self.sparsity and ":" in self.sparsity:
+            raise UserError(
+                f"--sparsity {self.sparsity} fixes the density of every row, so --sparsity-scope "
+                "global (sparsity_scope='global') does nothing: leave it out, or give a fraction"
+            )
 
     def _check_method_of(self, name: str) -> None:
         """Refuse a choice that does nothing for the method."""
@@ -597,6 +662,8 @@ class Options:
     hub: HubSettings = field(metadata={"title": "hub"})
 
     def __post_init__(self) -> None:
+        if not self.removes_units:
+            self._check_without_constraint()
         if self.settings.uniform and "dense" in self.output.export:
             raise UserError(
                 "--export dense is for tools that cannot run code from a checkpoint, and a model "
@@ -608,11 +675,45 @@ class Options:
                 "afterwards with scripts/push_to_hub.py"
             )
 
+    @property
+    def removes_units(self) -> bool:
+        """Whether heads and neurons are removed."""
+        return bool(self.target.constraint) or self.target.max_drop is not None
+
+    def _check_without_constraint(self) -> None:
+        """Refuse to do nothing, and choices that do nothing where all units stay."""
+        if self.settings.sparsity is None:
+            raise UserError(
+                "there is nothing to prune: give --constraint RATIO (such as 0.5), --max-drop "
+                "POINTS, or --sparsity (see rfprune --help)"
+            )
+        given = {
+            flag_of(type(subject), one.name)
+            for subject in (self.target, self.settings, self.output)
+            for one in fields(subject)
+            if one.name in _OF_UNITS and getattr(subject, one.name) != one.default
+        }
+        if given:
+            raise UserError(
+                f"{', '.join(sorted(given))} chooses heads and neurons to remove, and does nothing "
+                "without --constraint or --max-drop: add one, or leave it out"
+            )
+
+    def _folder_name(self, ratio: float | None) -> str:
+        """What tells the models of one checkpoint and task apart: mac-0.5, sparsity-2of4."""
+        target, sparsity = self.target, self.settings.sparsity
+        parts = []
+        if self.removes_units:
+            limit = None if target.max_drop is None else f"drop-{target.max_drop:g}"
+            parts.append(f"{target.metric}-{limit or ratio}")
+        if sparsity is not None:
+            parts.append(f"sparsity-{sparsity.replace(':', 'of')}")
+        return "-".join(parts)
+
     def output_folder(self, ratio: float | None) -> Path:
         """The folder of the model pruned to `ratio`; with several ratios, one subfolder each."""
         target, folder = self.target, self.output.output_dir
-        limit = None if target.max_drop is None else f"drop-{target.max_drop:g}"
-        name = f"{target.metric}-{limit or ratio}"
+        name = self._folder_name(ratio)
         if folder is not None:
             return folder if len(target.ratios) == 1 else folder / name
         model = re.sub(r"[^\w.-]+", "--", Path(target.model).expanduser().resolve().name)

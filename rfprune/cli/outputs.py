@@ -70,7 +70,7 @@ def save_output(
         report: most of report.json; the entries about the files are added.
         exports: what --export needs, if it was given.
     """
-    folder = options.output_folder(result.constraint.ratio)
+    folder = options.output_folder(result.ratio)
     with staged(folder, overwrite=options.output.overwrite) as temporary, quiet_transformers():
         dtype = getattr(torch, report["stored_dtype"])
         tokenizer = prepared.loaded.tokenizer

@@ -212,13 +212,14 @@ def _make_models(
         result = outcome.result
         stored = round_to_stored_dtype(prepared.stored, result.model)
         if outcome.pruned is None:
-            log.print(f"Scoring and timing the model pruned to {result.constraint.ratio:g}")
+            size = "" if result.ratio is None else f" to {result.ratio:g}"
+            log.print(f"Scoring and timing the model pruned{size}")
         report = {
             "schema": SCHEMA,
             "command": command,
             **measure(options, prepared, original, outcome, stored, progress=progress),
             "cached": sorted(cached.union(result.cached)),
-            "identity": identity_of(options, prepared, result.constraint.ratio),
+            "identity": identity_of(options, prepared, result.ratio),
             "warnings": list(dict.fromkeys([*warnings, *result.warnings])),
         }
         exports = None
@@ -240,7 +241,7 @@ def _outcomes(
     """The pruned models: one per constraint, or the smallest within --max-drop."""
     target, problem = options.target, prepared.problem
     if target.max_drop is None:
-        yield from map(Outcome, prune_to_each(problem, _constraints(options, ratios)))
+        yield from map(Outcome, prune_to_each(problem, _wanted(options, ratios)))
         return
     search = DropSearch(target.max_drop, target.metric, prepared, original, consoles.progress)
     yield find_smallest_model(
@@ -260,12 +261,17 @@ def _prune_with_main_process(
             pass  # the main process decides what to try next
         distributed.barrier()
         return
-    for _ in prune_to_each(problem, _constraints(options, ratios)):
+    for _ in prune_to_each(problem, _wanted(options, ratios)):
         distributed.barrier()  # the main process measures the latency meanwhile
 
 
 def _cache_folder(options: Options) -> Path | None:
     return (options.run.cache_dir or default_folder()) if options.run.cache else None
+
+
+def _wanted(options: Options, ratios: Sequence[float | None]) -> Sequence[Constraint | None]:
+    """The constraints to prune to: a single None where all units stay."""
+    return _constraints(options, ratios) if options.target.constraint else [None]
 
 
 def _constraints(options: Options, ratios: Sequence[float | None]) -> list[Constraint]:

@@ -157,8 +157,9 @@ def _score(search: DropSearch, result: PruneResult) -> _ScoredTrial:
     data = prepared.evaluation_set
     pruned = evaluate_model(result.model, data, progress=search.progress)
     drop = paired_drop(data, search.original, pruned, search.max_drop)
+    assert result.ratio is not None, "the search asks for constraints"
     trial = Trial(
-        result.constraint.ratio,
+        result.ratio,
         drop.points,
         search.divergence(result.model),
         drop.standard_error,

@@ -62,6 +62,14 @@ def compact(model: PreTrainedModel, layout: Layout, masks: Sequence[Tensor]) -> 
     return small
 
 
+def unpruned_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model with all its units, of the same class."""
+    copied = copy_without_offloading(model, {})
+    remove_added_methods(copied)
+    load_weights(copied, model, {})
+    return copied
+
+
 def _copy_without(model: PreTrainedModel, layout: Layout) -> PreTrainedModel:
     """A deep copy in which the weights that will be replaced are on the meta device."""
     sliced = [model.get_submodule(path) for block in layout.blocks for path in block.projections]

@@ -77,6 +77,24 @@ def first_call(module: nn.Module, run: Callable[[], Any]) -> ModuleCall | None:
     return calls[0] if calls else None
 
 
+def module_inputs(module: nn.Module, run: Callable[[], Any], num_calls: int) -> list[Tensor]:
+    """The first arguments of a module's first calls in `run`, which ends after the last of them."""
+    inputs: list[Tensor] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        inputs.append(args[0])
+        if len(inputs) == num_calls:
+            raise _Stop
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        with suppress(_Stop):
+            run()
+    finally:
+        handle.remove()
+    return inputs
+
+
 def add_image_token_mask(model: PreTrainedModel, layout: Layout, batch: Batch) -> Batch:
     """Add the token mask to a batch of images; other batches are returned as they are.
 

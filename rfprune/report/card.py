@@ -18,7 +18,6 @@ from rfprune.report.report_json import Report
 from rfprune.report.summary import (
     DETAIL_SCORES,
     EXPORT_HEADINGS,
-    METRIC_NAMES,
     SUMMARY_HEADINGS,
     auto_class,
     export_caption,
@@ -29,10 +28,12 @@ from rfprune.report.summary import (
     is_reranker,
     latency_lines,
     max_drop_lines,
-    percent,
+    removes_units,
     scoring_line,
     seconds_line,
+    sparsity_lines,
     summary_rows,
+    target_text,
 )
 from rfprune.settings import Settings
 from rfprune.tasks.registry import TASKS, Task
@@ -148,8 +149,9 @@ def render_card(report: Report, repository: str | None = None) -> str:
         command=code_block(report["command"]),
         method=_method(settings, report["method"]),
         labels="with their labels" if settings.get("use_labels") else "without their labels",
-        target=f"{percent(report['constraint'])} of the original's "
-        f"{METRIC_NAMES.get(report['metric'], report['metric'])}",
+        target=target_text(report),
+        removes_units=removes_units(report),
+        sparsity_lines=sparsity_lines(report),
         search=[*latency_lines(report), *max_drop_lines(report)],
         seconds=seconds_line(report["seconds"]),
         versions=", ".join(f"{name} {value}" for name, value in report["versions"].items()),
@@ -227,7 +229,10 @@ def _model_name(report: Report) -> str:
 
 def _name(report: Report) -> str:
     metric, ratio = report["metric"], report["constraint"]
-    return f"{_model_name(report)}-{report['task']}-pruned-{metric}-{ratio:g}"
+    parts = [] if ratio is None else [f"{metric}-{ratio:g}"]
+    if report.get("sparsity"):
+        parts.append(f"sparsity-{report['settings']['sparsity'].replace(':', 'of')}")
+    return "-".join([_model_name(report), report["task"], "pruned", *parts])
 
 
 def _base(report: Report) -> Markdown:

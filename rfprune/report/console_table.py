@@ -20,6 +20,7 @@ from rfprune.report.summary import (
     reload_line,
     scoring_line,
     seconds_line,
+    sparsity_lines,
     summary_rows,
     title,
 )
@@ -43,6 +44,7 @@ def render(report: Report) -> Group:
         *continuation_lines(report),
         *latency_lines(report),
         *max_drop_lines(report),
+        *sparsity_lines(report),
         seconds_line(report["seconds"], report.get("cached", ())),
         *(f"Warning: {warning}" for warning in report["warnings"]),
     ]

@@ -14,6 +14,7 @@ from rfprune.checkpoints.loading import LoadedCheckpoint
 from rfprune.cost.macs import total_macs
 from rfprune.cost.memory import distinct_tensors
 from rfprune.cost.params import total_params
+from rfprune.cost.sparsity import density, layer_densities, num_zeros, saved_bytes
 from rfprune.latency.speedup import Latency, measure_latency
 from rfprune.latency.timed_batch import timed_batch
 from rfprune.methods.problem import Problem
@@ -110,7 +111,7 @@ def measure(
         "higher_is_better": prepared.evaluation_set.task.higher_is_better,
         "method": options.settings.method,
         "metric": options.target.metric,
-        "constraint": result.constraint.ratio,
+        "constraint": result.ratio,
         "seed": options.settings.seed,
         "samples": sum(batch_size(batch) for batch in prepared.batches),
         "settings": dataclasses.asdict(prepared.problem.settings),
@@ -127,6 +128,7 @@ def measure(
         **_continuations(prepared, result.model),
         "evaluated_examples": original.num_examples,
         "mean_tokens": result.mean_tokens,
+        "plain": getattr(result.model.config, "rfprune", None) is None,
         "latency": _conditions(latency),
         "promise": latency_promise(result, latency),
         "seconds": stage_seconds(
@@ -136,9 +138,31 @@ def measure(
         "layers": list(result.layers),
         "original_layers": original_layers(result.layout),
         "curves": curve_points(result),
+        **_zeros(result, stored),
         "stages": stages,
         "data_dir": None if options.data.data_dir is None else str(options.data.data_dir),
-        "output_dir": str(options.output_folder(result.constraint.ratio)),
+        "output_dir": str(options.output_folder(result.ratio)),
+    }
+
+
+def _zeros(result: PruneResult, stored: torch.dtype) -> dict[str, Any]:
+    """Density and compressed size of the linear maps within the layers; empty without zeros.
+
+    Args:
+        stored: the dtype in which the pruned weights are saved.
+    """
+    maps = result.sparsity
+    if maps is None:
+        return {}
+    return {
+        "sparsity": {
+            "density": density(maps),
+            "layers": layer_densities(maps, len(result.layout.layers)),
+            "weights": sum(one.num_weights for one in maps),
+            "zeros": num_zeros(maps),
+            "saved_bytes": saved_bytes(maps, stored.itemsize),
+            "maps": [dataclasses.asdict(one) for one in maps],
+        }
     }
 
 

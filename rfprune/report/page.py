@@ -37,6 +37,7 @@ from rfprune.report.summary import (
     score_text,
     scoring_line,
     seconds_line,
+    sparsity_lines,
     summary_rows,
     title,
 )
@@ -124,7 +125,7 @@ def render_run(report: Report, plots: Sequence[Plot]) -> str:
         headings=SUMMARY_HEADINGS,
         rows=_fixed_rows(summary_rows(report)),
         scoring=scoring_line(report),
-        search=[*latency_lines(report), *max_drop_lines(report)],
+        search=[*latency_lines(report), *max_drop_lines(report), *sparsity_lines(report)],
         seconds=seconds_line(report["seconds"]),
         exports=_fixed_rows(export_rows(report)),
         exports_caption=export_caption(report),
@@ -134,7 +135,7 @@ def render_run(report: Report, plots: Sequence[Plot]) -> str:
         with_code=reload_line(report),
         without_code=f"rfprune.load_pruned({json.dumps(report['output_dir'], ensure_ascii=False)})",
         layers=_layers(report),
-        kinds=[kind_name(report, kind) for kind in kinds_of(report)],
+        kinds=[*(kind_name(report, kind) for kind in kinds_of(report)), *_density_heading(report)],
         settings=_settings(report),
     )
 
@@ -202,13 +203,20 @@ def _tiles(report: Report) -> list[tuple[str, str]]:
 
 
 def _layers(report: Report) -> list[tuple[str, ...]]:
-    """One row per layer: its name, and the units it keeps of each kind."""
+    """One row per layer: its name, the units it keeps of each kind, and its density."""
     before = report.get("original_layers") or [{}] * len(report["layers"])
     rows = []
     for position, (after, had) in enumerate(zip(report["layers"], before, strict=True)):
         cells = [_kept_of(after, had, kind) for kind in kinds_of(report)]
+        if zeros := report.get("sparsity"):
+            cells.append(f"{zeros['layers'][position]:.1%}")
         rows.append((stack_at(report, position).layer_name(position), *cells))
     return rows
+
+
+def _density_heading(report: Report) -> list[str]:
+    """The heading of the densities in `_layers`; empty without zeros."""
+    return ["weights that are not zero"] if report.get("sparsity") else []
 
 
 def _kept_of(after: Mapping[str, int], had: Mapping[str, int], kind: str) -> str:

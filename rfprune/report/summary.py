@@ -32,11 +32,29 @@ _RUNTIMES = {
 
 def title(report: Report) -> str:
     """Model, task, constraint and method of a run."""
-    return (
-        f"{report['model']} on {report['task']}, pruned to {percent(report['constraint'])} of its "
-        f"{METRIC_NAMES[report['metric']]} ({_method(report)}, "
-        f"{_number(report['samples'], 'calibration example')})"
-    )
+    how = [_method(report)] if removes_units(report) else []
+    how.append(_number(report["samples"], "calibration example"))
+    return f"{report['model']} on {report['task']}, {target_text(report)} ({', '.join(how)})"
+
+
+def removes_units(report: Report) -> bool:
+    """Whether heads and neurons were removed."""
+    return report["constraint"] is not None
+
+
+def target_text(report: Report) -> str:
+    """What the run was asked for: pruned to 50% of its MACs, with 2:4 zeros by obs."""
+    parts = []
+    if removes_units(report):
+        metric = METRIC_NAMES.get(report["metric"], report["metric"])
+        parts.append(f"pruned to {percent(report['constraint'])} of its {metric}")
+    if report.get("sparsity"):
+        settings = report["settings"]
+        pattern, scope = settings["sparsity"], settings["sparsity_scope"]
+        zeros = f"{pattern} sparsity" if ":" in pattern else f"{percent(float(pattern))} zeros"
+        where = "" if scope == "layer" else f" ({scope})"
+        parts.append(f"with {zeros} by {settings['sparsity_criterion']}{where}")
+    return ", ".join(parts)
 
 
 def percent(ratio: float) -> str:
@@ -68,7 +86,56 @@ def summary_rows(report: Report) -> list[Row]:
         _cost_row(report, f"MACs ({report['mean_tokens']:.0f} tokens)", "macs", _count),
         _cost_row(report, "parameters", "params", _count),
         _cost_row(report, f"weights ({report['stored_dtype']})", "bytes", _megabytes),
+        *_sparsity_rows(report),
         _cost_row(report, f"latency (batch {shape})", "latency_ms", _milliseconds),
+    ]
+
+
+def _sparsity_rows(report: Report) -> list[Row]:
+    """Non-zero parameters and compressed bytes; empty without zeros."""
+    zeros = report.get("sparsity")
+    if not zeros:
+        return []
+    before, after = report["original"], report["pruned"]
+    left = after["params"] - zeros["zeros"], after["bytes"] - zeros["saved_bytes"]
+    return [
+        (
+            "non-zero parameters",
+            _count(before["params"], before["params"]),
+            _count(left[0], before["params"]),
+            f"{left[0] / before['params']:.1%}",
+        ),
+        (
+            "weights, compressed",
+            _megabytes(before["bytes"]),
+            _megabytes(left[1]),
+            f"{left[1] / before['bytes']:.1%}",
+        ),
+    ]
+
+
+def sparsity_lines(report: Report) -> list[str]:
+    """Density by layer, the meaning of the compressed size, and what runs faster where."""
+    zeros = report.get("sparsity")
+    if not zeros:
+        return []
+    pattern = report["settings"]["sparsity"]
+    layers = ", ".join(f"{100 * each:.3g}" for each in zeros["layers"])
+    faster = (
+        "OpenVINO can keep unstructured zeros compressed on a CPU; GPUs and ONNX Runtime gain "
+        "nothing"
+    )
+    if pattern == "2:4":
+        faster = (
+            "on NVIDIA GPUs from Ampere on, torch.sparse.to_sparse_semi_structured runs 2:4 "
+            "weights of half precision on sparse tensor cores"
+        )
+    return [
+        f"Not zero in the linear maps of the layers: {100 * zeros['density']:.4g}% of the weights; "
+        f"by layer, in percent: {layers}. Embeddings, norms and heads of tasks have no zeros.",
+        "Compressed weights are the non-zero values and one bit per weight for their places; the "
+        "files of this folder are not compressed.",
+        f"In plain PyTorch zeros cost as much time and memory as other numbers; {faster}.",
     ]
 
 
@@ -307,4 +374,4 @@ def is_reranker(report: Report) -> bool:
 
 def is_plain(report: Report) -> bool:
     """Whether the pruned model is a plain architecture, which needs no code of its own."""
-    return bool(report.get("settings", {}).get("uniform"))
+    return bool(report.get("plain", report.get("settings", {}).get("uniform")))

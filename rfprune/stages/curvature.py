@@ -152,7 +152,7 @@ def error_curves(
     for i in tqdm(own, desc="error curves", unit="block", disable=not progress, leave=False):
         block, factors = layout.blocks[i], collected[i]
         consumer = linear(model, block.consumer)
-        scale = _depth_weight(block, layout) / (2 * factors.examples)
+        scale = depth_weight(block, layout) / (2 * factors.examples)
         try:
             with resident(consumer):
                 curves[i] = removal_curve(
@@ -169,7 +169,8 @@ def error_curves(
     return tuple(distributed.all_gather(curves))
 
 
-def _depth_weight(block: Block, layout: Layout) -> float:
+def depth_weight(block: Block, layout: Layout) -> float:
+    """The weight of errors in the layer of a block; see `DEPTH_WEIGHT`."""
     if block.pre_norm:
         return 1.0
     height = 1 - block.layer / max(1, len(layout.layers) - 1)  # 1 in the first layer, 0 in the last

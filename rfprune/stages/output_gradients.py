@@ -23,6 +23,7 @@ def output_gradients(
     batch: Batch,
     generator: torch.Generator,
     record_inputs: Sequence[Record],
+    paths: Sequence[str] | None = None,
 ) -> Iterator[tuple[tuple[Tensor, ...], ...]]:
     """Run the model on a batch and differentiate its objective at the output of every consumer.
 
@@ -34,6 +35,7 @@ def output_gradients(
         generator: of sampled labels.
         record_inputs: one function per block. It is called with the input of the block's consumer,
             (B, S, p) or (B * S, p), detached, once for each run of the block.
+        paths: of other linear maps, which then take the place of the blocks' consumers.
 
     Raises:
         UserError: the objective does not depend on every block.
@@ -43,13 +45,14 @@ def output_gradients(
         for every block, and each of its runs, the gradient (B, S, d) or (B * S, d) at the
         consumer's output, including padding.
     """
-    model, blocks = calibration.model, calibration.layout.blocks
-    outputs: list[list[Tensor]] = [[] for _ in blocks]
+    model = calibration.model
+    if paths is None:
+        paths = [block.consumer for block in calibration.layout.blocks]
+    outputs: list[list[Tensor]] = [[] for _ in paths]
     with ExitStack() as stack:
-        for block, record, block_outputs in zip(blocks, record_inputs, outputs, strict=True):
-            consumer = model.get_submodule(block.consumer)
+        for path, record, block_outputs in zip(paths, record_inputs, outputs, strict=True):
             hook = _recording_hook(record, block_outputs)
-            stack.callback(consumer.register_forward_hook(hook).remove)
+            stack.callback(model.get_submodule(path).register_forward_hook(hook).remove)
         predictions = model(**model_inputs(batch), return_dict=True)
     values = objective_values(
         predictions, batch, model.config, generator, objective=calibration.objective

@@ -53,7 +53,28 @@ _NOT_A_RATIO = "is not a number between 0 and 1"
 FLAGS = (
     _raw("no flags at all", "required: --model"),
     _raw("nothing but a word", "required: --model", "prune"),
-    _raw("no `--constraint`", "--constraint --max-drop is", "--model", "demo", "--task", "sst2"),
+    _raw("no `--constraint`", "give --constraint RATIO", "--model", "demo", "--task", "sst2"),
+    *(
+        _one_flag(f"--sparsity {text}", f"--sparsity {text} is not a fraction of zeros")
+        for text in ("0", "1", "-0.5", "nan", "half", "0,5", "4:2", "2:2", "0:4", "2:", "2:4:8")
+    ),
+    _one_flag("--sparsity=", "--sparsity '' is not a fraction of zeros"),
+    _one_flag("--sparsity 2:4 --sparsity-scope global", "fixes the density of every row"),
+    _one_flag("--sparsity-criterion wanda", "does nothing without --sparsity"),
+    _one_flag("--sparsity-scope global", "does nothing without --sparsity"),
+    _one_flag("--sparsity 2:4 --sparsity-criterion fisher", "invalid choice: 'fisher'"),
+    *(
+        Case(
+            f"`{text}` without a constraint",
+            f"{text.split()[0]} chooses heads and neurons to remove",
+            lambda place, text=text: [
+                *place.flags(constraint=None),
+                *"--sparsity 2:4".split(),
+                *text.split(),
+            ],
+        )
+        for text in ("--uniform", "--method kwon", "--metric params", "--score-stages")
+    ),
     *(_one_flag(f"--constraint {text}", _NOT_A_RATIO) for text in ("0", "1", "1.5", "-1", "nan")),
     *(_one_flag(f"--constraint {text}", _NOT_A_RATIO) for text in ("inf", "half", "0,5")),
     _one_flag("--constraint 0.5 7", _NOT_A_RATIO),

@@ -17,7 +17,9 @@ from rfprune.model.layout import layout_of
 
 FOLDER = Path(rfprune.stages.__path__[0])
 MODULES = sorted(module.name for module in pkgutil.iter_modules([str(FOLDER)]))
-WITH_EXAMPLES = {"allocate", "least_squares", "optimal_brain_surgeon", "rearrange"}
+WITH_EXAMPLES = {
+    *("allocate", "densities", "least_squares", "optimal_brain_surgeon", "rearrange", "sparsify"),
+}
 
 
 @pytest.mark.parametrize("name", MODULES)

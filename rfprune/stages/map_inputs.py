@@ -1,0 +1,194 @@
+"""Inputs of all linear maps within the layers of a model, bottom up.
+
+The calibration hidden states advance one layer at a time. Within a layer the maps come in the order
+they run. Maps of the same inputs (queries, keys and values; the two halves of a gated FFN) form a
+group and share the moments of these inputs. A visitor may change the weights of a group; all groups
+after it see the inputs that follow from that.
+
+Layers with shared weights (ALBERT) run several times. The moments of their maps are over all runs,
+and each pass runs the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from rfprune import distributed
+from rfprune.errors import UserError
+from rfprune.families.schema import LINEAR_MAPS
+from rfprune.model.batch import Batch, decoder_token_mask, model_inputs, pack, token_mask, unpack
+from rfprune.model.layerwise import module_inputs, run_layer
+from rfprune.model.layout import Layout
+from rfprune.model.linear import weight_of
+from rfprune.model.residency import execution_device
+from rfprune.stages.float64 import float64_device
+from rfprune.stages.hidden_states import first_hidden_states
+from rfprune.stages.least_squares import Moments
+
+Visit = Callable[[int, Sequence[str], Moments], None]
+"""Called with the index of a layer, the paths of maps of the same inputs, and their moments."""
+
+
+def linear_maps(model: PreTrainedModel, layer: str) -> list[str]:
+    """Paths of all linear maps with weights in the layer at a path."""
+    return [
+        f"{layer}.{name}"
+        for name, module in model.get_submodule(layer).named_modules()
+        if isinstance(module, LINEAR_MAPS) and module.weight.numel()
+    ]
+
+
+def maps_of_layers(model: PreTrainedModel, layout: Layout) -> dict[str, int]:
+    """The index of the layer of every linear map within the layers, by path.
+
+    Raises:
+        UserError: a map shares its weight with another module.
+    """
+    maps = {path: i for i, layer in enumerate(layout.layers) for path in linear_maps(model, layer)}
+    owners: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        other = owners.setdefault(id(parameter), name)
+        shared = {name.rpartition(".")[0], other.rpartition(".")[0]}
+        if other != name and shared & maps.keys():
+            raise UserError(
+                f"'{other}' and '{name}' share their weights, so zeros in one would be zeros in "
+                "the other; give every module weights of its own, or leave --sparsity out"
+            )
+    return maps
+
+
+def visit_maps(
+    model: PreTrainedModel,
+    layout: Layout,
+    batches: Sequence[Batch],
+    visit: Visit,
+    *,
+    progress: bool = False,
+) -> None:
+    """Call `visit` for every group of linear maps, bottom up.
+
+    Args:
+        model: frozen; pruned or not.
+        layout: of `model`.
+        batches: calibration batches with token masks, on the model's device.
+        visit: may change the weights of the maps that it is called with.
+        progress: whether to show a progress bar.
+    """
+    own = distributed.shard(batches)
+    bar = tqdm(total=len(layout.layers), desc="sparsity", unit="layer", disable=not progress)
+    with torch.no_grad(), bar:
+        if layout.execution_order:
+            for layer in range(len(layout.layers)):
+                _visit_layer(model, layout, layer, own, lambda b: model(**model_inputs(b)), visit)
+                bar.update()
+            return
+        for in_decoder in (False, True):
+            _visit_stack(model, layout, own, visit, bar, in_decoder=in_decoder)
+
+
+def _visit_stack(
+    model: PreTrainedModel,
+    layout: Layout,
+    batches: Sequence[Batch],
+    visit: Visit,
+    bar: tqdm,
+    *,
+    in_decoder: bool,
+) -> None:
+    indices = layout.layer_indices(decoder=in_decoder)
+    if not indices:
+        return
+    _, states = first_hidden_states(model, model, layout, batches, in_decoder=in_decoder)
+    masks = [decoder_token_mask(one) if in_decoder else token_mask(one) for one in batches]
+    numbers = {id(batch): i for i, batch in enumerate(batches)}
+    for layer in indices:
+        path = layout.layers[layer]
+
+        def run(batch: Batch, path: str = path) -> Tensor:
+            i = numbers[id(batch)]
+            hidden = unpack(states.values[i], masks[i])
+            return run_layer(model, path, hidden, states.layer_calls(i))
+
+        _visit_layer(model, layout, layer, batches, run, visit)
+        for i, batch in enumerate(batches):
+            states.values[i].copy_(pack(run(batch), masks[i]))
+        bar.update()
+
+
+def _visit_layer(
+    model: PreTrainedModel,
+    layout: Layout,
+    layer: int,
+    batches: Sequence[Batch],
+    run: Callable[[Batch], object],
+    visit: Visit,
+) -> None:
+    """Collect the moments of each group of a layer, after the groups before it were visited.
+
+    Args:
+        run: runs the layer, or the whole model, on a batch.
+    """
+    from_encoder = {
+        producer.path
+        for block in layout.blocks_of_layer(layer)
+        for producer in block.producers
+        if producer.inputs == ("encoder",)
+    }
+    in_decoder = layer in layout.layer_indices(decoder=True)
+    for paths, num_calls in _groups(model, layout.layers[layer], lambda: run(batches[0])):
+        module = model.get_submodule(paths[0])
+        weight = weight_of(module)
+        moments = Moments.zeros(weight.shape[1], 0, float64_device(execution_device(model)))
+        for batch in batches:
+            decoder_tokens = in_decoder and paths[0] not in from_encoder
+            mask = decoder_token_mask(batch) if decoder_tokens else token_mask(batch)
+            for inputs in module_inputs(module, lambda b=batch: run(b), num_calls):  # type: ignore[misc]
+                rows = _rows(inputs, mask)
+                moments.add(rows, rows[:, :0])
+        visit(layer, paths, _all_reduced(moments))
+
+
+def _groups(
+    model: PreTrainedModel, layer: str, run: Callable[[], object]
+) -> list[tuple[list[str], int]]:
+    """The maps of a layer with the same inputs, in the order they run, and how often they do."""
+    calls: list[tuple[str, Tensor]] = []  # tensors stay alive, so that their addresses are distinct
+    maps = linear_maps(model, layer)
+    handles = [
+        model.get_submodule(path).register_forward_pre_hook(
+            lambda _, args, path=path: calls.append((path, args[0]))
+        )
+        for path in maps
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    inputs: dict[str, tuple[tuple[int, int], ...]] = {}
+    for path, tensor in calls:
+        inputs[path] = (*inputs.get(path, ()), (tensor.data_ptr(), tensor.numel()))
+    groups: dict[tuple[tuple[int, int], ...], list[str]] = {}
+    for path, key in inputs.items():
+        groups.setdefault(key, []).append(path)
+    return [(paths, len(key)) for key, paths in groups.items()]
+
+
+def _rows(inputs: Tensor, tokens: Tensor) -> Tensor:
+    """Inputs at tokens, (tokens, p); all inputs where they are not one per token."""
+    if inputs[..., 0].numel() == tokens.numel():
+        return pack(inputs, tokens)
+    return inputs.reshape(-1, inputs.shape[-1])
+
+
+def _all_reduced(moments: Moments) -> Moments:
+    """The sums of all processes."""
+    count = moments.gram.new_tensor([float(moments.count)])
+    distributed.all_reduce(moments.gram, moments.feature_sum, count)
+    moments.count = int(count)
+    return moments
