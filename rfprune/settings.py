@@ -437,7 +437,7 @@ class Settings:
         metavar="N",
         allowed=whole_number(1, MAX_ROUNDS),
     )
-    sparsity: str | None = choice(
+    sparsity: str | float | None = choice(
         "also set weights within the layers to zero: a fraction such as 0.5, or 2:4 for at most 2 "
         "non-zeros of every 4 weights of a row; without --constraint all units stay",
         default=None,
@@ -518,7 +518,7 @@ class Settings:
                     f"{_spelled(type(self), one.name, getattr(self, one.name))} does nothing "
                     "without --sparsity: add it, or leave this out"
                 )
-        if self.sparsity_scope == "global" and self.sparsity and ":" in self.sparsity:
+        if self.sparsity_scope == "global" and ":" in str(self.sparsity):
             raise UserError(
                 f"--sparsity {self.sparsity} fixes the density of every row, so --sparsity-scope "
                 "global (sparsity_scope='global') does nothing: leave it out, or give a fraction"
@@ -707,7 +707,7 @@ class Options:
             limit = None if target.max_drop is None else f"drop-{target.max_drop:g}"
             parts.append(f"{target.metric}-{limit or ratio}")
         if sparsity is not None:
-            parts.append(f"sparsity-{sparsity.replace(':', 'of')}")
+            parts.append(f"sparsity-{str(sparsity).replace(':', 'of')}")
         return "-".join(parts)
 
     def output_folder(self, ratio: float | None) -> Path:

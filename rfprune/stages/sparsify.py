@@ -106,7 +106,7 @@ def sparsify(
         NumericalFailure: there are no inputs, or they are not finite.
 
     Example:
-        The second input is twice the first, so the first weight takes over all of the second:
+        The second input is twice the first, so the second weight takes over all of the first:
 
         >>> import torch
         >>> inputs = Moments.zeros(num_features=2, num_outputs=0)
@@ -114,7 +114,7 @@ def sparsify(
         >>> inputs.add(x, x[:, :0])
         >>> sparse = sparsify(torch.tensor([[4.0, 1.0]]), None, inputs, Pattern.of("1:2"), "obs")
         >>> sparse.weight.round(decimals=2), sparse.errors.round(decimals=3)
-        (tensor([[6., 0.]]), tensor([0.], dtype=torch.float64))
+        (tensor([[0., 3.]]), tensor([0.], dtype=torch.float64))
     """
     if not inputs.count or not bool(torch.isfinite(inputs.gram).all()):
         raise NumericalFailure("there are no inputs" if not inputs.count else "inputs not finite")
@@ -130,6 +130,9 @@ def sparsify(
     if bias is not None:
         covariance = inputs.centred()[0] / inputs.count
         mean = inputs.feature_sum / inputs.count
+        # Centring loses what is below the rounding error of the uncentred float32 products.
+        rounding = torch.finfo(torch.float32).eps * float(second_moment.trace())
+        covariance.diagonal().add_(rounding)
     swept, mask = _sweep(dense, _damped(covariance), pattern)
     fitted = _fit_kept(dense, swept, mask, covariance)
     masked = _masked(weight, bias, mask, dense, second_moment)

@@ -119,7 +119,10 @@ def test_the_card_has_measurements_command_and_limits(report: MakeReport) -> Non
         *("accuracy 80.39 78.90 -1.49 points", "MACs (53 tokens) 577.76 M 288.00 M"),
         *("rfprune --model some/folder --task mrpc --constraint 0.5", "seed 3", "torch 2.13.0"),
         *("2048 examples of the training data of mrpc, without their labels", "stored in float16"),
-        *("heads kept, first layer to last (of 4 each): 3, 0, 4", "50% of the original's MACs"),
+        *(
+            "heads kept, first layer to last (of 4 each): 3, 0, 4",
+            "Target: pruned to 50% of its MACs",
+        ),
         *("trust_remote_code=True", "load_pruned(", "block layer.0.heads kept its scales"),
         *("cpu, 1 thread, batch 32, 58 tokens", "licence apply to this model too"),
         "standard error of such a score on 408 examples is about 2.0 points",

@@ -40,6 +40,16 @@ def _max_drop(text: str, says: str) -> Case:
     return Case(f"`--max-drop {text}`", says, prepare)
 
 
+def _sparsity_alone(text: str) -> Case:
+    """A choice about heads and neurons where all of them stay."""
+
+    def prepare(place: Place) -> Request:
+        return [*place.flags(constraint=None), "--sparsity", "2:4", *text.split()]
+
+    says = f"{text.split(maxsplit=1)[0]} chooses heads and neurons to remove"
+    return Case(f"`{text}` without a constraint", says, prepare)
+
+
 def _kept_by_none(place: Place) -> Request:
     from rfprune.max_drop import search
     from rfprune.tasks.bootstrap import Drop
@@ -63,18 +73,7 @@ FLAGS = (
     _one_flag("--sparsity-criterion wanda", "does nothing without --sparsity"),
     _one_flag("--sparsity-scope global", "does nothing without --sparsity"),
     _one_flag("--sparsity 2:4 --sparsity-criterion fisher", "invalid choice: 'fisher'"),
-    *(
-        Case(
-            f"`{text}` without a constraint",
-            f"{text.split()[0]} chooses heads and neurons to remove",
-            lambda place, text=text: [
-                *place.flags(constraint=None),
-                *"--sparsity 2:4".split(),
-                *text.split(),
-            ],
-        )
-        for text in ("--uniform", "--method kwon", "--metric params", "--score-stages")
-    ),
+    *map(_sparsity_alone, ("--uniform", "--method kwon", "--metric params", "--score-stages")),
     *(_one_flag(f"--constraint {text}", _NOT_A_RATIO) for text in ("0", "1", "1.5", "-1", "nan")),
     *(_one_flag(f"--constraint {text}", _NOT_A_RATIO) for text in ("inf", "half", "0,5")),
     _one_flag("--constraint 0.5 7", _NOT_A_RATIO),
