@@ -695,8 +695,8 @@ class Options:
         }
         if given:
             raise UserError(
-                f"{', '.join(sorted(given))} chooses heads and neurons to remove, and does nothing "
-                "without --constraint or --max-drop: add one, or leave it out"
+                f"{', '.join(sorted(given))} can do nothing where all heads and neurons stay: add "
+                "--constraint or --max-drop, or leave this out"
             )
 
     def _folder_name(self, ratio: float | None) -> str:
