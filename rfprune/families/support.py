@@ -17,8 +17,26 @@ REFUSED: dict[str, str] = {
         "its attention keeps queries, keys and values of a head side by side in one projection, "
         "and their biases apart from it"
     ),
+    "olmo2": (
+        "its norms of queries and keys are computed over all heads at once, so removing a head "
+        "would change the others"
+    ),
+    "phi3": (
+        "one projection holds queries, keys and values of different widths, and its attention "
+        "takes the number of heads from the configuration, which is the same for all layers"
+    ),
+    "swin": "its hidden states change their size from stage to stage",
+    **dict.fromkeys(
+        ("clip", "siglip"), "it consists of two models, one for texts and one for images"
+    ),
+    **dict.fromkeys(
+        ("whisper", "wav2vec2", "hubert"), "it takes audio, and batches of audio are not supported"
+    ),
 }
 """Model types that do not fit a row, and why."""
+
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""Configuration entries with the number of experts of a layer."""
 
 
 def check_supported(config: PretrainedConfig) -> Architecture:
@@ -33,6 +51,11 @@ def check_supported(config: PretrainedConfig) -> Architecture:
         raise UserError(
             f"model type '{model_type}' is not supported: {REFUSED[model_type]}; choose another "
             "model"
+        )
+    if model_type not in ARCHITECTURES and any(getattr(config, each, None) for each in _EXPERTS):
+        raise UserError(
+            f"model type '{model_type}' is a mixture of experts, which is not supported: few "
+            "calibration tokens reach each expert; choose a model without experts"
         )
     if model_type not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))

@@ -123,6 +123,7 @@ def test_configurations_that_a_row_is_not_right_for_are_refused(
     [
         ("mobilebert", "'mobilebert' is not supported: its layers carry two .* choose another"),
         ("deberta", "'deberta' is not supported: its attention .* choose another"),
+        ("mixtral", "'mixtral' is a mixture of experts, which is not .* without experts"),
         ("gpt_neo", r"'gpt_neo' is not supported.*bert, came.*xlm-roberta.*inspect_architecture"),
     ],
 )
