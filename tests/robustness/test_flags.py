@@ -46,7 +46,7 @@ def _sparsity_alone(text: str) -> Case:
     def prepare(place: Place) -> Request:
         return [*place.flags(constraint=None), "--sparsity", "2:4", *text.split()]
 
-    says = f"{text.split(maxsplit=1)[0]} chooses heads and neurons to remove"
+    says = "can do nothing where all heads and neurons stay"
     return Case(f"`{text}` without a constraint", says, prepare)
 
 
