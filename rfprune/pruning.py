@@ -333,6 +333,6 @@ def _achieved(problem: Problem, student: PreTrainedModel, masks: Masks) -> dict[
     macs = mac_costs(problem.layout, tokens, decoder_tokens)
     return {
         "mac": macs.total(num_kept(masks)) / macs.original,
-        "params": total_params(student) / total_params(problem.model),
-        "memory": total_bytes(student) / total_bytes(problem.model),
+        "params": total_params(student) / total_params(problem.original),
+        "memory": total_bytes(student) / total_bytes(problem.original),
     }

@@ -262,6 +262,18 @@ class TargetSettings:
         default=METRICS[0],
         choices=METRICS,
     )
+    vocabulary: tuple[Path, ...] = choice(
+        "keep only the tokens that these texts (plain UTF-8, or tables), the calibration examples "
+        "and the special tokens need; without --constraint nothing else is removed",
+        default=(),
+        metavar="FILE",
+    )
+    vocabulary_min_count: int = choice(
+        "with --vocabulary: also remove tokens that occur less often in these texts",
+        default=1,
+        metavar="N",
+        allowed=whole_number(1),
+    )
     latency_table: Path | None = choice(
         "with --metric latency: a table made by scripts/profile_latency.py, used for its batch "
         "size and length (default: measured before pruning, on a typical batch)",
@@ -271,7 +283,18 @@ class TargetSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "constraint", tuple(dict.fromkeys(self.constraint)))
+        object.__setattr__(self, "vocabulary", tuple(dict.fromkeys(self.vocabulary)))
         _check_values(self)
+        if self.vocabulary_min_count > 1 and not self.vocabulary:
+            raise UserError(
+                f"--vocabulary-min-count {self.vocabulary_min_count} does nothing without "
+                "--vocabulary FILE: add it, or leave this out"
+            )
+        if self.vocabulary and self.max_drop is not None:
+            raise UserError(
+                "--vocabulary and --max-drop are two runs: trim the vocabulary first, then give "
+                "its output as --model with --max-drop"
+            )
         if self.latency_table is not None and self.metric != "latency":
             raise UserError(
                 f"--latency-table does nothing for --metric {self.metric}: leave it out, or give "
@@ -682,10 +705,10 @@ class Options:
 
     def _check_without_constraint(self) -> None:
         """Refuse to do nothing, and choices that do nothing where all units stay."""
-        if self.settings.sparsity is None:
+        if self.settings.sparsity is None and not self.target.vocabulary:
             raise UserError(
                 "there is nothing to prune: give --constraint RATIO (such as 0.5), --max-drop "
-                "POINTS, or --sparsity (see rfprune --help)"
+                "POINTS, --sparsity, or --vocabulary FILE (see rfprune --help)"
             )
         given = {
             flag_of(type(subject), one.name)
@@ -708,6 +731,8 @@ class Options:
             parts.append(f"{target.metric}-{limit or ratio}")
         if sparsity is not None:
             parts.append(f"sparsity-{str(sparsity).replace(':', 'of')}")
+        if target.vocabulary:
+            parts.append("vocabulary")
         return "-".join(parts)
 
     def output_folder(self, ratio: float | None) -> Path:

@@ -9,6 +9,7 @@ The rule, in one place:
   config_sentence_transformers.json with prompts and activation, sentence_bert_config.json).
 - Left behind, since they describe the original or are not read by a loader: README, weights in
   other formats (pickles, ONNX, OpenVINO, GGUF), training state, adapters, and everything else.
+- Left behind after --vocabulary: the vocabularies among the copied files, which hold all tokens.
 - Left behind with a warning: the checkpoint's own code. It is never run, so the pruned model is one
   of transformers' classes; see `rfprune.checkpoints.loading`.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 
 from rfprune.checkpoints.sentence_transformers import (
@@ -25,10 +27,14 @@ from rfprune.checkpoints.sentence_transformers import (
 )
 from rfprune.errors import RfpruneWarning
 
+_VOCABULARIES = (
+    *("vocab.txt", "vocab.json", "merges.txt", "bpe.codes", "dict.txt", "entity_vocab.json"),
+    *("*.model", "*.spm", "*.tiktoken", "added_tokens.json"),
+)
 COPIED = (
     # vocabularies, for tokenizers that do not read tokenizer.json
-    *("vocab.txt", "vocab.json", "merges.txt", "bpe.codes", "dict.txt", "entity_vocab.json"),
-    *("*.model", "*.spm", "*.tiktoken", "added_tokens.json", "special_tokens_map.json"),
+    *_VOCABULARIES,
+    "special_tokens_map.json",
     # processors of images, texts and both
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
     # chat and generation
@@ -68,6 +74,16 @@ def read_companion_files(source: str) -> dict[str, bytes]:
         if path.name not in linked
     }
     return files | read_sentence_transformer_files(source)
+
+
+def without_vocabularies(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The files without those that hold all tokens, or ids, of a model that has fewer now."""
+    holds_ids = (*_VOCABULARIES, "generation_config.json")
+    return {
+        name: content
+        for name, content in files.items()
+        if not any(fnmatch(name, pattern) for pattern in holds_ids)
+    }
 
 
 def write_companion_files(files: Mapping[str, bytes], folder: Path) -> None:

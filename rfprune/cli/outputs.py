@@ -73,10 +73,10 @@ def save_output(
     folder = options.output_folder(result.ratio)
     with staged(folder, overwrite=options.output.overwrite) as temporary, quiet_transformers():
         dtype = getattr(torch, report["stored_dtype"])
-        tokenizer = prepared.loaded.tokenizer
+        tokenizer = prepared.tokenizer
         save_pruned(result.model, result.layout, result.masks, temporary, tokenizer, dtype=dtype)
         report["pruned"]["bytes"] = weight_bytes(temporary)
-        files = prepared.loaded.files
+        files = prepared.files
         write_companion_files(files, temporary)
         report["embedder"] = pools(files)
         report["reranker"] = is_reranker(files)
@@ -101,11 +101,11 @@ def export_job(
 ) -> ExportJob:
     """What the exports of a pruned model are made from and compared with."""
     return ExportJob(
-        original=prepared.loaded.model,
+        original=prepared.problem.model,
         result=result,
-        tokenizer=prepared.loaded.tokenizer,
+        tokenizer=prepared.tokenizer,
         batches=prepared.batches,
-        evaluation_set=prepared.evaluation_set,
+        evaluation_set=prepared.pruned_set,
         reference=original,
         stored=stored,
         quantize=options.output.quantize,

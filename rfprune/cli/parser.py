@@ -14,7 +14,14 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, NoReturn, get_args, get_type_hints
 
-from rfprune.cli.validation import ONNX_PACKAGES, check_data, check_exports, check_hub, check_task
+from rfprune.cli.validation import (
+    ONNX_PACKAGES,
+    check_data,
+    check_exports,
+    check_hub,
+    check_task,
+    check_vocabulary,
+)
 from rfprune.errors import UserError
 from rfprune.report.output_folder import check_output
 from rfprune.settings import Allowed, Declaration, Options, Settings, flag_of
@@ -67,6 +74,7 @@ def parse(argv: Sequence[str]) -> Options:
     check_data(task, data.data_dir, data.text_columns, data.label_column, data.validation_fraction)
     check_hub(options.hub)
     check_exports(options.output.export)
+    check_vocabulary(options.target.vocabulary)
     for ratio in options.target.ratios:
         check_output(
             options.output_folder(ratio),

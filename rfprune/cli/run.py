@@ -30,6 +30,12 @@ from rfprune.cli.console import (
 )
 from rfprune.cli.outputs import export_job, identity_of, publish, save_output, unfinished_ratios
 from rfprune.cli.validation import check_kind
+from rfprune.cli.vocabulary import (
+    held_out_texts,
+    trim_checkpoint,
+    warn_of_more_tokens,
+    with_new_ids,
+)
 from rfprune.cost.constraint import Constraint
 from rfprune.errors import RfpruneWarning, UserError
 from rfprune.export.formats import check_formats
@@ -40,7 +46,7 @@ from rfprune.methods.problem import add_token_mask, prepare_problem
 from rfprune.pruning import prune_to_each
 from rfprune.report.cached_evaluation import evaluate_original, inputs_digest
 from rfprune.report.console_table import print_report
-from rfprune.report.measure import Outcome, Prepared, measure
+from rfprune.report.measure import FewerTokens, Outcome, Prepared, measure
 from rfprune.report.report_json import SCHEMA
 from rfprune.settings import Options
 from rfprune.tasks.baseline import below_baseline
@@ -98,7 +104,12 @@ def _prepare(options: Options, device: torch.device, consoles: Consoles) -> Prep
         validation_split=data.validation_split,
         held_out=HeldOut.from_flags(data.validation_fraction, options.settings.seed),
     )
-    check_kind(task, exports=options.output.export, max_drop=target.max_drop)
+    check_kind(
+        task,
+        exports=options.output.export,
+        max_drop=target.max_drop,
+        vocabulary=target.vocabulary,
+    )
     consoles.log.print(f"Loading {target.model} and the data of {task.name}")
     start = time.perf_counter()
     dtype = getattr(torch, options.run.dtype or "float32")
@@ -118,30 +129,46 @@ def _prepare(options: Options, device: torch.device, consoles: Consoles) -> Prep
         with_labels=options.settings.use_labels,
     )
     _warn_about_truncation(options, task, loaded, batches, "calibration")
+    model, vocabulary, trimming = loaded.model, None, 0.0
+    if target.vocabulary:
+        before = time.perf_counter()
+        vocabulary = trim_checkpoint(target, loaded, batches)
+        trimming = time.perf_counter() - before
+        model, batches = vocabulary.model, with_new_ids(vocabulary, batches)
     problem = prepare_problem(
-        loaded.model,
+        model,
         batches,
         options.settings,
         cache=_cache_folder(options),
         progress=consoles.progress,
     )
+    if vocabulary is not None:
+        problem = replace(problem, untrimmed=loaded.model)
     for warning in problem.warnings:
         warn(warning, RfpruneWarning, stacklevel=2)
-    batches = [dict(add_token_mask(loaded.model, problem.layout, batch)) for batch in batches]
+    batches = [dict(add_token_mask(model, problem.layout, batch)) for batch in batches]
     if target.metric != "latency":  # checked once there is a latency table
         check_constraints(problem, _constraints(options, target.ratios))
-    evaluation_set = prepare_evaluation(
-        task,
-        loaded.tokenizer,
-        data_dir,
-        batch_size=data.batch_size,
-        max_length=max_length,
-        limit=data.eval_limit,
+    evaluation_set, *others = (
+        prepare_evaluation(
+            task,
+            tokenizer,
+            data_dir,
+            batch_size=data.batch_size,
+            max_length=max_length,
+            limit=data.eval_limit,
+        )
+        for tokenizer in (loaded.tokenizer, *([] if vocabulary is None else [vocabulary.tokenizer]))
     )
+    fewer_tokens = None
+    if vocabulary is not None:
+        changes = vocabulary.compare(held_out_texts(task, data_dir, data.eval_limit))
+        warn_of_more_tokens(changes)
+        fewer_tokens = FewerTokens(vocabulary, others[0], changes, trimming)
     _warn_about_truncation(options, task, loaded, evaluation_set.batches, "validation")
     seconds = time.perf_counter() - start
-    inputs = inputs_digest(loaded.model, batches, evaluation_set)
-    return Prepared(loaded, problem, stored, batches, evaluation_set, seconds, inputs)
+    inputs = inputs_digest(model, batches, evaluation_set)
+    return Prepared(loaded, problem, stored, batches, evaluation_set, seconds, inputs, fewer_tokens)
 
 
 def _warn_about_truncation(

@@ -64,8 +64,22 @@ def check_data(
             )
 
 
-def check_kind(task: Task, *, exports: Sequence[str], max_drop: float | None) -> None:
-    """Raise a UserError unless a task of this kind has a search and the exports."""
+def check_vocabulary(paths: Sequence[Path]) -> None:
+    """Raise a UserError unless all files of --vocabulary are there."""
+    for path in paths:
+        if not path.is_file():
+            problem = "is a folder" if path.is_dir() else "does not exist"
+            raise UserError(f"--vocabulary {path} {problem}: give files with texts")
+
+
+def check_kind(
+    task: Task, *, exports: Sequence[str], max_drop: float | None, vocabulary: Sequence[Path] = ()
+) -> None:
+    """Raise a UserError unless a task of this kind has a search, the exports and tokens."""
+    if vocabulary and task.kind == "image-classification":
+        raise UserError(
+            "--vocabulary does nothing for a model of images, which has no tokens: leave it out"
+        )
     if max_drop is not None and task.kind in _KINDS_WITHOUT_MAX_DROP:
         raise UserError(
             f"--max-drop needs a score that is a mean over examples, but {task.metric_name} of "

@@ -96,7 +96,8 @@ class CostModel:
             keeping n units of block b, infinite where n is not allowed. Keeping none and keeping
             all are always allowed.
         constant: fixed cost of a pruned model.
-        added_by_pruning: the part of `constant` that the original does not have.
+        added_by_pruning: the part of `constant` that the original does not have; negative where
+            the original had more, such as tokens that were trimmed.
     """
 
     metric: str

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 
 from rfprune.cost.constraint import Constraint, CostModel
 from rfprune.cost.macs import mac_costs
-from rfprune.cost.memory import memory_costs
-from rfprune.cost.params import param_costs
+from rfprune.cost.memory import memory_costs, total_bytes
+from rfprune.cost.params import param_costs, total_params
 from rfprune.cost.rounding import restrict_to_multiples
 from rfprune.errors import UserError
 from rfprune.latency.table import LatencyTable, latency_costs
@@ -40,11 +41,22 @@ def _all_sizes(problem: Problem, metric: str) -> CostModel:
             )
         return latency_costs(problem.latency_table, problem.layout)
     if metric == "memory":
-        return memory_costs(problem.model, problem.layout)
+        trimmed = total_bytes(problem.original) - total_bytes(problem.model)
+        return _of_larger(memory_costs(problem.model, problem.layout), trimmed)
     if metric == "params":
-        return param_costs(problem.model, problem.layout)
+        trimmed = total_params(problem.original) - total_params(problem.model)
+        return _of_larger(param_costs(problem.model, problem.layout), trimmed)
     tokens, decoder_tokens = mean_tokens(problem.batches), mean_decoder_tokens(problem.batches)
     return mac_costs(problem.layout, tokens, decoder_tokens)
+
+
+def _of_larger(costs: CostModel, trimmed: float) -> CostModel:
+    """The costs of a model whose original had more tokens.
+
+    Args:
+        trimmed: the cost of these tokens.
+    """
+    return replace(costs, added_by_pruning=costs.added_by_pruning - trimmed)
 
 
 def min_ratio(problem: Problem, metric: str) -> float:

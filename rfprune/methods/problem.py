@@ -52,6 +52,8 @@ class Problem:
         progress: show progress bars.
         timer: takes the seconds of each stage.
         warnings: about the batches; see `rfprune.methods.sample`.
+        untrimmed: the model before its vocabulary was trimmed, to whose parameters and bytes
+            constraints refer; None if it was not.
     """
 
     model: PreTrainedModel
@@ -64,6 +66,12 @@ class Problem:
     progress: bool = False
     timer: StageTimer = field(default_factory=StageTimer)
     warnings: tuple[str, ...] = ()
+    untrimmed: PreTrainedModel | None = None
+
+    @property
+    def original(self) -> PreTrainedModel:
+        """The model to whose parameters and bytes constraints refer."""
+        return self.model if self.untrimmed is None else self.untrimmed
 
     @property
     def inputs(self) -> list[Batch]:
@@ -96,7 +104,7 @@ class Problem:
     def with_model(self, student: PreTrainedModel) -> Problem:
         """The same problem for a model that has been pruned already. Its statistics are not cached,
         since no other run can use them."""
-        return replace(self, model=student, layout=layout_of(student), cache=None)
+        return replace(self, model=student, layout=layout_of(student), cache=None, untrimmed=None)
 
     def with_own_timer(self) -> Problem:
         """The same problem with a copy of its timer, for one constraint of several."""

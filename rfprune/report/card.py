@@ -34,6 +34,7 @@ from rfprune.report.summary import (
     sparsity_lines,
     summary_rows,
     target_text,
+    vocabulary_lines,
 )
 from rfprune.settings import Settings
 from rfprune.tasks.registry import TASKS, Task
@@ -152,6 +153,7 @@ def render_card(report: Report, repository: str | None = None) -> str:
         target=target_text(report),
         removes_units=removes_units(report),
         sparsity_lines=sparsity_lines(report),
+        vocabulary_lines=vocabulary_lines(report),
         search=[*latency_lines(report), *max_drop_lines(report)],
         seconds=seconds_line(report["seconds"]),
         versions=", ".join(f"{name} {value}" for name, value in report["versions"].items()),

@@ -23,6 +23,7 @@ from rfprune.report.summary import (
     sparsity_lines,
     summary_rows,
     title,
+    vocabulary_lines,
 )
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def render(report: Report) -> Group:
         *latency_lines(report),
         *max_drop_lines(report),
         *sparsity_lines(report),
+        *vocabulary_lines(report),
         seconds_line(report["seconds"], report.get("cached", ())),
         *(f"Warning: {warning}" for warning in report["warnings"]),
     ]

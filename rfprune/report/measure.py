@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rfprune.checkpoints.companion_files import without_vocabularies
 from rfprune.checkpoints.loading import LoadedCheckpoint
 from rfprune.cost.macs import total_macs
 from rfprune.cost.memory import distinct_tensors
@@ -28,6 +29,8 @@ from rfprune.settings import Options
 from rfprune.tasks.evaluation import Evaluation, EvaluationSet, divergence, evaluate_model
 from rfprune.tasks.generation import continuations
 from rfprune.tasks.inference import batch_size
+from rfprune.vocabulary.counting import PieceChanges
+from rfprune.vocabulary.trim import TrimmedVocabulary
 
 MAX_POINTS = 64
 """Points of an error curve that are written to the report; a figure shows no more."""
@@ -36,13 +39,34 @@ Batches = Sequence[Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
+class FewerTokens:
+    """A trimmed vocabulary, and what it changes on the validation data.
+
+    Attributes:
+        data: the validation data by the trimmed tokenizer.
+        changes: how the validation texts are encoded, beside the original.
+        seconds: counting tokens and trimming.
+    """
+
+    vocabulary: TrimmedVocabulary
+    data: EvaluationSet
+    changes: PieceChanges
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Prepared:
     """Model, data and settings that all constraints of a run share.
 
     Attributes:
+        loaded: the original, with all its tokens.
+        problem: of the model with the tokens that are kept.
         stored: the dtype in which weights are saved.
+        batches: calibration batches, by the tokenizer of the pruned models.
+        evaluation_set: the validation data by the original's tokenizer.
         seconds: the time that loading took.
         inputs: SHA-256 of model and data, see `inputs_digest`.
+        fewer_tokens: the trimmed vocabulary; None with all tokens.
     """
 
     loaded: LoadedCheckpoint
@@ -52,6 +76,29 @@ class Prepared:
     evaluation_set: EvaluationSet
     seconds: float
     inputs: str
+    fewer_tokens: FewerTokens | None = None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the pruned models."""
+        trimmed = self.fewer_tokens
+        return self.loaded.tokenizer if trimmed is None else trimmed.vocabulary.tokenizer
+
+    @property
+    def files(self) -> Mapping[str, bytes]:
+        """What goes along with the pruned models."""
+        files = self.loaded.files
+        return files if self.fewer_tokens is None else without_vocabularies(files)
+
+    @property
+    def pruned_set(self) -> EvaluationSet:
+        """The validation data by the tokenizer of the pruned models."""
+        return self.evaluation_set if self.fewer_tokens is None else self.fewer_tokens.data
+
+    @property
+    def reference(self) -> Any:
+        """The original for a comparison of logits per token; None if it has other tokens."""
+        return self.loaded.model if self.fewer_tokens is None else None
 
 
 @dataclass(frozen=True)
@@ -90,12 +137,14 @@ def measure(
     model, result = prepared.loaded.model, outcome.result
     pruned = outcome.pruned
     if pruned is None:
-        data = prepared.evaluation_set
-        pruned = evaluate_model(result.model, data, reference=model, progress=progress)
+        data = prepared.pruned_set
+        pruned = evaluate_model(result.model, data, reference=prepared.reference, progress=progress)
+        pruned = _per_original_token(pruned, prepared.fewer_tokens)
     stages = []
     if options.output.score_stages:
-        data = prepared.evaluation_set
-        stages = stage_scores(model, result, data, original, pruned, progress=progress)
+        data = prepared.pruned_set
+        unpruned = prepared.problem.model
+        stages = stage_scores(unpruned, result, data, original, pruned, progress=progress)
     latency = measure_latency(
         model, result.model, timed_batch(prepared.batches, prepared.problem.latency_table)
     )
@@ -124,8 +173,9 @@ def measure(
         "achieved": ratios(before, after),
         "metric_name": original.metric_name,
         "scores": {"original": dict(original.scores), "pruned": dict(pruned.scores)},
-        "divergence": divergence(original, pruned),
+        "divergence": _divergence(original, pruned, prepared.fewer_tokens),
         **_continuations(prepared, result.model),
+        **_fewer_tokens(options, prepared.fewer_tokens),
         "evaluated_examples": original.num_examples,
         "mean_tokens": result.mean_tokens,
         "plain": getattr(result.model.config, "rfprune", None) is None,
@@ -170,9 +220,48 @@ def _continuations(prepared: Prepared, pruned: Any) -> dict[str, Any]:
     """Sample texts of language models, before and after."""
     if prepared.evaluation_set.task.kind != "language-modeling":
         return {}
-    models = {"original": prepared.loaded.model, "pruned": pruned}
-    batches = prepared.evaluation_set.batches
-    return {"continuations": continuations(models, prepared.loaded.tokenizer, batches)}
+    models = {"original": prepared.loaded.model}, {"pruned": pruned}
+    tokenizers = prepared.loaded.tokenizer, prepared.tokenizer
+    data = prepared.evaluation_set, prepared.pruned_set
+    before, after = (
+        continuations(one, tokenizer, each.batches)
+        for one, tokenizer, each in zip(models, tokenizers, data, strict=True)
+    )
+    return {"continuations": {**after, **before} if before and after else {}}
+
+
+def _per_original_token(pruned: Evaluation, fewer: FewerTokens | None) -> Evaluation:
+    """A perplexity per token of the original tokenizer: a trimmed one makes more tokens of a text,
+    and the mean over them would look better than the probability of the text is."""
+    if fewer is None or pruned.kind != "language-modeling":
+        return pruned
+    more = fewer.changes.tokens_after / fewer.changes.tokens_before
+    scores = {**pruned.scores, pruned.metric_name: pruned.score**more}
+    return dataclasses.replace(pruned, score=scores[pruned.metric_name], scores=scores)
+
+
+def _divergence(
+    original: Evaluation, pruned: Evaluation, fewer: FewerTokens | None
+) -> float | None:
+    """Divergence of the pruned model; None where the two have logits of other tokens."""
+    per_token = original.kind in ("language-modeling", "question-answering")
+    return None if fewer is not None and per_token else divergence(original, pruned)
+
+
+def _fewer_tokens(options: Options, fewer: FewerTokens | None) -> dict[str, Any]:
+    """The entry of a trimmed vocabulary; empty without one."""
+    if fewer is None:
+        return {}
+    return {
+        "vocabulary": {
+            "files": [str(path) for path in options.target.vocabulary],
+            "min_count": options.target.vocabulary_min_count,
+            "original": fewer.vocabulary.num_original,
+            "pruned": len(fewer.vocabulary.old_ids),
+            "held_out": dataclasses.asdict(fewer.changes),
+            "seconds": fewer.seconds,
+        }
+    }
 
 
 def _costs(

@@ -40,6 +40,7 @@ from rfprune.report.summary import (
     sparsity_lines,
     summary_rows,
     title,
+    vocabulary_lines,
 )
 
 PAGE_FILE = "report.html"
@@ -125,7 +126,12 @@ def render_run(report: Report, plots: Sequence[Plot]) -> str:
         headings=SUMMARY_HEADINGS,
         rows=_fixed_rows(summary_rows(report)),
         scoring=scoring_line(report),
-        search=[*latency_lines(report), *max_drop_lines(report), *sparsity_lines(report)],
+        search=[
+            *latency_lines(report),
+            *max_drop_lines(report),
+            *sparsity_lines(report),
+            *vocabulary_lines(report),
+        ],
         seconds=seconds_line(report["seconds"]),
         exports=_fixed_rows(export_rows(report)),
         exports_caption=export_caption(report),

@@ -54,6 +54,8 @@ def target_text(report: Report) -> str:
         zeros = f"{pattern} sparsity" if ":" in pattern else f"{percent(float(pattern))} zeros"
         where = "" if scope == "layer" else f" ({scope})"
         parts.append(f"with {zeros} by {settings['sparsity_criterion']}{where}")
+    if tokens := report.get("vocabulary"):
+        parts.append(f"with {tokens['pruned']:,} of its {tokens['original']:,} tokens")
     return ", ".join(parts)
 
 
@@ -84,11 +86,41 @@ def summary_rows(report: Report) -> list[Row]:
     return [
         *_score_rows(report),
         _cost_row(report, f"MACs ({report['mean_tokens']:.0f} tokens)", "macs", _count),
+        *_token_rows(report),
         _cost_row(report, "parameters", "params", _count),
         _cost_row(report, f"weights ({report['stored_dtype']})", "bytes", _megabytes),
         *_sparsity_rows(report),
         _cost_row(report, f"latency (batch {shape})", "latency_ms", _milliseconds),
     ]
+
+
+def _token_rows(report: Report) -> list[Row]:
+    """The number of tokens; empty if all were kept."""
+    tokens = report.get("vocabulary")
+    if not tokens:
+        return []
+    before, after = tokens["original"], tokens["pruned"]
+    counts = _count(before, before), _count(after, before)
+    return [("tokens of the vocabulary", *counts, f"{after / before:.1%}")]
+
+
+def vocabulary_lines(report: Report) -> list[str]:
+    """How the trimmed tokenizer encodes the validation texts; empty if all tokens were kept."""
+    tokens = report.get("vocabulary")
+    if not tokens:
+        return []
+    held_out = tokens["held_out"]
+    changed, texts = held_out["changed_texts"], held_out["texts"]
+    before, after = held_out["tokens_before"], held_out["tokens_after"]
+    unknown = held_out["unknown_after"] - held_out["unknown_before"]
+    lines = [
+        f"The trimmed tokenizer encodes {changed} of {texts} validation texts "
+        f"({changed / texts:.1%}) to other pieces: {after / before - 1:+.2%} tokens, and "
+        f"{_number(unknown, 'more unknown token')}."
+    ]
+    if report.get("kind") == "language-modeling":
+        lines.append("Perplexities are per token of the original tokenizer.")
+    return lines
 
 
 def _sparsity_rows(report: Report) -> list[Row]:

@@ -40,7 +40,9 @@ def encode_blocks(tokenizer: Any, texts: Sequence[str], max_length: int) -> dict
     """
     before = tokenizer("a")["input_ids"][:1]
     before = before if before == [tokenizer.bos_token_id] else []
-    tokens = [token for piece in _pieces(PARAGRAPH.join(texts)) for token in _ids(tokenizer, piece)]
+    tokens = [
+        token for piece in text_pieces(PARAGRAPH.join(texts)) for token in _ids(tokenizer, piece)
+    ]
     size = max_length - len(before)
     blocks = [
         before + tokens[first : first + size] for first in range(0, len(tokens) - size + 1, size)
@@ -58,7 +60,8 @@ def _ids(tokenizer: Any, piece: str) -> list[int]:
     return found
 
 
-def _pieces(text: str) -> Iterator[str]:
+def text_pieces(text: str) -> Iterator[str]:
+    """A long text in pieces that end with a line, for a tokenizer."""
     start = 0
     while start < len(text):
         end = _LINE_END.search(text, start + _PIECE)

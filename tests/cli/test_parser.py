@@ -78,6 +78,8 @@ OTHER_VALUES: dict[str, tuple[str, Any]] = {
     "quantize": (" --export onnx", True),
     "gguf_type": ("q8_0 f16 --export gguf", ("q8_0", "f16")),
     "score_stages": ("", True),
+    "vocabulary": (f"{__file__}", (Path(__file__),)),
+    "vocabulary_min_count": (f"2 --vocabulary {__file__}", 2),
     "push_to_hub": ("me/model --hub-dry-run", "me/model"),
     "private": (" --push-to-hub me/model --hub-dry-run", True),
     "hub_dry_run": (" --push-to-hub me/model", True),

@@ -50,6 +50,19 @@ def _sparsity_alone(text: str) -> Case:
     return Case(f"`{text}` without a constraint", says, prepare)
 
 
+def _vocabulary(given: str, says: str, content: bytes | None, *flags: str) -> Case:
+    """A file of --vocabulary with this content; None for no file."""
+
+    def prepare(place: Place) -> Request:
+        if content is not None:
+            Path("texts.txt").write_bytes(content)
+        constraint = None if flags and flags[0].startswith(("--max-drop", "--method")) else 0.5
+        given = place.flags(constraint=constraint, skip_tune=True if constraint else None)
+        return [*given, "--vocabulary", "texts.txt", *flags]
+
+    return Case(f"`--vocabulary` with {given}", says, prepare)
+
+
 def _kept_by_none(place: Place) -> Request:
     from rfprune.max_drop import search
     from rfprune.tasks.bootstrap import Drop
@@ -82,6 +95,20 @@ FLAGS = (
     *(_max_drop(text, "is not a number from 0 up to 100") for text in ("-1", "100", "nan", "1,5")),
     _max_drop("", "is not a number from 0 up to 100"),
     Case("a `--max-drop` that no size keeps", "the largest ratio that was tried", _kept_by_none),
+    _vocabulary("a missing file", "--vocabulary texts.txt does not exist", None),
+    _vocabulary("an empty file", "holds no text", b""),
+    _vocabulary("white space", "holds no text", b" \n\n"),
+    _vocabulary("a binary file", "is binary", b"text\0\1\2"),
+    _vocabulary("Latin-1", "is not UTF-8 (byte 3)", "café".encode("latin-1")),
+    _vocabulary("UTF-16", "is binary", "text".encode("utf-16")),
+    _vocabulary("too high a count", "no token that occurs 9", b"a\n", "--vocabulary-min-count=9"),
+    _vocabulary(
+        "a count of 0", "--vocabulary-min-count 0 is not", b"a", "--vocabulary-min-count=0"
+    ),
+    _vocabulary("--max-drop", "are two runs", b"a", "--max-drop=1"),
+    _vocabulary("--method kwon alone", "where all heads and neurons stay", b"a", "--method=kwon"),
+    _one_flag("--vocabulary-min-count 2", "does nothing without --vocabulary"),
+    _one_flag("--vocabulary /", "--vocabulary / is a folder"),
     _one_flag("--task mrcp", "did you mean mrpc"),
     _one_flag("--task ../mrpc", "Unknown task"),
     _one_flag("--tsak mrpc", "nrecognized arguments: --tsak"),
