@@ -26,12 +26,17 @@ from rfprune.errors import RfpruneWarning, UserError, as_path, error_summary
 from rfprune.families.architectures import ARCHITECTURES
 from rfprune.families.schema import SizeEntries
 from rfprune.model.compact import family_entries
-from rfprune.model.layout import Layout
+from rfprune.model.layout import Layout, layout_of
 from rfprune.model.modeling_rfprune import check_description, is_of_transformers, pruned_class
 from rfprune.model.rebuild import check_rebuildable, init_options
+from rfprune.model.residency import is_offloaded, offloaded_ties
+from rfprune.model.weight_store import storing_as
 
 MASKS_FILE = "masks.safetensors"
 MASKS_VERSION = 1
+
+LEAST_SHARD_BYTES = 2**20
+"""No file of an offloaded model is divided further."""
 
 
 def save_pruned(
@@ -75,7 +80,11 @@ def save_pruned(
             f"the {len(masks)} masks do not fit the {len(layout.blocks)} blocks of the layout; "
             "give the layout and the masks of one PruneResult"
         )
-    model.save_pretrained(folder, state_dict=None if dtype is None else stored_state(model, dtype))
+    if is_offloaded(model):
+        _save_offloaded(model, folder, dtype)
+    else:
+        state = None if dtype is None else stored_state(model, dtype)
+        model.save_pretrained(folder, state_dict=state)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     readme = Path(folder) / "README.md"
@@ -88,6 +97,19 @@ def save_pruned(
     if getattr(model.config, "rfprune", None) is None:
         metadata["plain"] = "true"
     save_file(named, Path(folder) / MASKS_FILE, metadata=metadata)
+
+
+def _save_offloaded(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None) -> None:
+    """Save a model that is never whole in memory, in shards of the size of its largest layer."""
+    ties = offloaded_ties(model)
+    dtype = dtype or model.dtype
+    state = {name: value for name, value in stored_state(model, dtype).items() if name not in ties}
+    layers = [model.get_submodule(path) for path in layout_of(model).layers]
+    sizes = [sum(weight.numel() for weight in layer.parameters()) for layer in layers]
+    with storing_as(model, dtype), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
+        size = max(dtype.itemsize * max(sizes), LEAST_SHARD_BYTES)
+        model.save_pretrained(folder, state_dict=state, max_shard_size=size)
 
 
 def check_saved_parts(tokenizer: Any, dtype: Any) -> None:
@@ -136,7 +158,8 @@ def stored_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor
     converted: dict[object, Tensor] = {}
     stored = {}
     for name, value in model.state_dict().items():
-        key = (value.data_ptr(), value.shape, value.stride()) if value.numel() else name
+        is_here = value.numel() and not value.is_meta
+        key = (value.data_ptr(), value.shape, value.stride()) if is_here else name
         if key not in converted:
             converted[key] = value.to(dtype) if value.is_floating_point() else value
         stored[name] = converted[key]

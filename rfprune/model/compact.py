@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,30 +22,47 @@ from rfprune.model.modeling_rfprune import (
     shrink,
     within,
 )
-from rfprune.model.residency import copy_without_offloading, load_weights, resident
+from rfprune.model.residency import (
+    copy_without_offloading,
+    execution_device,
+    is_offloaded,
+    read_weight,
+    resident,
+)
 from rfprune.model.unwrapped import remove_added_methods
+from rfprune.model.weight_store import MakeWeight, offload_like
 
 
-def compact(model: PreTrainedModel, layout: Layout, masks: Sequence[Tensor]) -> PreTrainedModel:
+def compact(
+    model: PreTrainedModel,
+    layout: Layout,
+    masks: Sequence[Tensor],
+    *,
+    folder: Path | None = None,
+) -> PreTrainedModel:
     """A smaller copy of `model` that computes what `model` computes under `masks`.
 
     Weights that are sliced are not copied first: the memory needed is that of the smaller model.
+    The copy of an offloaded model is offloaded, too, and nothing is sliced before it is needed.
+    What is in memory of `model`, such as its embeddings, is shared by the copy.
 
     Args:
         model: pruned or not; it is not changed.
         layout: of `model`.
         masks: one (U,) vector per block of `layout`; units at zeros are removed, other values are
             folded into the weights.
+        folder: for the changed weights of an offloaded copy; None for a temporary folder that is
+            removed with the copy.
 
     Returns:
         A model of a subclass of its class, whose `config.rfprune` records its shapes.
     """
+    offloaded = is_offloaded(model)
     kept = [torch.nonzero(mask).flatten() for mask in masks]
-    state: dict[str, Tensor] = {}
+    sliced: dict[str, MakeWeight] = {}
     for block, mask, units in zip(layout.blocks, masks, kept, strict=True):
-        with resident(model.get_submodule(layout.layers[block.layer])):
-            state |= _sliced(model, block, mask, units)
-    small = _copy_without(model, layout)
+        sliced |= _sliced(model, block, mask, units)
+    small = _copy_without(model, layout, shared=offloaded)
     entries = [
         within(model.base_model_prefix, _describe(block, units))
         for block, units in zip(layout.blocks, kept, strict=True)
@@ -51,7 +70,14 @@ def compact(model: PreTrainedModel, layout: Layout, masks: Sequence[Tensor]) -> 
     small.__class__ = pruned_class(type(model))
     describe(small, [*_entries_of_empty_blocks(model, entries), *entries])
     shrink(small, entries)
-    load_weights(small, model, state)
+    if offloaded:
+        empty = {name for name, buffer in small.named_buffers() if buffer.is_meta}
+        state = {name: make() for name, make in sliced.items() if name in empty}
+        small.load_state_dict(state, strict=False, assign=True)
+        offload_like(small, model, sliced, folder)
+    else:
+        state = {name: make() for name, make in sliced.items()}
+        small.load_state_dict(state, strict=False, assign=True)
     tables = {
         _own_table(block): f"{block.sublayer.position_bias_table}.weight"
         for block in layout.blocks
@@ -63,24 +89,36 @@ def compact(model: PreTrainedModel, layout: Layout, masks: Sequence[Tensor]) -> 
 
 
 def unpruned_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a model with all its units, of the same class."""
-    copied = copy_without_offloading(model, {})
+    """A copy of a model with all its units, of the same class; see `compact`."""
+    offloaded = is_offloaded(model)
+    copied = copy_without_offloading(model, _same_tensors(model) if offloaded else {})
     remove_added_methods(copied)
-    load_weights(copied, model, {})
+    if offloaded:
+        offload_like(copied, model, {})
     return copied
 
 
-def _copy_without(model: PreTrainedModel, layout: Layout) -> PreTrainedModel:
-    """A deep copy in which the weights that will be replaced are on the meta device."""
+def _copy_without(model: PreTrainedModel, layout: Layout, *, shared: bool) -> PreTrainedModel:
+    """A deep copy in which the weights that will be replaced are on the meta device.
+
+    Args:
+        shared: the other weights are not copied.
+    """
     sliced = [model.get_submodule(path) for block in layout.blocks for path in block.projections]
     stand_ins = {
         id(parameter): nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
         for module in sliced
         for parameter in module.parameters()
     }
-    copied = copy_without_offloading(model, stand_ins)
+    others = _same_tensors(model) if shared else {}
+    copied = copy_without_offloading(model, others | stand_ins)
     remove_added_methods(copied)
     return copied
+
+
+def _same_tensors(model: PreTrainedModel) -> dict[int, nn.Parameter]:
+    """Parameters of a copy that share the memory of the model's, by the id of the latter."""
+    return {id(one): nn.Parameter(one.detach(), one.requires_grad) for one in model.parameters()}
 
 
 def _entries_of_empty_blocks(
@@ -124,28 +162,53 @@ def family_entries(sublayer: Sublayer) -> dict[str, Any]:
     }
 
 
-def _sliced(model: PreTrainedModel, block: Block, mask: Tensor, kept: Tensor) -> dict[str, Tensor]:
-    """The new parameters of a block, by name."""
+def _sliced(
+    model: PreTrainedModel, block: Block, mask: Tensor, kept: Tensor
+) -> dict[str, MakeWeight]:
+    """Functions that make the new parameters of a block, by name."""
     consumer = linear(model, block.consumer)
-    weight = weight_of(consumer).detach()
-    features = unit_features(kept, block.unit_width).to(weight.device)
-    scales = mask[kept].repeat_interleave(block.unit_width).to(weight)
-    columns = weight.index_select(1, features) * scales
-    state = {f"{block.consumer}.weight": _as_stored(consumer, columns)}
+    features = unit_features(kept, block.unit_width)
+    scales = mask[kept].repeat_interleave(block.unit_width)
+
+    def columns() -> Tensor:
+        with resident(consumer):
+            weight = weight_of(consumer).detach()
+            chosen = weight.index_select(1, features.to(weight.device))
+            return _as_stored(consumer, chosen * scales.to(weight))
+
+    makers: dict[str, MakeWeight] = {f"{block.consumer}.weight": columns}
     if consumer.bias is not None:
-        state[f"{block.consumer}.bias"] = consumer.bias.detach().clone()
+        makers[f"{block.consumer}.bias"] = partial(_selected, consumer, "bias", None)
     for producer in block.producers if len(kept) else ():
-        module = linear(model, producer.path)
-        rows = producer.rows_of(kept, block.num_units).to(module.weight.device)
-        chosen = weight_of(module).detach().index_select(0, rows)
-        state[f"{producer.path}.weight"] = _as_stored(module, chosen)
+        module, rows = linear(model, producer.path), producer.rows_of(kept, block.num_units)
+        makers[f"{producer.path}.weight"] = partial(_selected, module, "weight", rows)
         if module.bias is not None:
-            state[f"{producer.path}.bias"] = module.bias.detach().index_select(0, rows)
+            makers[f"{producer.path}.bias"] = partial(_selected, module, "bias", rows)
     bias_table = block.sublayer.position_bias_table
     if bias_table is not None and len(kept):
-        table = model.get_submodule(bias_table).weight.detach()
-        state[_own_table(block)] = table.index_select(1, kept.to(table.device))
-    return state
+        table: Any = model.get_submodule(bias_table)
+
+        def heads() -> Tensor:
+            with resident(table):
+                weight: Tensor = table.weight.detach()
+                return weight.index_select(1, kept.to(weight.device))
+
+        makers[_own_table(block)] = heads
+    return makers
+
+
+def _selected(module: Any, name: str, rows: Tensor | None) -> Tensor:
+    """Rows of the weight or the bias of a linear map; all for None."""
+    with resident(module):
+        if name == "bias":
+            values: Tensor = module.bias.detach()
+            return (
+                values.clone() if rows is None else values.index_select(0, rows.to(values.device))
+            )
+        weight = weight_of(module).detach()
+        if rows is None:
+            return _as_stored(module, weight.clone())
+        return _as_stored(module, weight.index_select(0, rows.to(weight.device)))
 
 
 def _own_table(block: Block) -> str:

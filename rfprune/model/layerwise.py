@@ -23,7 +23,7 @@ from rfprune.families.schema import LINEAR_MAPS
 from rfprune.model.batch import TOKEN_MASK, Batch, model_inputs
 from rfprune.model.layout import Block, Layout
 from rfprune.model.linear import weight_of
-from rfprune.model.residency import execution_device
+from rfprune.model.residency import execution_device, resident
 
 
 class _Stop(Exception):
@@ -158,7 +158,8 @@ def _position_bias(layer: nn.Module, num_tokens: int) -> Tensor | None:
     """The position bias (1, H, S, S) of a layer that computes it for all layers; else None."""
     for module in layer.modules():
         if getattr(module, "has_relative_attention_bias", False):
-            bias: Tensor = module.compute_bias(num_tokens, num_tokens)  # type: ignore[operator]
+            with resident(module):
+                bias: Tensor = module.compute_bias(num_tokens, num_tokens)  # type: ignore[operator]
             return bias
     return None
 

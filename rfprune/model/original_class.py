@@ -60,7 +60,8 @@ def _with_joined_tables(
         own = others.pop(f"{block['inner']}.{BIAS_TABLE}.weight", None)
         if not block["has_bias_table"]:
             continue
-        name, like = shared[block["inner"]], others[f"{block['consumer']}.weight"]
+        name = shared[block["inner"]]
+        like = others[f"{block['consumer']}.weight"] if own is None else own
         table = joined.setdefault(name, like.new_zeros(original.get_parameter(name).shape))
         if block["num_units"] and own is not None:
             table[:, block["units"]] = own

@@ -20,13 +20,13 @@ from transformers import PreTrainedModel
 def is_offloaded(model: nn.Module) -> bool:
     """Whether some weights of a model, or of a part of one, are outside the memory that it computes
     in."""
-    return next(_offloading_hooks(model), None) is not None
+    return next(offloading_hooks(model), None) is not None
 
 
 def execution_device(model: PreTrainedModel) -> torch.device:
     """The device on which a model computes; its first weight may be offloaded."""
     device: torch.device = model.device
-    hook = next(_offloading_hooks(model), None) if device.type == "meta" else None
+    hook = next(offloading_hooks(model), None) if device.type == "meta" else None
     if hook is None:
         return device
     found = hook[1].execution_device
@@ -45,7 +45,7 @@ def resident(module: nn.Module, *, write_back: bool = False) -> Iterator[None]:
     """
     loaded: list[tuple[nn.Module, Any]] = []
     try:
-        for part, hook in list(_offloading_hooks(module)):
+        for part, hook in list(offloading_hooks(module)):
             hook.pre_forward(part)
             loaded.append((part, hook))
             hook.offload = False  # calls within neither load nor free
@@ -70,7 +70,20 @@ def stored_tensors(
     """
     for name, tensor in model.state_dict().items():
         if names is None or name in names:
-            yield name, _read(model, name, tensor) if tensor.is_meta else tensor
+            yield name, read_weight(model, name) if tensor.is_meta else tensor
+
+
+def read_weight(model: nn.Module, name: str) -> Tensor:
+    """The value of an offloaded weight, from the module that loads it; else its placeholder."""
+    parts = name.split(".")
+    for end in range(len(parts) - 1, -1, -1):
+        for hook in _hooks(model.get_submodule(".".join(parts[:end]))):
+            if getattr(hook, "weights_map", None) is not None:
+                with suppress(KeyError):
+                    value: Tensor = hook.weights_map[".".join(parts[end:])]
+                    return value
+    placeholder: Tensor = model.state_dict()[name]
+    return placeholder
 
 
 def offloaded_ties(model: nn.Module) -> set[str]:
@@ -89,7 +102,7 @@ def copy_without_offloading(model: PreTrainedModel, memo: dict[int, Any]) -> Pre
     Args:
         memo: what stands for an object of the original in the copy, by its id.
     """
-    hooks = {id(hook): hook for _, hook in _offloading_hooks(model)}
+    hooks = {id(hook): hook for _, hook in offloading_hooks(model)}
     copied: PreTrainedModel = copy.deepcopy(model, memo | hooks)
     if hooks:
         vars(copied).pop("hf_device_map", None)
@@ -100,31 +113,7 @@ def copy_without_offloading(model: PreTrainedModel, memo: dict[int, Any]) -> Pre
     return copied
 
 
-def load_weights(student: PreTrainedModel, model: PreTrainedModel, own: dict[str, Tensor]) -> None:
-    """Give a student, which is a copy of `model`, its own weights, and the others of `model` that
-    are placeholders in it.
-
-    Args:
-        own: weights that differ from those of `model`, by name.
-    """
-    places = {
-        name: tensor.is_meta and name not in own for name, tensor in student.state_dict().items()
-    }
-    device = execution_device(model)
-    read = {
-        name: value.to(device, copy=True)
-        for name, value in stored_tensors(
-            model, {name for name, is_one in places.items() if is_one}
-        )
-    }
-    student.load_state_dict(own | read, strict=False, assign=True)
-    for name in offloaded_ties(model):
-        parent, _, attribute = name.rpartition(".")
-        other = student.get_parameter(model.all_tied_weights_keys[name])
-        setattr(student.get_submodule(parent), attribute, other)
-
-
-def _offloading_hooks(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
+def offloading_hooks(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
     """The modules whose weights are offloaded now, each with its hook."""
     for part in model.modules():
         for hook in _hooks(part):
@@ -136,18 +125,6 @@ def _hooks(module: nn.Module) -> tuple[Any, ...]:
     """The hooks of accelerate on a module."""
     hook = getattr(module, "_hf_hook", None)
     return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
-
-
-def _read(model: nn.Module, name: str, placeholder: Tensor) -> Tensor:
-    """The value of an offloaded weight, from the module that loads it; else its placeholder."""
-    parts = name.split(".")
-    for end in range(len(parts) - 1, -1, -1):
-        for hook in _hooks(model.get_submodule(".".join(parts[:end]))):
-            if getattr(hook, "weights_map", None) is not None:
-                with suppress(KeyError):
-                    value: Tensor = hook.weights_map[".".join(parts[end:])]
-                    return value
-    return placeholder
 
 
 def _write_back(loaded: list[tuple[nn.Module, Any]]) -> None:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ from rfprune.model.batch import Batch, first_tokens, pack, token_mask
 from rfprune.model.layerwise import LayerCalls, layer_calls, layer_scale, run_layer, trace_block
 from rfprune.model.layout import Block, Layout
 from rfprune.model.linear import is_empty, linear, weight_of
+from rfprune.model.residency import resident
 from rfprune.stages.align import apply_regression_map, fit_regression_map
 from rfprune.stages.float64 import float64_device
 from rfprune.stages.hidden_states import HiddenStates, first_hidden_states
@@ -109,27 +111,26 @@ def _fit_bottom_up(
     blocks: Iterable[Block],
 ) -> list[str]:
     warnings: list[str] = []
-    teacher_states, student_states = first_hidden_states(
-        teacher, student, layout, batches, in_decoder=False
-    )
-    fitted: Block | None = None
-    for block in blocks:
-        if layout.in_decoder(block) and not teacher_states.encoder_outputs:
-            teacher_states, student_states = first_hidden_states(
-                teacher, student, layout, batches, in_decoder=True
-            )
-        elif fitted is not None:
-            student_states.advance(fitted)
-            if fit.align:
-                warnings += _align_input_projections(teacher_states, student_states, block)
-        moments = _collect_moments(
-            teacher_states,
-            student_states,
-            block,
-            first_token_only=block.consumer in fit.first_token_only,
-        )
-        warnings += _fit_block(fit.solve, student, block, moments)
-        fitted = block
+    states = first_hidden_states(teacher, student, layout, batches, in_decoder=False)
+    is_first = True
+    for layer, blocks_of_layer in groupby(blocks, key=lambda block: block.layer):
+        if layer in layout.layer_indices(decoder=True) and not states[0].encoder_outputs:
+            states = first_hidden_states(teacher, student, layout, batches, in_decoder=True)
+            is_first = True
+        path = layout.layers[layer]
+        with (
+            resident(teacher.get_submodule(path)),
+            resident(student.get_submodule(path), write_back=True),
+        ):
+            for block in blocks_of_layer:
+                if fit.align and not is_first:
+                    warnings += _align_input_projections(*states, block)
+                moments = _collect_moments(
+                    *states, block, first_token_only=block.consumer in fit.first_token_only
+                )
+                warnings += _fit_block(fit.solve, student, block, moments)
+                states[1].advance(block)
+                is_first = False
     return warnings
 
 
@@ -143,8 +144,9 @@ def _fit_shared_layers(
 ) -> list[str]:
     warnings = []
     for block in blocks:
-        moments = _collect_moments_of_runs(teacher, student, layout, batches, block)
-        warnings += _fit_block(fit.solve, student, block, moments)
+        with resident(student.get_submodule(layout.layers[block.layer]), write_back=True):
+            moments = _collect_moments_of_runs(teacher, student, layout, batches, block)
+            warnings += _fit_block(fit.solve, student, block, moments)
     return warnings
 
 

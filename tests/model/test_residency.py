@@ -15,7 +15,7 @@ import torch
 from accelerate import cpu_offload
 from transformers import PreTrainedModel
 
-from rfprune import Constraint, PruneResult, Settings, prune
+from rfprune import Constraint, PruneResult, Settings, load_pruned, prune
 from rfprune.cache import model_digest
 from rfprune.cost.memory import total_bytes
 from rfprune.cost.params import total_params
@@ -118,11 +118,16 @@ def test_weights_are_resident_within_and_only_within(
     assert torch.equal(offloaded(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("offload", PLACES)
 @pytest.mark.parametrize(
-    "settings",
-    [Settings(), Settings(method="kwon"), Settings(importance="magnitude-l1", method="importance")],
-    ids=["curvature", "kwon", "magnitude"],
+    ("offload", "settings"),
+    [
+        (layers_on_disk, Settings()),
+        (all_on_disk, Settings(rounds=2)),
+        (on_cpu, Settings(uniform=True)),
+        (layers_on_disk, Settings(method="kwon")),
+        (all_on_disk, Settings(method="importance", importance="magnitude-l1", tune=False)),
+    ],
+    ids=["curvature", "rounds", "uniform", "kwon", "magnitude"],
 )
 def test_pruning_is_the_same_as_in_memory(
     offload: Callable[[PreTrainedModel, Path], PreTrainedModel],
@@ -134,10 +139,55 @@ def test_pruning_is_the_same_as_in_memory(
     batches = [tiny_batch(seed=seed) for seed in range(9)]
     expected = prune(llama(), batches, HALF, settings)
     offloaded = offload(llama(), tmp_path)
-    flags = trainable(offloaded)
+    flags, digest = trainable(offloaded), model_digest(offloaded)
     result = prune(offloaded, batches, HALF, settings)
+    assert is_offloaded(result.model)
+    assert all(weight.is_meta for weight in result.model.model.layers.parameters())
     same(result, expected)
     assert trainable(offloaded) == flags
-    output = result.model(**batches[0]).logits
-    assert torch.equal(output, expected.model(**batches[0]).logits)
+    assert model_digest(offloaded) == digest
+    logits = expected.model(**batches[0]).logits
+    assert torch.equal(result.model(**batches[0]).logits, logits)
+    for dtype in (None, torch.float16):
+        expected.save(tmp_path / "expected", dtype=dtype, overwrite=True)
+        result.save(tmp_path / "smaller", dtype=dtype, overwrite=True)
+        weights = load_pruned(tmp_path / "expected").state_dict()
+        for name, weight in load_pruned(tmp_path / "smaller").state_dict().items():
+            assert torch.equal(weight, weights[name])
+        config = (tmp_path / "expected" / "config.json").read_bytes()
+        assert (tmp_path / "smaller" / "config.json").read_bytes() == config
+
+
+@pytest.mark.parametrize(
+    ("model_type", "head", "uniform"),
+    [
+        ("bert", "sequence-classification", False),
+        ("albert", "sequence-classification", False),
+        ("t5", "seq2seq-lm", False),
+        ("t5", "seq2seq-lm", True),
+        ("beit", "sequence-classification", False),
+        ("gpt2", "causal-lm", False),
+    ],
+)
+def test_families_that_differ(
+    model_type: str,
+    head: str,
+    uniform: bool,
+    tiny_model: Tiny,
+    tiny_batch: Tiny,
+    tmp_path: Path,
+) -> None:
+    """Norms after the sublayers, shared layers, two stacks, parameters of a layer itself, weights
+    that are stored transposed."""
+    batches = [tiny_batch(seed=seed, model_type=model_type) for seed in range(9)]
+    if model_type == "t5":
+        batches = [batch | {"labels": batch["input_ids"]} for batch in batches]
+    settings, constraint = Settings(uniform=uniform), Constraint("mac", 0.95 if uniform else 0.5)
+    expected = prune(tiny_model(model_type, head), batches, constraint, settings)
+    offloaded = cpu_offload(tiny_model(model_type, head), execution_device=torch.device("cpu"))
+    result = prune(offloaded, batches, constraint, settings)
+    same(result, expected)
     result.save(tmp_path / "smaller")
+    weights = dict(stored_tensors(expected.model))
+    for name, weight in load_pruned(tmp_path / "smaller").state_dict().items():
+        assert torch.equal(weight, weights[name])

@@ -1,0 +1,109 @@
+"""The weights of a student that is never whole in memory.
+
+A weight is made from the original model each time it is needed, until its layer has been fitted and
+written to a file. One file per module that was written, which appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from os.path import commonpath
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.utils import PrefixedDataset
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rfprune.model.residency import offloading_hooks
+
+SUFFIX = ".safetensors"
+
+
+class WeightStore(Mapping[str, Tensor]):
+    """Weights by name, from a function that makes each of them or from files.
+
+    Args:
+        makers: a function for every weight.
+        folder: of the files; None for a temporary one that is removed with the store.
+
+    Attributes:
+        dtype: in which floating-point weights are read; None for their own.
+    """
+
+    def __init__(
+        self, makers: Mapping[str, Callable[[], Tensor]], folder: Path | None = None
+    ) -> None:
+        self._makers = dict(makers)
+        if folder is None:
+            folder = Path(tempfile.mkdtemp(prefix="rfprune-"))
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self.folder = folder
+        self._files: dict[str, Path] = {}
+        self.dtype: torch.dtype | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        path = self._files.get(name)
+        if path is None:
+            value = self._makers[name]()
+        else:
+            with safe_open(path, framework="pt") as file:
+                value = file.get_tensor(name)
+        return value.to(self.dtype) if self.dtype and value.is_floating_point() else value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+    def __deepcopy__(self, memo: Any) -> WeightStore:
+        """Copies of a model share its files."""
+        return self
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write weights to one file, from which they are read from now on."""
+        name = commonpath([name.replace(".", "/") for name in tensors]).replace("/", ".")
+        path = self.folder / f"{name or 'model'}{SUFFIX}"
+        partial = self.folder / f"{path.name}.partial"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(contents, partial)
+        partial.replace(path)
+        self._files |= dict.fromkeys(tensors, path)
+
+
+def attach(model: PreTrainedModel, store: WeightStore, device: torch.device) -> None:
+    """Let the placeholders of a model, which are on the meta device, be loaded from a store.
+
+    Args:
+        device: on which the model computes.
+    """
+    for path, module in model.named_modules():
+        if any(weight.is_meta for weight in module.parameters(recurse=False)):
+            weights = PrefixedDataset(store, f"{path}." if path else "")
+            hook = AlignDevicesHook(device, offload=True, weights_map=weights)
+            add_hook_to_module(module, hook, append=True)
+    model.hf_device_map = {"": "disk"}  # by which transformers knows that it saves an offloaded one
+
+
+@contextmanager
+def storing_as(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
+    """Within, the weights that a model has in stores are read in a dtype."""
+    stores = [hook.weights_map.dataset for _, hook in offloading_hooks(model)]
+    own = [store for store in stores if isinstance(store, WeightStore)]
+    try:
+        for store in own:
+            store.dtype = dtype
+        yield
+    finally:
+        for store in own:
+            store.dtype = None
