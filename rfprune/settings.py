@@ -36,6 +36,7 @@ METRICS = ("mac", "params", "memory", "latency")
 MULTIPLES = (8, 16, 32, 64)
 MAX_ROUNDS = 16
 DTYPES = ("float32", "bfloat16", "float16")
+OFFLOADS = ("cpu", "disk")
 EXPORTS = ("dense", "onnx", "gguf")
 GGUF_TYPES = ("f16", "q8_0", "q4_0")
 MAX_SEED = 2**63 - 1  # torch accepts no larger one
@@ -569,6 +570,13 @@ class RunSettings:
         default=None,
         choices=DTYPES,
     )
+    offload: str | None = choice(
+        "for a model larger than the memory of the device: its layers stay on the cpu or on disk "
+        "(in the checkpoint's own files) until their turn, and so do those of the pruned model",
+        default=None,
+        choices=OFFLOADS,
+        changes_output=False,
+    )
     cache_dir: Path | None = choice(
         "folder for statistics that other constraints can reuse (default: $RFPRUNE_CACHE, or "
         "~/.cache/rfprune)",
@@ -592,6 +600,11 @@ class RunSettings:
         _check_values(self)
         if self.device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", self.device):
             raise UserError(f"Unknown device {self.device!r}: choose cpu, cuda, cuda:N or mps")
+        if self.offload == "cpu" and self.device == "cpu":
+            raise UserError(
+                "--offload cpu does nothing for --device cpu, whose memory it is: leave it out, or "
+                "give --offload disk"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -691,6 +704,11 @@ class Options:
             raise UserError(
                 "--export dense is for tools that cannot run code from a checkpoint, and a model "
                 "pruned with --uniform needs none: leave --export dense out"
+            )
+        if self.run.offload is not None and self.output.export:
+            raise UserError(
+                f"--export {self.output.export[0]} needs the whole model in memory, and --offload "
+                f"{self.run.offload} avoids that: leave one of them out"
             )
         if self.hub.push_to_hub is not None and len(self.target.ratios) > 1:
             raise UserError(

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from rfprune.checkpoints.inspection import (
     missing_head_error,
     read_config,
 )
+from rfprune.checkpoints.offload import layers_elsewhere, without_weights
 from rfprune.checkpoints.padding import align_pad_token
 from rfprune.checkpoints.sentence_transformers import (
     EmbedderSettings,
@@ -120,7 +122,14 @@ def resolve_task(
     return with_columns(task, data_dir, text_columns, label_column)
 
 
-def load(name: str, task: Task, *, device: torch.device, dtype: torch.dtype) -> LoadedCheckpoint:
+def load(
+    name: str,
+    task: Task,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    offload: str | None = None,
+) -> LoadedCheckpoint:
     """Load a checkpoint for a task.
 
     Args:
@@ -128,6 +137,7 @@ def load(name: str, task: Task, *, device: torch.device, dtype: torch.dtype) -> 
         task: the task that its head must fit.
         device: where the model is put.
         dtype: of the loaded weights.
+        offload: where layers stay until they are needed: "cpu" or "disk"; None for `device`.
 
     Raises:
         UserError: the checkpoint is missing, damaged, of an unsupported type, without a trained
@@ -141,7 +151,10 @@ def load(name: str, task: Task, *, device: torch.device, dtype: torch.dtype) -> 
         extra = read_sentence_transformer(source) if embeds else EmbedderSettings()
         files = read_companion_files(source)
         _warn_of_own_code(config, source)
-        model = _load_pruned(source, dtype) if "rfprune" in config else _load(source, task, dtype)
+        options: dict[str, Any] = {"dtype": dtype}
+        if offload is not None:
+            options["device_map"] = _device_map(source, task, device, offload)
+        model = (_load_pruned if "rfprune" in config else _load)(source, task, options)
         images = task.kind == "image-classification"
         tokenizer = _load_processor(source) if images else _load_tokenizer(source, model)
     if extra.pooling is not None:
@@ -151,7 +164,9 @@ def load(name: str, task: Task, *, device: torch.device, dtype: torch.dtype) -> 
     if not images:
         align_pad_token(model, tokenizer, source)
     check_weights(model)
-    return LoadedCheckpoint(model.to(device).eval(), tokenizer, source, files)
+    if offload is None:
+        model = model.to(device)
+    return LoadedCheckpoint(model.eval(), tokenizer, source, files)
 
 
 def _warn_of_own_code(config: Mapping[str, Any], source: str) -> None:
@@ -231,12 +246,16 @@ def quiet_transformers() -> Iterator[None]:
 
     before = logging.get_verbosity()
     bar = logging.is_progress_bar_enabled()
+    offloading = getLogger("accelerate.big_modeling")  # says that weights are where --offload is
+    level = offloading.level
+    offloading.setLevel(ERROR)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         with _environment_default("DISABLE_SAFETENSORS_CONVERSION", "1"):
             yield
     finally:
+        offloading.setLevel(level)
         logging.set_verbosity(before)
         if bar:
             logging.enable_progress_bar()
@@ -255,7 +274,15 @@ def _environment_default(name: str, value: str) -> Iterator[None]:
         del os.environ[name]
 
 
-def _load_pruned(source: str, dtype: torch.dtype) -> Any:
+def _device_map(source: str, task: Task, device: torch.device, offload: str) -> Mapping[str, str]:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+    model = without_weights(getattr(transformers, AUTO_CLASSES[task.kind]), config)
+    return layers_elsewhere(model, device, offload)
+
+
+def _load_pruned(source: str, _: Task, options: Mapping[str, Any]) -> Any:
     """An output of rfprune, from a folder or the hub."""
     from rfprune.model.checkpoint import load_pruned
 
@@ -263,10 +290,10 @@ def _load_pruned(source: str, dtype: torch.dtype) -> Any:
         from huggingface_hub import snapshot_download
 
         source = snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.txt"])
-    return load_pruned(source, dtype=dtype)
+    return load_pruned(source, **options)
 
 
-def _load(source: str, task: Task, dtype: torch.dtype) -> Any:
+def _load(source: str, task: Task, options: Mapping[str, Any]) -> Any:
     """A model of transformers in which every weight comes from the checkpoint."""
     import transformers
 
@@ -274,11 +301,11 @@ def _load(source: str, task: Task, dtype: torch.dtype) -> Any:
     try:
         model, info = model_class.from_pretrained(
             source,
-            dtype=dtype,
             use_safetensors=True if Path(source).is_dir() else None,
             ignore_mismatched_sizes=True,  # _check_shapes reports them
             trust_remote_code=False,
             output_loading_info=True,
+            **options,
         )
     except SafetensorError as error:
         raise UserError(

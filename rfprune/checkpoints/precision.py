@@ -16,6 +16,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from rfprune.errors import RfpruneWarning
+from rfprune.model.residency import is_offloaded, stored_tensors
+from rfprune.model.weight_store import read_as
 
 _SHORT = {"F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -54,6 +56,8 @@ def round_weights(model: nn.Module, dtype: torch.dtype) -> bool:
     Returns:
         False, with all weights unchanged, if one of them is beyond the range of `dtype`.
     """
+    if is_offloaded(model):
+        return _round_offloaded(model, dtype)
     tensors: list[Tensor] = [
         tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()
     ]
@@ -63,6 +67,18 @@ def round_weights(model: nn.Module, dtype: torch.dtype) -> bool:
     with torch.no_grad():
         for tensor, value in zip(tensors, rounded, strict=True):
             tensor.copy_(value)
+    return True
+
+
+def _round_offloaded(model: nn.Module, dtype: torch.dtype) -> bool:
+    """The same for the model of a result of which the layers are offloaded."""
+    for _, tensor in stored_tensors(model):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.to(dtype)).all()):
+            return False
+    read_as(model, dtype)
+    for parameter in model.parameters():
+        if not parameter.is_meta:  # it may be shared with the original
+            parameter.data = parameter.detach().to(dtype).to(parameter.dtype)
     return True
 
 

@@ -113,7 +113,8 @@ def _prepare(options: Options, device: torch.device, consoles: Consoles) -> Prep
     consoles.log.print(f"Loading {target.model} and the data of {task.name}")
     start = time.perf_counter()
     dtype = getattr(torch, options.run.dtype or "float32")
-    loaded = load(target.model, task, device=device, dtype=dtype)
+    offload = None if device.type == options.run.offload else options.run.offload
+    loaded = load(target.model, task, device=device, dtype=dtype, offload=offload)
     check_formats(loaded.model, loaded.tokenizer, options)
     stored = stored_dtype(loaded.source) if options.run.dtype is None else dtype
     max_length = resolve_max_length(loaded, task, data.max_length)

@@ -30,7 +30,7 @@ from rfprune.model.layout import Layout, layout_of
 from rfprune.model.modeling_rfprune import check_description, is_of_transformers, pruned_class
 from rfprune.model.rebuild import check_rebuildable, init_options
 from rfprune.model.residency import is_offloaded, offloaded_ties
-from rfprune.model.weight_store import storing_as
+from rfprune.model.weight_store import reading_as
 
 MASKS_FILE = "masks.safetensors"
 MASKS_VERSION = 1
@@ -106,7 +106,7 @@ def _save_offloaded(model: PreTrainedModel, folder: Path, dtype: torch.dtype | N
     state = {name: value for name, value in stored_state(model, dtype).items() if name not in ties}
     layers = [model.get_submodule(path) for path in layout_of(model).layers]
     sizes = [sum(weight.numel() for weight in layer.parameters()) for layer in layers]
-    with storing_as(model, dtype), warnings.catch_warnings():
+    with reading_as(model, dtype), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
         size = max(dtype.itemsize * max(sizes), LEAST_SHARD_BYTES)
         model.save_pretrained(folder, state_dict=state, max_shard_size=size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,7 @@ from rfprune.model.modeling_rfprune import (
 )
 from rfprune.model.residency import (
     copy_without_offloading,
-    execution_device,
     is_offloaded,
-    read_weight,
     resident,
 )
 from rfprune.model.unwrapped import remove_added_methods

@@ -8,8 +8,6 @@ family loads it.
 
 from __future__ import annotations
 
-from functools import partial
-
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -19,8 +17,8 @@ from rfprune.families.schema import SizeEntries
 from rfprune.model.layout import Layout, layout_of
 from rfprune.model.modeling_rfprune import BIAS_TABLE
 from rfprune.model.original_class import fill, make_on_meta, original_config
-from rfprune.model.residency import execution_device, is_offloaded, read_weight, stored_tensors
-from rfprune.model.weight_store import WeightStore, attach
+from rfprune.model.residency import is_offloaded, stored_tensors
+from rfprune.model.weight_store import offload_like
 
 
 def plain_sizes(model: PreTrainedModel, layout: Layout) -> dict[str, tuple[int, ...]]:
@@ -73,9 +71,7 @@ def to_plain(model: PreTrainedModel) -> PreTrainedModel:
     tables = {name for name in model.state_dict() if name.endswith(f"{BIAS_TABLE}.weight")}
     fill(plain, model, model.state_dict() | dict(stored_tensors(model, tables)))
     if is_offloaded(model):
-        names = [name for name, weight in plain.state_dict().items() if weight.is_meta]
-        makers = {name: partial(read_weight, model, name) for name in names}
-        attach(plain, WeightStore(makers), execution_device(model))
+        offload_like(plain, model, {})
     for name, parameter in plain.named_parameters():
         parameter.requires_grad_(model.get_parameter(name).requires_grad)
     return plain

@@ -11,6 +11,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from os.path import commonpath
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,15 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.utils import PrefixedDataset
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rfprune.model.residency import offloading_hooks
+from rfprune.model.residency import execution_device, offloading_hooks, read_weight
 
 SUFFIX = ".safetensors"
+
+MakeWeight = Callable[[], Tensor]
+"""A function that makes a weight each time it is needed."""
 
 
 class WeightStore(Mapping[str, Tensor]):
@@ -40,7 +44,7 @@ class WeightStore(Mapping[str, Tensor]):
     """
 
     def __init__(
-        self, makers: Mapping[str, Callable[[], Tensor]], folder: Path | None = None
+        self, makers: Mapping[str, MakeWeight], folder: Path | None = None
     ) -> None:
         self._makers = dict(makers)
         if folder is None:
@@ -65,6 +69,12 @@ class WeightStore(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._makers)
 
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
     def __deepcopy__(self, memo: Any) -> WeightStore:
         """Copies of a model share its files."""
         return self
@@ -73,37 +83,56 @@ class WeightStore(Mapping[str, Tensor]):
         """Write weights to one file, from which they are read from now on."""
         name = commonpath([name.replace(".", "/") for name in tensors]).replace("/", ".")
         path = self.folder / f"{name or 'model'}{SUFFIX}"
-        partial = self.folder / f"{path.name}.partial"
+        unfinished = self.folder / f"{path.name}.partial"
         self.folder.mkdir(parents=True, exist_ok=True)
         contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(contents, partial)
-        partial.replace(path)
+        save_file(contents, unfinished)
+        unfinished.replace(path)
         self._files |= dict.fromkeys(tensors, path)
 
 
-def attach(model: PreTrainedModel, store: WeightStore, device: torch.device) -> None:
-    """Let the placeholders of a model, which are on the meta device, be loaded from a store.
+def offload_like(
+    student: PreTrainedModel,
+    model: PreTrainedModel,
+    own: Mapping[str, MakeWeight],
+    folder: Path | None = None,
+) -> None:
+    """Let the placeholders of a student, which are on the meta device, be loaded when needed.
 
     Args:
-        device: on which the model computes.
+        model: the offloaded model that the student was made from.
+        own: functions that make the weights that differ from those of `model`, by name.
+        folder: see `WeightStore`.
     """
-    for path, module in model.named_modules():
+    names = [name for name, weight in student.state_dict().items() if weight.is_meta]
+    others: dict[str, MakeWeight] = {name: partial(read_weight, model, name) for name in names}
+    store = WeightStore({**others, **own}, folder)
+    for path, module in student.named_modules():
         if any(weight.is_meta for weight in module.parameters(recurse=False)):
             weights = PrefixedDataset(store, f"{path}." if path else "")
-            hook = AlignDevicesHook(device, offload=True, weights_map=weights)
+            hook = AlignDevicesHook(execution_device(model), offload=True, weights_map=weights)
             add_hook_to_module(module, hook, append=True)
-    model.hf_device_map = {"": "disk"}  # by which transformers knows that it saves an offloaded one
+    student.hf_device_map = {"": "disk"}  # by which transformers knows that it saves an offloaded one
+
+
+def read_as(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round the weights that a model has in stores to a dtype whenever they are read."""
+    for store in _stores(model):
+        store.dtype = dtype
 
 
 @contextmanager
-def storing_as(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
+def reading_as(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Within, the weights that a model has in stores are read in a dtype."""
-    stores = [hook.weights_map.dataset for _, hook in offloading_hooks(model)]
-    own = [store for store in stores if isinstance(store, WeightStore)]
+    before = {store: store.dtype for store in _stores(model)}
     try:
-        for store in own:
-            store.dtype = dtype
+        read_as(model, dtype)
         yield
     finally:
-        for store in own:
-            store.dtype = None
+        for store, own in before.items():
+            store.dtype = own
+
+
+def _stores(model: nn.Module) -> list[WeightStore]:
+    maps = [hook.weights_map.dataset for _, hook in offloading_hooks(model)]
+    return [store for store in maps if isinstance(store, WeightStore)]
