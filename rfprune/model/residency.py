@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+_CHANGED = "rfprune_changed"
+"""A mark on a hook whose module is resident and is changed."""
+
 
 def is_offloaded(model: nn.Module) -> bool:
     """Whether some weights of a model, or of a part of one, are outside the memory that it computes
@@ -36,11 +39,11 @@ def execution_device(model: PreTrainedModel) -> torch.device:
 @contextmanager
 def resident(module: nn.Module, *, write_back: bool = False) -> Iterator[None]:
     """Within, the weights of a module and of all modules in it are on the device that they compute
-    on; afterwards they are freed. Contexts may be nested.
+    on; afterwards they are freed. Contexts may be nested: the outermost one loads and frees.
 
     Args:
         module: such as a layer of an offloaded model. One that is in memory stays as it is.
-        write_back: keep what was changed in place. The model must be a student, whose weights are
+        write_back: keep what is changed in place. The model must be a student, whose weights are
             in a `rfprune.model.weight_store.WeightStore`; changes of other models are lost.
     """
     loaded: list[tuple[nn.Module, Any]] = []
@@ -49,13 +52,17 @@ def resident(module: nn.Module, *, write_back: bool = False) -> Iterator[None]:
             hook.pre_forward(part)
             loaded.append((part, hook))
             hook.offload = False  # calls within neither load nor free
-        yield
         if write_back:
-            _write_back(loaded)
+            for part in module.modules():
+                for hook in _hooks(part):
+                    vars(hook)[_CHANGED] = True
+        yield
+        _write_back([(part, hook) for part, hook in loaded if vars(hook).get(_CHANGED)])
     finally:
         for part, hook in loaded:
             hook.offload = True
             hook.post_forward(part, None)
+            vars(hook).pop(_CHANGED, None)
 
 
 def stored_tensors(
@@ -128,7 +135,7 @@ def _hooks(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _write_back(loaded: list[tuple[nn.Module, Any]]) -> None:
-    """Store the present values of loaded weights where they came from."""
+    """Store the present values of loaded weights in their stores."""
     changed: dict[int, tuple[Any, dict[str, Tensor]]] = {}
     for part, hook in loaded:
         store, prefix = hook.weights_map.dataset, hook.weights_map.prefix

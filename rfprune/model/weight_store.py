@@ -43,9 +43,7 @@ class WeightStore(Mapping[str, Tensor]):
         dtype: in which floating-point weights are read; None for their own.
     """
 
-    def __init__(
-        self, makers: Mapping[str, MakeWeight], folder: Path | None = None
-    ) -> None:
+    def __init__(self, makers: Mapping[str, MakeWeight], folder: Path | None = None) -> None:
         self._makers = dict(makers)
         if folder is None:
             folder = Path(tempfile.mkdtemp(prefix="rfprune-"))
@@ -79,13 +77,14 @@ class WeightStore(Mapping[str, Tensor]):
         """Copies of a model share its files."""
         return self
 
-    def write(self, tensors: Mapping[str, Tensor]) -> None:
+    def write(self, tensors: dict[str, Tensor]) -> None:
         """Write weights to one file, from which they are read from now on."""
         name = commonpath([name.replace(".", "/") for name in tensors]).replace("/", ".")
         path = self.folder / f"{name or 'model'}{SUFFIX}"
         unfinished = self.folder / f"{path.name}.partial"
         self.folder.mkdir(parents=True, exist_ok=True)
-        contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        kept = {name: self[name] for name, other in self._files.items() if other == path}
+        contents = {name: one.detach().cpu().contiguous() for name, one in (kept | tensors).items()}
         save_file(contents, unfinished)
         unfinished.replace(path)
         self._files |= dict.fromkeys(tensors, path)
@@ -112,7 +111,9 @@ def offload_like(
             weights = PrefixedDataset(store, f"{path}." if path else "")
             hook = AlignDevicesHook(execution_device(model), offload=True, weights_map=weights)
             add_hook_to_module(module, hook, append=True)
-    student.hf_device_map = {"": "disk"}  # by which transformers knows that it saves an offloaded one
+    student.hf_device_map = {
+        "": "disk"
+    }  # by which transformers knows that it saves an offloaded one
 
 
 def read_as(model: nn.Module, dtype: torch.dtype) -> None:

@@ -25,7 +25,7 @@ from rfprune.model.batch import Batch, decoder_token_mask, model_inputs, pack, t
 from rfprune.model.layerwise import module_inputs, run_layer
 from rfprune.model.layout import Layout
 from rfprune.model.linear import weight_of
-from rfprune.model.residency import execution_device
+from rfprune.model.residency import execution_device, resident
 from rfprune.stages.float64 import float64_device
 from rfprune.stages.hidden_states import first_hidden_states
 from rfprune.stages.least_squares import Moments
@@ -114,9 +114,10 @@ def _visit_stack(
             hidden = unpack(states.values[i], masks[i])
             return run_layer(model, path, hidden, states.layer_calls(i))
 
-        _visit_layer(model, layout, layer, batches, run, visit)
-        for i, batch in enumerate(batches):
-            states.values[i].copy_(pack(run(batch), masks[i]))
+        with resident(model.get_submodule(path)):
+            _visit_layer(model, layout, layer, batches, run, visit)
+            for i, batch in enumerate(batches):
+                states.values[i].copy_(pack(run(batch), masks[i]))
         bar.update()
 
 

@@ -61,10 +61,17 @@ def test_weights_stay_on_disk_and_are_read_in_the_dtype_of_the_run(
 
 
 def test_the_command_makes_the_same_model(
-    tiny_folder: Callable[..., Path], mrpc_data: Path, tmp_path: Path
+    tiny_folder: Callable[..., Path], tiny_data_dir: Path, tmp_path: Path
 ) -> None:
     def output(name: str, *flags: str) -> Path:
-        arguments = ["--model", str(tiny_folder()), "--task", "mrpc", "--data-dir", str(mrpc_data)]
+        arguments = [
+            "--model",
+            str(tiny_folder()),
+            "--task",
+            "mrpc",
+            "--data-dir",
+            str(tiny_data_dir),
+        ]
         arguments += ["--constraint", "0.6", "--samples", "32", "--device", "cpu", "--quiet"]
         arguments += ["--output-dir", str(tmp_path / name), "--no-cache", *flags]
         assert main(arguments) == 0

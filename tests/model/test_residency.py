@@ -126,8 +126,9 @@ def test_weights_are_resident_within_and_only_within(
         (on_cpu, Settings(uniform=True)),
         (layers_on_disk, Settings(method="kwon")),
         (all_on_disk, Settings(method="importance", importance="magnitude-l1", tune=False)),
+        (layers_on_disk, Settings(sparsity="0.5")),
     ],
-    ids=["curvature", "rounds", "uniform", "kwon", "magnitude"],
+    ids=["curvature", "rounds", "uniform", "kwon", "magnitude", "sparsity"],
 )
 def test_pruning_is_the_same_as_in_memory(
     offload: Callable[[PreTrainedModel, Path], PreTrainedModel],
