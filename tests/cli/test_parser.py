@@ -68,6 +68,7 @@ OTHER_VALUES: dict[str, tuple[str, Any]] = {
     "seed": ("3", 3),
     "device": ("cuda:1", "cuda:1"),
     "dtype": ("bfloat16", "bfloat16"),
+    "offload": ("disk", "disk"),
     "cache_dir": ("kept", Path("kept")),
     "cache": ("", False),
     "quiet": ("", True),
