@@ -34,6 +34,7 @@ from rfprune.methods.budget import check_constraints, cost_model
 from rfprune.methods.problem import Problem, prepare_problem
 from rfprune.methods.sparsity import add_zeros
 from rfprune.methods.statistics import Statistics, collect_statistics
+from rfprune.methods.unfinished import unfinished_folder
 from rfprune.model.batch import Batch, mean_decoder_tokens, mean_tokens
 from rfprune.model.compact import compact, unpruned_copy
 from rfprune.model.frozen import default_torch_state, frozen
@@ -268,7 +269,9 @@ def _remove_units(
         collected = statistics if number == 0 else collect_statistics(current)
         kept, promise = _choose_units(problem, current, collected, masks, target)
         with timer.stage("compact"):
-            student = compact(current.model, current.layout, kept)
+            unfinished = unfinished_folder(current, kept)
+            folder = None if unfinished is None else unfinished.path
+            student = compact(current.model, current.layout, kept, folder=folder)
             masks = compose_masks(problem.layout, masks, current.layout, kept)
         warnings = missed_latency_warnings(promise)
         if settings.tune:
@@ -276,6 +279,8 @@ def _remove_units(
                 scales, failures = statistics.fit(problem, student, target)
                 masks = scale_kept_units(problem.layout, masks, scales)
             warnings += failures
+        if unfinished is not None:
+            unfinished.remove_with(student)
     return student, masks, promise, warnings
 
 

@@ -13,8 +13,11 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from rfprune.errors import UserError, error_summary
 
 _CHANGED = "rfprune_changed"
 """A mark on a hook whose module is resident and is changed."""
@@ -49,8 +52,9 @@ def resident(module: nn.Module, *, write_back: bool = False) -> Iterator[None]:
     loaded: list[tuple[nn.Module, Any]] = []
     try:
         for part, hook in list(offloading_hooks(module)):
-            hook.pre_forward(part)
             loaded.append((part, hook))
+            with reading_errors():
+                hook.pre_forward(part)
             hook.offload = False  # calls within neither load nor free
         if write_back:
             for part in module.modules():
@@ -86,7 +90,7 @@ def read_weight(model: nn.Module, name: str) -> Tensor:
     for end in range(len(parts) - 1, -1, -1):
         for hook in _hooks(model.get_submodule(".".join(parts[:end]))):
             if getattr(hook, "weights_map", None) is not None:
-                with suppress(KeyError):
+                with suppress(KeyError), reading_errors():
                     value: Tensor = hook.weights_map[".".join(parts[end:])]
                     return value
     placeholder: Tensor = model.state_dict()[name]
@@ -101,6 +105,18 @@ def offloaded_ties(model: nn.Module) -> set[str]:
     ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     parameters = dict(model.named_parameters(remove_duplicate=False)) if ties else {}
     return {name for name in ties if name in parameters and parameters[name].is_meta}
+
+
+@contextmanager
+def reading_errors() -> Iterator[None]:
+    """Turn an error of a file of weights into a UserError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"offloaded weights cannot be read ({error_summary(error)}): leave the files of a "
+            "checkpoint as they are while it is pruned; copy or download it again"
+        ) from error
 
 
 def copy_without_offloading(model: PreTrainedModel, memo: dict[int, Any]) -> PreTrainedModel:

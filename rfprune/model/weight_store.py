@@ -6,10 +6,11 @@ written to a file. One file per module that was written, which appears whole or 
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from os.path import commonpath
@@ -19,14 +20,17 @@ from typing import Any
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.utils import PrefixedDataset
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rfprune.errors import UserError, error_summary
 from rfprune.model.residency import execution_device, offloading_hooks, read_weight
 
 SUFFIX = ".safetensors"
+
+_FINISHED = ".finished.json"
 
 MakeWeight = Callable[[], Tensor]
 """A function that makes a weight each time it is needed."""
@@ -37,7 +41,8 @@ class WeightStore(Mapping[str, Tensor]):
 
     Args:
         makers: a function for every weight.
-        folder: of the files; None for a temporary one that is removed with the store.
+        folder: of the files, which may be there already; None for a temporary one that is removed
+            with the store.
 
     Attributes:
         dtype: in which floating-point weights are read; None for their own.
@@ -50,6 +55,11 @@ class WeightStore(Mapping[str, Tensor]):
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self.folder = folder
         self._files: dict[str, Path] = {}
+        self._warnings: dict[str, list[str]] = {}
+        for path in sorted(folder.glob(f"*{_FINISHED}")):
+            record = json.loads(path.read_text(encoding="utf-8"))
+            self._files |= {name: folder / file for name, file in record["files"].items()}
+            self._warnings[path.name.removesuffix(_FINISHED)] = record["warnings"]
         self.dtype: torch.dtype | None = None
 
     def __getitem__(self, name: str) -> Tensor:
@@ -67,6 +77,17 @@ class WeightStore(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._makers)
 
+    def finish(self, layer: str, warnings: Sequence[str]) -> None:
+        """Record that a layer has been fitted and written, so that a later store finds it."""
+        files = {name: path.name for name, path in self._files.items() if _is_in(name, layer)}
+        record = {"files": files, "warnings": list(warnings)}
+        with _replaced(self.folder / f"{layer}{_FINISHED}") as unfinished:
+            unfinished.write_text(json.dumps(record), encoding="utf-8")
+
+    def warnings_of(self, layer: str) -> list[str] | None:
+        """The warnings of a layer that an earlier store has finished; None for any other layer."""
+        return self._warnings.get(layer)
+
     def __hash__(self) -> int:
         return id(self)
 
@@ -78,16 +99,42 @@ class WeightStore(Mapping[str, Tensor]):
         return self
 
     def write(self, tensors: dict[str, Tensor]) -> None:
-        """Write weights to one file, from which they are read from now on."""
+        """Write weights to one file, from which they are read from now on.
+
+        Raises:
+            UserError: the folder cannot be written, such as on a full disk.
+        """
         name = commonpath([name.replace(".", "/") for name in tensors]).replace("/", ".")
         path = self.folder / f"{name or 'model'}{SUFFIX}"
-        unfinished = self.folder / f"{path.name}.partial"
-        self.folder.mkdir(parents=True, exist_ok=True)
         kept = {name: self[name] for name, other in self._files.items() if other == path}
         contents = {name: one.detach().cpu().contiguous() for name, one in (kept | tensors).items()}
-        save_file(contents, unfinished)
-        unfinished.replace(path)
+        with _replaced(path) as unfinished:
+            save_file(contents, unfinished)
         self._files |= dict.fromkeys(tensors, path)
+
+
+@contextmanager
+def _replaced(path: Path) -> Iterator[Path]:
+    """A file to write to, which then takes the place of `path`.
+
+    Raises:
+        UserError: the folder cannot be written, such as on a full disk.
+    """
+    unfinished = path.with_name(f"{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield unfinished
+        unfinished.replace(path)
+    except (OSError, SafetensorError) as error:
+        unfinished.unlink(missing_ok=True)
+        raise UserError(
+            f"fitted weights cannot be written to '{path.parent}' ({error_summary(error)}): make "
+            "room there, or choose another folder (--cache-dir; TMPDIR without a cache)"
+        ) from error
+
+
+def _is_in(name: str, module: str) -> bool:
+    return name.startswith(f"{module}.")
 
 
 def offload_like(
@@ -132,6 +179,11 @@ def reading_as(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     finally:
         for store, own in before.items():
             store.dtype = own
+
+
+def store_of(model: nn.Module) -> WeightStore | None:
+    """The store of a student or of a part of one; None for a model in memory."""
+    return next(iter(_stores(model)), None)
 
 
 def _stores(model: nn.Module) -> list[WeightStore]:

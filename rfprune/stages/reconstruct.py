@@ -38,6 +38,7 @@ from rfprune.model.layerwise import LayerCalls, layer_calls, layer_scale, run_la
 from rfprune.model.layout import Block, Layout
 from rfprune.model.linear import is_empty, linear, weight_of
 from rfprune.model.residency import resident
+from rfprune.model.weight_store import store_of
 from rfprune.stages.align import apply_regression_map, fit_regression_map
 from rfprune.stages.float64 import float64_device
 from rfprune.stages.hidden_states import HiddenStates, first_hidden_states
@@ -118,19 +119,28 @@ def _fit_bottom_up(
             states = first_hidden_states(teacher, student, layout, batches, in_decoder=True)
             is_first = True
         path = layout.layers[layer]
+        store = store_of(student.get_submodule(path))
+        finished = None if store is None else store.warnings_of(path)
+        new_warnings: list[str] = []
         with (
             resident(teacher.get_submodule(path)),
-            resident(student.get_submodule(path), write_back=True),
+            resident(student.get_submodule(path), write_back=finished is None),
         ):
             for block in blocks_of_layer:
-                if fit.align and not is_first:
-                    warnings += _align_input_projections(*states, block)
-                moments = _collect_moments(
-                    *states, block, first_token_only=block.consumer in fit.first_token_only
-                )
-                warnings += _fit_block(fit.solve, student, block, moments)
+                if finished is None:
+                    if fit.align and not is_first:
+                        new_warnings += _align_input_projections(*states, block)
+                    moments = _collect_moments(
+                        *states, block, first_token_only=block.consumer in fit.first_token_only
+                    )
+                    new_warnings += _fit_block(fit.solve, student, block, moments)
+                else:  # by an earlier run
+                    states[0].advance(block)
                 states[1].advance(block)
                 is_first = False
+        if store is not None and finished is None:
+            store.finish(path, new_warnings)
+        warnings += new_warnings if finished is None else finished
     return warnings
 
 

@@ -86,8 +86,8 @@ OTHER_VALUES: dict[str, tuple[str, Any]] = {
     "hub_dry_run": (" --push-to-hub me/model", True),
 }
 ALIKE = (
-    *("constraint", "cache_dir", "cache", "quiet", "verbose", "output_dir", "overwrite"),
-    *("push_to_hub", "private", "hub_dry_run"),
+    *("constraint", "offload", "cache_dir", "cache", "quiet", "verbose", "output_dir"),
+    *("overwrite", "push_to_hub", "private", "hub_dry_run"),
 )
 """Fields that do not change the output of one constraint."""
 
