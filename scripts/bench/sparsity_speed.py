@@ -62,9 +62,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _measure(options: argparse.Namespace, group: Sequence[Conditions]) -> Iterator[dict[str, Any]]:
-    from rfprune.latency.timing import TimingBudget, time_interleaved
-
     import torch
+
+    from rfprune.latency.timing import TimingBudget, time_interleaved
 
     model = load_model(options.model, options.synthetic, torch.float32)
     models = _models(model)

