@@ -7,6 +7,7 @@ number of tokens.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -65,22 +66,30 @@ class Moments:
         self.target_energy += float(targets.square().sum())
         self.count += len(features)
 
+    def __iadd__(self, other: Moments) -> Moments:
+        """Add the moments of other tokens, in place."""
+        for own, added in (
+            (self.gram, other.gram),
+            (self.cross, other.cross),
+            (self.feature_sum, other.feature_sum),
+            (self.target_sum, other.target_sum),
+        ):
+            own += added
+        self.target_energy += other.target_energy
+        self.count += other.count
+        return self
+
     def __add__(self, other: Moments) -> Moments:
         """Moments of the tokens of both."""
-        return Moments(
-            self.gram + other.gram,
-            self.cross + other.cross,
-            self.feature_sum + other.feature_sum,
-            self.target_sum + other.target_sum,
-            self.target_energy + other.target_energy,
-            self.count + other.count,
-        )
+        total = copy.deepcopy(self)
+        total += other
+        return total
 
     def centred(self) -> tuple[Tensor, Tensor]:
         """Gram matrix (p, p) and cross moments (p, d) about the means."""
-        gram = self.gram - torch.outer(self.feature_sum, self.feature_sum) / self.count
-        cross = self.cross - torch.outer(self.feature_sum, self.target_sum) / self.count
-        return gram, cross
+        gram = torch.outer(self.feature_sum, self.feature_sum).div_(self.count)
+        cross = torch.outer(self.feature_sum, self.target_sum).div_(self.count)
+        return torch.sub(self.gram, gram, out=gram), torch.sub(self.cross, cross, out=cross)
 
     def error(self, weight: Tensor, bias: Tensor | None) -> float:
         """Sum over tokens of |y - W·x - b|² for a weight (d, p) and a bias (d,) or None."""
@@ -185,7 +194,13 @@ def solve_weights(
 
 
 def fit_with_validation(
-    train: Moments, held_out: Moments, ridges: Sequence[float], weight: Tensor, bias: Tensor | None
+    train: Moments,
+    held_out: Moments,
+    ridges: Sequence[float],
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Ridge regression whose strength and acceptance are decided on held-out tokens.
 
@@ -198,6 +213,7 @@ def fit_with_validation(
         ridges: candidate strengths; see `solve_weights`.
         weight: the present weight (d, p).
         bias: the present bias (d,), or None for a projection without one.
+        overwrite: add the held-out moments to those of `train`, which saves a copy.
 
     Returns:
         The new weight and bias, or the present ones if these have a smaller held-out error.
@@ -210,7 +226,11 @@ def fit_with_validation(
         return solve(train, ridges[0])
     errors = [held_out.error(*solve(train, ridge)) for ridge in ridges]
     best = min(range(len(ridges)), key=errors.__getitem__)
-    fitted = solve(train + held_out, ridges[best])
+    if overwrite:
+        train += held_out
+    else:
+        train = train + held_out
+    fitted = solve(train, ridges[best])
     if max(errors[best], held_out.error(*fitted)) < held_out.error(weight, bias):
         return fitted
     return weight, bias
@@ -222,8 +242,9 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     A second attempt adds 1e-10 of the mean diagonal.
     """
     for jitter in (0.0, 1e-10):
-        shifted = matrix.clone()
-        shifted.diagonal().add_(jitter * matrix.diagonal().mean())
+        shifted = matrix if jitter == 0 else matrix.clone()  # it may be most of a GB
+        if jitter > 0:
+            shifted.diagonal().add_(jitter * matrix.diagonal().mean())
         factor, info = torch.linalg.cholesky_ex(shifted)
         if int(info) == 0:
             solution = torch.cholesky_solve(right.view(len(matrix), -1), factor).view(right.shape)

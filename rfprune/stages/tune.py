@@ -114,7 +114,7 @@ def refit(
         block: Block, train: Moments, held_out: Moments, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         ridges = PRE_NORM_RIDGES if block.pre_norm else RIDGES
-        return fit_with_validation(train, held_out, ridges, weight, bias)
+        return fit_with_validation(train, held_out, ridges, weight, bias, overwrite=True)
 
     fit = BlockFit(solve, align=True)
     return reconstruct(teacher, student, layout, batches, fit, progress=progress)

@@ -247,14 +247,19 @@ def test_the_gpu_runs_every_runtime(shape_flags: str, output: Path, lines: ReadL
 
 
 def test_a_scale_line_holds_seconds_and_memory_by_stage(output: Path, lines: ReadLines) -> None:
-    flags = f"--size tiny --samples 2 --length 8 --output {output}"
+    flags = f"--size tiny --samples 2 --length 8 --offload none disk --output {output}"
     assert scale.main(flags.split()) == 0
-    (line,) = lines()
-    stages = set(line["seconds"]) - {"prune_total", "wall"}
-    assert {"collect", "search", "compact", "tune"} <= stages
-    assert set(line["peak_bytes"]) == stages | {"start"}
-    assert min(line["peak_bytes"].values()) > line["weight_bytes"]
-    assert 0 < line["achieved"]["mac"] <= 0.7
+    assert [line["offload"] for line in lines()] == ["none", "disk"]
+    for line in lines():
+        stages = set(line["seconds"]) - {"prune_total", "wall"}
+        assert {"collect", "search", "compact", "tune", "save"} <= stages
+        assert set(line["peak_bytes"]) == stages | {"start"}
+        assert min(line["peak_bytes"].values()) > line["weight_bytes"]
+        assert line["peak_resident_bytes"] > 0.9 * max(line["peak_bytes"].values())
+        assert 0 < line["achieved"]["mac"] <= 0.7
+    in_memory, offloaded = lines()
+    for name in ("params", "weight_bytes"):
+        assert in_memory[name] == offloaded[name]
 
 
 def test_memory_is_attributed_to_the_stage_that_uses_it() -> None:
