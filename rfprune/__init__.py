@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rfprune.cost.constraint import Constraint
+    from rfprune.cost.sizes import Sizes
     from rfprune.errors import RfpruneWarning, UserError
     from rfprune.latency.promise import LatencyPromise
     from rfprune.latency.table import LatencyTable
+    from rfprune.methods.removal import remove_units
     from rfprune.model.batch import Batch
     from rfprune.model.checkpoint import load_pruned, save_pruned
     from rfprune.model.layout import Block, Layout
@@ -45,12 +47,14 @@ __all__ = [
     "PruneResult",
     "RfpruneWarning",
     "Settings",
+    "Sizes",
     "TrimmedVocabulary",
     "UserError",
     "__version__",
     "load_pruned",
     "prune",
     "prune_family",
+    "remove_units",
     "save_pruned",
     "trim_vocabulary",
 ]
@@ -69,11 +73,13 @@ _MODULES = {
     "PruneResult": "rfprune.result",
     "RfpruneWarning": "rfprune.errors",
     "Settings": "rfprune.settings",
+    "Sizes": "rfprune.cost.sizes",
     "TrimmedVocabulary": "rfprune.vocabulary.trim",
     "UserError": "rfprune.errors",
     "load_pruned": "rfprune.model.checkpoint",
     "prune": "rfprune.pruning",
     "prune_family": "rfprune.pruning",
+    "remove_units": "rfprune.methods.removal",
     "save_pruned": "rfprune.model.checkpoint",
     "trim_vocabulary": "rfprune.vocabulary.trim",
 }

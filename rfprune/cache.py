@@ -48,7 +48,10 @@ _PARTIAL = ".partial"
 _ABANDONED_SECONDS = 3600.0
 """A half-written file that is older than this belongs to a process that was killed."""
 
-LATER_SETTINGS = ("allocation", "rearrange", "tune", "teacher", "uniform", "round_to", "rounds")
+LATER_SETTINGS = (
+    *("allocation", "rearrange", "tune", "teacher", "uniform", "round_to", "rounds"),
+    *("protect", "min_heads", "min_neurons"),
+)
 """Settings that statistics do not depend on. All others are part of the key, new ones included."""
 
 _COMPUTED_BY = ("rfprune.methods.statistics", "rfprune.tasks.evaluation")

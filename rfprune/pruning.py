@@ -21,9 +21,11 @@ from transformers import PreTrainedModel
 
 from rfprune import distributed
 from rfprune.cost.constraint import Constraint, CostModel
+from rfprune.cost.limits import exact_costs
 from rfprune.cost.macs import mac_costs
 from rfprune.cost.memory import total_bytes
 from rfprune.cost.params import total_params
+from rfprune.cost.sizes import Sizes
 from rfprune.errors import UserError
 from rfprune.latency.profile import load_or_profile
 from rfprune.latency.promise import LatencyPromise, meet_latency, missed_latency_warnings
@@ -50,7 +52,7 @@ from rfprune.stages.objective import Loss
 def prune(
     model: PreTrainedModel,
     batches: Iterable[Batch],
-    constraint: Constraint | float | None,
+    constraint: Constraint | Sizes | float | None,
     settings: Settings | None = None,
     *,
     loss: Loss | None = None,
@@ -68,7 +70,8 @@ def prune(
             pixel_values (B, C, H, W), attention_mask (B, S), and the model's other inputs. Labels
             are not needed. Read once.
         constraint: the fraction of the original cost to keep; a bare number is a fraction of MACs.
-            None keeps all heads and neurons, for `Settings(sparsity=...)` alone.
+            `Sizes` give the heads and neurons of every layer instead. None keeps all heads and
+            neurons, for `Settings(sparsity=...)` alone.
         settings: method and options; the default is `Settings()`.
         loss: a function of the model's outputs and a batch, labels included, that returns one loss
             per example (B,), or their mean. Its gradients replace those of the model's own
@@ -121,7 +124,7 @@ def prune(
 def prune_family(
     model: PreTrainedModel,
     batches: Iterable[Batch],
-    constraints: Iterable[Constraint | float | None],
+    constraints: Iterable[Constraint | Sizes | float | None],
     settings: Settings | None = None,
     *,
     loss: Loss | None = None,
@@ -132,7 +135,7 @@ def prune_family(
     """Prune to several constraints with one collection of statistics.
 
     Args:
-        constraints: a list, or an iterator; a bare number is a fraction of MACs. Of an iterator
+        constraints: a list, or an iterator, of what `prune` takes. Of an iterator
             each constraint is asked for when the result before it has been used, so a search can
             decide by the results so far.
 
@@ -158,7 +161,7 @@ def prune_family(
             f"constraints is a single {type(constraints).__name__}; give a list, such as "
             "[Constraint('mac', 0.5)]"
         )
-    wanted: Iterable[Constraint | None] = (_wanted(one, settings) for one in constraints)
+    wanted: Iterable[Target] = (_wanted(one, settings) for one in constraints)
     if isinstance(constraints, Sequence):  # an iterator is asked one by one
         wanted = list(wanted)
     problem = prepare_problem(
@@ -173,32 +176,46 @@ def prune_family(
     yield from prune_to_each(problem, wanted)
 
 
-def _wanted(constraint: Constraint | float | None, settings: Settings | None) -> Constraint | None:
-    """A constraint, or None where something else than the removal of units is asked for."""
+Target = Constraint | Sizes | None
+"""What a model is pruned to; None where all units stay."""
+
+
+def _wanted(constraint: Constraint | Sizes | float | None, settings: Settings | None) -> Target:
+    """A constraint or sizes; None where something else than the removal of units is asked for."""
+    if isinstance(constraint, Sizes):
+        chosen = Settings() if settings is None else settings
+        if chosen.protect or chosen.min_heads or chosen.min_neurons or chosen.uniform:
+            raise UserError(
+                "sizes say what every layer keeps, so protect, min_heads, min_neurons and uniform "
+                "do nothing: leave them out"
+            )
+        return constraint
     if constraint is None and getattr(settings, "sparsity", None) is not None:
         return None
     return Constraint.of(constraint)
 
 
-def prune_to_each(
-    problem: Problem, constraints: Iterable[Constraint | None]
-) -> Iterator[PruneResult]:
+def prune_to_each(problem: Problem, constraints: Iterable[Target]) -> Iterator[PruneResult]:
     """Prune to several constraints; `prune_family` for a caller who has prepared the problem.
 
     The caller's torch state (autocast, inference mode, ...) holds between two results.
     """
     is_list = isinstance(constraints, Sequence)
     known = [one for one in constraints if one is not None] if is_list else []
+    ratios = [one for one in known if isinstance(one, Constraint)]
     device = execution_device(problem.model)
     with default_torch_state(device):
         if problem.settings.sparsity is not None:
             maps_of_layers(problem.model, problem.layout)
-        problem = _with_latency_table(problem, known)
-        check_constraints(problem, known)
+        problem = _with_latency_table(problem, ratios)
+        check_constraints(problem, ratios)
+        for sizes in known:
+            if isinstance(sizes, Sizes):
+                sizes.kept(problem.layout)
         statistics = collect_statistics(problem) if known or not is_list else None
     for constraint in constraints:
         with default_torch_state(device):
-            if constraint is not None:
+            if isinstance(constraint, Constraint):
                 check_constraints(problem, [constraint])  # an iterator gives them one by one
             result = _prune(problem.with_own_timer(), statistics, constraint)
         yield result
@@ -220,9 +237,7 @@ def _with_latency_table(problem: Problem, constraints: Sequence[Constraint]) -> 
     return replace(problem, latency_table=table)
 
 
-def _prune(
-    problem: Problem, statistics: Statistics | None, constraint: Constraint | None
-) -> PruneResult:
+def _prune(problem: Problem, statistics: Statistics | None, constraint: Target) -> PruneResult:
     """Remove units to meet a constraint, if there is one, and set weights to zero, if asked to."""
     settings, timer = problem.settings, problem.timer
     student, masks = problem.model, full_masks(problem.layout)
@@ -242,7 +257,7 @@ def _prune(
         model=student,
         masks=masks,
         layout=problem.layout,
-        constraint=constraint,
+        constraint=constraint if isinstance(constraint, Constraint) else None,
         achieved=_achieved(problem, student, masks) | latency,
         seconds=timer.report(),
         warnings=(*problem.warnings, *warnings),
@@ -257,14 +272,16 @@ def _prune(
 
 
 def _remove_units(
-    problem: Problem, statistics: Statistics, constraint: Constraint
+    problem: Problem, statistics: Statistics, constraint: Constraint | Sizes
 ) -> tuple[PreTrainedModel, Masks, LatencyPromise | None, list[str]]:
-    """Prune to a constraint in one or more rounds; each starts from the student of the last."""
+    """Prune to a constraint in one or more rounds; each starts from the student of the last.
+
+    Sizes are reached in one round.
+    """
     settings, timer = problem.settings, problem.timer
     student, masks = problem.model, full_masks(problem.layout)
     promise, warnings = None, list[str]()
-    for number, ratio in enumerate(schedule(constraint.ratio, settings.rounds)):
-        target = Constraint(constraint.metric, ratio)
+    for number, target in enumerate(_targets(constraint, settings.rounds)):
         current = problem if number == 0 else problem.with_model(student)
         collected = statistics if number == 0 else collect_statistics(current)
         kept, promise = _choose_units(problem, current, collected, masks, target)
@@ -289,12 +306,19 @@ def schedule(ratio: float, rounds: int) -> list[float]:
     return [ratio ** (i / rounds) for i in range(1, rounds)] + [ratio]
 
 
+def _targets(constraint: Constraint | Sizes, rounds: int) -> list[Constraint | Sizes]:
+    """What the model is pruned to in each round."""
+    if isinstance(constraint, Sizes):
+        return [constraint]
+    return [Constraint(constraint.metric, one) for one in schedule(constraint.ratio, rounds)]
+
+
 def _choose_units(
     problem: Problem,
     current: Problem,
     statistics: Statistics,
     masks: Masks,
-    constraint: Constraint,
+    constraint: Constraint | Sizes,
 ) -> tuple[Masks, LatencyPromise | None]:
     """Choose the units to keep; a constraint on latency is measured and corrected.
 
@@ -307,6 +331,9 @@ def _choose_units(
     Returns:
         Masks of the current model's units.
     """
+    if isinstance(constraint, Sizes):
+        costs = exact_costs(problem.layout, constraint.kept(problem.layout))
+        return statistics.choose_units(current, costs, 0.0), None
     costs = cost_model(problem, constraint.metric)
     consumers = [block.consumer for block in problem.layout.blocks]
     places = [consumers.index(block.consumer) for block in current.layout.blocks]

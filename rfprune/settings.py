@@ -43,9 +43,19 @@ MAX_SEED = 2**63 - 1  # torch accepts no larger one
 
 _OF_UNITS = (
     *("metric", "method", "importance", "allocation", "gradients", "teacher", "rearrange", "tune"),
-    *("uniform", "rounds", "score_stages"),
+    *("uniform", "rounds", "protect", "min_heads", "min_neurons", "score_stages"),
 )
 """Choices about the heads and neurons that are removed."""
+
+_OF_SIZES = ("allocation", "teacher", "uniform", "rounds", "protect", "min_heads", "min_neurons")
+"""Choices about the number of units that each layer keeps, or that need a constraint."""
+
+_SUBLAYERS = "heads|cross_heads|neurons"
+PROTECTED = (
+    rf"layer\.(?P<first>-?\d+)(-(?P<last>\d+))?(\.(?P<sublayer>{_SUBLAYERS}))?"
+    rf"|(?P<alone>{_SUBLAYERS})"
+)
+"""Names of layers and sublayers: layer.0, layer.-1, layer.0-3, layer.0.heads, heads."""
 
 _BY_METHOD: Any = "by method"
 """The default of `round_to`: multiples of 8 for curvature. The other methods are there to compare
@@ -82,6 +92,11 @@ HELD_OUT = Allowed(
 SPLIT_NAME = Allowed(
     "the name of a split: letters, digits, _, - and ., such as dev for the file dev.csv",
     lambda name: re.fullmatch(r"\w[\w.-]*", name) is not None,
+)
+PROTECTED_NAME = Allowed(
+    "a layer or sublayer: layer.0 (layer.-1 is the last), layer.0-3, layer.0.heads, or heads, "
+    "neurons or cross_heads of all layers",
+    lambda name: isinstance(name, str) and re.fullmatch(PROTECTED, name) is not None,
 )
 POINTS = Allowed(
     "a number from 0 up to 100: it is how many points of the task's score may be lost, such as 1",
@@ -163,6 +178,11 @@ def declarations(subject: type[Any]) -> Mapping[str, Declaration]:
 def flag_of(subject: type[Any], name: str) -> str:
     """The flag of a field, such as --data-dir."""
     return declarations(subject)[name].flag or "--" + name.replace("_", "-")
+
+
+def declared_default(subject: type[Any], name: str) -> Any:
+    """The default of a field."""
+    return next(one.default for one in fields(subject) if one.name == name)
 
 
 def _spelled(subject: type[Any], name: str, value: Any) -> str:
@@ -249,6 +269,13 @@ class TargetSettings:
         allowed=FRACTION,
         changes_output=False,  # it is part of the output's own identity
     )
+    sizes: Path | None = choice(
+        "instead of --constraint: the heads and neurons that every layer keeps, as a JSON list of "
+        '{{"heads": 3, "neurons": 400}} or the report.json of a run',
+        default=None,
+        metavar="FILE.json",
+        alternative_to="constraint",
+    )
     max_drop: float | None = choice(
         "instead of --constraint: find the smallest model that loses at most this many points (of "
         "100) of the task's score",
@@ -304,8 +331,8 @@ class TargetSettings:
 
     @property
     def ratios(self) -> tuple[float | None, ...]:
-        """The ratio of each model to make; None for the one that `max_drop` finds, and for one that
-        keeps all units."""
+        """The ratio of each model to make; None for the one that `max_drop` finds, for one of given
+        sizes, and for one that keeps all units."""
         return self.constraint or (None,)
 
 
@@ -455,6 +482,25 @@ class Settings:
         metavar="N",
         choices=(1, *MULTIPLES),
     )
+    protect: tuple[str, ...] = choice(
+        "layers and sublayers that stay whole: layer.0, layer.-1 (the last), layer.0-3, "
+        "layer.0.heads, or heads (of all layers)",
+        default=(),
+        metavar="NAME",
+        allowed=PROTECTED_NAME,
+    )
+    min_heads: int = choice(
+        "heads (with grouped queries: key-value heads) that every layer keeps at least",
+        default=0,
+        metavar="N",
+        allowed=whole_number(0),
+    )
+    min_neurons: int = choice(
+        "neurons that every layer keeps at least",
+        default=0,
+        metavar="N",
+        allowed=whole_number(0),
+    )
     rounds: int = choice(
         "prune in this many steps; each step collects new statistics",
         default=1,
@@ -491,6 +537,11 @@ class Settings:
         if self.round_to == _BY_METHOD:
             multiple = MULTIPLES[0] if self.method == METHODS[0] else None
             object.__setattr__(self, "round_to", multiple)
+        names: Any = self.protect
+        names = (names,) if isinstance(names, str) else names
+        if not isinstance(names, list | tuple):
+            raise UserError(f"protect {names!r:.60} is not a list of names, such as ['layer.0']")
+        object.__setattr__(self, "protect", tuple(dict.fromkeys(names)))
         given: Any = self.sparsity
         if isinstance(given, int | float) and not isinstance(given, bool):
             object.__setattr__(self, "sparsity", f"{float(given):g}")
@@ -505,6 +556,12 @@ class Settings:
             raise UserError(
                 f"--use-labels does nothing for --importance {self.importance}, which uses no "
                 f"loss: leave it out"
+            )
+        if self.protect and (self.uniform or self.allocation == "uniform"):
+            same = "--uniform" if self.uniform else "--allocation uniform"
+            raise UserError(
+                f"{same} treats all layers alike, so --protect {self.protect[0]} would keep all of "
+                "them whole: leave one of the two out"
             )
         if self.uniform and self.allocation == "uniform":
             raise UserError(
@@ -700,6 +757,7 @@ class Options:
     def __post_init__(self) -> None:
         if not self.removes_units:
             self._check_without_constraint()
+        self._check_sizes()
         if self.settings.uniform and "dense" in self.output.export:
             raise UserError(
                 "--export dense is for tools that cannot run code from a checkpoint, and a model "
@@ -716,17 +774,37 @@ class Options:
                 "afterwards with scripts/push_to_hub.py"
             )
 
+    def _check_sizes(self) -> None:
+        """Refuse choices that do nothing where the sizes are given."""
+        if self.target.sizes is None:
+            return
+        given = [
+            flag_of(type(subject), name)
+            for subject, names in (
+                (self.target, ("metric",)),
+                (self.settings, _OF_SIZES),
+            )
+            for name in names
+            if getattr(subject, name) != declared_default(type(subject), name)
+        ]
+        if given:
+            raise UserError(
+                f"{', '.join(given)} can do nothing where --sizes gives the size of every layer: "
+                "leave one of the two out"
+            )
+
     @property
     def removes_units(self) -> bool:
         """Whether heads and neurons are removed."""
-        return bool(self.target.constraint) or self.target.max_drop is not None
+        target = self.target
+        return bool(target.constraint) or target.max_drop is not None or target.sizes is not None
 
     def _check_without_constraint(self) -> None:
         """Refuse to do nothing, and choices that do nothing where all units stay."""
         if self.settings.sparsity is None and not self.target.vocabulary:
             raise UserError(
                 "there is nothing to prune: give --constraint RATIO (such as 0.5), --max-drop "
-                "POINTS, --sparsity, or --vocabulary FILE (see rfprune --help)"
+                "POINTS, --sizes FILE.json, --sparsity, or --vocabulary FILE (see rfprune --help)"
             )
         given = {
             flag_of(type(subject), one.name)
@@ -746,7 +824,7 @@ class Options:
         parts = []
         if self.removes_units:
             limit = None if target.max_drop is None else f"drop-{target.max_drop:g}"
-            parts.append(f"{target.metric}-{limit or ratio}")
+            parts.append("sizes" if target.sizes else f"{target.metric}-{limit or ratio}")
         if sparsity is not None:
             parts.append(f"sparsity-{str(sparsity).replace(':', 'of')}")
         if target.vocabulary:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,13 +38,14 @@ from rfprune.cli.vocabulary import (
     with_new_ids,
 )
 from rfprune.cost.constraint import Constraint
+from rfprune.cost.sizes import Sizes
 from rfprune.errors import RfpruneWarning, UserError
 from rfprune.export.formats import check_formats
 from rfprune.latency.profile import load_or_profile
 from rfprune.max_drop.search import DropSearch, constraints_to_try, find_smallest_model
 from rfprune.methods.budget import check_constraints
 from rfprune.methods.problem import add_token_mask, prepare_problem
-from rfprune.pruning import prune_to_each
+from rfprune.pruning import Target, prune_to_each
 from rfprune.report.cached_evaluation import evaluate_original, inputs_digest
 from rfprune.report.console_table import print_report
 from rfprune.report.measure import FewerTokens, Outcome, Prepared, measure
@@ -150,6 +152,8 @@ def _prepare(options: Options, device: torch.device, consoles: Consoles) -> Prep
     batches = [dict(add_token_mask(model, problem.layout, batch)) for batch in batches]
     if target.metric != "latency":  # checked once there is a latency table
         check_constraints(problem, _constraints(options, target.ratios))
+    if target.sizes is not None:
+        Sizes.load(target.sizes).kept(problem.layout)
     evaluation_set, *others = (
         prepare_evaluation(
             task,
@@ -169,6 +173,8 @@ def _prepare(options: Options, device: torch.device, consoles: Consoles) -> Prep
     _warn_about_truncation(options, task, loaded, evaluation_set.batches, "validation")
     seconds = time.perf_counter() - start
     inputs = inputs_digest(model, batches, evaluation_set)
+    if target.sizes is not None:  # the file may change under the same name
+        inputs = hashlib.sha256(inputs.encode() + target.sizes.read_bytes()).hexdigest()
     return Prepared(loaded, problem, stored, batches, evaluation_set, seconds, inputs, fewer_tokens)
 
 
@@ -297,8 +303,10 @@ def _cache_folder(options: Options) -> Path | None:
     return (options.run.cache_dir or default_folder()) if options.run.cache else None
 
 
-def _wanted(options: Options, ratios: Sequence[float | None]) -> Sequence[Constraint | None]:
+def _wanted(options: Options, ratios: Sequence[float | None]) -> Sequence[Target]:
     """The constraints to prune to: a single None where all units stay."""
+    if options.target.sizes is not None:
+        return [Sizes.load(options.target.sizes)]
     return _constraints(options, ratios) if options.target.constraint else [None]
 
 

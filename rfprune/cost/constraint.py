@@ -93,8 +93,8 @@ class CostModel:
     Attributes:
         metric: see `Constraint`; the unit of all costs (MACs, parameters, bytes, milliseconds).
         tables: one float64 array (U + 1,) per block of a layout; `tables[b][n]` is the cost of
-            keeping n units of block b, infinite where n is not allowed. Keeping none and keeping
-            all are always allowed.
+            keeping n units of block b, infinite where n is not allowed. Keeping all is always
+            allowed, and so is keeping none unless `rfprune.cost.limits` forbids it.
         constant: fixed cost of a pruned model.
         added_by_pruning: the part of `constant` that the original does not have; negative where
             the original had more, such as tokens that were trimmed.

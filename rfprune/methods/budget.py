@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from rfprune.cost.constraint import Constraint, CostModel
+from rfprune.cost.limits import restrict_to_limits
 from rfprune.cost.macs import mac_costs
 from rfprune.cost.memory import memory_costs, total_bytes
 from rfprune.cost.params import param_costs, total_params
@@ -23,13 +24,14 @@ from rfprune.stages.uniform import min_same_sizes_cost, same_sizes
 def cost_model(problem: Problem, metric: str) -> CostModel:
     """The cost of keeping n units of each block, by the metric of a constraint.
 
-    Numbers of neurons that `round_to` forbids cost infinitely much.
+    Numbers of units that `round_to`, protection or floors forbid cost infinitely much.
 
     Raises:
         UserError: the metric is latency, and there is no latency table.
     """
     costs = _all_sizes(problem, metric)
-    return restrict_to_multiples(costs, problem.layout, problem.settings.round_to)
+    costs = restrict_to_multiples(costs, problem.layout, problem.settings.round_to)
+    return restrict_to_limits(costs, problem.layout, problem.settings)
 
 
 def _all_sizes(problem: Problem, metric: str) -> CostModel:
@@ -73,9 +75,9 @@ def min_ratio(problem: Problem, metric: str) -> float:
 
 
 def _single_unit_cost(costs: CostModel) -> float:
-    """The cost of the cheapest single unit, and of what is never pruned."""
-    cheapest = [float(table[1:].min()) for table in costs.tables if len(table) > 1]
-    return costs.constant + min(cheapest, default=0.0)
+    """The cost of what is never pruned, of what must be kept, and of a single unit at least."""
+    extra = [float(table[1:].min() - table.min()) for table in costs.tables if len(table) > 1]
+    return costs.constant + costs.min_block_cost + min(extra, default=0.0)
 
 
 def check_constraints(problem: Problem, constraints: Iterable[Constraint]) -> None:
@@ -104,9 +106,12 @@ def _check_single_unit(problem: Problem, constraint: Constraint) -> None:
     if constraint.ratio * costs.original < smallest:
         ratio = costs.ratio_for(smallest)
         table = problem.latency_table if constraint.metric == "latency" else None
+        kept = "what is never pruned and a single head or neuron"
+        if any(np.isinf(table[0]) for table in costs.tables):
+            kept = "what is never pruned, is protected, or is below a floor"
         raise UserError(
-            f"constraint {constraint.ratio:g} on {constraint.metric} cannot be met: what is never "
-            f"pruned and a single head or neuron already cost {ratio:g} of the original"
+            f"constraint {constraint.ratio:g} on {constraint.metric} cannot be met: {kept} already "
+            f"cost{'s' * ('below' in kept)} {ratio:g} of the original"
             f"{'' if table is None else _conditions(table)}; choose {ratio:g} or more"
         )
 

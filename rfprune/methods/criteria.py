@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rfprune.cost.constraint import Constraint, CostModel
+from rfprune.cost.sizes import Sizes
 from rfprune.methods.allocation import choose_most_important
 from rfprune.methods.curvature import refit_weights
 from rfprune.methods.problem import Problem
@@ -34,7 +35,7 @@ class CriterionStatistics:
             return choose_most_important(problem, self.importance, costs, budget)
 
     def fit(
-        self, problem: Problem, student: PreTrainedModel, _: Constraint
+        self, problem: Problem, student: PreTrainedModel, _: Constraint | Sizes
     ) -> tuple[dict[str, Tensor], list[str]]:
         """All weights of every out-projection; no scales of units."""
         return {}, refit_weights(problem, student)

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from rfprune.cache import Tensors
 from rfprune.cost.constraint import Constraint, CostModel
+from rfprune.cost.sizes import Sizes
 from rfprune.methods.allocation import divide_budget
 from rfprune.methods.problem import Problem
 from rfprune.model.frozen import frozen
@@ -47,7 +48,7 @@ class CurvatureStatistics:
             return tuple(curve.mask(n) for curve, n in zip(self.curves, kept, strict=True))
 
     def fit(
-        self, problem: Problem, student: PreTrainedModel, _: Constraint
+        self, problem: Problem, student: PreTrainedModel, _: Constraint | Sizes
     ) -> tuple[dict[str, Tensor], list[str]]:
         """All weights of every out-projection; no scales of units."""
         return {}, refit_weights(problem, student)

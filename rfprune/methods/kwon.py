@@ -20,6 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rfprune.cost.constraint import Constraint, CostModel
+from rfprune.cost.sizes import Sizes
+from rfprune.errors import UserError
 from rfprune.methods.allocation import choose_most_important
 from rfprune.methods.budget import cost_model
 from rfprune.methods.problem import Problem
@@ -57,7 +59,7 @@ class KwonStatistics:
         return masks
 
     def fit(
-        self, problem: Problem, student: PreTrainedModel, constraint: Constraint
+        self, problem: Problem, student: PreTrainedModel, constraint: Constraint | Sizes
     ) -> tuple[dict[str, Tensor], list[str]]:
         """Section 4.3: mask tuning."""
         with self._teacher(problem, constraint):
@@ -65,13 +67,17 @@ class KwonStatistics:
                 problem.model, student, problem.layout, problem.inputs, progress=problem.progress
             )
 
-    def _teacher(self, problem: Problem, constraint: Constraint) -> AbstractContextManager[None]:
+    def _teacher(
+        self, problem: Problem, constraint: Constraint | Sizes
+    ) -> AbstractContextManager[None]:
         """The original model, or, as in the authors' code, masked at the constraint's square root.
 
         The original measures better.
         """
         if problem.settings.teacher == "dense":
             return nullcontext()
+        if isinstance(constraint, Sizes):
+            raise UserError("teacher='scheduled' needs a constraint, which sizes are not")
         costs = cost_model(problem, constraint.metric)
         halfway = Constraint(constraint.metric, math.sqrt(constraint.ratio))
         masks = search(problem.layout, self.importance, costs, costs.budget(halfway))

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rfprune.cost.constraint import Constraint, CostModel
+from rfprune.cost.sizes import Sizes
 from rfprune.methods import criteria, curvature, kwon
 from rfprune.methods.problem import Problem
 from rfprune.model.masks import Masks
@@ -39,13 +40,13 @@ class Statistics(Protocol):
         """
 
     def fit(
-        self, problem: Problem, student: PreTrainedModel, constraint: Constraint
+        self, problem: Problem, student: PreTrainedModel, constraint: Constraint | Sizes
     ) -> tuple[dict[str, Tensor], list[str]]:
         """Fit the weights of a pruned model to the original, in place.
 
         Args:
             problem: that of the original model, from which these statistics were collected.
-            constraint: that the student has been pruned to.
+            constraint: that the student has been pruned to, or its sizes.
 
         Returns:
             Scales of the kept units by consumer, if the method scales units, and a warning for each

@@ -161,6 +161,7 @@ def measure(
         "method": options.settings.method,
         "metric": options.target.metric,
         "constraint": result.ratio,
+        "sizes": None if options.target.sizes is None else str(options.target.sizes),
         "seed": options.settings.seed,
         "samples": sum(batch_size(batch) for batch in prepared.batches),
         "settings": dataclasses.asdict(prepared.problem.settings),

@@ -39,13 +39,15 @@ def title(report: Report) -> str:
 
 def removes_units(report: Report) -> bool:
     """Whether heads and neurons were removed."""
-    return report["constraint"] is not None
+    return report["constraint"] is not None or bool(report.get("sizes"))
 
 
 def target_text(report: Report) -> str:
     """What the run was asked for: pruned to 50% of its MACs, with 2:4 zeros by obs."""
     parts = []
-    if removes_units(report):
+    if report.get("sizes"):
+        parts.append(f"pruned to the sizes of {report['sizes']}")
+    elif removes_units(report):
         metric = METRIC_NAMES.get(report["metric"], report["metric"])
         parts.append(f"pruned to {percent(report['constraint'])} of its {metric}")
     if report.get("sparsity"):

@@ -86,7 +86,7 @@ def _has_equal_unit_costs(layout: Layout, costs: CostModel) -> bool:
     unit_costs: dict[str, float] = {}
     for block, table in zip(layout.blocks, costs.tables, strict=True):
         unit_cost = unit_costs.setdefault(block.kind, float(table[-1]) / block.num_units)
-        if not unit_cost > 0:
+        if not 0 < unit_cost < np.inf:
             return False
         if not np.allclose(table, unit_cost * np.arange(len(table)), rtol=1e-9, atol=0):
             return False

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--model unigram needs --held-out FILE, texts to compare the pieces of.")
     shared = {
         **harness.conditions_of(options, ["model", "task", "samples", "eval_limit"]),
-        "texts": [path.name for path in options.texts],
+        "texts": ", ".join(f"{path.parent.name}/{path.name}" for path in options.texts),
     }
     wanted = [shared | one for one in harness.each_combination(min_count=options.min_count)]
     output = options.output or harness.default_output("vocabulary", shared["model"])

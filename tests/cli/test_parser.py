@@ -79,6 +79,10 @@ OTHER_VALUES: dict[str, tuple[str, Any]] = {
     "quantize": (" --export onnx", True),
     "gguf_type": ("q8_0 f16 --export gguf", ("q8_0", "f16")),
     "score_stages": ("", True),
+    "protect": ("layer.0 heads", ("layer.0", "heads")),
+    "min_heads": ("1", 1),
+    "min_neurons": ("8", 8),
+    "sizes": ("sizes.json", Path("sizes.json")),
     "vocabulary": (f"{__file__}", (Path(__file__),)),
     "vocabulary_min_count": (f"2 --vocabulary {__file__}", 2),
     "push_to_hub": ("me/model --hub-dry-run", "me/model"),
@@ -108,9 +112,10 @@ def test_every_flag_sets_its_field(name: str) -> None:
     flag = flag_of(type(getattr(parse(NEEDED), subject)), name)
     own_data = ("text_columns", "label_column", "validation_fraction")
     needed = CUSTOM if name in own_data else NEEDED
-    if name == "max_drop":
+    instead_of_a_constraint = name in ("max_drop", "sizes")
+    if instead_of_a_constraint:
         needed = NEEDED[:4]
-    before = parse(needed) if name != "max_drop" else parse(NEEDED)
+    before = parse(NEEDED if instead_of_a_constraint else needed)
     options = parse([*needed, *f"{flag} {values}".split()])
     assert getattr(getattr(before, subject), name) != expected
     assert getattr(getattr(options, subject), name) == expected

@@ -63,6 +63,17 @@ def _vocabulary(given: str, says: str, content: bytes | None, *flags: str) -> Ca
     return Case(f"`--vocabulary` with {given}", says, prepare)
 
 
+def _sizes(given: str, says: str, content: str | None, *flags: str) -> Case:
+    """A file of --sizes with this content; None for no file."""
+
+    def prepare(place: Place) -> Request:
+        if content is not None:
+            Path("sizes.json").write_text(content, encoding="utf-8")
+        return [*place.flags(constraint=None), "--sizes", "sizes.json", *flags]
+
+    return Case(f"`--sizes` with {given}", says, prepare)
+
+
 def _kept_by_none(place: Place) -> Request:
     from rfprune.max_drop import search
     from rfprune.tasks.bootstrap import Drop
@@ -109,6 +120,21 @@ FLAGS = (
     _vocabulary("--method kwon alone", "where all heads and neurons stay", b"a", "--method=kwon"),
     _one_flag("--vocabulary-min-count 2", "does nothing without --vocabulary"),
     _one_flag("--vocabulary /", "--vocabulary / is a folder"),
+    _one_flag("--protect layer.9", "which has the layers 0 to 1"),
+    _one_flag("--protect layer", "is not a layer or sublayer"),
+    _one_flag("--protect cross_heads", "names cross_heads"),
+    _one_flag("--protect heads neurons", "is protected"),
+    _one_flag("--protect layer.0 --uniform", "leave one of the two out"),
+    _one_flag("--min-heads 9", "is more than the 4 heads of a layer"),
+    _one_flag("--min-neurons -1", "--min-neurons -1 is not"),
+    _one_flag("--min-heads 4 --min-neurons 12", "or is below a floor already costs"),
+    _one_flag("--sizes sizes.json", "not allowed with argument --constraint"),
+    _sizes("a missing file", "missing or not JSON", None),
+    _sizes("no JSON", "missing or not JSON", "[{"),
+    _sizes("sizes of one layer", "of 1 layers and the model has 2", '[{"heads": 1}]'),
+    _sizes("too many heads", "keep 9 heads in layer 0", '[{"heads": 9}, {}]'),
+    _sizes("no list", "a list with an entry per layer", "3"),
+    _sizes("a floor", "--min-heads can do nothing", '[{"heads": 1}, {}]', "--min-heads=1"),
     _one_flag("--task mrcp", "did you mean mrpc"),
     _one_flag("--task ../mrpc", "Unknown task"),
     _one_flag("--tsak mrpc", "nrecognized arguments: --tsak"),
