@@ -47,10 +47,18 @@ def features_of(units: list[int], width: int) -> list[int]:
     return [unit * width + i for unit in units for i in range(width)]
 
 
+@pytest.fixture(params=["float32", "float64"])
+def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> float:
+    """The relative error of a curve, in float32 or after the fall-back to float64."""
+    if request.param == "float64":
+        monkeypatch.setattr("rfprune.stages.optimal_brain_surgeon.MAX_ROUNDING", -1.0)
+    return {"float32": 1e-4, "float64": 1e-8}[request.param]
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(("units", "width"), [(8, 1), (4, 2), (4, 3)])
 def test_a_curve_is_the_exact_cost_of_the_removed_units_and_near_the_best_of_all_subsets(
-    units: int, width: int, seed: int
+    units: int, width: int, seed: int, precision: float
 ) -> None:
     block = random_block(units * width, seed=seed)
     curve = removal_curve(*block, width)
@@ -62,10 +70,10 @@ def test_a_curve_is_the_exact_cost_of_the_removed_units_and_near_the_best_of_all
     for removed in range(units + 1):
         found = float(curve.errors[units - removed])
         exact = cost(curve.order[:removed].tolist())
-        assert found == pytest.approx(exact, rel=1e-8, abs=1e-10)
+        assert found == pytest.approx(exact, rel=precision, abs=1e-10)
         best = min(cost(subset) for subset in combinations(range(units), removed))
         assert found <= 2 * best
-        assert removed != 1 or found == pytest.approx(best)
+        assert removed != 1 or found == pytest.approx(best, rel=precision)
     assert float(curve.errors[units]) == 0.0 < float(curve.errors[0])
 
 
@@ -94,7 +102,7 @@ def test_groups_cost_little_more_than_one_neuron_at_a_time(
 
 
 @pytest.mark.parametrize("width", [1, 4])
-def test_the_order_of_units_does_not_matter(width: int) -> None:
+def test_the_order_of_units_does_not_matter(width: int, precision: float) -> None:
     inputs, weight, gradients = random_block(16)
     units = torch.randperm(16 // width, generator=torch.Generator().manual_seed(3))
     columns = torch.tensor(features_of(units.tolist(), width))
@@ -102,7 +110,45 @@ def test_the_order_of_units_does_not_matter(width: int) -> None:
     shuffled = removal_curve(inputs[columns][:, columns], weight[:, columns], gradients, width)
     assert units.tolist() != sorted(units.tolist())
     assert units[shuffled.order].tolist() == curve.order.tolist()
-    torch.testing.assert_close(shuffled.errors, curve.errors)
+    torch.testing.assert_close(shuffled.errors, curve.errors, rtol=precision, atol=0)
+
+
+def test_an_ill_conditioned_block_is_computed_in_float64() -> None:
+    """In float32 its curve would be wrong by a tenth."""
+    inputs, weight, gradients = random_block(32)
+    inputs = inputs.repeat(2, 2)  # every neuron has a copy
+    inputs.diagonal().add_(1e-7)
+    block = inputs, torch.cat([weight, weight], 1), gradients
+    curve = removal_curve(*block, 1)
+    removed = curve.order[:32].tolist()
+    assert {unit % 32 for unit in removed} == set(range(32))
+    assert float(curve.errors[32]) == pytest.approx(cost_of_removing(block, removed), rel=1e-3)
+
+
+def test_outputs_without_gradient_in_some_directions_cost_nothing_there() -> None:
+    inputs, weight, _ = random_block(12)
+    direction = torch.randn(5, 1, generator=torch.Generator().manual_seed(1)).double()
+    curve = removal_curve(inputs, weight, direction @ direction.T, 1)
+    one_output = removal_curve(inputs, direction.T @ weight, torch.ones(1, 1), 1)
+    assert curve.order.tolist() == one_output.order.tolist()
+    torch.testing.assert_close(curve.errors, one_output.errors, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_outputs_without_any_gradient_cost_nothing(width: int) -> None:
+    inputs, weight, _ = random_block(16)
+    curve = removal_curve(inputs, weight, torch.zeros(5, 5), width)
+    assert sorted(curve.order.tolist()) == list(range(16 // width))
+    assert not curve.errors.any()
+
+
+def test_many_heads_are_removed_in_groups() -> None:
+    block = random_block(96 * 2)
+    curve = removal_curve(*block, 2)
+    for removed in (1, 3, 40, 95):
+        columns = features_of(curve.order[:removed].tolist(), 2)
+        exact = cost_of_removing(block, columns)
+        assert float(curve.errors[96 - removed]) == pytest.approx(exact, rel=1e-4)
 
 
 def test_moments_that_are_not_positive_definite_are_a_numerical_failure() -> None:
