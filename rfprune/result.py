@@ -17,7 +17,7 @@ from rfprune.cost.constraint import Constraint
 from rfprune.cost.sparsity import MapSparsity
 from rfprune.errors import as_path
 from rfprune.latency.promise import LatencyPromise
-from rfprune.model.checkpoint import MASKS_FILE, check_saved_parts, save_pruned
+from rfprune.model.checkpoint import check_saved_parts, masks_path, save_pruned
 from rfprune.model.layout import Layout
 from rfprune.model.masks import Masks
 from rfprune.model.staging import check_free, recover, staged
@@ -81,9 +81,9 @@ class PruneResult:
     ) -> None:
         """Write the pruned model to a folder, as the command does.
 
-        The folder holds config.json, model.safetensors, masks.safetensors, the tokenizer, and
-        modeling_rfprune.py, the code of the model (not after `uniform=True`, which makes a model of
-        its family's own class). It appears whole or not at all.
+        The folder holds config.json, model.safetensors, pruning/masks.safetensors, the tokenizer,
+        and modeling_rfprune.py, the code of the model (not after `uniform=True`, which makes a
+        model of its family's own class). It appears whole or not at all.
 
         Args:
             folder: new or empty.
@@ -107,7 +107,8 @@ class PruneResult:
         folder = as_path(folder, "folder")
         check_saved_parts(tokenizer, dtype)
         recover(folder)
-        check_free(folder, overwrite=overwrite, marker=MASKS_FILE)
+        marker = masks_path(folder).relative_to(folder).as_posix()
+        check_free(folder, overwrite=overwrite, marker=marker)
         with staged(folder, overwrite=overwrite) as temporary:
             save_pruned(self.model, self.layout, self.masks, temporary, tokenizer, dtype=dtype)
 

@@ -1,8 +1,8 @@
 """Save a pruned model, and load one without running code from its folder.
 
 A saved folder holds config.json, model.safetensors, modeling_rfprune.py (the model's own code, for
-`trust_remote_code=True`) and masks.safetensors (which units of the original were kept). A plain
-model (see `rfprune.model.plain`) has no code of its own; its masks file marks it as plain.
+`trust_remote_code=True`) and pruning/masks.safetensors (which units of the original were kept). A
+plain model (see `rfprune.model.plain`) has no code of its own; its masks file marks it as plain.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ from rfprune.model.rebuild import check_rebuildable, init_options
 from rfprune.model.residency import is_offloaded, offloaded_ties
 from rfprune.model.weight_store import reading_as
 
-MASKS_FILE = "masks.safetensors"
+MASKS_FILE = "pruning/masks.safetensors"
+"""Not beside the weights: servers such as vLLM load every *.safetensors that is there."""
+
+EARLIER_MASKS_FILE = "masks.safetensors"
 MASKS_VERSION = 1
 
 LEAST_SHARD_BYTES = 2**20
@@ -96,7 +99,9 @@ def save_pruned(
     metadata = {"format_version": str(MASKS_VERSION)}
     if getattr(model.config, "rfprune", None) is None:
         metadata["plain"] = "true"
-    save_file(named, Path(folder) / MASKS_FILE, metadata=metadata)
+    path = folder / MASKS_FILE
+    path.parent.mkdir(exist_ok=True)
+    save_file(named, path, metadata=metadata)
 
 
 def _save_offloaded(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None) -> None:
@@ -323,7 +328,8 @@ def load_masks(folder: str | Path) -> dict[str, Tensor]:
         UserError: the file is missing, damaged, of another format version, or does not fit the
             config.json beside it.
     """
-    path = as_path(folder, "folder") / MASKS_FILE
+    folder = as_path(folder, "folder")
+    path = masks_path(folder)
     try:
         with safe_open(path, framework="pt") as file:
             version = (file.metadata() or {}).get("format_version")
@@ -337,18 +343,24 @@ def load_masks(folder: str | Path) -> dict[str, Tensor]:
             f"'{path}' has format version {version}, but this rfprune reads {MASKS_VERSION}; "
             "upgrade rfprune, or prune the model again"
         )
-    _check_masks(masks, path)
+    _check_masks(masks, folder, path)
     return masks
 
 
-def _check_masks(masks: dict[str, Tensor], path: Path) -> None:
+def masks_path(folder: Path) -> Path:
+    """Where a folder has its masks; earlier versions of rfprune wrote them beside the weights."""
+    earlier = folder / EARLIER_MASKS_FILE
+    return earlier if earlier.is_file() else folder / MASKS_FILE
+
+
+def _check_masks(masks: dict[str, Tensor], folder: Path, path: Path) -> None:
     """Compare the number of units that each mask keeps with config.json."""
-    config = _read_config(path.parent)
-    if _is_plain(config, path.parent):
+    config = _read_config(folder)
+    if _is_plain(config, folder):
         sizes = _plain_sizes(config)
         kept = {name: sizes.get(name.rpartition(".")[2]) for name in masks}
     else:
-        blocks = _described_blocks(config, path.parent)
+        blocks = _described_blocks(config, folder)
         kept = {block["name"]: block["num_units"] for block in blocks}
     for name in sorted(kept.keys() | masks.keys()):
         mask = masks.get(name)
@@ -367,7 +379,7 @@ def _is_plain(config: Mapping[str, Any], folder: Path) -> bool:
     if "rfprune" in config or row is None or row.size_entries is None:
         return False
     try:
-        with safe_open(folder / MASKS_FILE, framework="pt") as file:
+        with safe_open(masks_path(folder), framework="pt") as file:
             return (file.metadata() or {}).get("plain") == "true"
     except (OSError, SafetensorError):
         return False

@@ -40,7 +40,7 @@ Refused = Callable[[list[str]], str]
 MonkeyPatch = pytest.MonkeyPatch
 Capture = pytest.CaptureFixture[str]
 SAVED = {
-    *("config.json", "model.safetensors", "modeling_rfprune.py", "masks.safetensors"),
+    *("config.json", "model.safetensors", "modeling_rfprune.py", "pruning"),
     *("tokenizer.json", "tokenizer_config.json", "report.json", "log.txt"),
     *("report.html", "README.md", "plots"),
 }

@@ -195,7 +195,7 @@ def test_a_killed_run_goes_on(
     for output in sorted(found):
         ours, theirs = Path("out", output), killed[method] / "out" / output
         assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()}
-        for file in ("model.safetensors", "masks.safetensors", "config.json"):
+        for file in ("model.safetensors", "pruning/masks.safetensors", "config.json"):
             assert (ours / file).read_bytes() == (theirs / file).read_bytes()
         reports = read_report(ours), read_report(theirs)
         for entry in ("scores", "divergence", "layers", "identity", "warnings"):

@@ -45,8 +45,9 @@ def digests_of(name: str, flags: str, folder: Path) -> dict[str, str]:
         digest = hashlib.sha256()
         for block, mask in sorted(load_file(file).items()):
             digest.update(block.encode() + (mask != 0).tobytes())
-        ratio = file.parent.name.removeprefix("mac-")
-        found[name if file.parent == folder else f"{name} {ratio}"] = digest.hexdigest()
+        output = file.parents[1]
+        ratio = output.name.removeprefix("mac-")
+        found[name if output == folder else f"{name} {ratio}"] = digest.hexdigest()
     return found
 
 

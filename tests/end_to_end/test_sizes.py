@@ -207,7 +207,7 @@ def test_the_command_leaves_a_plain_folder_and_says_so(
     assert report["layers"] == [{"heads": 4, "neurons": config["intermediate_size"]}] * 2
     assert config["intermediate_size"] % 8 == 0
     assert not list(ran.rglob("*.py"))
-    assert (ran / "masks.safetensors").is_file()
+    assert (ran / "pruning/masks.safetensors").is_file()
     for name in ("README.md", "log.txt", "report.html"):
         text = (ran / name).read_text(encoding="utf-8")
         assert "from_pretrained" in text

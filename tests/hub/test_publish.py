@@ -96,8 +96,9 @@ def test_a_run_is_pushed_whole(flags: Flags, hub: StubHub, tmp_path: Path) -> No
     assert 'name = "someone/small"' in hub.files["README.md"].decode()
     # What was uploaded is a model that works.
     for name, content in hub.files.items():
-        (tmp_path / "downloaded").mkdir(exist_ok=True)
-        (tmp_path / "downloaded" / name).write_bytes(content)
+        path = tmp_path / "downloaded" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
     there, here = load_pruned(tmp_path / "downloaded"), load_pruned("out")
     assert torch.equal(logits_of(there), logits_of(here))
 

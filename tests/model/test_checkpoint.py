@@ -77,13 +77,10 @@ def to_format_2(config: dict[str, Any]) -> None:
 
 def test_the_files_of_a_folder(saved: Path) -> None:
     names = {path.name for path in saved.iterdir()}
-    assert {
-        "config.json",
-        "model.safetensors",
-        "modeling_rfprune.py",
-        "masks.safetensors",
-        "tokenizer.json",
-    } <= names
+    assert {"config.json", "modeling_rfprune.py", "pruning", "tokenizer.json"} <= names
+    assert [path.name for path in saved.glob("*.safetensors")] == ["model.safetensors"], (
+        "servers load every file of this kind in the folder"
+    )
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl"))]
     config = json.loads((saved / "config.json").read_text())
     name = "BertForSequenceClassification"
@@ -390,3 +387,11 @@ def test_tied_weights_are_stored_once_in_any_dtype(
     assert {value.dtype for value in half.values() if value.numel()} == {torch.float16}
     loaded = load_pruned(tmp_path / "half")
     assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+
+
+def test_masks_beside_the_weights_are_found_as_earlier_versions_wrote_them(saved: Path) -> None:
+    masks = load_masks(saved)
+    (saved / "pruning/masks.safetensors").rename(saved / "masks.safetensors")
+    found = load_masks(saved)
+    assert found.keys() == masks.keys()
+    assert all(torch.equal(found[name], values) for name, values in masks.items())

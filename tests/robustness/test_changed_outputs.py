@@ -69,9 +69,9 @@ def _masks(
     def edit(folder: Path) -> None:
         from safetensors.torch import load_file, save_file
 
-        masks = load_file(folder / "masks.safetensors")
+        masks = load_file(folder / "pruning/masks.safetensors")
         change(masks)
-        save_file(masks, folder / "masks.safetensors", metadata={"format_version": version})
+        save_file(masks, folder / "pruning/masks.safetensors", metadata={"format_version": version})
 
     return _pruned(f"masks.safetensors: {given}", says, edit, "load_masks")
 
@@ -166,7 +166,7 @@ PRUNED = (
     _masks("a mask of a layer that there is not", "no such block", lambda masks: masks.update(
         {"layer.9.heads": masks["layer.0.heads"].clone()})),
     _masks("a newer format version", "upgrade rfprune", lambda _: None, version="9"),
-    _pruned("masks.safetensors: cut short", "cannot be read", _cut("masks.safetensors"),
+    _pruned("masks.safetensors: cut short", "cannot be read", _cut("pruning/masks.safetensors"),
             "load_masks"),
 )  # fmt: skip
 
