@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rfprune.errors import UserError
-from rfprune.export.contract import Export, ExportJob, check_outputs, float32_cpu_copy
+from rfprune.export.contract import Export, ExportJob, check_outputs
 from rfprune.export.gguf_vocabulary import add_vocabulary, read_vocabulary
 from rfprune.export.llama_cpp import LlamaCppModel, is_installed
 
@@ -49,26 +49,21 @@ class GgufFamily:
     Attributes:
         architecture: its name in llama.cpp.
         interleaved: whether that architecture turns neighbouring features.
-        only_equal: what the architecture for unequal layers lacks, if anything.
-        takes_biases: whether its projections may have other biases than the family's own.
+        only_equal: what the architecture for unequal layers lacks, if anything. Such a family has
+            neither biases of projections nor scaled rotary positions in llama.cpp.
     """
 
     architecture: str
     interleaved: bool = True
     only_equal: str = ""
-    takes_biases: bool = True
 
 
 GGUF_FAMILIES: Mapping[str, GgufFamily] = {
     "llama": GgufFamily("llama"),
     "mistral": GgufFamily("llama"),
     "qwen2": GgufFamily("qwen2", interleaved=False),
-    "qwen3": GgufFamily(
-        "qwen3", interleaved=False, only_equal="norms of queries and keys", takes_biases=False
-    ),
-    "smollm3": GgufFamily(
-        "smollm3", only_equal="layers without rotary positions", takes_biases=False
-    ),
+    "qwen3": GgufFamily("qwen3", interleaved=False, only_equal="norms of queries and keys"),
+    "smollm3": GgufFamily("smollm3", only_equal="layers without rotary positions"),
 }
 """By model type."""
 
@@ -118,8 +113,8 @@ def check_gguf(model: Any, tokenizer: Any, kinds: tuple[str, ...], *, equal_laye
         raise _unequal_refusal(config.model_type, family)
     if config.hidden_act != "silu":
         raise _refusal(f"llama.cpp's {family.architecture} has no activation {config.hidden_act}")
-    has_biases = config.model_type != "qwen2" and getattr(config, "attention_bias", False)
-    if not family.takes_biases and (has_biases or getattr(config, "mlp_bias", False)):
+    has_biases = any(getattr(config, name, False) for name in ("attention_bias", "mlp_bias"))
+    if family.only_equal and has_biases:
         raise _refusal(f"llama.cpp's {family.architecture} has no biases of projections")
     if config.model_type == "smollm3" and list(config.no_rope_layers) != [
         int((number + 1) % 4 != 0) for number in range(config.num_hidden_layers)
@@ -153,7 +148,7 @@ def rotary_factors(model: Any) -> Tensor | None:
         UserError: they depend on the length of the text, or turn a part of the features.
     """
     config, rotary = model.config, model.base_model.rotary_emb
-    kind = config.rope_parameters.get("rope_type", "default")
+    kind = _rotary_settings(config).get("rope_type", "default")
     if kind not in FIXED_ROTARY_TYPES:
         raise _refusal(f"rotary positions of type {kind} have no fixed frequencies")
     scaled = type(rotary)(config=config).inv_freq.double()  # the model's may have been rounded
@@ -161,8 +156,14 @@ def rotary_factors(model: Any) -> Tensor | None:
     if 2 * len(scaled) != width:
         raise _refusal(f"rotary positions turn {2 * len(scaled)} of {width} features of a head")
     powers = torch.arange(0, width, 2, dtype=torch.float64) / width
-    factors = config.rope_parameters["rope_theta"] ** -powers / scaled
+    factors = _rotary_settings(config)["rope_theta"] ** -powers / scaled
     return None if bool(((factors - 1).abs() < 1e-6).all()) else factors.float()
+
+
+def _rotary_settings(config: Any) -> Mapping[str, Any]:
+    """The entry rope_parameters, which transformers 4 keeps in two."""
+    found: Mapping[str, Any] | None = getattr(config, "rope_parameters", None)
+    return found or {"rope_theta": config.rope_theta, **(config.rope_scaling or {})}
 
 
 def head_width(config: Any) -> int:
@@ -176,7 +177,7 @@ def to_gguf(model: Any, *, row_multiple: int = 1) -> GgufModel:
     """Names, places and sizes of a model's weights as llama.cpp has them.
 
     Args:
-        model: of a family in `GGUF_FAMILIES`, pruned or not, in float32 on the CPU.
+        model: of a family in `GGUF_FAMILIES`, pruned or not, on any device; it is not changed.
         row_multiple: round numbers of neurons up to a multiple of this.
 
     Raises:
@@ -185,7 +186,7 @@ def to_gguf(model: Any, *, row_multiple: int = 1) -> GgufModel:
     config = model.config
     family, factors = GGUF_FAMILIES[config.model_type], rotary_factors(model)
     states = [
-        _without_empty_sublayers(layer.state_dict(), config, row_multiple, is_first=number == 0)
+        _filled_up(layer.state_dict(), config, row_multiple, is_first=number == 0)
         for number, layer in enumerate(model.base_model.layers)
     ]
     layers = tuple(_sizes(state, head_width(config)) for state in states)
@@ -208,9 +209,9 @@ def to_gguf(model: Any, *, row_multiple: int = 1) -> GgufModel:
         del weights["lm_head.weight"]  # llama.cpp then takes the embeddings
     architecture = family.architecture if own else UNEQUAL
     tensors = _renamed(weights, architecture, len(layers))
-    return GgufModel(
-        architecture, layers, tensors | ({} if factors is None else {ROTARY_FACTORS: factors})
-    )
+    if factors is not None:
+        tensors[ROTARY_FACTORS] = factors
+    return GgufModel(architecture, layers, tensors)
 
 
 def _is_own_architecture(
@@ -224,10 +225,10 @@ def _is_own_architecture(
     return True
 
 
-def _without_empty_sublayers(
+def _filled_up(
     state: Mapping[str, Tensor], config: Any, row_multiple: int, *, is_first: bool
 ) -> dict[str, Tensor]:
-    """The weights of a layer, with zeros where llama.cpp needs weights that the layer has not."""
+    """The weights of a layer, with zeros where llama.cpp needs weights that the layer lacks."""
     filled = dict(state)
     width = head_width(config)
     output, down = state["self_attn.o_proj.weight"], state["mlp.down_proj.weight"]
@@ -284,7 +285,8 @@ def _renamed(
     ids = {name: number for number, name in MODEL_ARCH_NAMES.items()}
     names = get_tensor_name_map(ids[architecture], num_layers)
     return {
-        str(names.get_name(name, (".weight", ".bias"))): values for name, values in weights.items()
+        str(names.get_name(name, (".weight", ".bias"))): values.to("cpu", torch.float32)
+        for name, values in weights.items()
     }
 
 
@@ -328,14 +330,13 @@ def export_gguf(model: Any, tokenizer: Any, path: Path, kind: str = "f16") -> No
     import gguf
 
     check_gguf(model, tokenizer, (kind,), equal_layers=True)  # `to_gguf` looks at the layers
-    plain = float32_cpu_copy(model)
-    made = to_gguf(plain, row_multiple=1 if kind == "f16" else QUANTIZED_BLOCK)
+    made = to_gguf(model, row_multiple=1 if kind == "f16" else QUANTIZED_BLOCK)
     writer = gguf.GGUFWriter(path, made.architecture)
     try:
-        _add_sizes(writer, plain.config, made.layers)
+        _add_sizes(writer, model.config, made.layers)
         writer.add_file_type(int(gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"]))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        add_vocabulary(writer, tokenizer, plain.config.vocab_size)
+        add_vocabulary(writer, tokenizer, model.config.vocab_size)
         for name, values in made.tensors.items():
             stored = gguf.GGMLQuantizationType[stored_as(name, values, kind).upper()]
             writer.add_tensor(
@@ -387,5 +388,5 @@ def _add_sizes(writer: Any, config: Any, layers: Sequence[LayerSizes]) -> None:
     writer.add_key_length(width)
     writer.add_value_length(width)
     writer.add_rope_dimension_count(width)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_freq_base(_rotary_settings(config)["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)

@@ -197,6 +197,21 @@ def pruned_to(model: Any, layout: Layout, kept: Kept) -> Any:
     return compact(model, layout, masks).eval()
 
 
+def greedy_tokens(model: Any, prompts: Tensor, number: int) -> Tensor:
+    """The tokens that a language model adds greedily, end tokens included: (B, S) -> (B, number).
+
+    Without a cache and without any other rule of generation, as other runtimes do it.
+    """
+    import torch
+
+    texts = prompts
+    with torch.no_grad():
+        for _ in range(number):
+            added = model(input_ids=texts, use_cache=False).logits[:, -1:].argmax(-1)
+            texts = torch.cat([texts, added], 1)
+    return texts[:, prompts.shape[1] :]
+
+
 def layers_of(layout: Layout, kept: Sequence[int]) -> list[dict[str, int]]:
     """Heads and neurons left in every layer."""
     layers = [{"heads": 0, "neurons": 0} for _ in layout.layers]

@@ -1,4 +1,4 @@
-"""Tables of scores: quality, published numbers beside it, ablation, studies, decoders, max-drop."""
+"""Tables of scores: quality, published numbers, ablation, studies, decoders, max-drop, GGUF."""
 
 from __future__ import annotations
 
@@ -278,6 +278,28 @@ def max_drop(lines: Sequence[Line]) -> str:
                 f"{line['drop']:.2f} ({line['standard_error']:.2f})",
                 str(line["probes"]),
                 f"{line['seconds'] / line['single_seconds']:.1f}",
+            ]
+
+    return marked(lines, lambda mark: table(heads, rows(mark)))
+
+
+def gguf(lines: Sequence[Line]) -> str:
+    """A row for every model that llama.cpp ran: perplexities, and greedy tokens that agree."""
+    heads = ["model", "MACs kept", "perplexity by PyTorch", "by llama.cpp", "ratio"]
+    heads += ["greedy tokens that agree, of eight texts", "file"]
+
+    def rows(mark: Mark) -> Iterator[list[str]]:
+        for line in sorted(lines, key=lambda line: (line["emptied"] or "", -line["constraint"])):
+            without = f", without {line['emptied_block']}" if line["emptied"] else ""
+            ours, theirs = line["perplexity"]["pytorch"], line["perplexity"]["llama_cpp"]
+            yield [
+                f"{line['model']}{without}{mark([line])}",
+                f"{line['constraint']:g}",
+                f"{ours:.3f}",
+                f"{theirs:.3f}",
+                f"{theirs / ours:.4f}",
+                f"{' '.join(map(str, line['agreed_tokens']))} of {line['new_tokens']}",
+                f"{line['bytes'] / 1e6:.1f} MB",
             ]
 
     return marked(lines, lambda mark: table(heads, rows(mark)))

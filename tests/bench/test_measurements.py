@@ -24,6 +24,7 @@ from rfprune.result import StageTimer
 from scripts.bench import (
     exports,
     first_model,
+    gguf,
     max_drop,
     models,
     promise,
@@ -34,6 +35,7 @@ from scripts.bench import (
 )
 from scripts.profile_latency import load_model
 from tests.bench.conftest import ReadLines
+from tests.export.byte_level import byte_level_tokenizer
 
 TinyFolder = Callable[..., Path]
 STAGES = {"collect", "search", "compact", "tune", "prune_total"}
@@ -59,6 +61,32 @@ def test_exports_are_scored_and_timed_beside_the_original(flags: str, lines: Rea
     assert shapes[0] == (1, shapes[1][1])
     assert shapes[2] == (8, 128)
     assert all(set(one["ms"]) == set(rows) for one in line["speed"])
+
+
+@pytest.mark.llamacpp
+def test_llama_cpp_is_compared_with_pytorch(
+    tiny_model: Callable[..., Any], tmp_path: Path, output: Path, lines: ReadLines
+) -> None:
+    folder, data = tmp_path / "model", tmp_path / "data"
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "vocab_size": 320}
+    tiny_model("llama", "causal-lm", **sizes).save_pretrained(folder)
+    byte_level_tokenizer().save_pretrained(folder)
+    data.mkdir()
+    for split in ("train", "validation"):
+        (data / f"{split}.txt").write_text("the cat sat on that hat. " * 100)
+    given = f"--model {folder} --data-dir {data} --output {output} --constraint 0.5 0.7"
+    assert gguf.main(f"{given} --samples 8 --eval-limit 8 --max-length 32".split()) == 0
+    found = lines()
+    assert [(line["constraint"], line["emptied"]) for line in found] == [
+        *((0.5, None), (0.7, None), (0.7, "head"), (0.7, "neuron"))
+    ]
+    assert found[2]["emptied_block"] == "layer.2.heads"
+    for line in found:
+        ours, theirs = line["perplexity"]["pytorch"], line["perplexity"]["llama_cpp"]
+        assert theirs == pytest.approx(ours, rel=0.01)
+        assert len(line["agreed_tokens"]) == 8
+        assert min(line["agreed_tokens"]) >= 1
+    assert len({line["perplexity"]["pytorch"] for line in found}) == 4
 
 
 def test_pruning_is_timed_by_one_process_and_by_two(flags: str, lines: ReadLines) -> None:
