@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Iterable
@@ -54,6 +55,42 @@ def check_installed(
             f"{feature} needs packages that are not installed here ({', '.join(missing)}): "
             f"{', or '.join(ways)}"
         )
+
+
+def check_imports(feature: str, module: str, alternative: str) -> None:
+    """Check that an installed package can be imported: a wheel may be made for another system.
+
+    Args:
+        feature: what needs it.
+        module: its name.
+        alternative: what to do without it.
+
+    Raises:
+        UserError: its import fails.
+    """
+    try:
+        import_without_statistics(module)
+    except (ImportError, OSError, RuntimeError) as error:
+        raise UserError(
+            f"{feature} needs {module}, which is installed but cannot be imported here "
+            f"({error_summary(error)}): install it again, or {alternative}"
+        ) from error
+
+
+def import_without_statistics(module: str) -> Any:
+    """Import a package that would send usage statistics to its makers, and does not in CI.
+
+    OpenVINO and NNCF do so from their import on, without asking.
+    """
+    before = os.environ.get("CI")
+    os.environ["CI"] = "true"
+    try:
+        return importlib.import_module(module)
+    finally:
+        if before is None:
+            del os.environ["CI"]
+        else:
+            os.environ["CI"] = before
 
 
 def error_summary(error: BaseException) -> str:

@@ -37,7 +37,10 @@ MULTIPLES = (8, 16, 32, 64)
 MAX_ROUNDS = 16
 DTYPES = ("float32", "bfloat16", "float16")
 OFFLOADS = ("cpu", "disk")
-EXPORTS = ("dense", "onnx", "gguf")
+EXPORTS = ("dense", "onnx", "openvino", "gguf")
+QUANTIZED_EXPORTS = ("onnx", "openvino")
+"""Formats that --quantize writes with int8 weights, too."""
+
 GGUF_TYPES = ("f16", "q8_0", "q4_0")
 MAX_SEED = 2**63 - 1  # torch accepts no larger one
 
@@ -678,14 +681,14 @@ class OutputSettings:
     overwrite: bool = choice("replace an earlier output", default=False, changes_output=False)
     export: tuple[str, ...] = choice(
         "also write other formats; dense: the original shapes, filled with zeros; onnx: an ONNX "
-        "file for any batch size and length (needs the packages {onnx_packages}); gguf: a file for "
-        "llama.cpp (needs the package gguf)",
+        "file for any batch size and length; openvino: an OpenVINO model, likewise; gguf: a file "
+        "for llama.cpp (each needs the packages of the extra of its name)",
         default=(),
         choices=EXPORTS,
         repeatable=True,
     )
     quantize: bool = choice(
-        "with --export onnx: also write an ONNX file with int8 weights", default=False
+        "with --export onnx or openvino: also write a model with int8 weights", default=False
     )
     gguf_type: tuple[str, ...] = choice(
         "with --export gguf: the type of the weights; several values write several files (default: "
@@ -704,10 +707,11 @@ class OutputSettings:
         for name in ("export", "gguf_type"):
             object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
         _check_values(self)
-        if self.quantize and "onnx" not in self.export:
+        if self.quantize and not set(self.export) & set(QUANTIZED_EXPORTS):
             raise UserError(
-                "--quantize writes a second ONNX file, with int8 weights: add --export onnx, or "
-                "leave --quantize out"
+                f"--quantize writes a second file with int8 weights, which only the formats "
+                f"{' and '.join(QUANTIZED_EXPORTS)} have: add --export onnx, or leave --quantize "
+                f"out"
             )
         if self.gguf_type and "gguf" not in self.export:
             raise UserError(

@@ -15,7 +15,6 @@ from types import UnionType
 from typing import Any, NoReturn, get_args, get_type_hints
 
 from rfprune.cli.validation import (
-    ONNX_PACKAGES,
     check_data,
     check_exports,
     check_hub,
@@ -52,7 +51,6 @@ _NAMES_IN_HELP = {
     "batch_size": default_batch_size(""),
     "language_batch_size": default_batch_size(LANGUAGE_MODELING),
     "block_tokens": BLOCK_TOKENS,
-    "onnx_packages": ", ".join(ONNX_PACKAGES),
 }
 
 Reader = Callable[[str], Any]
@@ -73,7 +71,7 @@ def parse(argv: Sequence[str]) -> Options:
     data = options.data
     check_data(task, data.data_dir, data.text_columns, data.label_column, data.validation_fraction)
     check_hub(options.hub)
-    check_exports(options.output.export)
+    check_exports(options.output.export, quantize=options.output.quantize)
     check_vocabulary(options.target.vocabulary)
     for ratio in options.target.ratios:
         check_output(

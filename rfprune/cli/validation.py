@@ -9,13 +9,24 @@ import difflib
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from rfprune.errors import UserError, check_installed
+from rfprune.errors import UserError, check_imports, check_installed
 from rfprune.settings import HubSettings
 from rfprune.tasks.registry import CUSTOM, OWN_DATA, SIMILARITY, TASK_NAMES, Task, check_columns
 
-ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+EXPORT_PACKAGES = {
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "openvino": ("openvino", "onnx", "onnxscript"),
+    "gguf": ("gguf",),
+}
+"""Format -> packages that it needs: its runtime, which checks the export, and those that write it.
+The extra of pyproject.toml with the name of the format has them."""
+
+_RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}
+_COMPRESSION = ("nncf",)
+"""What --quantize needs for openvino."""
+
 _KINDS_WITHOUT_MAX_DROP = ("language-modeling", "similarity", "token-classification")
-_KINDS_WITHOUT_EXPORT = ("multiple-choice", "similarity", "token-classification")
+_KINDS_WITHOUT_EXPORT = ("multiple-choice",)
 
 
 def check_task(name: str) -> None:
@@ -92,17 +103,21 @@ def check_kind(
         )
     if exports and task.kind in _KINDS_WITHOUT_EXPORT:
         raise UserError(
-            f"--export supports classifiers, question answering and language models, not "
-            f"{task.kind}: leave it out; the output is an ordinary transformers model"
+            f"--export does not support {task.kind}, whose inputs have a dimension more: leave it "
+            f"out; the output is an ordinary transformers model"
         )
 
 
-def check_exports(formats: Collection[str]) -> None:
-    """Raise a UserError if packages for the formats of --export are not installed."""
-    if "onnx" in formats:
-        check_installed("--export onnx", ONNX_PACKAGES, "leave --export onnx out", extra="onnx")
-    if "gguf" in formats:
-        check_installed("--export gguf", ("gguf",), "leave --export gguf out", extra="gguf")
+def check_exports(formats: Collection[str], *, quantize: bool = False) -> None:
+    """Raise a UserError if a package for a format of --export is missing or does not run."""
+    for name in formats:
+        flag = f"--export {name}"
+        check_installed(flag, EXPORT_PACKAGES.get(name, ()), f"leave {flag} out", extra=name)
+        if quantize and name == "openvino":
+            feature, alternative = f"{flag} --quantize", "leave --quantize out"
+            check_installed(feature, _COMPRESSION, alternative, extra=name)
+        if name in _RUNTIMES:
+            check_imports(flag, _RUNTIMES[name], f"leave {flag} out")
 
 
 def check_new_file(flag: str, path: Path) -> None:

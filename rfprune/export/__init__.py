@@ -5,6 +5,7 @@ contract.py  what every export must do: compute the same, and be measured the sa
 dense.py     original shapes with zeros, for any tool that knows the architecture
 onnx.py      ONNX, in float32 and with int8 weights
 gguf.py      GGUF for llama.cpp; gguf_vocabulary.py: the tokenizer in it; llama_cpp.py: its runtime
+openvino.py  OpenVINO, likewise; it reads the ONNX file
 
 A new format needs a file here with a function `write_FORMAT(folder, job)`, a line in
 formats.FORMATS, its name in settings.EXPORTS, and, if another runtime runs it, a label in

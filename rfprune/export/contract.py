@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from inspect import signature
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rfprune.errors import UserError
@@ -26,7 +27,7 @@ from rfprune.settings import GGUF_TYPES
 from rfprune.tasks.evaluation import Evaluation, EvaluationSet, divergence, evaluate_model
 
 TOLERANCE = 1e-4
-"""Largest difference of logits, relative to the largest logit (or to 1, if that is smaller)."""
+"""Largest difference of outputs, relative to the largest output (or to 1, if that is smaller)."""
 
 HALF_PRECISION_EPS = 50
 """In half precision the largest difference is this many times the spacing of numbers at 1."""
@@ -104,7 +105,7 @@ def check_outputs(
     batches: Sequence[Batch],
     stored: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """Compare the logits of an export with the pruned model's on inputs of several sizes.
+    """Compare an export's logits, or hidden states, with the pruned model's on several inputs.
 
     Args:
         stored: dtype of the export's weights, if it is not the pruned model's.
@@ -142,6 +143,45 @@ def model_inputs(model: Any, batch: Batch) -> dict[str, Tensor]:
     }
 
 
+def compared_outputs(outputs: Mapping[str, Any]) -> list[str]:
+    """Names of the outputs that an export has: logits, or the hidden states of an embedder."""
+    logits = [name for name in outputs if name.endswith("logits")]
+    return logits or ["last_hidden_state"]
+
+
+class RuntimeModel(nn.Module):
+    """An exported file in its runtime, called like the PyTorch model it was made from.
+
+    Runtimes use as many threads of the CPU as PyTorch does, and compute no gradients.
+
+    Args:
+        run: computes the outputs, in the order of `output_names`, from arrays by input name.
+        config: of the PyTorch model.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[dict[str, NDArray[Any]]], Iterable[NDArray[Any]]],
+        input_names: Sequence[str],
+        output_names: Sequence[str],
+        config: Any = None,
+    ) -> None:
+        super().__init__()
+        self.run = run
+        self.input_names, self.output_names = list(input_names), list(output_names)
+        self.config = config
+        # Callers take the device of a model from its parameters.
+        self.device_parameter = nn.Parameter(torch.zeros(0), requires_grad=False)
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """Outputs by name; inputs that the file does not have are ignored."""
+        outputs = self.run({name: inputs[name].numpy() for name in self.input_names})
+        return {
+            name: torch.from_numpy(output)
+            for name, output in zip(self.output_names, outputs, strict=True)
+        }
+
+
 def varied_inputs(batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
     """Three real inputs of different batch sizes and lengths, with padding if the data has any.
 
@@ -172,7 +212,7 @@ def _without_padding(batch: Batch) -> dict[str, Tensor]:
 
 
 def max_difference(one: Any, other: Any, batches: Sequence[Batch]) -> tuple[float, float]:
-    """The largest difference between the logits of two models, and the largest logit of the first.
+    """The largest difference between outputs of two models, and the first's largest output.
 
     Both are NaN if an output is NaN.
     """
@@ -180,7 +220,7 @@ def max_difference(one: Any, other: Any, batches: Sequence[Batch]) -> tuple[floa
     with torch.inference_mode():
         for batch in batches:
             first, second = one(**batch), other(**batch)
-            for name in (name for name in first if name.endswith("logits")):
+            for name in compared_outputs(first):
                 differences.append((first[name].float() - second[name].float()).abs().max().cpu())
                 sizes.append(first[name].float().abs().max().cpu())
     return float(torch.stack(differences).max()), float(torch.stack(sizes).max())

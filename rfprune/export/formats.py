@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from rfprune.export.contract import Export, ExportJob, evaluate_export, time_on_cpu
 from rfprune.export.dense import write_dense
 from rfprune.export.gguf import check_gguf, write_gguf
-from rfprune.export.onnx import write_onnx
+from rfprune.export.onnx import check_onnx, write_onnx
+from rfprune.export.openvino import write_openvino
 from rfprune.latency.timed_batch import typical_batch
 from rfprune.settings import Options
 
@@ -30,7 +31,8 @@ class Format(NamedTuple):
 
 FORMATS: dict[str, Format] = {
     "dense": Format(write_dense),
-    "onnx": Format(write_onnx),
+    "onnx": Format(write_onnx, lambda model, *_: check_onnx(model, "onnx")),
+    "openvino": Format(write_openvino, lambda model, *_: check_onnx(model, "openvino")),
     "gguf": Format(
         write_gguf,
         lambda model, tokenizer, options: check_gguf(
@@ -41,7 +43,8 @@ FORMATS: dict[str, Format] = {
         ),
     ),
 }
-"""By the name that `--export` takes."""
+"""By the name that `--export` takes. They are written in this order: openvino reads the file that
+onnx has written, if there is one."""
 
 
 def check_formats(model: Any, tokenizer: Any, options: Options) -> None:

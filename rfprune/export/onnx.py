@@ -19,7 +19,9 @@ from rfprune.errors import UserError
 from rfprune.export.contract import (
     Export,
     ExportJob,
+    RuntimeModel,
     check_outputs,
+    compared_outputs,
     file_bytes,
     float32_cpu_copy,
     model_inputs,
@@ -61,6 +63,16 @@ def _export(path: Path, runtime: nn.Module, difference: Mapping[str, Any]) -> Ex
     return Export(f"{path.parent.name}/{path.name}", num_bytes, difference, runtime)
 
 
+def check_onnx(model: Any, name: str) -> None:
+    """Raise a UserError for a model that is no single graph; `name` is the format to leave out."""
+    if getattr(model.config, "is_encoder_decoder", False) and model.can_generate():
+        raise UserError(
+            f"a {type(model).__name__} runs its encoder once and its decoder once per token, which "
+            f"takes two files: leave {name} out of --export, or use --export dense and a tool "
+            f"that writes both parts"
+        )
+
+
 def export_onnx(model: Any, batch: Batch, path: Path) -> Any:
     """Write any model to `path` as ONNX in float32, and return the float32 copy that was written.
 
@@ -79,8 +91,8 @@ def export_onnx(model: Any, batch: Batch, path: Path) -> Any:
 def write_model(model: Any, batch: Batch, path: Path) -> None:
     """Write a model as ONNX, with free batch size and length.
 
-    Outputs are `logits`, or `start_logits` and `end_logits`. A decoder is written without its cache
-    of keys and values.
+    Outputs are `logits`, or `start_logits` and `end_logits`, or `last_hidden_state` of a model
+    without a head. A decoder is written without its cache of keys and values.
 
     Args:
         model: from `float32_cpu_copy`.
@@ -91,12 +103,7 @@ def write_model(model: Any, batch: Batch, path: Path) -> None:
     """
     import onnx
 
-    if getattr(model.config, "is_encoder_decoder", False) and model.can_generate():
-        raise UserError(
-            f"a {type(model).__name__} runs its encoder once and its decoder once per token, which "
-            "takes two ONNX files: leave onnx out of --export, or use --export dense and a tool "
-            "that writes both parts"
-        )
+    check_onnx(model, "onnx")
     example = {  # a batch of one would become a constant
         name: torch.cat([value, value]) if len(value) == 1 else value
         for name, value in model_inputs(model, batch).items()
@@ -105,8 +112,8 @@ def write_model(model: Any, batch: Batch, path: Path) -> None:
         name: {0: "batch"} if name == "pixel_values" else {0: "batch", 1: "sequence"}
         for name in example
     }
-    with torch.no_grad(), _quiet_exporter():
-        outputs = [name for name in model(**example) if name.endswith("logits")]
+    with torch.no_grad(), _quiet_exporter(), _without_pooler(model):
+        outputs = compared_outputs(model(**example))
         try:
             program = torch.onnx.export(
                 model,
@@ -158,37 +165,30 @@ def quantize_onnx(source: Path, target: Path) -> None:
         root.setLevel(level)
 
 
-class OnnxModel(nn.Module):
-    """An ONNX file that is called like the PyTorch model it was made from.
+class OnnxModel(RuntimeModel):
+    """An ONNX file in ONNX Runtime.
 
-    It runs on the CPU, on as many threads as PyTorch, without gradients.
+    Args:
+        path: the file.
+        config: of the PyTorch model.
     """
 
     def __init__(self, path: Path, config: Any = None) -> None:
         import onnxruntime
 
-        super().__init__()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.inter_op_num_threads = 1
         options.log_severity_level = 3  # errors
-        self.session = onnxruntime.InferenceSession(
-            path, options, providers=["CPUExecutionProvider"]
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        outputs = [entry.name for entry in session.get_outputs()]
+        super().__init__(
+            lambda arrays: session.run(outputs, arrays),
+            [entry.name for entry in session.get_inputs()],
+            outputs,
+            config,
         )
-        self.config = config
-        self.input_names = [entry.name for entry in self.session.get_inputs()]
-        self.output_names = [entry.name for entry in self.session.get_outputs()]
-        # Callers take the device of a model from its parameters.
-        self.device_parameter = nn.Parameter(torch.zeros(0), requires_grad=False)
-
-    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
-        """Logits by name; inputs that the file does not have are ignored."""
-        arrays = {name: inputs[name].numpy() for name in self.input_names}
-        outputs = self.session.run(self.output_names, arrays)
-        return {
-            name: torch.from_numpy(output)
-            for name, output in zip(self.output_names, outputs, strict=True)
-        }
+        self.session = session
 
 
 def _without_traces(model: Any) -> Any:
@@ -205,6 +205,20 @@ def _without_traces(model: Any) -> Any:
         del entry.metadata_props[:]
     del model.graph.metadata_props[:]
     return model
+
+
+@contextmanager
+def _without_pooler(model: Any) -> Iterator[None]:
+    """Within, a model without a head returns hidden states alone: embeddings use no pooler."""
+    pooler = getattr(model, "pooler", None)
+    if pooler is None or model.base_model is not model:
+        yield
+        return
+    model.pooler = None
+    try:
+        yield
+    finally:
+        model.pooler = pooler
 
 
 @contextmanager

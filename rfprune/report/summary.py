@@ -25,6 +25,8 @@ DETAIL_SCORES = ("HasAns_", "NoAns_", "best_")
 _RUNTIMES = {
     "onnx": "pruned, ONNX Runtime",
     "onnx_int8": "pruned, ONNX Runtime, int8",
+    "openvino": "pruned, OpenVINO",
+    "openvino_int8": "pruned, OpenVINO, int8",
     **{f"gguf_{kind}": f"pruned, llama.cpp, {kind}" for kind in GGUF_TYPES},
 }
 """Labels of the exports that another runtime runs, by their names in the report."""
@@ -369,7 +371,7 @@ def export_lines(report: Report) -> list[str]:
         if entry.get("max_difference") is not None:
             shapes = ", ".join(" x ".join(map(str, shape)) for shape in entry["checked_on"])
             text += (
-                f"; its logits differ from the pruned model's by at most "
+                f"; its outputs differ from the pruned model's by at most "
                 f"{entry['max_difference']:.1e} (checked on inputs of {shapes})"
             )
         lines.append(f"{text}.")

@@ -1,9 +1,10 @@
-"""Pruning, ONNX and int8, apart and together: score, divergence, bytes and milliseconds.
+"""Pruning and quantisation, apart and together: score, divergence, bytes and milliseconds.
 
 OMP_NUM_THREADS=1 python -m scripts.bench.exports --model CHECKPOINT --task sst2 --clock cpu
 
-Original and pruned model, each by PyTorch, as ONNX and as ONNX with int8 weights, are scored by one
-evaluation and timed in turn on the same batches.
+The original and the models pruned to every constraint, each by PyTorch and in every format, with
+float32 and with quantised weights, are scored by one evaluation and timed in turn on the same
+batches.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import dataclasses
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,32 +36,44 @@ FOREVER = 1e9
 LONG = 128
 """Tokens of the last shape that is timed."""
 
+Variants = dict[str, tuple["nn.Module", int]]
+"""What runs a model in one format, and the bytes of its weights, by the suffix of its name."""
+
 
 @script(RESUMABLE)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process): 0 done, 2 user error, 130
     interrupted."""
     options = _parser().parse_args(argv)
-    check_exports(["onnx"])
+    check_exports(options.formats, quantize=True)
     here = machine("cpu")
     if options.clock == "cpu" and here["threads"] > 1:
         raise UserError(
             "--clock cpu adds up the time of all threads: set OMP_NUM_THREADS=1, or use wall."
         )
     names = ("model", "task", "method", "seed", "eval_limit", "batch_size", "clock")
-    shared = harness.conditions_of(options, names) | {"requested_samples": options.samples}
-    wanted = [shared | one for one in harness.each_combination(constraint=options.constraint)]
+    wanted = harness.conditions_of(options, names) | {
+        "requested_samples": options.samples,
+        "constraints": " ".join(f"{ratio:g}" for ratio in options.constraint),
+        "formats": " ".join(options.formats),
+    }
     output = options.output or harness.default_output(
-        "exports", shared["model"], options.method, f"{here['threads']}thread"
+        "exports", wanted["model"], options.method, f"{here['threads']}thread"
     )
     same = {name: here[name] for name in ("device_name", "threads")}
-    measure = partial(_measure, options)
-    return harness.complete(__file__, output, wanted, measure, group_by=("constraint",), same=same)
+    return harness.complete(__file__, output, [wanted], partial(_measure, options), same=same)
 
 
 def _parser() -> argparse.ArgumentParser:
     names = "model task data-dir constraint method samples seed eval-limit batch-size rounds"
-    parser = harness.parser_of(__doc__, names, constraint=[0.5], rounds=20)
+    parser = harness.parser_of(__doc__, names, constraint=[0.7, 0.5], rounds=20)
+    parser.add_argument(
+        "--formats",
+        nargs="+",
+        choices=WRITERS,
+        default=list(WRITERS),
+        help=f"default: {' '.join(WRITERS)}",
+    )
     parser.add_argument(
         "--clock",
         choices=CLOCKS,
@@ -73,10 +86,9 @@ def _parser() -> argparse.ArgumentParser:
 def _measure(options: argparse.Namespace, group: Sequence[Conditions]) -> Iterator[dict[str, Any]]:
     """Prune, export, score and time."""
     from rfprune.checkpoints.loading import quiet_transformers
-    from rfprune.cost.constraint import Constraint
     from rfprune.export.contract import time_on_cpu
     from rfprune.latency.timing import TimingBudget
-    from rfprune.pruning import prune
+    from rfprune.pruning import prune_family
 
     budget = TimingBudget(FOREVER, max_rounds=options.rounds, tolerance=0)
     for conditions in group:
@@ -85,11 +97,12 @@ def _measure(options: argparse.Namespace, group: Sequence[Conditions]) -> Iterat
             batches = checkpoint.batches(options.samples, options.seed)
             data = checkpoint.evaluation_set(options.eval_limit)
             settings = settings_of(method=options.method, seed=options.seed)
-            constraint = Constraint("mac", conditions["constraint"])
-            result = prune(checkpoint.model, batches, constraint, settings)
+            results = list(prune_family(checkpoint.model, batches, options.constraint, settings))
+            given = {"original": checkpoint.model}
+            given |= {f"{result.constraint.ratio:g}": result.model for result in results}
             with tempfile.TemporaryDirectory() as folder, quiet_transformers():
-                pair = {"original": checkpoint.model, "pruned": result.model}
-                models, sizes = _export(pair, batches, Path(folder))
+                variants = _variants(given, options.formats, batches, Path(folder))
+                models = {name: model for name, (model, _) in variants.items()}
                 rows = _score(models, data)
                 speed = []
                 for batch in _shapes(checkpoint.model, batches):
@@ -100,53 +113,94 @@ def _measure(options: argparse.Namespace, group: Sequence[Conditions]) -> Iterat
         yield {
             **conditions,
             "settings": dataclasses.asdict(settings),
-            "achieved": result.achieved,
+            "achieved": {f"{one.constraint.ratio:g}": one.achieved for one in results},
             "samples": num_examples(batches),
             "evaluated_examples": data.num_examples,
-            "models": {name: row | {"bytes": sizes[name]} for name, row in rows.items()},
+            "models": {name: row | {"bytes": variants[name][1]} for name, row in rows.items()},
             "speed": speed,
-            "warnings": list(dict.fromkeys([*warnings, *result.warnings])),
+            "warnings": list(
+                dict.fromkeys([*warnings, *(one for result in results for one in result.warnings)])
+            ),
         }
 
 
-def _export(
-    pair: Mapping[str, Any], batches: Sequence[Batch], folder: Path
-) -> tuple[dict[str, nn.Module], dict[str, int]]:
-    """Six models by name ("original", "original-onnx", "original-onnx-int8", ...), their bytes."""
+def _variants(
+    given: Mapping[str, Any], formats: Sequence[str], batches: Sequence[Batch], folder: Path
+) -> Variants:
+    """Every model by PyTorch and in every format: "original", "original-onnx", "0.7-onnx-int8"."""
+    found: Variants = {}
+    for name, model in given.items():
+        found[name] = model, sum(value.nbytes for value in model.state_dict().values())
+        for one in WRITERS:
+            if one in formats:
+                path = folder / f"{name}-{one}"
+                path.mkdir()
+                written = WRITERS[one](model, batches, path)
+                found |= {f"{name}-{suffix}": variant for suffix, variant in written.items()}
+    return found
+
+
+def _write_onnx(model: Any, batches: Sequence[Batch], folder: Path) -> Variants:
+    """float32, and int8 weights with activations quantised at run time."""
+    from rfprune.export.contract import file_bytes
     from rfprune.export.onnx import OnnxModel, export_onnx, quantize_onnx
     from rfprune.latency.timed_batch import typical_batch
 
-    models: dict[str, nn.Module] = {}
-    sizes = {}
-    for name, model in pair.items():
-        path, small = folder / f"{name}.onnx", folder / f"{name}-int8.onnx"
-        export_onnx(model, typical_batch(batches), path)
-        quantize_onnx(path, small)
-        models[name] = model
-        sizes[name] = sum(value.nbytes for value in model.state_dict().values())
-        for suffix, file in (("onnx", path), ("onnx-int8", small)):
-            models[f"{name}-{suffix}"] = OnnxModel(file, model.config)
-            sizes[f"{name}-{suffix}"] = file.stat().st_size
-    return models, sizes
+    paths = {"onnx": folder / "model.onnx", "onnx-int8": folder / "int8.onnx"}
+    export_onnx(model, typical_batch(batches), paths["onnx"])
+    quantize_onnx(*paths.values())
+    return {
+        suffix: (OnnxModel(path, model.config), file_bytes(folder, f"{path.name}*"))
+        for suffix, path in paths.items()
+    }
+
+
+def _write_openvino(model: Any, batches: Sequence[Batch], folder: Path) -> Variants:
+    """float32, and int8 weights; activations are quantised at run time where that is fast."""
+    from rfprune.export.contract import file_bytes
+    from rfprune.export.onnx import export_onnx
+    from rfprune.export.openvino import OpenvinoModel, compress_weights, convert_onnx
+    from rfprune.latency.timed_batch import typical_batch
+
+    paths = {"openvino": folder / "model.xml", "openvino-int8": folder / "int8.xml"}
+    export_onnx(model, typical_batch(batches), folder / "model.onnx")
+    convert_onnx(folder / "model.onnx", paths["openvino"])
+    compress_weights(*paths.values())
+    return {
+        suffix: (OpenvinoModel(path, model.config), file_bytes(folder, f"{path.stem}.bin"))
+        for suffix, path in paths.items()
+    }
+
+
+WRITERS: Mapping[str, Callable[[Any, Sequence[Batch], Path], Variants]] = {
+    "onnx": _write_onnx,
+    "openvino": _write_openvino,
+}
+"""Format -> function that writes a model in all its variants to a folder."""
 
 
 def _score(models: Mapping[str, nn.Module], data: Any) -> dict[str, dict[str, Any]]:
     """Score and divergence from the original, by model."""
     from rfprune.tasks.evaluation import divergence, evaluate_model
 
-    found = {name: evaluate_model(model, data) for name, model in models.items()}
-    return {
-        name: {
+    original = models["original"]
+    reference = evaluate_model(original, data)
+    rows = {}
+    for name, model in models.items():
+        evaluation = reference
+        if model is not original:
+            evaluation = evaluate_model(model, data, reference=original)
+        rows[name] = {
             "score": evaluation.score,
             "metric_name": evaluation.metric_name,
-            "divergence": divergence(found["original"], evaluation),
+            "divergence": divergence(reference, evaluation),
         }
-        for name, evaluation in found.items()
-    }
+        harness.say(f"{name}: {evaluation.metric_name} {evaluation.score:.2f}")
+    return rows
 
 
 def _shapes(model: Any, batches: Sequence[Batch]) -> list[Batch]:
-    """A single typical example, a typical batch, and a long one, whose tokens change no time."""
+    """A single typical example, a typical batch, and a longer one, whose tokens change no time."""
     import torch
 
     from rfprune.latency.timed_batch import typical_batch
@@ -154,10 +208,13 @@ def _shapes(model: Any, batches: Sequence[Batch]) -> list[Batch]:
     typical = typical_batch(batches)
     positions = model.config.max_position_embeddings - 2  # RoBERTa's offset
     ids = torch.randint(model.config.vocab_size, (len(typical["input_ids"]), min(LONG, positions)))
+    single = {name: values[:1] for name, values in typical.items()}
+    if typical["input_ids"].shape[1] >= LONG:  # blocks of running text
+        return [single, typical]
     long = {name: torch.ones_like(ids) for name in typical} | {"input_ids": ids}
     if "token_type_ids" in typical:
         long["token_type_ids"] = torch.zeros_like(ids)
-    return [{name: values[:1] for name, values in typical.items()}, typical, long]
+    return [single, typical, long]
 
 
 if __name__ == "__main__":

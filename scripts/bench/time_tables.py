@@ -201,7 +201,7 @@ def _operators_table(line: Line) -> str:
 
 
 def exports(lines: Sequence[Line]) -> str:
-    """For every pruned model six ways to run: score, divergence, bytes, milliseconds by shape."""
+    """For every model and format: score, divergence, bytes, milliseconds by shape."""
     return "\n".join(_exports_table(line) for line in lines)
 
 
@@ -214,11 +214,12 @@ def _exports_table(line: Line) -> str:
         size = f"{row['bytes'] / 1e6:.1f} MB"
         rows.append([name, f"{row['score']:.2f}", f"{row['divergence']:.4f}", size, *entries])
     text = marked([line], lambda _: table(["model", "score", "KL", "weights", *shapes], rows))
+    metric = line["models"]["original"]["metric_name"]
     clock = "processor time" if line["clock"] == "cpu" else "wall time"
     return (
-        f"**{line['model']}, {line['task']}**, {line['constraint']:g} of MACs ({line['method']}): "
-        f"milliseconds of a forward pass (speedup over the original by PyTorch) by batch x tokens; "
-        f"{clock}, {device_of(line)}.\n\n{text}"
+        f"**{line['model']}, {line['task']}**, original and pruned to a fraction of its MACs "
+        f"({line['method']}); {metric}. Milliseconds of a forward pass (speedup over the original "
+        f"by PyTorch) by batch x tokens; {clock}, {device_of(line)}.\n\n{text}"
     )
 
 

@@ -40,23 +40,27 @@ from tests.export.byte_level import byte_level_tokenizer
 TinyFolder = Callable[..., Path]
 STAGES = {"collect", "search", "compact", "tune", "prune_total"}
 HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript"))
+HAS_OPENVINO = all(importlib.util.find_spec(name) for name in ("openvino", "nncf"))
+FORMATS = ("onnx", "openvino")[: 1 + HAS_OPENVINO]
 needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="needs the extra rfprune[onnx]")
 
 
 @needs_onnx
 def test_exports_are_scored_and_timed_beside_the_original(flags: str, lines: ReadLines) -> None:
-    assert exports.main(f"{flags} --rounds 1 --eval-limit 12".split()) == 0
+    more = f"--rounds 1 --eval-limit 12 --constraint 0.5 --formats {' '.join(FORMATS)}"
+    assert exports.main(f"{flags} {more}".split()) == 0
     (line,) = lines()
     rows = line["models"]
-    assert list(rows) == [
-        f"{name}{suffix}"
-        for name in ("original", "pruned")
-        for suffix in ("", "-onnx", "-onnx-int8")
-    ]
+    suffixes = [f"-{name}{kind}" for name in FORMATS for kind in ("", "-int8")]
+    assert list(rows) == [f"{name}{one}" for name in ("original", "0.5") for one in ("", *suffixes)]
     assert rows["original"]["divergence"] == 0
-    assert rows["original-onnx"]["divergence"] < 1e-6 < rows["pruned"]["divergence"]
-    assert rows["pruned-onnx"]["divergence"] == pytest.approx(rows["pruned"]["divergence"], 1e-3)
-    assert rows["pruned"]["bytes"] < rows["original"]["bytes"]
+    pruned = rows["0.5"]
+    for name in FORMATS:
+        assert rows[f"original-{name}"]["divergence"] < 1e-6 < pruned["divergence"]
+        divergence = rows[f"0.5-{name}"]["divergence"]
+        assert divergence == pytest.approx(pruned["divergence"], 1e-3)
+        assert rows[f"0.5-{name}-int8"]["bytes"] < rows[f"0.5-{name}"]["bytes"]
+    assert pruned["bytes"] < rows["original"]["bytes"]
     shapes = [(one["batch_size"], one["sequence_length"]) for one in line["speed"]]
     assert shapes[0] == (1, shapes[1][1])
     assert shapes[2] == (8, 128)

@@ -19,6 +19,7 @@ import transformers
 
 from rfprune import load_pruned
 from rfprune.cli.parser import parse
+from rfprune.cli.validation import EXPORT_PACKAGES
 from rfprune.errors import UserError
 from rfprune.export.formats import FORMATS
 from rfprune.export.onnx import OnnxModel, write_model
@@ -27,6 +28,8 @@ from rfprune.report.report_json import read_report
 from rfprune.settings import EXPORTS
 
 Tiny = Callable[..., Any]
+HAS_OPENVINO = all(map(importlib.util.find_spec, EXPORT_PACKAGES["openvino"] + ("nncf",)))
+RUNTIMES = ("onnx", "openvino")[: 1 + HAS_OPENVINO]
 NEEDED = "--model no/such/folder --task sst2 --constraint 0.5 --output-dir out"
 NEEDED_OF_TEXT = NEEDED.replace("sst2", "language-modeling")
 
@@ -71,31 +74,35 @@ def test_a_run_writes_checks_and_reports_every_export(
     capfd: pytest.CaptureFixture[str],
     log_messages: list[str],
 ) -> None:
-    assert main(flags("--export dense onnx --quantize")) == 0
+    assert main(flags(f"--export dense {' '.join(RUNTIMES)} --quantize")) == 0
     report = read_report(Path("out"))
     exports = report["exports"]
-    assert set(exports) == {"dense", "onnx", "onnx_int8", "latency"}
-    onnx, int8 = exports["onnx"], exports["onnx_int8"]
-    for entry in (onnx, int8):
-        path = Path("out", entry["path"])
-        assert path.stat().st_size == entry["bytes"]
-        assert entry["latency_ms"] > 0
-    assert int8["bytes"] < onnx["bytes"]
+    runtimes = [f"{name}{suffix}" for name in RUNTIMES for suffix in ("", "_int8")]
+    assert set(exports) == {"dense", *runtimes, "latency"}
+    for name in runtimes:
+        path = Path("out", exports[name]["path"])
+        path = path.with_suffix(".bin") if path.suffix == ".xml" else path
+        assert path.stat().st_size == exports[name]["bytes"]
+        assert exports[name]["latency_ms"] > 0
     assert exports["dense"]["bytes"] == Path("out/dense/model.safetensors").stat().st_size
-    for entry in (exports["dense"], onnx):
+    for entry in (exports["dense"], *map(exports.get, RUNTIMES)):
         assert entry["max_difference"] < 1e-4
         rows, lengths = zip(*entry["checked_on"], strict=True)
         assert len(set(rows)) >= 2
         assert len(set(lengths)) >= 2
-    assert onnx["score"] == report["pruned"]["score"]
-    assert onnx["divergence"] == pytest.approx(report["divergence"], rel=1e-3)
-    assert abs(int8["divergence"] - onnx["divergence"]) > 1e-9, "another model was scored"
+    for name in RUNTIMES:
+        full, int8 = exports[name], exports[f"{name}_int8"]
+        assert int8["bytes"] < full["bytes"]
+        assert full["score"] == report["pruned"]["score"]
+        assert full["divergence"] == pytest.approx(report["divergence"], rel=1e-3)
+        assert abs(int8["divergence"] - full["divergence"]) > 1e-9, "another model was scored"
 
     output = capfd.readouterr()
-    assert "pruned, ONNX Runtime, int8" in output.out
+    for label in ("pruned, ONNX Runtime, int8", "pruned, OpenVINO, int8")[: len(RUNTIMES)]:
+        assert label in output.out
+        for name in ("log.txt", "report.html", "README.md"):
+            assert label in Path("out", name).read_text(encoding="utf-8")
     assert "onnx/model_quantized.onnx" in output.out
-    for name in ("log.txt", "report.html", "README.md"):
-        assert "pruned, ONNX Runtime, int8" in Path("out", name).read_text(encoding="utf-8")
     assert "torch.onnx" not in output.out + output.err
     assert not log_messages
 

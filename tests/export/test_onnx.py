@@ -6,6 +6,7 @@ older processors.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,17 @@ def pruned_model(model: Any) -> Any:
     return compact(model, layout, masks)
 
 
+def assert_openvino_computes_the_same(path: Path, plain: Any, batches: list[Any]) -> None:
+    """It reads the ONNX file; nothing is checked without the extra rfprune[openvino]."""
+    if importlib.util.find_spec("openvino") is None:
+        return
+    from rfprune.export.openvino import OpenvinoModel, convert_onnx
+
+    convert_onnx(path, path.with_suffix(".xml"))
+    difference, largest = max_difference(plain, OpenvinoModel(path.with_suffix(".xml")), batches)
+    assert difference < 1e-5 * max(1.0, largest)
+
+
 @pytest.mark.parametrize(
     ("model_type", "head"),
     [
@@ -42,6 +54,8 @@ def pruned_model(model: Any) -> Any:
         ("llama", "sequence-classification"),
         ("bart", "question-answering"),
         ("t5", "question-answering"),
+        ("mpnet", "none"),
+        ("deberta-v2", "none"),
     ],
 )
 def test_every_family_runs_at_any_batch_size_and_length(
@@ -74,6 +88,8 @@ def test_every_family_runs_at_any_batch_size_and_length(
     assert [entry.shape for entry in runs.session.get_inputs()] == [["batch", "sequence"]] * len(
         example
     )
+    assert head != "none" or runs.output_names == ["last_hidden_state"]
+    assert_openvino_computes_the_same(path, plain, batches)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +108,7 @@ def test_images_and_language_models(
     assert difference < 1e-5 * max(1.0, largest)
     assert max_difference(model, runs, batches)[0] > 1e-2, "the pruning is in it"
     assert runs.output_names == ["logits"]
+    assert_openvino_computes_the_same(path, plain, batches)
 
 
 @pytest.mark.parametrize("model_type", ["bart", "t5"])
@@ -99,7 +116,7 @@ def test_generators_with_an_encoder_are_refused(
     model_type: str, tiny_model: Tiny, tiny_batch: Tiny, tmp_path: Path
 ) -> None:
     model = tiny_model(model_type, "seq2seq-lm")
-    with pytest.raises(UserError, match=r"ForConditionalGeneration.*two ONNX files.*--export"):
+    with pytest.raises(UserError, match=r"ForConditionalGeneration.*two files.*--export"):
         export_onnx(pruned_model(model), tiny_batch(), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 

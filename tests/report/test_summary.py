@@ -135,6 +135,7 @@ def test_export_rows_and_lines(report: MakeReport) -> None:
         "onnx": {"path": "onnx/model.onnx", "bytes": 4e7, "score": None, "latency_ms": 40.0},
         "gguf_f16": {"path": "gguf/model-f16.gguf", "bytes": 5e7},  # not run
         "gguf_q8_0": {"path": "q8", "bytes": 3e7, "score": 80.0, "latency_ms": 20.0},
+        "openvino_int8": {"path": "o.xml", "bytes": 1e7, "score": 80.0, "latency_ms": 20.0},
         "latency": {
             "batch_size": 8,
             "sequence_length": 20,
@@ -147,8 +148,9 @@ def test_export_rows_and_lines(report: MakeReport) -> None:
     rows = export_rows(report(exports=exports))
     assert rows[0] == ("original, PyTorch", "80.39", "90.86 MB", "80.0 ms", "1.00x")
     assert rows[2] == ("pruned, ONNX Runtime", "undefined", "40.00 MB", "40.0 ms", "2.00x")
-    assert rows[3] == ("pruned, llama.cpp, q8_0", "80.00", "30.00 MB", "20.0 ms", "4.00x")
-    assert len(rows) == 4
+    assert rows[3] == ("pruned, OpenVINO, int8", "80.00", "10.00 MB", "20.0 ms", "4.00x")
+    assert rows[4] == ("pruned, llama.cpp, q8_0", "80.00", "30.00 MB", "20.0 ms", "4.00x")
+    assert len(rows) == 5
     dense, onnx, *_ = export_lines(report(exports=exports))
     assert dense.startswith("dense: 90.00 MB;") and "2.0e-07" in dense and "8 x 20" in dense
     assert onnx == "onnx/model.onnx: 40.00 MB."

@@ -172,6 +172,7 @@ FLAGS = (
     _one_flag("--gguf-type q8_0", "does nothing without --export gguf"),
     _one_flag("--export gguf --gguf-type q3", "invalid choice: 'q3'"),
     _one_flag("--export gguf", "--export gguf is for language models"),
+    _one_flag("--export dense --quantize", "only the formats onnx and openvino have"),
     _one_flag("--no-cache --cache-dir c", "not allowed with argument"),
     _one_flag("--cache-dir=", "--cache-dir is empty"),
     _one_flag("--data-dir=", "--data-dir is empty"),
