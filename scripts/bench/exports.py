@@ -97,9 +97,11 @@ def _measure(options: argparse.Namespace, group: Sequence[Conditions]) -> Iterat
             batches = checkpoint.batches(options.samples, options.seed)
             data = checkpoint.evaluation_set(options.eval_limit)
             settings = settings_of(method=options.method, seed=options.seed)
-            results = list(prune_family(checkpoint.model, batches, options.constraint, settings))
+            pruned = prune_family(checkpoint.model, batches, options.constraint, settings)
+            names = [f"{ratio:g}" for ratio in options.constraint]
+            results = dict(zip(names, pruned, strict=True))
             given = {"original": checkpoint.model}
-            given |= {f"{result.constraint.ratio:g}": result.model for result in results}
+            given |= {name: result.model for name, result in results.items()}
             with tempfile.TemporaryDirectory() as folder, quiet_transformers():
                 variants = _variants(given, options.formats, batches, Path(folder))
                 models = {name: model for name, (model, _) in variants.items()}
@@ -113,13 +115,15 @@ def _measure(options: argparse.Namespace, group: Sequence[Conditions]) -> Iterat
         yield {
             **conditions,
             "settings": dataclasses.asdict(settings),
-            "achieved": {f"{one.constraint.ratio:g}": one.achieved for one in results},
+            "achieved": {name: result.achieved for name, result in results.items()},
             "samples": num_examples(batches),
             "evaluated_examples": data.num_examples,
             "models": {name: row | {"bytes": variants[name][1]} for name, row in rows.items()},
             "speed": speed,
             "warnings": list(
-                dict.fromkeys([*warnings, *(one for result in results for one in result.warnings)])
+                dict.fromkeys(
+                    [*warnings, *(one for result in results.values() for one in result.warnings)]
+                )
             ),
         }
 

@@ -116,7 +116,7 @@ def test_the_loss_is_the_divergence_that_reports_show(
         2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
     loss = distillation_loss({name: ours}, {name: theirs}, None, kind)
-    expected = divergence_of_logits((theirs.numpy(),), (ours.numpy(),), kind)  # type: ignore[arg-type]
+    expected = divergence_of_logits((theirs.numpy(),), (ours.numpy(),), kind)
     assert float(loss) == pytest.approx(expected, rel=1e-5)
     assert float(distillation_loss({name: ours}, {name: ours}, None, kind)) == pytest.approx(
         0, abs=1e-6
