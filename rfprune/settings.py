@@ -810,6 +810,11 @@ class Options:
                 "there is nothing to prune: give --constraint RATIO (such as 0.5), --max-drop "
                 "POINTS, --sizes FILE.json, --sparsity, or --vocabulary FILE (see rfprune --help)"
             )
+        if "dense" in self.output.export:
+            raise UserError(
+                "--export dense restores the original shapes, which a model that keeps all heads "
+                "and neurons has: leave it out"
+            )
         given = {
             flag_of(type(subject), one.name)
             for subject in (self.target, self.settings, self.output)

@@ -158,7 +158,8 @@ def sparsity_lines(report: Report) -> list[str]:
     pattern = report["settings"]["sparsity"]
     layers = ", ".join(f"{100 * each:.3g}" for each in zeros["layers"])
     faster = (
-        "OpenVINO can keep unstructured zeros compressed on a CPU; GPUs and ONNX Runtime gain "
+        "OpenVINO can decompress sparse int8 weights on Intel processors with AMX "
+        "(CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE); other processors, GPUs and ONNX Runtime gain "
         "nothing"
     )
     if pattern == "2:4":

@@ -80,7 +80,9 @@ def visit_maps(
         progress: whether to show a progress bar.
     """
     own = distributed.shard(batches)
-    bar = tqdm(total=len(layout.layers), desc="sparsity", unit="layer", disable=not progress)
+    bar = tqdm(
+        total=len(layout.layers), desc="zeros", unit="layer", disable=not progress, leave=False
+    )
     with torch.no_grad(), bar:
         if layout.execution_order:
             for layer in range(len(layout.layers)):

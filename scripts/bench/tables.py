@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rfprune.cli.exit_codes import NOTHING_WRITTEN, script
 from rfprune.errors import UserError
-from scripts.bench import score_tables, sparsity_tables, time_tables
+from scripts.bench import score_tables, time_tables
 from scripts.bench.harness import RESULTS, ROOT, Line
 from scripts.bench.markdown import table
 
@@ -32,8 +32,6 @@ SECTIONS: Mapping[str, tuple[str, Callable[[Lines], str]]] = {
     "max-drop": ("max_drop", score_tables.max_drop),
     "decoders": ("decoder", score_tables.decoders_short),
     "ablation": ("ablation", score_tables.ablation),
-    "sparsity": ("sparsity", sparsity_tables.granularities),
-    "sparsity-speed": ("sparsity-speed", sparsity_tables.speed),
     "promise": ("promise", time_tables.promise_short),
     "speedup": ("speedup", time_tables.speedup_short),
     "exports": ("exports", time_tables.exports),

@@ -344,6 +344,20 @@ def test_a_checkpoint_in_half_precision_stays_in_it(
     assert {weight.dtype for weight in stored.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("constraint", [None, 0.6])
+def test_zeros_are_set_and_reported(constraint: float | None, flags: Flags) -> None:
+    """Without a constraint the output is an ordinary model, without code of its own."""
+    assert main([*flags(constraint=constraint, sparsity="2:4", quiet=True)]) == 0
+    report = read_report(Path("out"))
+    assert report["constraint"] == constraint
+    assert report["sparsity"]["density"] == pytest.approx(0.5)
+    assert report["seconds"]["sparsify"] > 0
+    assert Path("out", "modeling_rfprune.py").exists() == (constraint is not None)
+    model = load_pruned("out")
+    weights = [model.get_parameter(f"{one['path']}.weight") for one in report["sparsity"]["maps"]]
+    assert sum(int((weight == 0).sum()) for weight in weights) == report["sparsity"]["zeros"] > 0
+
+
 def test_two_rows_are_enough_to_run(flags: Flags) -> None:
     for split in ("train", "validation"):
         row = {"sentence1": "a good film", "sentence2": "a bad film", "label": 1}

@@ -98,6 +98,17 @@ FLAGS = (
     _one_flag("--sparsity-scope global", "does nothing without --sparsity"),
     _one_flag("--sparsity 2:4 --sparsity-criterion fisher", "invalid choice: 'fisher'"),
     *map(_sparsity_alone, ("--uniform", "--method kwon", "--metric params", "--score-stages")),
+    Case(
+        "`--export dense` where all units stay",
+        "--export dense restores the original shapes",
+        lambda place: [
+            "--model",
+            "demo",
+            "--task",
+            "sst2",
+            *"--sparsity 2:4 --export dense".split(),
+        ],
+    ),
     *(_one_flag(f"--constraint {text}", _NOT_A_RATIO) for text in ("0", "1", "1.5", "-1", "nan")),
     *(_one_flag(f"--constraint {text}", _NOT_A_RATIO) for text in ("inf", "half", "0,5")),
     _one_flag("--constraint 0.5 7", _NOT_A_RATIO),
