@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from rfprune.model.layout import Layout
 from rfprune.model.masks import Masks
 from rfprune.model.staging import check_free, recover, staged
 from rfprune.stages.optimal_brain_surgeon import ErrorCurve
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,18 @@ class StageTimer:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def timed(self, name: str, items: Iterable[Item]) -> Generator[Item]:
+        """Add the time that an iterable takes to make its items to a stage."""
+        iterator = iter(items)
+        while True:
+            with self.stage(name):
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+            yield item
+            del item  # it may be large
 
     def fork(self) -> StageTimer:
         """A copy that goes on counting on its own."""

@@ -89,6 +89,10 @@ def failing(*arguments, **options):
     return original(*arguments, **options)
 stage.{function} = failing
 """
+LAYER_BY_LAYER = """
+from rfprune.stages import collection
+collection.available_bytes = lambda _: 2
+"""
 FULL_DISK = """
 def full(*_, **__):
     raise OSError(28, "No space left on device")
@@ -121,6 +125,8 @@ CASES = {
     "family": "--constraint 0.7 0.4",
     "even": "--samples 29",
     "search": "--max-drop 30",
+    "layer by layer": "--samples 32",
+    "kwon layer by layer": "--method kwon",
 }
 # By name: more flags, code that makes a process fail, and a part of the message.
 ERRORS = {
@@ -158,7 +164,10 @@ def flags_of(tiny_folder: Tiny, tiny_data_dir: Path) -> Flags:
 @pytest.fixture(scope="module")
 def launched(flags_of: Flags, tmp_path_factory: pytest.TempPathFactory) -> Launched:
     """By name the folder of a run of two processes, and their exit codes."""
-    runs = {name: (more, "") for name, more in CASES.items()}
+    runs = {
+        name: (more, LAYER_BY_LAYER if "layer by layer" in name else "")
+        for name, more in CASES.items()
+    }
     runs |= {name: (more, code) for name, (more, code, _) in ERRORS.items()}
     folders = [tmp_path_factory.mktemp(name.replace(" ", "-")) for name in runs]
     jobs = [

@@ -16,11 +16,13 @@ arXiv 2312.17244) for the error curves; the allocation and the fit are our own, 
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rfprune import distributed
 from rfprune.cache import Tensors
 from rfprune.cost.constraint import Constraint, CostModel
 from rfprune.cost.sizes import Sizes
@@ -28,7 +30,7 @@ from rfprune.methods.allocation import divide_budget
 from rfprune.methods.problem import Problem
 from rfprune.model.frozen import frozen
 from rfprune.model.masks import Masks
-from rfprune.stages.curvature import collect_curvature, error_curves
+from rfprune.stages.curvature import collect_curvature, error_curve
 from rfprune.stages.optimal_brain_surgeon import ErrorCurve
 from rfprune.stages.tune import refit
 
@@ -64,11 +66,16 @@ def collect(problem: Problem) -> CurvatureStatistics:
 
 def _orders_and_errors(problem: Problem) -> Tensors:
     """Removal order (U,) and errors (U + 1,) of each block, in turn."""
-    with problem.timer.stage("collect"), frozen(problem.model):
-        moments = collect_curvature(problem.calibration)
-    with problem.timer.stage("search"):
-        curves = error_curves(problem.model, problem.layout, moments, progress=problem.progress)
-    return tuple(tensor for curve in curves for tensor in (curve.order, curve.errors))
+    curves = {}
+    collection = problem.timer.timed("collect", collect_curvature(problem.calibration))
+    with frozen(problem.model), closing(collection) as collected:
+        for number, factors in collected:
+            with problem.timer.stage("search"):
+                block = problem.layout.blocks[number]
+                curves[number] = error_curve(problem.model, problem.layout, block, factors)
+            del factors  # before the next ones are collected
+    ordered = distributed.all_gather(curves)
+    return tuple(tensor for curve in ordered for tensor in (curve.order, curve.errors))
 
 
 def refit_weights(problem: Problem, student: PreTrainedModel) -> list[str]:

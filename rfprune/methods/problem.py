@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from rfprune.cache import Tensors, load_or_collect
@@ -33,8 +32,8 @@ from rfprune.model.validation import (
 from rfprune.result import StageTimer
 from rfprune.settings import WEIGHT_CRITERIA, Settings
 from rfprune.stages.calibration import Calibration
-from rfprune.stages.objective import LABELLED, PREDICTIONS, Loss, Objective, batch_generator
-from rfprune.stages.output_gradients import output_gradients
+from rfprune.stages.collection import check_objective
+from rfprune.stages.objective import LABELLED, PREDICTIONS, Loss, Objective
 
 
 @dataclass(frozen=True)
@@ -222,9 +221,8 @@ def _check_objective(problem: Problem) -> None:
     if problem.loss is None:
         batch = {name: value[:1] for name, value in batch.items()}
         attempt = running_on(problem.model, 0)
-    unused: list[Callable[[Tensor], None]] = [lambda _: None for _ in problem.layout.blocks]
     with frozen(problem.model), attempt:
-        next(output_gradients(calibration, batch, batch_generator(settings.seed, 0), unused))
+        check_objective(calibration, batch)
 
 
 def add_token_mask(model: PreTrainedModel, layout: Layout, batch: Batch) -> Batch:

@@ -79,13 +79,23 @@ def block_token_mask(layout: Layout, block: Block, batch: Batch) -> Tensor:
 
 def encoder_output(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The encoder's output without padding, (tokens, d)."""
-    names = ("input_ids", "inputs_embeds", "attention_mask")
-    inputs = {name: value for name, value in model_inputs(batch).items() if name in names}
-    hidden: Tensor = model.get_encoder()(**inputs, return_dict=True).last_hidden_state
+    hidden: Tensor = model.get_encoder()(
+        **encoder_inputs(batch), return_dict=True
+    ).last_hidden_state
     return pack(hidden, token_mask(batch))
+
+
+def encoder_inputs(batch: Batch) -> dict[str, Tensor]:
+    """Inputs that run the encoder alone."""
+    names = ("input_ids", "inputs_embeds", "attention_mask")
+    return {name: value for name, value in model_inputs(batch).items() if name in names}
 
 
 def inputs_with_encoder_output(batch: Batch, packed: Tensor) -> dict[str, object]:
     """Model inputs that run the decoder alone, on a result of `encoder_output`."""
-    hidden = unpack(packed, token_mask(batch))
-    return {**model_inputs(batch), "encoder_outputs": BaseModelOutput(last_hidden_state=hidden)}
+    return decoder_inputs(batch, unpack(packed, token_mask(batch)))
+
+
+def decoder_inputs(batch: Batch, encoded: Tensor) -> dict[str, object]:
+    """Model inputs that run the decoder alone, on an encoder's output (B, S, d)."""
+    return {**model_inputs(batch), "encoder_outputs": BaseModelOutput(last_hidden_state=encoded)}

@@ -139,11 +139,9 @@ def layer_calls(
             calls[path] = ModuleCall(tuple(map(_none_if_cache, args[1:])), without_cache)
             if path == paths[-1]:
                 raise _Stop
-            if output_length is None:
-                return states
-            if path == paths[0]:
+            if path == paths[0] and output_length is not None:
                 position_bias.append(_position_bias(model.get_submodule(path), states.shape[1]))
-            return (states, *position_bias, *[None] * (output_length - 2))[:output_length]
+            return _as_layer_output(layout, states, *position_bias)
 
         return forward
 
@@ -152,6 +150,41 @@ def layer_calls(
             stack.enter_context(_forward_replaced(model, path, stand_in(path)))
         model(**(decoder_inputs or model_inputs(batch)))
     return hidden[0], calls
+
+
+def _as_layer_output(layout: Layout, states: Tensor, *position_bias: Tensor | None) -> Any:
+    """What a layer returns for these hidden states."""
+    length = layout.layer_output_length
+    if length is None:
+        return states
+    return (states, *position_bias, *[None] * length)[:length]
+
+
+@contextmanager
+def layers_bypassed(
+    model: nn.Module, layout: Layout, output: Tensor, before: Tensor, *, decoder: bool = False
+) -> Iterator[None]:
+    """A context in which no layer of a stack runs: the last one returns a given output.
+
+    The model then computes what follows its layers: the last norm and the head.
+
+    Args:
+        output: (B, S, d), of the last layer.
+        before: (B, S, d), returned by all other layers.
+        decoder: the stack is the decoder, otherwise the encoder or the only one.
+    """
+    indices = layout.layer_indices(decoder=decoder)
+    left = len(layout.execution_order or indices)
+
+    def forward(*_: Any, **__: Any) -> Any:
+        nonlocal left
+        left -= 1
+        return _as_layer_output(layout, before if left else output)
+
+    with ExitStack() as stack:
+        for index in indices:
+            stack.enter_context(_forward_replaced(model, layout.layers[index], forward))
+        yield
 
 
 def _position_bias(layer: nn.Module, num_tokens: int) -> Tensor | None:

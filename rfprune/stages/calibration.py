@@ -26,6 +26,8 @@ class Calibration:
         objective: the scalar per example that is differentiated; see `rfprune.stages.objective`.
         seed: of labels sampled from the model's predictions, and of random importance.
         progress: whether to show progress bars.
+        max_bytes: memory for statistics and autograd, besides the weights; None for half of what is
+            free. A model that needs more is swept layer by layer.
     """
 
     model: PreTrainedModel
@@ -34,6 +36,7 @@ class Calibration:
     objective: Objective = PREDICTIONS
     seed: int = 0
     progress: bool = False
+    max_bytes: int | None = None
 
 
 def require_finite(block: Block, quantity: str, *tensors: Tensor) -> None:

@@ -18,27 +18,28 @@ Choices of this project, all by measurement:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rfprune import distributed
 from rfprune.errors import UserError
-from rfprune.model.batch import Batch, pack, token_mask
+from rfprune.model.batch import pack, token_mask
 from rfprune.model.encoder_decoder import block_token_mask
 from rfprune.model.layout import Block, Layout
 from rfprune.model.linear import linear, weight_of
 from rfprune.model.residency import execution_device, resident
 from rfprune.stages.calibration import Calibration, require_finite
+from rfprune.stages.collection import passes
 from rfprune.stages.float64 import to_float64
 from rfprune.stages.least_squares import NumericalFailure
-from rfprune.stages.objective import batch_generator
 from rfprune.stages.optimal_brain_surgeon import ErrorCurve, removal_curve
-from rfprune.stages.output_gradients import Record, output_gradients
+from rfprune.stages.output_gradients import LinearOutputs, Record
+from rfprune.stages.passes import Pass, Step
+from rfprune.stages.tensor_store import KeptTensor, TensorStore
 
 DAMPING = 1e-2
 """Added to the diagonal of A, as a fraction of its mean diagonal."""
@@ -95,41 +96,77 @@ class KroneckerFactors:
         return covariance
 
 
-def collect_curvature(calibration: Calibration) -> tuple[KroneckerFactors, ...]:
+def collect_curvature(calibration: Calibration) -> Iterator[tuple[int, KroneckerFactors]]:
     """Kronecker factors of every block over the calibration batches.
 
-    With several processes, the sums of each block are complete in one of them and empty elsewhere.
+    Factors are large: use those of a block before the next ones are requested, and drop them. In a
+    model that is swept layer by layer no others are in memory then.
+
+    With several processes, the sums of a block are complete in one of them, which yields them.
 
     Args:
         calibration: the model and its batches.
 
-    Returns:
-        One `KroneckerFactors` per block.
+    Yields:
+        The number of a block in the layout, and its factors.
 
     Raises:
-        UserError: an activation or gradient is not finite (the block is named), or labels are
-            needed and missing.
+        UserError: hidden states, activations or gradients are not finite (the layer or block is
+            named), or labels are needed and missing.
     """
-    blocks = calibration.layout.blocks
-    collected = tuple(_zeros(calibration.model, block) for block in blocks)
-    steps, hidden = distributed.steps(len(calibration.batches)), not calibration.progress
-    for step in tqdm(steps, desc="curvature", unit="batch", disable=hidden, leave=False):
-        _add_step(calibration, step, collected)
-    for block, factors in zip(blocks, collected, strict=True):
-        require_finite(
-            block, "activations or gradients", factors.input_moment, factors.gradient_moment
-        )
-    return collected
+    blocks, model = calibration.layout.blocks, calibration.model
+    shapes: Shapes = {}
+    sums_bytes = sum(_sums_bytes(model, block) for block in blocks) // distributed.world_size()
+    with (
+        TensorStore(max_bytes_in_memory=0) as store,
+        passes(calibration, "curvature", sums_bytes=sums_bytes) as found,
+    ):
+        kept: dict[int, _KeptFactors] = {}
+        for one in found:
+            collected = {
+                i: kept[i].load(store) if i in kept else _zeros(model, blocks[i])
+                for i in one.blocks
+            }
+            for step in one.steps:
+                _add_step(calibration, one, step, collected, shapes)
+            for i in one.blocks:
+                factors = collected.pop(i)
+                if _keeper(blocks[i]) != distributed.rank():
+                    continue
+                require_finite(
+                    blocks[i],
+                    "activations or gradients",
+                    factors.input_moment,
+                    factors.gradient_moment,
+                )
+                if one.is_last:
+                    yield i, factors
+                    del factors  # before the next ones are collected
+                else:
+                    kept[i] = _KeptFactors.of(factors, store, kept.get(i))
 
 
 def error_curves(
-    model: PreTrainedModel,
-    layout: Layout,
-    collected: Sequence[KroneckerFactors],
-    *,
-    progress: bool = False,
+    model: PreTrainedModel, layout: Layout, collected: Iterable[tuple[int, KroneckerFactors]]
 ) -> tuple[ErrorCurve, ...]:
     """Removal order and error curve of every block.
+
+    Args:
+        model: the model whose statistics were collected.
+        layout: its blocks.
+        collected: the Kronecker factors of every block; see `collect_curvature`.
+
+    Returns:
+        One curve per block; see `error_curve`.
+    """
+    curves = {i: error_curve(model, layout, layout.blocks[i], one) for i, one in collected}
+    return tuple(distributed.all_gather(curves))
+
+
+def error_curve(
+    model: PreTrainedModel, layout: Layout, block: Block, factors: KroneckerFactors
+) -> ErrorCurve:
+    """Removal order and error curve of one block.
 
     The predicted increase of the loss of an example is half of the Fisher's quadratic form, summed
     over the example's tokens.
@@ -137,36 +174,30 @@ def error_curves(
     Args:
         model: the model whose statistics were collected.
         layout: its blocks.
-        collected: the Kronecker factors of every block; see `collect_curvature`.
-        progress: whether to show a progress bar.
+        block: one of them.
+        factors: of the block.
 
     Returns:
-        One curve per block. Errors are in nats, times the weight of the block's layer (see
-        `DEPTH_WEIGHT`).
+        The curve. Errors are in nats, times the weight of the block's layer (see `DEPTH_WEIGHT`).
 
     Raises:
-        UserError: the input moments of a block are not positive definite; the block is named.
+        UserError: the input moments of the block are not positive definite.
     """
-    curves = {}
-    own = [i for i, block in enumerate(layout.blocks) if _keeper(block) == distributed.rank()]
-    for i in tqdm(own, desc="error curves", unit="block", disable=not progress, leave=False):
-        block, factors = layout.blocks[i], collected[i]
-        consumer = linear(model, block.consumer)
-        scale = depth_weight(block, layout) / (2 * factors.examples)
-        try:
-            with resident(consumer):
-                curves[i] = removal_curve(
-                    factors.input_covariance(centred=consumer.bias is not None),
-                    weight_of(consumer).detach(),
-                    scale * to_float64(factors.gradient_moment),
-                    block.unit_width,
-                )
-        except NumericalFailure as failure:
-            raise UserError(
-                f"the error curve of {block.name} cannot be computed: {failure}; calibrate on more "
-                "or other examples"
-            ) from failure
-    return tuple(distributed.all_gather(curves))
+    consumer = linear(model, block.consumer)
+    scale = depth_weight(block, layout) / (2 * factors.examples)
+    try:
+        with resident(consumer):
+            return removal_curve(
+                factors.input_covariance(centred=consumer.bias is not None),
+                weight_of(consumer).detach(),
+                scale * to_float64(factors.gradient_moment),
+                block.unit_width,
+            )
+    except NumericalFailure as failure:
+        raise UserError(
+            f"the error curve of {block.name} cannot be computed: {failure}; calibrate on more "
+            "or other examples"
+        ) from failure
 
 
 def depth_weight(block: Block, layout: Layout) -> float:
@@ -193,96 +224,126 @@ def _zeros(model: PreTrainedModel, block: Block) -> KroneckerFactors:
     return KroneckerFactors(zeros(features, features), zeros(features), zeros(outputs, outputs))
 
 
+def _sums_bytes(model: PreTrainedModel, block: Block) -> int:
+    """Bytes of the sums of a block."""
+    outputs, features = weight_of(model.get_submodule(block.consumer)).shape
+    return 4 * (features * features + features + outputs * outputs)
+
+
+@dataclass
+class _KeptFactors:
+    """Factors of a block between two chunks of batches, on disk."""
+
+    tensors: tuple[KeptTensor, ...]
+    tokens: int
+    examples: int
+
+    @staticmethod
+    def of(
+        factors: KroneckerFactors, store: TensorStore, earlier: _KeptFactors | None
+    ) -> _KeptFactors:
+        sums = (factors.input_moment, factors.input_sum, factors.gradient_moment)
+        if earlier is None:
+            tensors = tuple(store.keep(one) for one in sums)
+        else:
+            tensors = earlier.tensors
+            for kept, one in zip(tensors, sums, strict=True):
+                store.replace(kept, one)
+        return _KeptFactors(tensors, factors.tokens, factors.examples)
+
+    def load(self, store: TensorStore) -> KroneckerFactors:
+        inputs, input_sum, gradients = (store.load(kept) for kept in self.tensors)
+        return KroneckerFactors(inputs, input_sum, gradients, self.tokens, self.examples)
+
+
+Shapes = dict[int, list[tuple[int, ...]]]
+"""By number of the block the sizes of its rows on a batch, apart from tokens: consumer inputs
+(runs, p), and output gradients (objective values and runs, d)."""
+
+
 def _add_step(
     calibration: Calibration,
-    step: Sequence[int | None],
-    collected: Sequence[KroneckerFactors],
+    one: Pass,
+    step: Step,
+    collected: Mapping[int, KroneckerFactors],
+    shapes: Shapes,
 ) -> None:
     """Add the batches of one step, one batch per process.
 
     A single process adds rows as soon as it has them. With several processes, the keeper of a block
-    receives the rows of all of them. In the last step a process may have no batch. It then runs an
-    earlier batch and counts none of its tokens, since all processes must take part in the exchange.
+    receives the rows of all of them, and adds them in the order of the batches. All rows are sent
+    before the first are added, so that the keepers add at the same time.
 
     Args:
-        step: number of the batch of every process; None where there is none.
+        step: number of the batch of every process; in the last step a process may have none.
+        collected: factors by number of the block, to which the rows are added.
+        shapes: of the rows; noted here for a step in which this process has none.
     """
     layout, batches = calibration.layout, calibration.batches
+    numbers = [number for number in step if number is not None]
+    for factors in collected.values():
+        factors.examples += sum(len(token_mask(batches[number])) for number in numbers)
     own = step[distributed.rank()]
-    batch = batches[distributed.rank() if own is None else own]
-    masks = [block_token_mask(layout, block, batch) for block in layout.blocks]
-    tokens = [torch.zeros_like(mask) if own is None else mask for mask in masks]
-    generator = batch_generator(calibration.seed, own or 0)
-    step_batches = [None if number is None else batches[number] for number in step]
-    for factors in collected:
-        factors.examples += sum(len(token_mask(one)) for one in step_batches if one is not None)
     if distributed.world_size() == 1:
-        direct = [(factors.add_inputs, factors.add_gradients) for factors in collected]
-        _record_rows(calibration, batch, tokens, generator, direct)
+        assert own is not None
+        direct = [(factors.add_inputs, factors.add_gradients) for factors in collected.values()]
+        _record_rows(calibration, one, own, direct)
         return
-    rows: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in layout.blocks]
-    stored = [(inputs.append, gradients.append) for inputs, gradients in rows]
-    _record_rows(calibration, batch, tokens, generator, stored)
-    lengths = [
-        [
-            0 if one is None else int(block_token_mask(layout, block, one).sum())
-            for one in step_batches
+    rows: dict[int, tuple[list[Tensor], list[Tensor]]] = {i: ([], []) for i in collected}
+    if own is not None:
+        stored = [(inputs.append, gradients.append) for inputs, gradients in rows.values()]
+        _record_rows(calibration, one, own, stored)
+    received = []
+    for i, pair in rows.items():
+        block = layout.blocks[i]
+        lengths = [
+            0 if number is None else int(block_token_mask(layout, block, batches[number]).sum())
+            for number in step
         ]
-        for block in layout.blocks
-    ]
-    _exchange(layout, collected, rows, lengths)
-
-
-def _record_rows(
-    calibration: Calibration,
-    batch: Batch,
-    tokens: Sequence[Tensor],
-    generator: torch.Generator,
-    record: Sequence[tuple[Record, Record]],
-) -> None:
-    """Run one batch forward and backward, without the rows of padding.
-
-    Args:
-        tokens: per block the token mask (B, S).
-        record: per block a function for consumer inputs (tokens, p) and one for output gradients
-            (tokens, d). Each is called once for every run of the block, and the second one also
-            for every objective value.
-    """
-
-    def packed(record_rows: Record, mask: Tensor) -> Record:
-        return lambda values: record_rows(pack(values, mask).float())
-
-    pairs = list(zip(record, tokens, strict=True))
-    record_inputs = [packed(inputs, mask) for (inputs, _), mask in pairs]
-    record_gradients = [packed(gradients, mask) for (_, gradients), mask in pairs]
-    for block_gradients in output_gradients(calibration, batch, generator, record_inputs):
-        for record_one, runs in zip(record_gradients, block_gradients, strict=True):
-            for gradient in runs:
-                record_one(gradient)
-
-
-def _exchange(
-    layout: Layout,
-    collected: Sequence[KroneckerFactors],
-    rows: Sequence[tuple[list[Tensor], list[Tensor]]],
-    lengths: Sequence[Sequence[int]],
-) -> None:
-    """Send the rows of every block to its keeper, which adds them in the order of the batches.
-
-    All rows are sent before the first are added, so that the keepers add at the same time.
-
-    Args:
-        rows: per block the consumer inputs and output gradients of this process.
-        lengths: per block the number of tokens of every process.
-    """
-    received = [
-        [distributed.gather_rows(torch.stack(own, 1), counts, _keeper(block)) for own in pair]
-        for block, pair, counts in zip(layout.blocks, rows, lengths, strict=True)
-    ]  # each (tokens, runs, p) or (tokens, objective values and runs, d)
-    for factors, (inputs, gradients) in zip(collected, received, strict=True):
+        if own is None:
+            blank = collected[i].input_sum.new_empty
+            stacked = [blank(0, *shape) for shape in shapes[i]]
+        else:
+            stacked = [torch.stack(each, 1) for each in pair]
+            shapes[i] = [tuple(each.shape[1:]) for each in stacked]
+        received.append(
+            [distributed.gather_rows(each, lengths, _keeper(block)) for each in stacked]
+        )
+    for factors, (inputs, gradients) in zip(collected.values(), received, strict=True):
         for process_rows in inputs:
             for run in process_rows.unbind(1):
                 factors.add_inputs(run.contiguous())
         for process_rows in gradients:
             for gradient in process_rows.unbind(1):
                 factors.add_gradients(gradient.contiguous())
+
+
+def _record_rows(
+    calibration: Calibration, one: Pass, number: int, record: Sequence[tuple[Record, Record]]
+) -> None:
+    """Run one batch forward and backward, without the rows of padding.
+
+    Args:
+        number: of the batch.
+        record: per block of the pass a function for consumer inputs (tokens, p) and one for output
+            gradients (tokens, d). Each is called once for every run of the block, and the second
+            one also for every objective value.
+    """
+    layout, batch = calibration.layout, calibration.batches[number]
+    blocks = [layout.blocks[i] for i in one.blocks]
+    masks = [block_token_mask(layout, block, batch) for block in blocks]
+
+    def packed(record_rows: Record, mask: Tensor) -> Record:
+        return lambda values: record_rows(pack(values, mask).float())
+
+    pairs = list(zip(record, masks, strict=True))
+    watch = LinearOutputs(
+        calibration.model,
+        [block.consumer for block in blocks],
+        [packed(inputs, mask) for (inputs, _), mask in pairs],
+    )
+    record_gradients = [packed(gradients, mask) for (_, gradients), mask in pairs]
+    for found in one.gradients(number, watch):
+        for record_one, runs in zip(record_gradients, watch.by_map(found), strict=True):
+            for gradient in runs:
+                record_one(gradient)

@@ -8,19 +8,20 @@ the error is interpolated, so a budget is met exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
+from itertools import chain, pairwise
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rfprune import distributed
 from rfprune.stages.calibration import Calibration
+from rfprune.stages.collection import passes
 from rfprune.stages.float64 import to_float64
 from rfprune.stages.least_squares import Moments
-from rfprune.stages.objective import batch_generator
-from rfprune.stages.output_gradients import output_gradients
+from rfprune.stages.output_gradients import LinearOutputs
 from rfprune.stages.sparsify import Pattern, mean_square_change, sparsify
 
 STEPS = 10
@@ -113,19 +114,26 @@ def output_importance(calibration: Calibration, paths: Sequence[str]) -> tuple[T
     Returns:
         (d,) float64 for each map, a mean over the examples.
     """
-    sums: list[Tensor | None] = [None] * len(paths)
-    examples = 0
-    unused: list[Callable[[Tensor], None]] = [lambda _: None for _ in paths]
-    for number, batch in enumerate(calibration.batches):
-        examples += len(next(iter(batch.values())))
-        generator = batch_generator(calibration.seed, number)
-        with torch.enable_grad():
-            for gradients in output_gradients(calibration, batch, generator, unused, paths):
-                for i, runs in enumerate(gradients):
-                    for gradient in runs:
-                        squares = to_float64(gradient.flatten(0, -2).float().square().sum(0))
-                        known = sums[i]
-                        sums[i] = squares if known is None else known + squares
+    layout, batches = calibration.layout, calibration.batches
+    own: list[dict[int, list[Tensor]]] = [{} for _ in paths]
+    with passes(calibration, "output gradients") as found:
+        for one in found:
+            inside = tuple(f"{layout.layers[layer]}." for layer in one.layers)
+            numbers = [i for i, path in enumerate(paths) if path.startswith(inside)]
+            for batch_number in one.own_batches:
+                watch = LinearOutputs(calibration.model, [paths[i] for i in numbers])
+                for gradients in one.gradients(batch_number, watch):
+                    for i, runs in zip(numbers, watch.by_map(gradients), strict=True):
+                        squares = own[i].setdefault(batch_number, [])
+                        for gradient in runs:
+                            squares.append(
+                                to_float64(gradient.flatten(0, -2).float().square().sum(0))
+                            )
+    examples = sum(len(next(iter(batch.values()))) for batch in batches)
+    ordered = (list(chain.from_iterable(distributed.all_gather(squares))) for squares in own)
     return tuple(
-        torch.zeros(1, dtype=torch.float64) if one is None else one / (2 * examples) for one in sums
+        sum(squares[1:], squares[0]) / (2 * examples)
+        if squares
+        else torch.zeros(1, dtype=torch.float64)
+        for squares in ordered
     )

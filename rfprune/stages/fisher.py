@@ -9,19 +9,25 @@ the block Fisher of 3072 neurons, so their rearrangement overfits. `per_batch=Tr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from rfprune import distributed
-from rfprune.model.batch import Batch, model_inputs, token_mask
+from rfprune.model.batch import Batch, token_mask
+from rfprune.model.layout import Block
 from rfprune.model.masks import masked
 from rfprune.model.residency import execution_device
 from rfprune.stages.calibration import Calibration, require_finite
+from rfprune.stages.collection import passes
 from rfprune.stages.float64 import to_float64
-from rfprune.stages.objective import PREDICTIONS, batch_generator, objective_values
+from rfprune.stages.objective import PREDICTIONS, batch_generator
+from rfprune.stages.passes import batch_values
 
 Gradients = tuple[Tensor, ...]
 """One (n, U) matrix per block: n gradient vectors over its units."""
@@ -41,65 +47,73 @@ def collect_gradients(calibration: Calibration, *, per_batch: bool = False) -> G
     Raises:
         UserError: a gradient is not finite (the block is named), or labels are needed and missing.
     """
-    batches, objective = calibration.batches, calibration.objective
-    own: dict[int, list[list[Tensor]]] = {}
-    numbers = distributed.own_batches(len(batches))
-    hidden = not calibration.progress
-    for i in tqdm(numbers, desc="mask gradients", unit="batch", disable=hidden, leave=False):
-        generator, own[i] = batch_generator(calibration.seed, i), []
-        for gradients in _batch_gradients(calibration, batches[i], generator):
-            if per_batch:
-                gradients = _batch_means(
-                    gradients, signed=objective != PREDICTIONS, generator=generator
-                )
-            own[i].append([gradient.float().cpu() for gradient in gradients])
-    vectors = [vector for batch in distributed.all_gather(own) for vector in batch]
-    own.clear()
-    rows = [list(block_rows) for block_rows in zip(*vectors, strict=True)]
-    vectors.clear()
-    # Each block's rows are freed once they are concatenated: memory for one copy, not for two.
-    collected = tuple(torch.cat(rows.pop(0)) for _ in calibration.layout.blocks)
-    for block, gradient in zip(calibration.layout.blocks, collected, strict=True):
-        require_finite(block, "mask gradients", gradient)
-    return collected
+    layout = calibration.layout
+    own: list[dict[int, list[Tensor]]] = [{} for _ in layout.blocks]
+    values_of = partial(_signed_values, calibration) if per_batch else None
+    with passes(calibration, "mask gradients", values_of=values_of) as found:
+        for one in found:
+            blocks = [layout.blocks[i] for i in one.blocks]
+            for i in one.own_batches:
+                watch = _Masks(calibration, blocks, calibration.batches[i])
+                for gradients in one.gradients(i, watch):
+                    for number, gradient in zip(one.blocks, gradients, strict=True):
+                        rows = watch.by_example(gradient)
+                        rows = rows.mean(0, keepdim=True) if per_batch else rows
+                        own[number].setdefault(i, []).append(rows.float().cpu())
+    collected = []
+    for number, block in enumerate(layout.blocks):
+        by_batch = {i: torch.cat(rows) for i, rows in own[number].items()}
+        own[number].clear()  # memory for one copy, not for two
+        collected.append(torch.cat(distributed.all_gather(by_batch)))
+        require_finite(block, "mask gradients", collected[-1])
+    return tuple(collected)
 
 
-def _batch_gradients(
-    calibration: Calibration, batch: Batch, generator: torch.Generator
-) -> Iterator[tuple[Tensor, ...]]:
-    """For every objective value, a gradient (B, U) per block; also under no_grad."""
-    model, layout = calibration.model, calibration.layout
-    device, dtype = execution_device(model), model.dtype
-    num_rows = len(token_mask(batch))
-    with torch.inference_mode(False), torch.enable_grad():
-        masks = [
-            torch.ones(num_rows, block.num_units, dtype=dtype, device=device, requires_grad=True)
-            for block in layout.blocks
-        ]
-        with masked(model, layout, masks):
-            outputs = model(**model_inputs(batch), return_dict=True)
-        values = objective_values(
-            outputs, batch, model.config, generator, objective=calibration.objective
-        )
-        totals = [value.sum() for value in values]
-    for i, total in enumerate(totals):
-        gradients = torch.autograd.grad(total, masks, retain_graph=i + 1 < len(totals))
-        # A multiple-choice example is several rows of the model's input.
-        yield tuple(gradient.unflatten(0, (len(values[0]), -1)).sum(1) for gradient in gradients)
+class _Masks:
+    """Masks of ones (B, U) on some blocks; see `rfprune.stages.output_gradients.Watch`.
 
-
-def _batch_means(
-    gradients: tuple[Tensor, ...], *, signed: bool, generator: torch.Generator
-) -> tuple[Tensor, ...]:
-    """Mean over a batch, (B, U) -> (1, U).
-
-    The gradients of a Fisher factor have an arbitrary sign (`signed` is false). Random signs keep
-    them from cancelling or adding up systematically.
+    Args:
+        calibration: the model.
+        blocks: those that have masks.
+        batch: on which the model runs.
     """
-    if not signed:
-        coins = torch.randint(0, 2, (len(gradients[0]), 1), generator=generator)
-        gradients = tuple(gradient * (2 * coins - 1).to(gradient) for gradient in gradients)
-    return tuple(gradient.mean(0, keepdim=True) for gradient in gradients)
+
+    def __init__(self, calibration: Calibration, blocks: Sequence[Block], batch: Batch) -> None:
+        self._model = calibration.model
+        self._layout = replace(calibration.layout, blocks=tuple(blocks))
+        self._num_examples = max(len(values) for values in batch.values())
+        device, dtype = execution_device(calibration.model), calibration.model.dtype
+        num_rows = len(token_mask(batch))
+        with torch.inference_mode(False):
+            self.tensors = [
+                torch.ones(num_rows, block.num_units, dtype=dtype, device=device).requires_grad_()
+                for block in blocks
+            ]
+
+    def attached(self) -> AbstractContextManager[None]:
+        """A context in which the masks have an effect."""
+        return masked(self._model, self._layout, self.tensors)
+
+    def by_example(self, gradient: Tensor) -> Tensor:
+        """Gradients (B, U) of the examples; one of multiple choice is several rows of inputs."""
+        rows: Tensor = gradient.unflatten(0, (self._num_examples, -1)).sum(1)
+        return rows
+
+
+def _signed_values(calibration: Calibration, outputs: Any, number: int) -> list[Tensor]:
+    """Values of the objective whose gradients may be averaged over a batch.
+
+    The gradients of a Fisher factor have an arbitrary sign. Random signs keep them from cancelling
+    or adding up systematically.
+    """
+    generator = batch_generator(calibration.seed, number)
+    values = batch_values(calibration, outputs, number, generator)
+    if calibration.objective != PREDICTIONS:
+        return values
+    coins = (torch.randint(0, 2, (len(value), 1), generator=generator) for value in values)
+    return [
+        value * (2 * coin[:, 0] - 1).to(value) for value, coin in zip(values, coins, strict=True)
+    ]
 
 
 def diagonal_fisher(gradients: Gradients) -> tuple[Tensor, ...]:

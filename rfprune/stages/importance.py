@@ -19,17 +19,18 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from rfprune.model.batch import Batch
+from rfprune import distributed
 from rfprune.model.encoder_decoder import block_token_mask
 from rfprune.model.layout import Block, Layout
 from rfprune.model.linear import linear, weight_of
 from rfprune.model.residency import resident
 from rfprune.stages.calibration import Calibration, require_finite
+from rfprune.stages.collection import passes
 from rfprune.stages.fisher import Gradients, collect_gradients
 from rfprune.stages.float64 import to_float64
-from rfprune.stages.output_gradients import output_gradients
+from rfprune.stages.output_gradients import LinearOutputs
+from rfprune.stages.passes import Pass
 
 Importance = tuple[Tensor, ...]
 """One float64 vector (U,) on the CPU per block; not negative, larger is more important."""
@@ -163,30 +164,31 @@ def collect_gradient_norms(calibration: Calibration) -> Gradients:
     Raises:
         UserError: a gradient is not finite (the block is named), or labels are needed and missing.
     """
-    blocks, hidden = calibration.layout.blocks, not calibration.progress
-    generator = torch.Generator().manual_seed(calibration.seed)
-    rows: list[list[Tensor]] = [[] for _ in blocks]
-    batches = calibration.batches
-    for batch in tqdm(batches, desc="weight gradients", unit="batch", disable=hidden, leave=False):
-        with torch.inference_mode(False), torch.enable_grad():
-            _add_norms(calibration, batch, generator, rows)
-    collected = tuple(torch.cat(block_rows) for block_rows in rows)
-    for block, norms in zip(blocks, collected, strict=True):
+    layout = calibration.layout
+    own: list[dict[int, Tensor]] = [{} for _ in layout.blocks]
+    with passes(calibration, "weight gradients") as found:
+        for one in found:
+            for i in one.own_batches:
+                for number, norms in zip(one.blocks, _norms(calibration, one, i), strict=True):
+                    own[number][i] = norms
+    collected = tuple(torch.cat(distributed.all_gather(by_batch)) for by_batch in own)
+    for block, norms in zip(layout.blocks, collected, strict=True):
         require_finite(block, "weight gradients", norms)
     return collected
 
 
-def _add_norms(
-    calibration: Calibration,
-    batch: Batch,
-    generator: torch.Generator,
-    rows: Sequence[list[Tensor]],
-) -> None:
-    layout = calibration.layout
-    inputs: list[list[Tensor]] = [[] for _ in layout.blocks]
-    record_inputs = [runs.append for runs in inputs]
-    for gradients in output_gradients(calibration, batch, generator, record_inputs):
-        for block, block_rows, xs, gs in zip(layout.blocks, rows, inputs, gradients, strict=True):
+def _norms(calibration: Calibration, one: Pass, number: int) -> list[Tensor]:
+    """Norms (examples and objective values, U) on a batch, for the blocks of a pass."""
+    layout, batch = calibration.layout, calibration.batches[number]
+    blocks = [layout.blocks[i] for i in one.blocks]
+    inputs: list[list[Tensor]] = [[] for _ in blocks]
+    rows: list[list[Tensor]] = [[] for _ in blocks]
+    watch = LinearOutputs(
+        calibration.model, [block.consumer for block in blocks], [runs.append for runs in inputs]
+    )
+    for gradients in one.gradients(number, watch):
+        by_block = watch.by_map(gradients)
+        for block, block_rows, xs, gs in zip(blocks, rows, inputs, by_block, strict=True):
             tokens = block_token_mask(layout, block, batch)
             # The gradient of a weight is a sum over tokens and over the runs of its block.
             x = torch.cat([x.float().reshape(*tokens.shape, -1) for x in xs], 1)
@@ -195,3 +197,4 @@ def _add_norms(
             norms = squares.unflatten(1, (block.num_units, -1)).sum(-1).clamp_min(0).sqrt()
             size = block.unit_width * g.shape[-1]
             block_rows.append((norms / math.sqrt(size)).cpu())
+    return [torch.cat(block_rows) for block_rows in rows]

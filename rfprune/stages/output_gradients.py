@@ -1,73 +1,69 @@
-"""Inputs of all output projections on a batch, and the loss gradients at their outputs."""
+"""What is differentiated with respect to: the outputs of linear maps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import islice
+from typing import Protocol
 
-import torch
 from torch import Tensor, nn
-
-from rfprune.errors import UserError
-from rfprune.model.batch import Batch, model_inputs
-from rfprune.stages.calibration import Calibration
-from rfprune.stages.objective import objective_values
 
 Record = Callable[[Tensor], None]
 """A function that stores or sums the tensor that it is called with."""
 
 
-def output_gradients(
-    calibration: Calibration,
-    batch: Batch,
-    generator: torch.Generator,
-    record_inputs: Sequence[Record],
-    paths: Sequence[str] | None = None,
-) -> Iterator[tuple[tuple[Tensor, ...], ...]]:
-    """Run the model on a batch and differentiate its objective at the output of every consumer.
+class Watch(Protocol):
+    """Tensors of a forward pass with respect to which an objective is differentiated."""
 
-    This is a generator: the forward pass runs when the first item is requested. The caller must
-    have gradients enabled.
+    def attached(self) -> AbstractContextManager[None]:
+        """A context in which a forward pass meets, or makes, the tensors."""
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """The tensors, after the forward pass."""
+
+
+class LinearOutputs:
+    """The outputs of linear maps, such as the consumers of blocks, and a record of their inputs.
 
     Args:
-        batch: one of the calibration batches.
-        generator: of sampled labels.
-        record_inputs: one function per block. It is called with the input of the block's consumer,
-            (B, S, p) or (B * S, p), detached, once for each run of the block.
-        paths: of other linear maps, which then take the place of the blocks' consumers.
-
-    Raises:
-        UserError: the objective does not depend on every block.
-
-    Yields:
-        One item for each objective value of an example (one per class, for instance). An item holds
-        for every block, and each of its runs, the gradient (B, S, d) or (B * S, d) at the
-        consumer's output, including padding.
+        model: that has the maps.
+        paths: of the maps.
+        record_inputs: one function per map, if any. It is called with the input of the map,
+            (B, S, p) or (B * S, p), detached, once for each run of the map.
     """
-    model = calibration.model
-    if paths is None:
-        paths = [block.consumer for block in calibration.layout.blocks]
-    outputs: list[list[Tensor]] = [[] for _ in paths]
-    with ExitStack() as stack:
-        for path, record, block_outputs in zip(paths, record_inputs, outputs, strict=True):
-            hook = _recording_hook(record, block_outputs)
-            stack.callback(model.get_submodule(path).register_forward_hook(hook).remove)
-        predictions = model(**model_inputs(batch), return_dict=True)
-    values = objective_values(
-        predictions, batch, model.config, generator, objective=calibration.objective
-    )
-    flat = [output for block_outputs in outputs for output in block_outputs]
-    for i, value in enumerate(values):
-        keep = i + 1 < len(values)
-        found = torch.autograd.grad(value.sum(), flat, retain_graph=keep, allow_unused=True)
-        if any(gradient is None for gradient in found):
-            raise UserError(
-                "the loss does not depend on every layer of the model; compute it from the outputs "
-                "of the last layer or of the head"
-            )
-        gradients = iter(found)
-        yield tuple(tuple(islice(gradients, len(block_outputs))) for block_outputs in outputs)
+
+    def __init__(
+        self, model: nn.Module, paths: Sequence[str], record_inputs: Sequence[Record] = ()
+    ) -> None:
+        self._maps = [model.get_submodule(path) for path in paths]
+        self._record_inputs = record_inputs or [_ignore] * len(paths)
+        self._outputs: list[list[Tensor]] = [[] for _ in paths]
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """A context in which the maps have hooks."""
+        watched = zip(self._maps, self._record_inputs, self._outputs, strict=True)
+        with ExitStack() as stack:
+            for module, record, outputs in watched:
+                hook = _recording_hook(record, outputs)
+                stack.callback(module.register_forward_hook(hook).remove)
+            yield
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """The outputs of all runs of the first map, then of the second, ..."""
+        return [output for outputs in self._outputs for output in outputs]
+
+    def by_map(self, gradients: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        """Gradients in the order of `tensors`: for every map those of its runs."""
+        left = iter(gradients)
+        return [tuple(islice(left, len(outputs))) for outputs in self._outputs]
+
+
+def _ignore(_: Tensor) -> None:
+    """A `Record` that does nothing."""
 
 
 def _recording_hook(

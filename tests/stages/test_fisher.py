@@ -130,6 +130,6 @@ def test_the_block_of_a_gradient_that_is_not_finite_is_named(
     model = tiny_model()
     with torch.no_grad():
         model.bert.encoder.layer[1].output.dense.weight[0, 0] = torch.inf
-    with pytest.raises(UserError, match=r"mask gradients of layer\.\d\.\w+ are not finite"):
+    with pytest.raises(UserError, match=r"after layer\.1 are not finite"):
         collect(model, [tiny_batch()])
     assert all(not module._forward_pre_hooks for module in model.modules())
