@@ -49,7 +49,7 @@ _ABANDONED_SECONDS = 3600.0
 """A half-written file that is older than this belongs to a process that was killed."""
 
 LATER_SETTINGS = (
-    *("allocation", "rearrange", "tune", "teacher", "uniform", "round_to", "rounds"),
+    *("allocation", "rearrange", "tune", "teacher", "uniform", "depth", "round_to", "rounds"),
     *("protect", "min_heads", "min_neurons"),
 )
 """Settings that statistics do not depend on. All others are part of the key, new ones included."""

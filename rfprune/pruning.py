@@ -33,6 +33,7 @@ from rfprune.latency.speedup import measure_ratio
 from rfprune.latency.table import LatencyTable
 from rfprune.latency.timed_batch import timed_batch
 from rfprune.methods.budget import check_constraints, cost_model
+from rfprune.methods.depth import DepthSearch, Selection, compare_layers
 from rfprune.methods.problem import Problem, prepare_problem
 from rfprune.methods.sparsity import add_zeros
 from rfprune.methods.statistics import Statistics, collect_statistics
@@ -45,6 +46,7 @@ from rfprune.model.plain import to_plain
 from rfprune.model.residency import execution_device
 from rfprune.result import PruneResult, units_of_layers
 from rfprune.settings import Settings
+from rfprune.stages.depth import StackOfLayers
 from rfprune.stages.map_inputs import maps_of_layers
 from rfprune.stages.objective import Loss
 
@@ -184,10 +186,11 @@ def _wanted(constraint: Constraint | Sizes | float | None, settings: Settings | 
     """A constraint or sizes; None where something else than the removal of units is asked for."""
     if isinstance(constraint, Sizes):
         chosen = Settings() if settings is None else settings
-        if chosen.protect or chosen.min_heads or chosen.min_neurons or chosen.uniform:
+        limits = chosen.protect or chosen.min_heads or chosen.min_neurons
+        if limits or chosen.uniform or chosen.depth != "off":
             raise UserError(
-                "sizes say what every layer keeps, so protect, min_heads, min_neurons and uniform "
-                "do nothing: leave them out"
+                "sizes say what every layer keeps, so protect, min_heads, min_neurons, uniform and "
+                "depth do nothing: leave them out"
             )
         return constraint
     if constraint is None and getattr(settings, "sparsity", None) is not None:
@@ -213,11 +216,14 @@ def prune_to_each(problem: Problem, constraints: Iterable[Target]) -> Iterator[P
             if isinstance(sizes, Sizes):
                 sizes.kept(problem.layout)
         statistics = collect_statistics(problem) if known or not is_list else None
+        stacks: list[StackOfLayers] = []
+        if statistics is not None and problem.settings.depth != "off":
+            stacks = compare_layers(problem, statistics)
     for constraint in constraints:
         with default_torch_state(device):
             if isinstance(constraint, Constraint):
                 check_constraints(problem, [constraint])  # an iterator gives them one by one
-            result = _prune(problem.with_own_timer(), statistics, constraint)
+            result = _prune(problem.with_own_timer(), statistics, stacks, constraint)
         yield result
 
 
@@ -237,15 +243,22 @@ def _with_latency_table(problem: Problem, constraints: Sequence[Constraint]) -> 
     return replace(problem, latency_table=table)
 
 
-def _prune(problem: Problem, statistics: Statistics | None, constraint: Target) -> PruneResult:
+def _prune(
+    problem: Problem,
+    statistics: Statistics | None,
+    stacks: Sequence[StackOfLayers],
+    constraint: Target,
+) -> PruneResult:
     """Remove units to meet a constraint, if there is one, and set weights to zero, if asked to."""
     settings, timer = problem.settings, problem.timer
     student, masks = problem.model, full_masks(problem.layout)
     promise, zeros, warnings = None, None, list[str]()
+    removed: tuple[int, ...] = ()
     if constraint is None or statistics is None:
         student = unpruned_copy(student)
     else:
-        student, masks, promise, warnings = _remove_units(problem, statistics, constraint)
+        student, kept, promise, warnings = _remove_units(problem, statistics, stacks, constraint)
+        masks, removed = kept.masks, kept.removed
     if settings.uniform:
         student = to_plain(student)
     if settings.sparsity is not None:
@@ -257,6 +270,7 @@ def _prune(problem: Problem, statistics: Statistics | None, constraint: Target) 
         model=student,
         masks=masks,
         layout=problem.layout,
+        removed_layers=removed,
         constraint=constraint if isinstance(constraint, Constraint) else None,
         achieved=_achieved(problem, student, masks) | latency,
         seconds=timer.report(),
@@ -272,33 +286,42 @@ def _prune(problem: Problem, statistics: Statistics | None, constraint: Target) 
 
 
 def _remove_units(
-    problem: Problem, statistics: Statistics, constraint: Constraint | Sizes
-) -> tuple[PreTrainedModel, Masks, LatencyPromise | None, list[str]]:
+    problem: Problem,
+    statistics: Statistics,
+    stacks: Sequence[StackOfLayers],
+    constraint: Constraint | Sizes,
+) -> tuple[PreTrainedModel, Selection, LatencyPromise | None, list[str]]:
     """Prune to a constraint in one or more rounds; each starts from the student of the last.
 
-    Sizes are reached in one round.
+    Sizes are reached in one round. Layers are removed in the only round, if at all.
+
+    Returns:
+        The student; what is kept of the original, with scales of its units; and warnings.
     """
     settings, timer = problem.settings, problem.timer
     student, masks = problem.model, full_masks(problem.layout)
-    promise, warnings = None, list[str]()
+    kept, promise, warnings = Selection(masks), None, list[str]()
     for number, target in enumerate(_targets(constraint, settings.rounds)):
         current = problem if number == 0 else problem.with_model(student)
         collected = statistics if number == 0 else collect_statistics(current)
-        kept, promise = _choose_units(problem, current, collected, masks, target)
+        search = DepthSearch(current, collected, stacks)
+        kept, promise = _choose(problem, search, masks, target)
         with timer.stage("compact"):
-            unfinished = unfinished_folder(current, kept)
+            unfinished = unfinished_folder(current, kept.masks)
             folder = None if unfinished is None else unfinished.path
-            student = compact(current.model, current.layout, kept, folder=folder)
-            masks = compose_masks(problem.layout, masks, current.layout, kept)
+            student = compact(
+                current.model, current.layout, kept.masks, kept.removed, folder=folder
+            )
+            masks = compose_masks(problem.layout, masks, current.layout, kept.masks)
         warnings = missed_latency_warnings(promise)
         if settings.tune:
             with timer.stage("tune"), frozen(problem.model), frozen(student):
-                scales, failures = statistics.fit(problem, student, target)
+                scales, failures = statistics.fit(problem, student, target, kept.removed)
                 masks = scale_kept_units(problem.layout, masks, scales)
             warnings += failures
         if unfinished is not None:
             unfinished.remove_with(student)
-    return student, masks, promise, warnings
+    return student, Selection(masks, kept.removed), promise, warnings
 
 
 def schedule(ratio: float, rounds: int) -> list[float]:
@@ -313,50 +336,50 @@ def _targets(constraint: Constraint | Sizes, rounds: int) -> list[Constraint | S
     return [Constraint(constraint.metric, one) for one in schedule(constraint.ratio, rounds)]
 
 
-def _choose_units(
-    problem: Problem,
-    current: Problem,
-    statistics: Statistics,
-    masks: Masks,
-    constraint: Constraint | Sizes,
-) -> tuple[Masks, LatencyPromise | None]:
-    """Choose the units to keep; a constraint on latency is measured and corrected.
+def _choose(
+    problem: Problem, search: DepthSearch, masks: Masks, constraint: Constraint | Sizes
+) -> tuple[Selection, LatencyPromise | None]:
+    """Choose the units and layers to keep; a constraint on latency is measured and corrected.
 
     Args:
         problem: the original model's, to which the constraint refers.
-        current: that of the model as pruned so far.
-        statistics: of the model as pruned so far.
+        search: with problem and statistics of the model as pruned so far.
         masks: of the original's units, as pruned so far.
 
     Returns:
-        Masks of the current model's units.
+        What is kept of the current model.
     """
+    current = search.problem
     if isinstance(constraint, Sizes):
         costs = exact_costs(problem.layout, constraint.kept(problem.layout))
-        return statistics.choose_units(current, costs, 0.0), None
+        return Selection(search.statistics.choose_units(current, costs, 0.0)), None
     costs = cost_model(problem, constraint.metric)
     consumers = [block.consumer for block in problem.layout.blocks]
     places = [consumers.index(block.consumer) for block in current.layout.blocks]
     num_units = [block.num_units for block in current.layout.blocks]
 
-    def choose(costs: CostModel, budget: float) -> Masks:
-        return statistics.choose_units(current, costs.select_blocks(places, num_units), budget)
+    def choose(costs: CostModel, budget: float) -> Selection:
+        return search.choose(constraint, costs.select_blocks(places, num_units), budget)
 
     if constraint.metric != "latency":
         return choose(costs, costs.budget(constraint)), None
 
-    def measure(kept: Masks) -> tuple[float, float]:
+    def measure(kept: Selection) -> tuple[float, float]:
         with problem.timer.stage("verify"), frozen(problem.model):
-            small = compact(current.model, current.layout, kept)
+            small = compact(current.model, current.layout, kept.masks, kept.removed)
             batch = timed_batch(problem.inputs, problem.latency_table)
             return distributed.broadcast_from_main(
                 lambda: measure_ratio(problem.model, small, batch)
             )
 
-    def kept_of_original(kept: Masks) -> tuple[int, ...]:
-        return num_kept(compose_masks(problem.layout, masks, current.layout, kept))
+    def kept_of_original(kept: Selection) -> tuple[int, ...]:
+        return num_kept(compose_masks(problem.layout, masks, current.layout, kept.masks))
 
-    return meet_latency(costs, constraint, choose, measure, kept_of_original)
+    return meet_latency(costs, constraint, choose, measure, kept_of_original, _removed_layers)
+
+
+def _removed_layers(kept: Selection) -> tuple[int, ...]:
+    return kept.removed
 
 
 def _achieved(problem: Problem, student: PreTrainedModel, masks: Masks) -> dict[str, float]:

@@ -35,12 +35,14 @@ class PruneResult:
         masks: one (U,) per block of `layout`: 0 for units that were removed, the tuned scale of the
             others (1 if the method does not scale units).
         layout: the blocks of the original model.
+        removed_layers: indices of the layers of the original that were removed whole; all others
+            have moved up.
         constraint: the constraint that was asked for; None if all units were kept.
         achieved: cost of the pruned model as a fraction of the original's, by metric: "mac"
             (Transformer layers, at the mean length), "params" (all), "memory" (bytes of weights),
             and "latency" if that was constrained.
-        seconds: by stage (collect, search, rearrange, compact, verify, tune, sparsify), and their
-            sum (prune_total).
+        seconds: by stage (collect, depth, search, rearrange, compact, verify, tune, sparsify), and
+            their sum (prune_total).
         warnings: one sentence for each way in which the calibration batches are no sample of the
             model's data, each block that could not be fitted, or a latency that was not met.
         layers: units of every kind kept in every layer; see `units_of_layers`.
@@ -67,6 +69,7 @@ class PruneResult:
     cached: tuple[str, ...] = ()
     promise: LatencyPromise | None = None
     sparsity: tuple[MapSparsity, ...] | None = None
+    removed_layers: tuple[int, ...] = ()
 
     @property
     def ratio(self) -> float | None:
@@ -84,8 +87,9 @@ class PruneResult:
         """Write the pruned model to a folder, as the command does.
 
         The folder holds config.json, model.safetensors, pruning/masks.safetensors, the tokenizer,
-        and modeling_rfprune.py, the code of the model (not after `uniform=True`, which makes a
-        model of its family's own class). It appears whole or not at all.
+        and modeling_rfprune.py, the code of the model (not after `uniform=True` or
+        `depth="layers"`, which make a model of its family's own class). It appears whole or not at
+        all.
 
         Args:
             folder: new or empty.
@@ -112,7 +116,15 @@ class PruneResult:
         marker = masks_path(folder).relative_to(folder).as_posix()
         check_free(folder, overwrite=overwrite, marker=marker)
         with staged(folder, overwrite=overwrite) as temporary:
-            save_pruned(self.model, self.layout, self.masks, temporary, tokenizer, dtype=dtype)
+            save_pruned(
+                self.model,
+                self.layout,
+                self.masks,
+                temporary,
+                tokenizer,
+                removed_layers=self.removed_layers,
+                dtype=dtype,
+            )
 
 
 def units_of_layers(layout: Layout, counts: Sequence[int]) -> list[dict[str, int]]:

@@ -46,11 +46,14 @@ MAX_SEED = 2**63 - 1  # torch accepts no larger one
 
 _OF_UNITS = (
     *("metric", "method", "importance", "allocation", "gradients", "teacher", "rearrange", "tune"),
-    *("uniform", "rounds", "protect", "min_heads", "min_neurons", "score_stages"),
+    *("uniform", "depth", "rounds", "protect", "min_heads", "min_neurons", "score_stages"),
 )
 """Choices about the heads and neurons that are removed."""
 
-_OF_SIZES = ("allocation", "teacher", "uniform", "rounds", "protect", "min_heads", "min_neurons")
+_OF_SIZES = (
+    *("allocation", "teacher", "uniform", "depth", "rounds"),
+    *("protect", "min_heads", "min_neurons"),
+)
 """Choices about the number of units that each layer keeps, or that need a constraint."""
 
 _SUBLAYERS = "heads|cross_heads|neurons"
@@ -101,6 +104,10 @@ PROTECTED_NAME = Allowed(
     "neurons or cross_heads of all layers",
     lambda name: isinstance(name, str) and re.fullmatch(PROTECTED, name) is not None,
 )
+DEPTH = Allowed(
+    "off, layers, joint, or how many layers to remove, such as 4",
+    lambda text: text in ("off", "layers", "joint") or (text.isdecimal() and int(text) > 0),
+)
 POINTS = Allowed(
     "a number from 0 up to 100: it is how many points of the task's score may be lost, such as 1",
     lambda number: 0 <= number < 100,
@@ -143,6 +150,7 @@ class Declaration:
         alternative_to: another field; at most one of the two can be given.
         method: the only method for which it does something.
         implies_method: giving it chooses that method.
+        without_value: what the flag means without a value; it needs one if this is empty.
         changes_output: False if runs that differ in it have the same output.
     """
 
@@ -157,6 +165,7 @@ class Declaration:
     alternative_to: str = ""
     method: str = ""
     implies_method: bool = False
+    without_value: str = ""
     changes_output: bool = True
 
     def check(self, name: str, value: Any) -> None:
@@ -478,6 +487,16 @@ class Settings:
         "architecture, which loads without rfprune's code",
         default=False,
     )
+    depth: str = choice(
+        "remove whole layers, for a plain and fast model; layers: as many as the constraint needs, "
+        "and nothing else (with --uniform also the same sizes in all others); joint: some layers, "
+        "then heads and neurons of the others; a number: so many layers, then heads and neurons; "
+        "--depth alone means layers",
+        default="off",
+        metavar="LAYERS",
+        allowed=DEPTH,
+        without_value="layers",
+    )
     round_to: int | None = choice(
         "keep neurons in multiples of 8, 16, 32 or 64, or 1 for any number; odd numbers can be "
         "several times slower on hardware (default: 8 for curvature, 1 for other methods)",
@@ -537,6 +556,10 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
+        depth: Any = self.depth
+        if type(depth) is int:
+            object.__setattr__(self, "depth", str(depth))
+        sizes_are_given = self.round_to in MULTIPLES or self.allocation != ALLOCATIONS[0]
         if self.round_to == _BY_METHOD:
             multiple = MULTIPLES[0] if self.method == METHODS[0] else None
             object.__setattr__(self, "round_to", multiple)
@@ -552,6 +575,7 @@ class Settings:
         self._check_sparsity()
         if self.round_to == 1:
             object.__setattr__(self, "round_to", None)
+        self._check_depth(sizes_are_given=sizes_are_given)
         for one in fields(self):
             if getattr(self, one.name) != one.default:
                 self._check_method_of(one.name)
@@ -608,12 +632,39 @@ class Settings:
                 "global (sparsity_scope='global') does nothing: leave it out, or give a fraction"
             )
 
+    def _check_depth(self, *, sizes_are_given: bool) -> None:
+        """Refuse rounds, and choices about the sizes of layers where these stay as they are."""
+        if self.depth == "off":
+            return
+        if self.rounds != 1:
+            raise UserError(
+                f"--depth {self.depth} chooses layers once, and {self._shown('rounds')} prunes in "
+                "steps: leave one of them out"
+            )
+        floor = next((one for one in ("min_heads", "min_neurons") if getattr(self, one)), None)
+        if floor is not None:
+            raise UserError(
+                f"{self._shown(floor)} is about every layer, and --depth {self.depth} removes some "
+                "whole: leave one of them out, or keep layers with --protect"
+            )
+        if self.depth == "layers" and sizes_are_given and not self.uniform:
+            one = "round_to" if self.allocation == ALLOCATIONS[0] else "allocation"
+            raise UserError(
+                f"{self._shown(one)} is about the sizes of layers, which --depth layers "
+                "(depth='layers') leaves as they are: leave it out, or choose --depth joint "
+                "(depth='joint')"
+            )
+
+    def _shown(self, name: str) -> str:
+        """A choice as a flag and as an argument."""
+        return _spelled(type(self), name, getattr(self, name))
+
     def _check_method_of(self, name: str) -> None:
         """Refuse a choice that does nothing for the method."""
         owner = declarations(type(self))[name].method
         if owner not in ("", self.method):
             raise UserError(
-                f"{_spelled(type(self), name, getattr(self, name))} belongs to --method {owner} "
+                f"{self._shown(name)} belongs to --method {owner} "
                 f"and does nothing for {self.method}: leave it out, or choose --method {owner}"
             )
 
@@ -762,10 +813,12 @@ class Options:
         if not self.removes_units:
             self._check_without_constraint()
         self._check_sizes()
-        if self.settings.uniform and "dense" in self.output.export:
+        makes_plain = self.settings.uniform or self.settings.depth == "layers"
+        if makes_plain and "dense" in self.output.export:
+            flag = "--uniform" if self.settings.uniform else "--depth layers"
             raise UserError(
                 "--export dense is for tools that cannot run code from a checkpoint, and a model "
-                "pruned with --uniform needs none: leave --export dense out"
+                f"pruned with {flag} needs none: leave --export dense out"
             )
         if self.run.offload is not None and self.output.export:
             raise UserError(

@@ -74,7 +74,15 @@ def save_output(
     with staged(folder, overwrite=options.output.overwrite) as temporary, quiet_transformers():
         dtype = getattr(torch, report["stored_dtype"])
         tokenizer = prepared.tokenizer
-        save_pruned(result.model, result.layout, result.masks, temporary, tokenizer, dtype=dtype)
+        save_pruned(
+            result.model,
+            result.layout,
+            result.masks,
+            temporary,
+            tokenizer,
+            removed_layers=result.removed_layers,
+            dtype=dtype,
+        )
         report["pruned"]["bytes"] = weight_bytes(temporary)
         files = prepared.files
         write_companion_files(files, temporary)

@@ -155,6 +155,8 @@ def _argument(subject: type[Any], choice: Field[Any], declaration: Declaration) 
         argument["nargs"] = "+"
         argument["action"] = "extend" if declaration.repeatable else "store"
         kind = get_args(kind)[0]
+    if declaration.without_value:
+        argument |= {"nargs": "?", "const": declaration.without_value}
     if declaration.choices:
         argument["choices"] = declaration.choices
     return {**argument, "type": _reader(flag_of(subject, choice.name), kind, declaration)}

@@ -7,7 +7,7 @@ the sum of C_b(n_b), with n_b the number of units that block b keeps.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, SupportsFloat
 
@@ -98,16 +98,19 @@ class CostModel:
         constant: fixed cost of a pruned model.
         added_by_pruning: the part of `constant` that the original does not have; negative where
             the original had more, such as tokens that were trimmed.
+        layer_costs: the part of `constant` that each layer takes (norms, biases), which goes with
+            the whole layer; empty where there is none, or where no layer may be removed.
     """
 
     metric: str
     tables: tuple[NDArray[np.float64], ...]
     constant: float = 0.0
     added_by_pruning: float = 0.0
+    layer_costs: tuple[float, ...] = ()
 
-    def total(self, kept: Sequence[int]) -> float:
-        """The cost of keeping `kept[b]` units of each block b."""
-        return self.constant + sum(
+    def total(self, kept: Sequence[int], removed: Collection[int] = ()) -> float:
+        """The cost of keeping `kept[b]` units of each block b, and all layers but `removed`."""
+        return self.without_layers(removed).constant + sum(
             float(table[n]) for table, n in zip(self.tables, kept, strict=True)
         )
 
@@ -122,6 +125,11 @@ class CostModel:
         """The smallest possible cost of all blocks together, without `constant`."""
         return sum(float(table.min()) for table in self.tables)
 
+    @property
+    def min_constant(self) -> float:
+        """The smallest possible fixed cost: one layer must stay."""
+        return self.constant - sum(self.layer_costs) + min(self.layer_costs, default=0.0)
+
     def ratio_for(self, cost: float) -> float:
         """The ratio, rounded up to four decimals, at which `cost` (with `constant`) is allowed."""
         return math.ceil(1e4 * cost / self.original) / 1e4
@@ -130,7 +138,26 @@ class CostModel:
         """A model of the same original cost in which pruning saves `factor` times as much."""
         tables = tuple(factor * table for table in self.tables)
         full = sum(float(table[-1]) for table in self.tables)
-        return replace(self, tables=tables, constant=self.constant + (1 - factor) * full)
+        return replace(
+            self,
+            tables=tables,
+            constant=self.constant + (1 - factor) * full,
+            layer_costs=tuple(factor * cost for cost in self.layer_costs),
+        )
+
+    def without_layers(self, removed: Collection[int]) -> CostModel:
+        """The costs of the same original once these layers are removed; their blocks keep nothing.
+
+        Args:
+            removed: indices of layers.
+        """
+        saved = sum(self.layer_costs[layer] for layer in removed) if self.layer_costs else 0.0
+        return replace(
+            self,
+            constant=self.constant - saved,
+            added_by_pruning=self.added_by_pruning - saved,
+            layer_costs=(),
+        )
 
     def select_blocks(self, blocks: Sequence[int], num_units: Sequence[int]) -> CostModel:
         """The costs of some blocks, each with `num_units` of its units left.
@@ -150,7 +177,7 @@ class CostModel:
                 named.
         """
         budget = constraint.ratio * self.original - self.constant
-        smallest = self.constant + self.min_block_cost
+        smallest = self.min_constant + self.min_block_cost
         if constraint.ratio * self.original < smallest:
             raise UserError(
                 f"constraint {constraint.ratio} on {self.metric} cannot be met: the parts that are "

@@ -102,4 +102,22 @@ def weight_costs(
         table[1:] += extra
     added = sum(_added_params(model, block, element_cost) for block in layout.blocks)
     constant = float(total + added - costs.original)
-    return replace(costs, constant=constant, added_by_pruning=float(added))
+    return replace(
+        costs,
+        constant=constant,
+        added_by_pruning=float(added),
+        layer_costs=_layer_costs(model, layout, costs, element_cost),
+    )
+
+
+def _layer_costs(
+    model: nn.Module, layout: Layout, costs: CostModel, element_cost: ElementCost
+) -> tuple[float, ...]:
+    """The cost of the parameters of each layer that belong to no unit: norms, biases."""
+    found = [
+        float(sum(each.numel() * element_cost(each) for each in layer.parameters()))
+        for layer in map(model.get_submodule, layout.layers)
+    ]
+    for block, table in zip(layout.blocks, costs.tables, strict=True):
+        found[block.layer] -= float(table[-1]) - _added_params(model, block, element_cost)
+    return tuple(found)

@@ -224,7 +224,11 @@ _BART_FFN = replace(_OPT_FFN, next_norm="final_layer_norm")
 _BART = Architecture(
     (
         Stack("encoder.layers", (_BART_ATTENTION, _BART_FFN)),
-        Stack("decoder.layers", (_BART_ATTENTION, _BART_CROSS_ATTENTION, _BART_FFN)),
+        Stack(
+            "decoder.layers",
+            (_BART_ATTENTION, _BART_CROSS_ATTENTION, _BART_FFN),
+            num_layers_entry="decoder_layers",
+        ),
     )
 )
 
@@ -237,7 +241,7 @@ _PEGASUS_DECODER = (
 _PEGASUS = Architecture(
     (
         Stack("encoder.layers", (_OPT_ATTENTION, _OPT_FFN), pre_norm=True),
-        Stack("decoder.layers", _PEGASUS_DECODER, pre_norm=True),
+        Stack("decoder.layers", _PEGASUS_DECODER, pre_norm=True, num_layers_entry="decoder_layers"),
     )
 )
 
@@ -280,12 +284,20 @@ def _t5_ffn(place: int) -> Sublayer:
 
 _T5 = Architecture(
     (
-        Stack("encoder.block", (_T5_ATTENTION, _t5_ffn(1)), pre_norm=True, layer_output_length=3),
+        Stack(
+            "encoder.block",
+            (_T5_ATTENTION, _t5_ffn(1)),
+            pre_norm=True,
+            layer_output_length=3,
+            first_layer_stays=True,
+        ),
         Stack(
             "decoder.block",
             (_T5_ATTENTION, _T5_CROSS_ATTENTION, _t5_ffn(2)),
             pre_norm=True,
             layer_output_length=3,
+            num_layers_entry="num_decoder_layers",
+            first_layer_stays=True,
         ),
     ),
     size_entries=SizeEntries(neurons="d_ff"),
@@ -298,7 +310,12 @@ _UMT5_CROSS_ATTENTION = replace(_T5_CROSS_ATTENTION, returns_position_bias=False
 _UMT5 = Architecture(
     (
         Stack("encoder.block", (_UMT5_ATTENTION, _t5_ffn(1)), pre_norm=True),
-        Stack("decoder.block", (_UMT5_ATTENTION, _UMT5_CROSS_ATTENTION, _t5_ffn(2)), pre_norm=True),
+        Stack(
+            "decoder.block",
+            (_UMT5_ATTENTION, _UMT5_CROSS_ATTENTION, _t5_ffn(2)),
+            pre_norm=True,
+            num_layers_entry="num_decoder_layers",
+        ),
     ),
     size_entries=SizeEntries(neurons="d_ff"),
 )
@@ -369,7 +386,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "eurobert": replace(_LLAMA, causal=False),
     "modernbert": Architecture(
-        (Stack("layers", (_MODERNBERT_ATTENTION, _MODERNBERT_FFN), pre_norm=True),),
+        (
+            Stack(
+                "layers",
+                (_MODERNBERT_ATTENTION, _MODERNBERT_FFN),
+                pre_norm=True,
+                first_layer_stays=True,
+            ),
+        ),
         size_entries=SizeEntries(),
     ),
     "gpt2": Architecture(

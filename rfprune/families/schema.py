@@ -115,6 +115,9 @@ class Stack:
             `num_hidden_layers`, and each runs several times in a row.
         layer_output_length: length of the tuple that a layer returns, hidden states first; None
             where a layer returns the hidden states as a tensor.
+        num_layers_entry: the entry of the configuration with the number of layers.
+        first_layer_stays: whether the first layer is unlike the others (a norm that it lacks, a
+            table that serves all layers), so that no other can take its place.
     """
 
     layers: str
@@ -122,6 +125,8 @@ class Stack:
     pre_norm: bool = False
     shared: bool = False
     layer_output_length: int | None = None
+    num_layers_entry: str = "num_hidden_layers"
+    first_layer_stays: bool = False
 
 
 @dataclass(frozen=True)

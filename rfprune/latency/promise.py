@@ -9,12 +9,15 @@ published methods do not measure the latency of the pruned model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import TypeVar
 
 from rfprune.cost.constraint import Constraint, CostModel
 from rfprune.errors import UserError
-from rfprune.model.masks import Masks, num_kept
+
+Choice = TypeVar("Choice")
+"""What is kept of a model, such as its masks."""
 
 TOLERANCE = 0.03
 """Largest relative deviation from the promised latency, to either side: a slower model breaks the
@@ -79,51 +82,53 @@ class LatencyPromise:
 def meet_latency(
     costs: CostModel,
     constraint: Constraint,
-    choose: Callable[[CostModel, float], Masks],
-    measure: Callable[[Masks], tuple[float, float]],
-    count_kept: Callable[[Masks], tuple[int, ...]] = num_kept,
-) -> tuple[Masks, LatencyPromise]:
-    """Choose masks whose measured latency is the promised fraction of the original's.
+    choose: Callable[[CostModel, float], Choice],
+    measure: Callable[[Choice], tuple[float, float]],
+    count_kept: Callable[[Choice], tuple[int, ...]],
+    removed_layers: Callable[[Choice], Collection[int]] = lambda _: (),
+) -> tuple[Choice, LatencyPromise]:
+    """Choose sizes whose measured latency is the promised fraction of the original's.
 
     Args:
         costs: in milliseconds, from a latency table.
-        choose: from costs and a budget to masks.
-        measure: from masks to the measured fraction of the original's latency, and its relative
-            standard error.
-        count_kept: from masks to units by block of `costs`; the masks may be those of a model that
-            was pruned before.
+        choose: from costs and a budget to what is kept.
+        measure: from what is kept to the measured fraction of the original's latency, and its
+            relative standard error.
+        count_kept: from what is kept to units by block of `costs`, which may be those of a model
+            that was pruned before.
+        removed_layers: from what is kept to the indices of the layers that are removed whole.
 
     Returns:
-        The masks of the attempt nearest to the promise, and all attempts. An attempt that is too
+        The choice of the attempt nearest to the promise, and all attempts. An attempt that is too
         slow counts as further away than one that is too fast.
 
     Raises:
         UserError: the constraint cannot be met according to the table.
     """
     corrected, budget = costs, costs.budget(constraint)
-    found: list[tuple[Masks, LatencyAttempt]] = []
+    found: list[tuple[Choice, LatencyAttempt]] = []
     for _ in range(1 + MAX_CORRECTIONS):
         try:
-            masks = choose(corrected, budget)
+            choice = choose(corrected, budget)
         except UserError:
             if not found:
                 raise
             break  # no smaller sizes are left
-        kept = count_kept(masks)
+        kept, removed = count_kept(choice), removed_layers(choice)
         if any(kept == attempt.kept for _, attempt in found):
             break
-        predicted = corrected.total(kept) / costs.original
-        attempt = LatencyAttempt(kept, predicted, *measure(masks))
-        found.append((masks, attempt))
+        predicted = corrected.total(kept, removed) / costs.original
+        attempt = LatencyAttempt(kept, predicted, *measure(choice))
+        found.append((choice, attempt))
         if abs(attempt.measured / constraint.ratio - 1) <= TARGET_TOLERANCE:
             break
-        saving = 1 - costs.total(kept) / costs.original
+        saving = 1 - costs.total(kept, removed) / costs.original
         corrected = costs.with_savings(max((1 - attempt.measured) / saving, _MIN_SAVING))
         try:
             budget = corrected.budget(constraint)
         except UserError:
             # One measurement says that no sizes can meet it: halve the cost and measure again.
-            blocks_cost = costs.total(kept) - costs.constant
+            blocks_cost = costs.total(kept, removed) - costs.constant
             corrected, budget = costs, (blocks_cost + costs.min_block_cost) / 2
     attempts = tuple(attempt for _, attempt in found)
     chosen = min(range(len(found)), key=lambda i: _distance(attempts[i], constraint.ratio))

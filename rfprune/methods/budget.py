@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from rfprune.cost.constraint import Constraint, CostModel
-from rfprune.cost.limits import restrict_to_limits
+from rfprune.cost.limits import protected_blocks, restrict_to_limits
 from rfprune.cost.macs import mac_costs
 from rfprune.cost.memory import memory_costs, total_bytes
 from rfprune.cost.params import param_costs, total_params
@@ -17,6 +17,7 @@ from rfprune.errors import UserError
 from rfprune.latency.table import LatencyTable, latency_costs
 from rfprune.methods.problem import Problem
 from rfprune.model.batch import mean_decoder_tokens, mean_tokens
+from rfprune.model.depth import removable_layers
 from rfprune.model.plain import plain_sizes
 from rfprune.stages.uniform import min_same_sizes_cost, same_sizes
 
@@ -30,6 +31,8 @@ def cost_model(problem: Problem, metric: str) -> CostModel:
         UserError: the metric is latency, and there is no latency table.
     """
     costs = _all_sizes(problem, metric)
+    if problem.settings.depth == "off":
+        costs = replace(costs, layer_costs=())
     costs = restrict_to_multiples(costs, problem.layout, problem.settings.round_to)
     return restrict_to_limits(costs, problem.layout, problem.settings)
 
@@ -68,6 +71,8 @@ def min_ratio(problem: Problem, metric: str) -> float:
         UserError: with `uniform`, the model cannot have the same sizes in every layer.
     """
     costs = cost_model(problem, metric)
+    if problem.settings.depth != "off":
+        return costs.ratio_for(_min_cost_of_layers(problem, costs))
     if problem.settings.uniform:
         allowed = plain_sizes(problem.model, problem.layout)
         return costs.ratio_for(min_same_sizes_cost(problem.layout, costs, allowed))
@@ -88,6 +93,9 @@ def check_constraints(problem: Problem, constraints: Iterable[Constraint]) -> No
             `uniform`, the model cannot have the same sizes in every layer.
     """
     constraints = list(constraints)
+    if problem.settings.depth != "off":
+        _check_depth(problem, constraints)
+        return
     for constraint in constraints:
         _check_single_unit(problem, constraint)
     if problem.settings.uniform:
@@ -114,6 +122,81 @@ def _check_single_unit(problem: Problem, constraint: Constraint) -> None:
             f"cost{'s' * ('below' in kept)} {ratio:g} of the original"
             f"{'' if table is None else _conditions(table)}; choose {ratio:g} or more"
         )
+
+
+def _check_depth(problem: Problem, constraints: Iterable[Constraint]) -> None:
+    """Check that so many layers can be removed, and that this is enough for each constraint."""
+    depth, uniform = problem.settings.depth, problem.settings.uniform
+    stacks, allowed = problem.layout.stacks(), layers_to_choose_from(problem)
+    most = sum(min(len(set(stack) & set(allowed)), len(stack) - 1) for stack in stacks)
+    if not most:
+        raise UserError(
+            "this model has no layer that can be removed: one must stay, and so must protected "
+            "ones; leave out --depth (depth='off')"
+        )
+    if depth.isdecimal() and int(depth) > most:
+        one = "one layer" if len(stacks) == 1 else "one layer of each stack"
+        raise UserError(
+            f"--depth {depth} (depth={depth}) cannot be met: this model has "
+            f"{len(problem.layout.layers)} layers, and {one} must stay; choose at most {most}"
+        )
+    if uniform:
+        plain_sizes(problem.model, problem.layout)
+    for constraint in constraints:
+        costs = cost_model(problem, constraint.metric)
+        smallest = _min_cost_of_layers(problem, costs)
+        if constraint.ratio * costs.original < smallest:
+            others = "" if depth != "layers" or uniform else ", or --depth joint (depth='joint')"
+            raise UserError(
+                f"constraint {constraint.ratio:g} on {constraint.metric} cannot be met with "
+                f"--depth {depth} (depth='{depth}'): the smallest model costs "
+                f"{costs.ratio_for(smallest):g} of the original; choose that or more{others}"
+            )
+
+
+def layers_to_choose_from(problem: Problem) -> tuple[int, ...]:
+    """Indices of the layers that may be removed: no part of them is protected."""
+    protected = protected_blocks(problem.layout, problem.settings.protect)
+    stay = {block.layer for block in problem.layout.blocks if block.name in protected}
+    allowed = removable_layers(problem.model, problem.layout)
+    return tuple(layer for layer in allowed if layer not in stay)
+
+
+def _min_cost_of_layers(problem: Problem, costs: CostModel) -> float:
+    """The cost of the smallest model that `depth` allows.
+
+    With whole layers alone that is the cheapest layer of each stack, and those that cannot be
+    removed; with widths as well a single unit in them.
+    """
+    settings, layout = problem.settings, problem.layout
+    allowed = layers_to_choose_from(problem)
+    unit_costs = [0.0] * len(layout.layers)
+    for block, table in zip(layout.blocks, costs.tables, strict=True):
+        unit_costs[block.layer] += float(table[-1])
+    own = costs.layer_costs or (0.0,) * len(layout.layers)
+    removed: list[int] = []
+    for stack in layout.stacks():
+        dearest_first = sorted(
+            (layer for layer in stack if layer in allowed),
+            key=lambda layer: -own[layer] - unit_costs[layer],
+        )
+        removed += dearest_first[: len(stack) - 1]
+    if settings.depth.isdecimal():
+        removed = sorted(removed, key=lambda layer: -own[layer])[: int(settings.depth)]
+    fewer = costs.without_layers(removed)
+    left = [
+        (block, table)
+        for block, table in zip(layout.blocks, costs.tables, strict=True)
+        if block.layer not in removed
+    ]
+    if settings.depth == "layers" and not settings.uniform:
+        return fewer.constant + sum(float(table[-1]) for _, table in left)
+    if settings.uniform:
+        allowed_sizes = plain_sizes(problem.model, layout)
+        short = replace(layout, blocks=tuple(block for block, _ in left))
+        tables = replace(fewer, tables=tuple(table for _, table in left))
+        return min_same_sizes_cost(short, tables, allowed_sizes)
+    return _single_unit_cost(replace(fewer, tables=tuple(table for _, table in left)))
 
 
 def _conditions(table: LatencyTable) -> str:

@@ -7,7 +7,8 @@ fit       as in `rfprune.methods.curvature`, so that only the choice of units di
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -34,11 +35,19 @@ class CriterionStatistics:
         with problem.timer.stage("search"):
             return choose_most_important(problem, self.importance, costs, budget)
 
+    def of_blocks(self, blocks: Sequence[int]) -> CriterionStatistics:
+        """The same for a model that has only these blocks."""
+        return replace(self, importance=tuple(self.importance[b] for b in blocks))
+
     def fit(
-        self, problem: Problem, student: PreTrainedModel, _: Constraint | Sizes
+        self,
+        problem: Problem,
+        student: PreTrainedModel,
+        _: Constraint | Sizes,
+        removed: Collection[int] = (),
     ) -> tuple[dict[str, Tensor], list[str]]:
         """All weights of every out-projection; no scales of units."""
-        return {}, refit_weights(problem, student)
+        return {}, refit_weights(problem, student, removed)
 
 
 def collect(problem: Problem) -> CriterionStatistics:

@@ -16,8 +16,9 @@ arXiv 2312.17244) for the error curves; the allocation and the fit are our own, 
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -49,11 +50,19 @@ class CurvatureStatistics:
             kept = divide_budget(problem, errors, costs, budget)
             return tuple(curve.mask(n) for curve, n in zip(self.curves, kept, strict=True))
 
+    def of_blocks(self, blocks: Sequence[int]) -> CurvatureStatistics:
+        """The same for a model that has only these blocks."""
+        return replace(self, curves=tuple(self.curves[b] for b in blocks))
+
     def fit(
-        self, problem: Problem, student: PreTrainedModel, _: Constraint | Sizes
+        self,
+        problem: Problem,
+        student: PreTrainedModel,
+        _: Constraint | Sizes,
+        removed: Collection[int] = (),
     ) -> tuple[dict[str, Tensor], list[str]]:
         """All weights of every out-projection; no scales of units."""
-        return {}, refit_weights(problem, student)
+        return {}, refit_weights(problem, student, removed)
 
 
 def collect(problem: Problem) -> CurvatureStatistics:
@@ -78,10 +87,22 @@ def _orders_and_errors(problem: Problem) -> Tensors:
     return tuple(tensor for curve in ordered for tensor in (curve.order, curve.errors))
 
 
-def refit_weights(problem: Problem, student: PreTrainedModel) -> list[str]:
+def refit_weights(
+    problem: Problem, student: PreTrainedModel, removed: Collection[int] = ()
+) -> list[str]:
     """Fit every out-projection of a pruned model to the original, in place.
+
+    Args:
+        removed: layers of the original that the student lacks.
 
     Returns:
         A warning for each block that could not be fitted.
     """
-    return refit(problem.model, student, problem.layout, problem.inputs, progress=problem.progress)
+    return refit(
+        problem.model,
+        student,
+        problem.layout,
+        problem.inputs,
+        removed=removed,
+        progress=problem.progress,
+    )

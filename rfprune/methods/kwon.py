@@ -13,8 +13,9 @@ Section numbers are those of the paper (NeurIPS 2022, arXiv 2204.09656).
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -58,13 +59,30 @@ class KwonStatistics:
                 )
         return masks
 
+    def of_blocks(self, blocks: Sequence[int]) -> KwonStatistics:
+        """The same for a model that has only these blocks."""
+        return replace(
+            self,
+            gradients=tuple(self.gradients[b] for b in blocks),
+            importance=tuple(self.importance[b] for b in blocks),
+        )
+
     def fit(
-        self, problem: Problem, student: PreTrainedModel, constraint: Constraint | Sizes
+        self,
+        problem: Problem,
+        student: PreTrainedModel,
+        constraint: Constraint | Sizes,
+        removed: Collection[int] = (),
     ) -> tuple[dict[str, Tensor], list[str]]:
         """Section 4.3: mask tuning."""
         with self._teacher(problem, constraint):
             return tune_scales(
-                problem.model, student, problem.layout, problem.inputs, progress=problem.progress
+                problem.model,
+                student,
+                problem.layout,
+                problem.inputs,
+                removed=removed,
+                progress=problem.progress,
             )
 
     def _teacher(

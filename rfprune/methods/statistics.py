@@ -7,7 +7,7 @@ importance: one number per unit, by a classical criterion        `rfprune.method
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -39,14 +39,22 @@ class Statistics(Protocol):
             UserError: not a single unit fits the budget.
         """
 
+    def of_blocks(self, blocks: Sequence[int]) -> Statistics:
+        """The same statistics for a model that has only these blocks, by index."""
+
     def fit(
-        self, problem: Problem, student: PreTrainedModel, constraint: Constraint | Sizes
+        self,
+        problem: Problem,
+        student: PreTrainedModel,
+        constraint: Constraint | Sizes,
+        removed: Collection[int] = (),
     ) -> tuple[dict[str, Tensor], list[str]]:
         """Fit the weights of a pruned model to the original, in place.
 
         Args:
             problem: that of the original model, from which these statistics were collected.
             constraint: that the student has been pruned to, or its sizes.
+            removed: indices of the layers that the student lacks.
 
         Returns:
             Scales of the kept units by consumer, if the method scales units, and a warning for each

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from transformers import PreTrainedModel
 
 from rfprune.errors import RfpruneWarning, UserError, as_path, error_summary
 from rfprune.families.architectures import ARCHITECTURES
-from rfprune.families.schema import SizeEntries
 from rfprune.model.compact import family_entries
 from rfprune.model.layout import Layout, layout_of
 from rfprune.model.modeling_rfprune import check_description, is_of_transformers, pruned_class
@@ -49,6 +48,7 @@ def save_pruned(
     folder: str | Path,
     tokenizer: Any = None,
     *,
+    removed_layers: Sequence[int] = (),
     dtype: torch.dtype | None = None,
 ) -> None:
     """Save a pruned model, its masks and its tokenizer.
@@ -64,6 +64,7 @@ def save_pruned(
         masks: of `layout`, one float vector (U,) per block (`PruneResult.masks`).
         folder: created if it does not exist.
         tokenizer: or an image processor, saved beside the model; None to save the model alone.
+        removed_layers: of `layout` (`PruneResult.removed_layers`).
         dtype: of the stored weights. config.json keeps the model's own dtype, in which the weights
             are loaded again.
 
@@ -99,6 +100,8 @@ def save_pruned(
     metadata = {"format_version": str(MASKS_VERSION)}
     if getattr(model.config, "rfprune", None) is None:
         metadata["plain"] = "true"
+    if removed_layers:
+        metadata["removed_layers"] = " ".join(map(str, removed_layers))
     path = folder / MASKS_FILE
     path.parent.mkdir(exist_ok=True)
     save_file(named, path, metadata=metadata)
@@ -332,7 +335,8 @@ def load_masks(folder: str | Path) -> dict[str, Tensor]:
     path = masks_path(folder)
     try:
         with safe_open(path, framework="pt") as file:
-            version = (file.metadata() or {}).get("format_version")
+            metadata = file.metadata() or {}
+            version = metadata.get("format_version")
             masks = {key: file.get_tensor(key) for key in list(file.keys())}
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -343,7 +347,8 @@ def load_masks(folder: str | Path) -> dict[str, Tensor]:
             f"'{path}' has format version {version}, but this rfprune reads {MASKS_VERSION}; "
             "upgrade rfprune, or prune the model again"
         )
-    _check_masks(masks, folder, path)
+    removed = {int(one) for one in metadata.get("removed_layers", "").split() if one.isdecimal()}
+    _check_masks(masks, removed, folder, path)
     return masks
 
 
@@ -353,15 +358,24 @@ def masks_path(folder: Path) -> Path:
     return earlier if earlier.is_file() else folder / MASKS_FILE
 
 
-def _check_masks(masks: dict[str, Tensor], folder: Path, path: Path) -> None:
+def _check_masks(
+    masks: dict[str, Tensor], removed: Collection[int], folder: Path, path: Path
+) -> None:
     """Compare the number of units that each mask keeps with config.json."""
     config = _read_config(folder)
+    new_names = {name: _renumbered(name, removed) for name in masks}
     if _is_plain(config, folder):
         sizes = _plain_sizes(config)
-        kept = {name: sizes.get(name.rpartition(".")[2]) for name in masks}
+        known = {
+            new: sizes.get(name.rpartition(".")[2], len(masks[name]))
+            for name, new in new_names.items()
+            if new is not None
+        }
     else:
         blocks = _described_blocks(config, folder)
-        kept = {block["name"]: block["num_units"] for block in blocks}
+        known = {block["name"]: block["num_units"] for block in blocks}
+    kept = {name: 0 if new is None else known.pop(new, None) for name, new in new_names.items()}
+    kept |= known
     for name in sorted(kept.keys() | masks.keys()):
         mask = masks.get(name)
         found = None if mask is None or mask.dim() != 1 else int((mask != 0).sum())
@@ -373,10 +387,16 @@ def _check_masks(masks: dict[str, Tensor], folder: Path, path: Path) -> None:
             )
 
 
+def _renumbered(name: str, removed: Collection[int]) -> str | None:
+    """The name of a block once layers are removed; None in one of them."""
+    _, number, kind = name.split(".")
+    layer = int(number)
+    return None if layer in removed else f"layer.{layer - sum(i < layer for i in removed)}.{kind}"
+
+
 def _is_plain(config: Mapping[str, Any], folder: Path) -> bool:
     """Whether a folder holds a plain model, which its masks file is marked with."""
-    row = ARCHITECTURES.get(str(config.get("model_type")))
-    if "rfprune" in config or row is None or row.size_entries is None:
+    if "rfprune" in config or config.get("model_type") not in ARCHITECTURES:
         return False
     try:
         with safe_open(masks_path(folder), framework="pt") as file:
@@ -386,8 +406,11 @@ def _is_plain(config: Mapping[str, Any], folder: Path) -> bool:
 
 
 def _plain_sizes(config: dict[str, Any]) -> dict[str, Any]:
-    """The sizes in the config.json of a plain model, by the last part of a block's name."""
-    entries = ARCHITECTURES[config["model_type"]].size_entries or SizeEntries()
+    """The sizes in the config.json of a plain model, by the last part of a block's name; empty in
+    families without entries for them, whose plain models have lost layers and no units."""
+    entries = ARCHITECTURES[config["model_type"]].size_entries
+    if entries is None:
+        return {}
     common = "num_attention_heads"  # some families have another name for it in the file
     own = transformers.CONFIG_MAPPING[config["model_type"]].attribute_map.get(common, common)
     names = (*entries.heads, own)

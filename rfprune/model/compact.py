@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rfprune.families.schema import Sublayer
+from rfprune.model.depth import masks_of_layers_that_stay, remove_layers, without_layers
 from rfprune.model.layout import Block, Layout, unit_features
 from rfprune.model.linear import is_transposed, linear, weight_of
 from rfprune.model.modeling_rfprune import (
@@ -35,6 +36,7 @@ def compact(
     model: PreTrainedModel,
     layout: Layout,
     masks: Sequence[Tensor],
+    removed: Collection[int] = (),
     *,
     folder: Path | None = None,
 ) -> PreTrainedModel:
@@ -49,12 +51,20 @@ def compact(
         layout: of `model`.
         masks: one (U,) vector per block of `layout`; units at zeros are removed, other values are
             folded into the weights.
+        removed: indices of layers that go whole, with their norms and biases, whatever their masks.
         folder: for the changed weights of an offloaded copy; None for a temporary folder that is
             removed with the copy.
 
     Returns:
-        A model of a subclass of its class, whose `config.rfprune` records its shapes.
+        A model of a subclass of its class, whose `config.rfprune` records its shapes; where nothing
+        but layers is removed, a model of the same class with fewer layers.
     """
+    if removed:
+        model = remove_layers(model, layout, removed)
+        masks = masks_of_layers_that_stay(layout, masks, removed)
+        layout = without_layers(layout, removed)
+        if all(bool((mask == 1).all()) for mask in masks):
+            return unpruned_copy(model)
     offloaded = is_offloaded(model)
     kept = [torch.nonzero(mask).flatten() for mask in masks]
     sliced: dict[str, MakeWeight] = {}

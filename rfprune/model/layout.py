@@ -158,6 +158,11 @@ class Layout:
         split = len(self.layers) if split is None else split
         return range(split, len(self.layers)) if decoder else range(split)
 
+    def stacks(self) -> tuple[range, ...]:
+        """Indices of the layers of each stack."""
+        found = (self.layer_indices(), self.layer_indices(decoder=True))
+        return found if self.is_encoder_decoder else found[:1]
+
     def num_runs(self, block: Block) -> int:
         """How many times a block runs in one forward pass."""
         return self.execution_order.count(block.layer) if self.execution_order else 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,13 +40,26 @@ def fill(original: PreTrainedModel, model: PreTrainedModel, state: Mapping[str, 
 
     That is tied weights, buffers that are not saved, the generation configuration and the mode.
     """
-    joined = _with_joined_tables(state, recorded_blocks(model), original)
-    original.load_state_dict(joined, assign=True)
-    _tie_like(model, original)
-    _copy_unsaved_buffers(model, original)
+    assign(original, model, _with_joined_tables(state, recorded_blocks(model), original))
+
+
+def assign(
+    made: PreTrainedModel,
+    model: PreTrainedModel,
+    state: Mapping[str, Tensor],
+    rename: Callable[[str], str | None] = str,
+) -> None:
+    """The same for a model `made` on the meta device, of any class.
+
+    Args:
+        rename: from a name in `model` to that in `made`; None for what `made` does not have.
+    """
+    made.load_state_dict(state, assign=True)
+    _tie_like(model, made, rename)
+    _copy_unsaved_buffers(model, made, rename)
     if hasattr(model, "generation_config"):
-        original.generation_config = copy.deepcopy(model.generation_config)
-    original.train(model.training)
+        made.generation_config = copy.deepcopy(model.generation_config)
+    made.train(model.training)
 
 
 def _with_joined_tables(
@@ -68,23 +81,29 @@ def _with_joined_tables(
     return others | joined
 
 
-def _tie_like(model: nn.Module, original: nn.Module) -> None:
+def _tie_like(model: nn.Module, original: nn.Module, rename: Callable[[str], str | None]) -> None:
     """Tie the parameters that are tied in `model`, and no others.
 
     A pruned T5 may have untied output weights although its configuration ties them.
     """
     first: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for own, parameter in model.named_parameters(remove_duplicate=False):
+        name = rename(own)
+        if name is None:
+            continue
         earlier = first.setdefault(id(parameter), name)
         if earlier != name:
-            parent, _, own = name.rpartition(".")
-            setattr(original.get_submodule(parent), own, original.get_parameter(earlier))
+            parent, _, last = name.rpartition(".")
+            setattr(original.get_submodule(parent), last, original.get_parameter(earlier))
 
 
-def _copy_unsaved_buffers(model: nn.Module, original: nn.Module) -> None:
+def _copy_unsaved_buffers(
+    model: nn.Module, original: nn.Module, rename: Callable[[str], str | None]
+) -> None:
     """Copy the buffers that no state has, such as position indices."""
     in_state = original.state_dict().keys()
-    for name, buffer in model.named_buffers():
-        parent, _, own = name.rpartition(".")
-        if name not in in_state:
+    for before, buffer in model.named_buffers():
+        name = rename(before)
+        if name is not None and name not in in_state:
+            parent, _, own = name.rpartition(".")
             original.get_submodule(parent).register_buffer(own, buffer.clone(), persistent=False)

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rfprune.report.layers import kind_name, kinds_of, stacks_of
+from rfprune.report.layers import kind_name, kinds_of, removed_layers, stacks_of
 from rfprune.report.plots import PLOTS_FOLDER
 from rfprune.report.report_json import Report
 from rfprune.report.summary import (
@@ -278,7 +278,7 @@ def _score_limits(report: Report, task: Task | None) -> str:
 def _units_kept(report: Report) -> list[str]:
     """One line per kind of units, and per stack of layers if there are two: 8, 7, ... of 12."""
     before = report.get("original_layers")
-    lines = []
+    lines = [removed] if (removed := removed_layers(report)) else []
     for kind in kinds_of(report):
         for stack in stacks_of(report):
             counts = ", ".join(map(str, stack.counts(report["layers"], kind)))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rfprune.report.layers import removed_layers
 from rfprune.report.report_json import Report
 from rfprune.report.summary import (
     EXPORT_HEADINGS,
@@ -78,6 +79,8 @@ def print_report(report: Report, console: Console) -> None:
     from rich.text import Text
 
     console.print(render(report))
+    if removed := removed_layers(report):
+        console.print(f"{removed[0].upper()}{removed[1:]}.", highlight=False)
     code = " and without custom code" if is_plain(report) else ""
     console.print(f"Saved; report.html has figures. To load the model without rfprune{code}:")
     console.print(Text(f"  {reload_line(report)}", style="bold"), soft_wrap=True)

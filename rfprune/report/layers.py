@@ -62,3 +62,26 @@ def kind_name(report: Report, kind: str) -> str:
     if len(stacks_of(report)) == 1:
         return kind
     return {"heads": "self-attention heads", CROSS_HEADS: "cross-attention heads"}.get(kind, kind)
+
+
+def removed_layers(report: Report) -> str:
+    """The layers that were removed whole: "layers removed: 12 to 17 (of 30)"; else empty."""
+    removed = report.get("removed_layers", ())
+    parts = []
+    for stack in stacks_of(report):
+        own = [position - stack.layers.start for position in removed if position in stack.layers]
+        if own:
+            name = f"{stack.name} layers".lstrip()
+            parts.append(f"{name} removed: {_as_ranges(own)} (of {len(stack.layers)})")
+    return "; ".join(parts)
+
+
+def _as_ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers in short: "1, 4 to 6"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)

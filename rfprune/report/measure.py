@@ -188,6 +188,7 @@ def measure(
         **({} if outcome.search is None else {"max_drop": outcome.search}),
         "layers": list(result.layers),
         "original_layers": original_layers(result.layout),
+        "removed_layers": list(result.removed_layers),
         "curves": curve_points(result),
         **_zeros(result, stored),
         "stages": stages,
@@ -202,13 +203,16 @@ def _zeros(result: PruneResult, stored: torch.dtype) -> dict[str, Any]:
     Args:
         stored: the dtype in which the pruned weights are saved.
     """
-    maps = result.sparsity
+    maps, removed = result.sparsity, result.removed_layers
     if maps is None:
         return {}
+    layers = layer_densities(maps, len(result.layout.layers) - len(removed))
+    for position in removed:  # ascending, so each finds its place
+        layers.insert(position, 0.0)
     return {
         "sparsity": {
             "density": density(maps),
-            "layers": layer_densities(maps, len(result.layout.layers)),
+            "layers": layers,
             "weights": sum(one.num_weights for one in maps),
             "zeros": num_zeros(maps),
             "saved_bytes": saved_bytes(maps, stored.itemsize),
@@ -382,8 +386,9 @@ def stage_scores(
         pruned: scores of the pruned model.
     """
     chosen = tuple((mask != 0).to(mask.dtype) for mask in result.masks)
-    if original.kind == "language-modeling":  # both run at once, so they cannot be one model
-        small = compact(model, result.layout, chosen)
+    # the two language models run at once, so they cannot be one, and masks cannot remove layers
+    if original.kind == "language-modeling" or result.removed_layers:
+        small = compact(model, result.layout, chosen, result.removed_layers)
         selected = evaluate_model(small, evaluation_set, reference=model, progress=progress)
     else:
         with masked(model, result.layout, chosen):

@@ -18,7 +18,7 @@ from typing import Any
 from rfprune.errors import UserError
 from rfprune.report.figures import COLOURS
 from rfprune.report.frontier import kept_ratio
-from rfprune.report.layers import kind_name, kinds_of, stack_at
+from rfprune.report.layers import kind_name, kinds_of, removed_layers, stack_at
 from rfprune.report.plots import Plot, draw_frontier, draw_kept, draw_run, write_plots
 from rfprune.report.report_json import Report, read_report
 from rfprune.report.summary import (
@@ -141,6 +141,7 @@ def render_run(report: Report, plots: Sequence[Plot]) -> str:
         with_code=reload_line(report),
         without_code=f"rfprune.load_pruned({json.dumps(report['output_dir'], ensure_ascii=False)})",
         layers=_layers(report),
+        removed_layers=removed_layers(report),
         kinds=[*(kind_name(report, kind) for kind in kinds_of(report)), *_density_heading(report)],
         settings=_settings(report),
     )
@@ -216,6 +217,8 @@ def _layers(report: Report) -> list[tuple[str, ...]]:
         cells = [_kept_of(after, had, kind) for kind in kinds_of(report)]
         if zeros := report.get("sparsity"):
             cells.append(f"{zeros['layers'][position]:.1%}")
+        if position in report.get("removed_layers", ()):
+            cells = ["removed" for _ in cells]
         rows.append((stack_at(report, position).layer_name(position), *cells))
     return rows
 

@@ -21,7 +21,7 @@ Report = Mapping[str, Any]
 """The contents of report.json."""
 
 SCHEMA = 1
-STAGES = ("collect", "search", "rearrange", "compact", "verify", "tune", "sparsify")
+STAGES = ("collect", "depth", "search", "rearrange", "compact", "verify", "tune", "sparsify")
 _PACKAGES = ("torch", "transformers", "datasets", "numpy", "safetensors")
 
 

@@ -106,20 +106,22 @@ class HiddenStates:
 
 
 def first_hidden_states(
-    teacher: PreTrainedModel,
-    student: PreTrainedModel,
-    layout: Layout,
+    models: tuple[PreTrainedModel, PreTrainedModel],
+    layouts: tuple[Layout, Layout],
     batches: Sequence[Batch],
     *,
     in_decoder: bool,
 ) -> tuple[HiddenStates, HiddenStates]:
-    """Hidden states of both models before the first layer of a stack.
+    """Hidden states of teacher and student before the first layer of a stack.
 
     Both start from the same ones, since embeddings are not pruned.
 
     Args:
+        models: teacher and student.
+        layouts: of both; they differ where the student has fewer layers.
         in_decoder: the stack is the decoder; the encoders of both models are run first.
     """
+    (teacher, student), (layout, student_layout) = models, layouts
     encoder_outputs: list[list[Tensor]] = [[], []]
     if in_decoder:
         encoder_outputs = [
@@ -130,7 +132,7 @@ def first_hidden_states(
 
     def first(i: int) -> Tensor:
         encoded = encoder_outputs[1][i] if in_decoder else None
-        return _layer_inputs(student, layout, batches[i], encoded)[0]
+        return _layer_inputs(student, student_layout, batches[i], encoded)[0]
 
     hidden = first(0)
     joined = hidden.new_empty(sum(sizes), hidden.shape[-1])
@@ -139,7 +141,9 @@ def first_hidden_states(
     teacher_states, student_states = joined.clone().split(sizes), joined.split(sizes)
     return (
         HiddenStates(teacher, layout, batches, teacher_states, encoder_outputs=encoder_outputs[0]),
-        HiddenStates(student, layout, batches, student_states, encoder_outputs=encoder_outputs[1]),
+        HiddenStates(
+            student, student_layout, batches, student_states, encoder_outputs=encoder_outputs[1]
+        ),
     )
 
 

@@ -105,7 +105,8 @@ def _visit_stack(
     indices = layout.layer_indices(decoder=in_decoder)
     if not indices:
         return
-    _, states = first_hidden_states(model, model, layout, batches, in_decoder=in_decoder)
+    models, layouts = (model, model), (layout, layout)
+    _, states = first_hidden_states(models, layouts, batches, in_decoder=in_decoder)
     masks = [decoder_token_mask(one) if in_decoder else token_mask(one) for one in batches]
     numbers = {id(batch): i for i, batch in enumerate(batches)}
     for layer in indices:

@@ -129,6 +129,53 @@ def fisher_factors(
     return [_sampled_loss(logits, generator)]
 
 
+def divergences(reference: Any, outputs: Any, batch: Batch, config: PretrainedConfig) -> Tensor:
+    """KL divergence of the predictions of a model from those of a reference, per example (B,).
+
+    The predictive distributions are those of `fisher_factors`; that of several tokens is the
+    product over them.
+
+    Args:
+        reference: outputs of the reference on `batch`.
+        outputs: of the model.
+        batch: the model's inputs; padding has no influence.
+        config: of the model.
+
+    Raises:
+        UserError: the outputs are of a kind without a predictive distribution.
+    """
+    if "start_logits" in outputs:
+        names = ("start_logits", "end_logits")
+        return sum((_kl(reference[name], outputs[name]) for name in names), start=torch.zeros(()))
+    logits = outputs.get("logits")
+    if logits is None and outputs.get("last_hidden_state") is not None:
+        hidden = outputs["last_hidden_state"]
+        mask, pooling = _token_mask(batch, hidden, config), pooling_of(config)
+        before = embed(reference["last_hidden_state"], mask, pooling)
+        return (embed(hidden, mask, pooling) - before).float().square().sum(1) / 2
+    if logits is not None and logits.dim() == 3:
+        mask = _token_mask(batch, logits, config)
+        by_token = [
+            _kl(before, after)
+            for before, after in zip(reference["logits"].split(1), logits.split(1), strict=True)
+        ]
+        return (torch.cat(by_token) * mask).sum(1)
+    logits, before = (_class_logits(each, batch, config) for each in (outputs, reference))
+    if not _is_choice(batch):
+        if config.problem_type == "multi_label_classification":
+            pairs = (torch.stack([each, torch.zeros_like(each)], -1) for each in (before, logits))
+            return _kl(*pairs).sum(1)
+        if config.problem_type == "regression" or logits.shape[1] == 1:
+            return (logits - before).float().square().sum(1) / 2
+    return _kl(before, logits)
+
+
+def _kl(reference: Tensor, logits: Tensor) -> Tensor:
+    """KL(reference || logits) over the last axis; equal infinite logits mean no class."""
+    log_p, log_q = reference.float().log_softmax(-1), logits.float().log_softmax(-1)
+    return torch.where(log_p.isfinite(), log_p.exp() * (log_p - log_q), 0.0).sum(-1)
+
+
 def label_losses(outputs: Any, batch: Batch, config: PretrainedConfig) -> list[Tensor]:
     """The task's loss of each example, [(B,)], as in the authors' empirical Fisher information.
 

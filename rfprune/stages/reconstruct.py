@@ -23,7 +23,7 @@ error to correct and nothing to align. Compute: one forward pass of teacher and 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import NamedTuple
 
@@ -34,6 +34,7 @@ from transformers import PreTrainedModel
 
 from rfprune import distributed
 from rfprune.model.batch import Batch, first_tokens, pack, token_mask
+from rfprune.model.depth import without_layers
 from rfprune.model.layerwise import LayerCalls, layer_calls, layer_scale, run_layer, trace_block
 from rfprune.model.layout import Block, Layout
 from rfprune.model.linear import is_empty, linear, weight_of
@@ -57,6 +58,62 @@ scale the output of the projection (layer scale, norm of the output), both inclu
 
 
 @dataclass(frozen=True)
+class Pair:
+    """A teacher and its student, which may lack some of the teacher's layers.
+
+    Attributes:
+        teacher: the reference model, frozen. Masks on it have an effect.
+        student: a compact copy of it, frozen.
+        layout: the blocks of the teacher.
+        student_layout: the same blocks in the layers that the student has, as they are in it.
+    """
+
+    teacher: PreTrainedModel
+    student: PreTrainedModel
+    layout: Layout
+    student_layout: Layout
+
+    @staticmethod
+    def of(
+        teacher: PreTrainedModel,
+        student: PreTrainedModel,
+        layout: Layout,
+        removed: Collection[int] = (),
+    ) -> Pair:
+        """The pair, where the student lacks the layers `removed`."""
+        return Pair(teacher, student, layout, without_layers(layout, removed))
+
+    def blocks(self, removed: Collection[int]) -> list[FittedBlock]:
+        """The student's blocks in the order in which they are fitted."""
+        found: list[FittedBlock] = []
+        own = iter(self.student_layout.blocks)
+        in_decoder = self.layout.in_decoder
+        for block in self.layout.blocks:
+            if block.layer not in removed:
+                found.append(FittedBlock(next(own), block, block))
+            elif found and block.pre_norm and in_decoder(found[-1].original) == in_decoder(block):
+                found[-1] = replace(found[-1], target=block)
+        return found
+
+
+@dataclass(frozen=True)
+class FittedBlock:
+    """A block of the student and what it is fitted to.
+
+    Attributes:
+        own: the block in the student.
+        original: the same block in the teacher, which may be in a layer of another number. Results
+            and warnings are named by it.
+        target: the block of the teacher whose output plus residual is the target: `original`, or,
+            before layers that the student lacks, the last block of these.
+    """
+
+    own: Block
+    original: Block
+    target: Block
+
+
+@dataclass(frozen=True)
 class BlockFit:
     """How the output projections are fitted.
 
@@ -65,12 +122,15 @@ class BlockFit:
         skip: consumers that are not fitted.
         first_token_only: consumers that are fitted on the first token of every example alone.
         align: whether input projections are aligned as well; see `rfprune.stages.align`.
+        removed: indices of layers of the teacher that the student lacks. Each layer of the student
+            is fitted to the teacher's layer that it came from.
     """
 
     solve: Solve
     skip: Collection[str] = ()
     first_token_only: Collection[str] = ()
     align: bool = False
+    removed: Collection[int] = ()
 
 
 def reconstruct(
@@ -96,47 +156,45 @@ def reconstruct(
         One warning for every block whose fit or alignment failed. Weights of a failed step are
         unchanged, and the other blocks are fitted all the same.
     """
-    blocks = [block for block in layout.blocks if block.consumer not in fit.skip]
+    pair = Pair.of(teacher, student, layout, fit.removed)
+    blocks = [one for one in pair.blocks(fit.removed) if one.original.consumer not in fit.skip]
     bar = tqdm(blocks, desc="reconstruction", unit="block", disable=not progress, leave=False)
     method = _fit_shared_layers if layout.execution_order else _fit_bottom_up
     with torch.no_grad():
-        return method(teacher, student, layout, distributed.shard(batches), fit, bar)
+        return method(pair, distributed.shard(batches), fit, bar)
 
 
 def _fit_bottom_up(
-    teacher: PreTrainedModel,
-    student: PreTrainedModel,
-    layout: Layout,
-    batches: Sequence[Batch],
-    fit: BlockFit,
-    blocks: Iterable[Block],
+    pair: Pair, batches: Sequence[Batch], fit: BlockFit, blocks: Iterable[FittedBlock]
 ) -> list[str]:
     warnings: list[str] = []
-    states = first_hidden_states(teacher, student, layout, batches, in_decoder=False)
+    models, layouts = (pair.teacher, pair.student), (pair.layout, pair.student_layout)
+    states = first_hidden_states(models, layouts, batches, in_decoder=False)
     is_first = True
-    for layer, blocks_of_layer in groupby(blocks, key=lambda block: block.layer):
-        if layer in layout.layer_indices(decoder=True) and not states[0].encoder_outputs:
-            states = first_hidden_states(teacher, student, layout, batches, in_decoder=True)
+    for (layer, own), blocks_of_layer in groupby(
+        blocks, key=lambda block: (block.original.layer, block.own.layer)
+    ):
+        if layer in pair.layout.layer_indices(decoder=True) and not states[0].encoder_outputs:
+            states = first_hidden_states(models, layouts, batches, in_decoder=True)
             is_first = True
-        path = layout.layers[layer]
-        store = store_of(student.get_submodule(path))
+        path = pair.student_layout.layers[own]
+        store = store_of(pair.student.get_submodule(path))
         finished = None if store is None else store.warnings_of(path)
         new_warnings: list[str] = []
         with (
-            resident(teacher.get_submodule(path)),
-            resident(student.get_submodule(path), write_back=finished is None),
+            resident(pair.teacher.get_submodule(pair.layout.layers[layer])),
+            resident(pair.student.get_submodule(path), write_back=finished is None),
         ):
             for block in blocks_of_layer:
                 if finished is None:
                     if fit.align and not is_first:
                         new_warnings += _align_input_projections(*states, block)
-                    moments = _collect_moments(
-                        *states, block, first_token_only=block.consumer in fit.first_token_only
-                    )
-                    new_warnings += _fit_block(fit.solve, student, block, moments)
+                    first_only = block.original.consumer in fit.first_token_only
+                    moments = _collect_moments(*states, block, first_token_only=first_only)
+                    new_warnings += _fit_block(fit.solve, pair.student, block, moments)
                 else:  # by an earlier run
-                    states[0].advance(block)
-                states[1].advance(block)
+                    states[0].advance(block.target)
+                states[1].advance(block.own)
                 is_first = False
         if store is not None and finished is None:
             store.finish(path, new_warnings)
@@ -145,18 +203,14 @@ def _fit_bottom_up(
 
 
 def _fit_shared_layers(
-    teacher: PreTrainedModel,
-    student: PreTrainedModel,
-    layout: Layout,
-    batches: Sequence[Batch],
-    fit: BlockFit,
-    blocks: Iterable[Block],
+    pair: Pair, batches: Sequence[Batch], fit: BlockFit, blocks: Iterable[FittedBlock]
 ) -> list[str]:
     warnings = []
     for block in blocks:
-        with resident(student.get_submodule(layout.layers[block.layer]), write_back=True):
-            moments = _collect_moments_of_runs(teacher, student, layout, batches, block)
-            warnings += _fit_block(fit.solve, student, block, moments)
+        path = pair.student_layout.layers[block.own.layer]
+        with resident(pair.student.get_submodule(path), write_back=True):
+            moments = _collect_moments_of_runs(pair, batches, block.original)
+            warnings += _fit_block(fit.solve, pair.student, block, moments)
     return warnings
 
 
@@ -188,40 +242,39 @@ class _SplitMoments(NamedTuple):
 
 
 def _collect_moments(
-    teacher: HiddenStates, student: HiddenStates, block: Block, *, first_token_only: bool
+    teacher: HiddenStates, student: HiddenStates, block: FittedBlock, *, first_token_only: bool
 ) -> _SplitMoments:
     """Moments of the inputs of the student's output projection and of their targets.
 
     The stored hidden states of the teacher advance to the output of the block. Those of the student
     do so once the block has been fitted.
     """
-    moments = _empty_moments(student.model, block)
+    own = block.own
+    moments = _empty_moments(student.model, own)
     for i in range(len(student.batches)):
-        tokens = student.tokens(i, block)
+        tokens = student.tokens(i, own)
         teacher_calls, student_calls = _layer_calls(teacher, student, i)
-        wanted = teacher.trace(i, block, teacher_calls)
-        teacher.store(i, block, wanted.residual_sum)
-        trace = student.trace(i, block, student_calls)
+        wanted = teacher.trace(i, block.original, teacher_calls)
+        rms, wanted_sum = wanted.output_rms, wanted.residual_sum
+        if block.target is not block.original:
+            wanted_sum = teacher.trace(i, block.target, teacher_calls).residual_sum
+        teacher.store(i, block.target, wanted_sum)
+        trace = student.trace(i, own, student_calls)
         chosen = first_tokens(tokens) if first_token_only else tokens
         residual = pack(trace.residual_sum, chosen) - pack(trace.output, chosen)
-        target = pack(wanted.residual_sum, chosen) - residual
+        target = pack(wanted_sum, chosen) - residual
         features = _features(trace.features, chosen, target)
-        if wanted.output_rms is not None:
-            features = features / pack(wanted.output_rms, chosen).clamp_min(SMALLEST_RMS)
+        if rms is not None:
+            features = features / pack(rms, chosen).clamp_min(SMALLEST_RMS)
         moments.add(i, features, target)
-    if not block.sublayer.parallel:
-        teacher.block = block
+    if not block.target.sublayer.parallel:
+        teacher.block = block.target
     return moments.all_reduce()
 
 
-def _collect_moments_of_runs(
-    teacher: PreTrainedModel,
-    student: PreTrainedModel,
-    layout: Layout,
-    batches: Sequence[Batch],
-    block: Block,
-) -> _SplitMoments:
+def _collect_moments_of_runs(pair: Pair, batches: Sequence[Batch], block: Block) -> _SplitMoments:
     """The same over all runs of a block, with the teacher's hidden states as the input of each."""
+    teacher, student, layout = pair.teacher, pair.student, pair.layout
     moments = _empty_moments(student, block)
     blocks = layout.blocks_of_layer(block.layer)
     before = blocks[: blocks.index(block)]
@@ -257,25 +310,27 @@ def _layer_calls(
 ) -> tuple[LayerCalls, LayerCalls]:
     """Arguments of the layers of both models on batch i.
 
-    They are the same unless the layers are those of a decoder, which attends to an encoder. The
-    student can take the teacher's arguments, but not the other way round: a position bias may have
-    a slice for each head of the model that made it.
+    They are the same unless the layers are those of a decoder, which attends to an encoder, or the
+    student has fewer. The student can take the teacher's arguments, but not the other way round: a
+    position bias may have a slice for each head of the model that made it.
     """
     teacher_calls = teacher.layer_calls(i)
-    return teacher_calls, student.layer_calls(i) if student.encoder_outputs else teacher_calls
+    has_own = bool(student.encoder_outputs) or student.layout.layers != teacher.layout.layers
+    return teacher_calls, student.layer_calls(i) if has_own else teacher_calls
 
 
 def _align_input_projections(
-    teacher: HiddenStates, student: HiddenStates, block: Block
+    teacher: HiddenStates, student: HiddenStates, block: FittedBlock
 ) -> list[str]:
     """Multiply the input projections of a block by a regression map: all of them or none.
 
     Returns:
         A warning if the alignment failed, else nothing.
     """
-    if is_empty(student.model, block.consumer):
+    own = block.own
+    if is_empty(student.model, own.consumer):
         return []
-    projections = [linear(student.model, path) for path in block.input_projections]
+    projections = [linear(student.model, path) for path in own.input_projections]
     moments = _collect_input_moments(teacher, student, block)
     try:
         maps = {
@@ -287,7 +342,7 @@ def _align_input_projections(
             for each in projections
         ]
     except NumericalFailure as failure:
-        return [f"the input projections of {block.name} were left unchanged: {failure}"]
+        return [f"the input projections of {block.original.name} were left unchanged: {failure}"]
     for projection, (weight, bias) in zip(projections, aligned, strict=True):
         weight_of(projection).copy_(weight)
         if bias is not None:
@@ -296,42 +351,44 @@ def _align_input_projections(
 
 
 def _collect_input_moments(
-    teacher: HiddenStates, student: HiddenStates, block: Block
+    teacher: HiddenStates, student: HiddenStates, block: FittedBlock
 ) -> _SplitMoments:
     """Moments of the student's inputs of a block (features) and of the teacher's (targets)."""
     size = student.values[0].shape[1]
     moments = _SplitMoments.zeros(size, size, student.values[0].device)
     for i in range(len(student.batches)):
-        tokens = student.tokens(i, block)
+        tokens = student.tokens(i, block.own)
         teacher_calls, student_calls = _layer_calls(teacher, student, i)
-        features = student.block_input(i, block, student_calls)
-        targets = teacher.block_input(i, block, teacher_calls)
+        features = student.block_input(i, block.own, student_calls)
+        targets = teacher.block_input(i, block.original, teacher_calls)
         moments.add(i, pack(features, tokens), pack(targets, tokens))
     return moments.all_reduce()
 
 
 def _fit_block(
-    solve: Solve, student: PreTrainedModel, block: Block, moments: _SplitMoments
+    solve: Solve, student: PreTrainedModel, block: FittedBlock, moments: _SplitMoments
 ) -> list[str]:
     """Fit the output projection of one block, in place.
 
     Returns:
         A warning if the fit failed, else nothing.
     """
-    consumer = student.get_submodule(block.consumer)
-    weight, bias, scale = weight_of(consumer), consumer.bias, layer_scale(student, block)
+    consumer = student.get_submodule(block.own.consumer)
+    weight, bias, scale = weight_of(consumer), consumer.bias, layer_scale(student, block.own)
     try:
         if scale is None:
-            new_weight, new_bias = solve(block, *moments, weight, bias)
+            new_weight, new_bias = solve(block.original, *moments, weight, bias)
         else:
             scaled_bias = None if bias is None else scale * bias
-            new_weight, new_bias = solve(block, *moments, scale[:, None] * weight, scaled_bias)
+            new_weight, new_bias = solve(
+                block.original, *moments, scale[:, None] * weight, scaled_bias
+            )
             new_weight = _divide(new_weight, scale[:, None], weight)
             new_bias = None if new_bias is None else _divide(new_bias, scale, bias)
         if not all(torch.isfinite(new).all() for new in (new_weight, new_bias) if new is not None):
             raise NumericalFailure("the fitted weights are not finite")
     except NumericalFailure as failure:
-        return [f"{block.name} was left unchanged: {failure}"]
+        return [f"{block.original.name} was left unchanged: {failure}"]
     weight.copy_(new_weight)
     if new_bias is not None:
         bias.copy_(new_bias)

@@ -14,7 +14,7 @@ Departures from the authors' code:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -46,6 +46,7 @@ def tune_scales(
     layout: Layout,
     batches: Sequence[Batch],
     *,
+    removed: Collection[int] = (),
     progress: bool = False,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Scale the kept units of `student` to follow `teacher`, by changing its weights in place.
@@ -58,6 +59,7 @@ def tune_scales(
         student: a compact copy of the model that `layout` describes, frozen.
         layout: the blocks of the teacher.
         batches: calibration batches with token masks.
+        removed: indices of the layers that the student lacks.
         progress: whether to show a progress bar.
 
     Returns:
@@ -81,7 +83,7 @@ def tune_scales(
         if block.layer == 0 and block.kind == "head" and layout.num_runs(block) == 1
     ]
     first_token_only = last_ffn(layout) if classifies_first_token(student, layout) else []
-    fit = BlockFit(solve, skip=first_heads, first_token_only=first_token_only)
+    fit = BlockFit(solve, skip=first_heads, first_token_only=first_token_only, removed=removed)
     return scales, reconstruct(teacher, student, layout, batches, fit, progress=progress)
 
 
@@ -91,6 +93,7 @@ def refit(
     layout: Layout,
     batches: Sequence[Batch],
     *,
+    removed: Collection[int] = (),
     progress: bool = False,
 ) -> list[str]:
     """Fit weight and bias of every output projection of `student` to `teacher`, in place.
@@ -104,6 +107,7 @@ def refit(
         student: a compact copy of the model that `layout` describes, frozen.
         layout: the blocks of the teacher.
         batches: calibration batches with token masks.
+        removed: indices of the layers that the student lacks.
         progress: whether to show a progress bar.
 
     Returns:
@@ -116,7 +120,7 @@ def refit(
         ridges = PRE_NORM_RIDGES if block.pre_norm else RIDGES
         return fit_with_validation(train, held_out, ridges, weight, bias, overwrite=True)
 
-    fit = BlockFit(solve, align=True)
+    fit = BlockFit(solve, align=True, removed=removed)
     return reconstruct(teacher, student, layout, batches, fit, progress=progress)
 
 

@@ -7,7 +7,7 @@ python -m scripts.bench.quality --suite decoder --model CHECKPOINT --data-dir te
 
 A suite is a set of variants: `quality` compares the methods and the stages of the published one,
 `ablation` the classical criteria without and with the least-squares fit, `decoder` methods on a
-language model, with the text that it generates.
+language model, with the text that it generates, `depth` whole layers, widths, and both.
 """
 
 from __future__ import annotations
@@ -98,6 +98,7 @@ class Suite:
     share: bool = False
 
 
+_BLOCK_INFLUENCE = {"method": "importance", "importance": "magnitude-l2", "depth": "layers"}
 _MAGNITUDE = {"method": "importance", "importance": "magnitude-l2"}
 SUITES: Mapping[str, Suite] = {
     "quality": Suite(STAGES),
@@ -110,6 +111,17 @@ SUITES: Mapping[str, Suite] = {
             "kwon-rearrange": {"method": "kwon", "tune": False},
             "magnitude-l2": _MAGNITUDE,
             "magnitude-l2-select": {**_MAGNITUDE, "tune": False},
+        },
+        {"task": LANGUAGE_MODELING, "samples": [64], "batch_size": 8},
+        share=True,
+    ),
+    "depth": Suite(
+        {
+            "widths": {"method": "curvature"},
+            "layers": {"method": "curvature", "depth": "layers"},
+            "joint": {"method": "curvature", "depth": "joint"},
+            "block-influence-select": {**_BLOCK_INFLUENCE, "tune": False},
+            "block-influence": _BLOCK_INFLUENCE,
         },
         {"task": LANGUAGE_MODELING, "samples": [64], "batch_size": 8},
         share=True,

@@ -60,6 +60,7 @@ OTHER_VALUES: dict[str, tuple[str, Any]] = {
     "rearrange": (" --method kwon", False),
     "tune": ("", False),
     "uniform": ("", True),
+    "depth": ("", "layers"),
     "round_to": ("32", 32),
     "rounds": ("2", 2),
     "sparsity": ("2:4", "2:4"),

@@ -61,7 +61,7 @@ def meet(ratio: float, true_ms: Latency) -> LatencyPromise:
     def measure(masks: Masks) -> tuple[float, float]:
         return true_ms(num_kept(masks)) / true_ms(FULL), 0.001
 
-    masks, promise = meet_latency(COSTS, Constraint("latency", ratio), choose, measure)
+    masks, promise = meet_latency(COSTS, Constraint("latency", ratio), choose, measure, num_kept)
     assert promise.measured == measure(masks)[0]
     return promise
 
@@ -70,7 +70,7 @@ def meet_measured(ratio: float, measured: Sequence[float]) -> LatencyPromise:
     """The promise on a device that measures these fractions in turn."""
     found = iter(measured)
     constraint = Constraint("latency", ratio)
-    return meet_latency(COSTS, constraint, choose, lambda _: (next(found), 0.001))[1]
+    return meet_latency(COSTS, constraint, choose, lambda _: (next(found), 0.001), num_kept)[1]
 
 
 @given(
@@ -149,10 +149,18 @@ def test_it_ends_when_the_same_sizes_or_no_sizes_are_chosen() -> None:
 
     for second in (masks, UserError("no smaller sizes")):
         _, promise = meet_latency(
-            COSTS, Constraint("latency", 0.5), choices([masks, second]), lambda _: (0.7, 0.001)
+            COSTS,
+            Constraint("latency", 0.5),
+            choices([masks, second]),
+            lambda _: (0.7, 0.001),
+            num_kept,
         )
         assert [attempt.measured for attempt in promise.attempts] == [0.7]
     with pytest.raises(UserError, match="no sizes"):
         meet_latency(
-            COSTS, Constraint("latency", 0.5), choices([UserError("no sizes")]), lambda _: (1, 0)
+            COSTS,
+            Constraint("latency", 0.5),
+            choices([UserError("no sizes")]),
+            lambda _: (1, 0),
+            num_kept,
         )

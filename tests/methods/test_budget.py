@@ -45,13 +45,19 @@ def test_the_named_constraint_keeps_a_single_unit(
     assert sum(num_kept(result.masks)) == 1
 
 
-@pytest.mark.parametrize("uniform", [False, True])
-@pytest.mark.parametrize("round_to", [None, 8])
+RULES: tuple[dict[str, Any], ...] = (
+    *({"uniform": uniform, "round_to": size} for uniform in (False, True) for size in (None, 8)),
+    *({"depth": depth} for depth in ("layers", "joint", "1")),
+    {"depth": "layers", "uniform": True, "round_to": 8},
+)
+
+
+@pytest.mark.parametrize("rules", RULES, ids=str)
 @pytest.mark.parametrize("metric", ["mac", "params", "memory"])
 def test_the_smallest_ratio_is_the_smallest_that_is_accepted(
-    metric: str, round_to: int | None, uniform: bool, problem_of: Callable[..., Problem]
+    metric: str, rules: dict[str, Any], problem_of: Callable[..., Problem]
 ) -> None:
-    problem = problem_of(uniform=uniform, round_to=round_to)
+    problem = problem_of(**rules)
     smallest = min_ratio(problem, metric)
     check_constraints(problem, [Constraint(metric, smallest)])
     with pytest.raises(UserError, match=f"{smallest:g}"):

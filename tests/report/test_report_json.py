@@ -49,5 +49,6 @@ def test_ratios_and_the_seconds_of_stages() -> None:
     assert ratios(original, pruned) == expected
     known = {"collect": 2.0, "prune_total": 2.0}
     seconds = stage_seconds(known, load=1.0, evaluate=3.0)
-    stages = dict.fromkeys(("search", "rearrange", "compact", "verify", "tune", "sparsify"), 0.0)
+    names = ("depth", "search", "rearrange", "compact", "verify", "tune", "sparsify")
+    stages = dict.fromkeys(names, 0.0)
     assert seconds == {**stages, **known, "load": 1.0, "evaluate": 3.0}, "others took no time"

@@ -170,6 +170,13 @@ FLAGS = (
     _one_flag("--uniform --allocation uniform", "leave one of them out"),
     _one_flag("--uniform --export dense", "leave --export dense out"),
     _one_flag("--uniform --constraint 0.1", "leave out --uniform"),
+    _one_flag("--depth 0", "--depth 0 is not off, layers, joint, or how many layers"),
+    _one_flag("--depth half", "--depth half is not off, layers, joint, or how many layers"),
+    _one_flag("--depth 99", "choose at most"),
+    _one_flag("--depth --rounds 2", "leave one of them out"),
+    _one_flag("--depth --round-to 16", "choose --depth joint"),
+    _one_flag("--depth --allocation uniform", "choose --depth joint"),
+    _one_flag("--depth --export dense", "leave --export dense out"),
     Case(
         "`--uniform` on a pruned model, whose layers differ",
         "can only express",
