@@ -132,11 +132,9 @@ def _prepare(options: Options, device: torch.device, consoles: Consoles) -> Prep
         with_labels=options.settings.use_labels,
     )
     _warn_about_truncation(options, task, loaded, batches, "calibration")
-    model, vocabulary, trimming = loaded.model, None, 0.0
+    model, vocabulary = loaded.model, None
     if target.vocabulary:
-        before = time.perf_counter()
         vocabulary = trim_checkpoint(target, loaded, batches)
-        trimming = time.perf_counter() - before
         model, batches = vocabulary.model, with_new_ids(vocabulary, batches)
     problem = prepare_problem(
         model,
@@ -169,7 +167,7 @@ def _prepare(options: Options, device: torch.device, consoles: Consoles) -> Prep
     if vocabulary is not None:
         changes = vocabulary.compare(held_out_texts(task, data_dir, data.eval_limit))
         warn_of_more_tokens(changes)
-        fewer_tokens = FewerTokens(vocabulary, others[0], changes, trimming)
+        fewer_tokens = FewerTokens(vocabulary, others[0], changes)
     _warn_about_truncation(options, task, loaded, evaluation_set.batches, "validation")
     seconds = time.perf_counter() - start
     inputs = inputs_digest(model, batches, evaluation_set)

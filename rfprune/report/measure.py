@@ -45,13 +45,11 @@ class FewerTokens:
     Attributes:
         data: the validation data by the trimmed tokenizer.
         changes: how the validation texts are encoded, beside the original.
-        seconds: counting tokens and trimming.
     """
 
     vocabulary: TrimmedVocabulary
     data: EvaluationSet
     changes: PieceChanges
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -264,7 +262,6 @@ def _fewer_tokens(options: Options, fewer: FewerTokens | None) -> dict[str, Any]
             "original": fewer.vocabulary.num_original,
             "pruned": len(fewer.vocabulary.old_ids),
             "held_out": dataclasses.asdict(fewer.changes),
-            "seconds": fewer.seconds,
         }
     }
 

@@ -449,3 +449,38 @@ def _draw_column(above: Any, below: Any, cells: Sequence[Cell]) -> None:
     below.set_xlabel("MACs kept (%)")
     for axis in (above, below):
         axis.grid(alpha=0.3)
+
+
+def vocabulary(lines: Sequence[Line]) -> str:
+    """A row for every model and set of texts: what was trimmed, and how held-out texts fare."""
+    heads = [
+        *("model", "texts of the vocabulary", "tokens", "parameters", "MB", "score"),
+        *("held-out texts with other pieces", "tokens of them", "CPU seconds"),
+    ]
+
+    def rows(mark: Mark) -> Iterator[list[str]]:
+        for line in lines:
+            held_out, tokens, params = line["held_out"], line["tokens"], line["params"]
+            more = held_out["tokens_after"] / held_out["tokens_before"] - 1
+            least = "" if line["min_count"] == 1 else f", {line['min_count']} times or more"
+            yield [
+                f"{line['model']}{mark([line])}",
+                f"{line['texts']}{least}",
+                f"{tokens[0]:,} to {tokens[1]:,}",
+                f"{params[0] / 1e6:.1f} M to {params[1] / 1e6:.1f} M ({params[1] / params[0]:.0%})",
+                " to ".join(f"{number / 1e6:.0f}" for number in line["bytes"]),
+                _trimmed_score(line),
+                f"{held_out['changed_texts'] / held_out['texts']:.1%}",
+                f"{more:+.2%}",
+                f"{line['cpu_seconds']:.0f}",
+            ]
+
+    return marked(lines, lambda mark: table(heads, rows(mark)))
+
+
+def _trimmed_score(line: Line) -> str:
+    """Before and after; without a score, the largest difference of hidden states."""
+    if "scores" not in line:
+        return f"hidden states differ by {line['difference']:g}"
+    before, after = line["scores"]
+    return f"{line['metric_name']} {before:.2f} to {after:.2f}"

@@ -36,6 +36,7 @@ SECTIONS: Mapping[str, tuple[str, Callable[[Lines], str]]] = {
     "speedup": ("speedup", time_tables.speedup_short),
     "exports": ("exports", time_tables.exports),
     "pruning-time": ("pruning_time", time_tables.pruning_time),
+    "vocabulary": ("vocabulary", score_tables.vocabulary),
     "scale": ("scale", time_tables.scale),
     "first-model": ("first_model", time_tables.first_model),
 }
