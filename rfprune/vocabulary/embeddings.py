@@ -56,7 +56,9 @@ def with_rows(model: PreTrainedModel, rows: Sequence[int]) -> PreTrainedModel:
         UserError: a table of tokens has another number of rows than the input embeddings.
     """
     size, index = num_tokens(model), torch.tensor(rows)
-    sliced = {id(tensor): _sliced(tensor, index, size) for tensor in _tensors(model, size)}
+    _check_resident(model)
+    distinct = {id(tensor): tensor for tensor in _tensors(model, size)}
+    sliced = {key: _sliced(tensor, index, size) for key, tensor in distinct.items()}
     small: PreTrainedModel = copy.deepcopy(model, dict(sliced))
     remove_added_methods(small)
     new_ids = {old: new for new, old in enumerate(rows)}
@@ -68,6 +70,15 @@ def with_rows(model: PreTrainedModel, rows: Sequence[int]) -> PreTrainedModel:
         if getattr(config, "vocab_size", None) is not None:
             config.vocab_size = len(rows)
     return small
+
+
+def _check_resident(model: PreTrainedModel) -> None:
+    """Refuse a model some of whose weights are elsewhere."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UserError(
+            "the vocabulary of a model with offloaded weights cannot be trimmed: trim it without "
+            "offloading (on the CPU, in bfloat16 if memory is short), then offload the result"
+        )
 
 
 def _tensors(model: PreTrainedModel, size: int) -> list[Tensor]:

@@ -49,7 +49,7 @@ def needed_pieces(file: TokenizerFile, used: Collection[str]) -> set[str]:
     kept |= characters(file, kept)
     if file["model"]["type"] == "BPE":
         kept |= parts_of_merges(file, kept)
-    return kept
+    return kept & vocabulary.keys()
 
 
 def fixed_pieces(file: TokenizerFile) -> set[str]:

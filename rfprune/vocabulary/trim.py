@@ -166,6 +166,10 @@ def trim_to_counts(
     pieces = {number: piece for piece, number in vocabulary.items()}
     counted = {int(number) for number in (counts.counts >= min_count).nonzero()[0]}
     given = {int(number) for number in keep_ids}
+    if outside := {number for number in given if not 0 <= number < num_tokens(model)}:
+        raise UserError(
+            f"keep_ids has {min(outside)}, but the model has the ids 0 to {num_tokens(model) - 1}"
+        )
     wanted = counted | given | ids_to_keep(model)
     used = {pieces[number] for number in wanted if number in pieces} - added_tokens(file).keys()
     needed = needed_pieces(file, used | counts.before_failures)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
-from rfprune import UserError, trim_vocabulary
+from rfprune import UserError, load_pruned, prune, trim_vocabulary
 from tests.vocabulary.random_tokenizers import KINDS, LETTERS
 
 WORD = st.text(LETTERS, min_size=1, max_size=8)
@@ -147,6 +147,28 @@ def test_a_saved_folder_loads_with_the_auto_classes(
         assert torch.equal(again.eval()(ids(loaded, "the good film"))[0], model(old)[0])
 
 
+def test_a_pruned_model_can_be_trimmed(
+    tmp_path: Path, tiny_model: Any, tiny_batch: Any, tiny_tokenizer: Any
+) -> None:
+    tokenizer = tiny_tokenizer()
+    pruned = prune(tiny_model(), [tiny_batch()], 0.5).model
+    trimmed = trim_vocabulary(pruned, tokenizer, ["the good film"])
+    trimmed.save(tmp_path / "small")
+    old = ids(tokenizer, "the good film")
+    with torch.inference_mode():
+        expected = pruned(old).logits
+        assert torch.equal(trimmed.model(trimmed.new_ids(old)).logits, expected)
+        loaded = load_pruned(tmp_path / "small")
+        torch.testing.assert_close(loaded(trimmed.new_ids(old)).logits, expected)
+
+
+def test_offloaded_models_are_refused(tiny_model: Any, tiny_tokenizer: Any) -> None:
+    model = tiny_model("bert", "none")
+    model.encoder.layer[0].to("meta")
+    with pytest.raises(UserError, match="offloaded weights cannot be trimmed"):
+        trim_vocabulary(model, tiny_tokenizer(), ["a"])
+
+
 def test_positions_that_count_from_the_padding_keep_its_id(
     tiny_model: Any, tiny_tokenizer: Any
 ) -> None:
@@ -203,6 +225,7 @@ Change = Callable[[Any], tuple[Any, dict[str, Any]]]
         ([b"bytes"], {}, "text 0 is a bytes"),
         (["a"], {"min_count": 0}, "min_count 0"),
         (["a"], {"min_count": True}, "min_count True"),
+        (["a"], {"keep_ids": [3, 10**6]}, "keep_ids has 1000000, but the model has the ids 0 to"),
         (["a"], {"min_count": 9}, "hold no token that occurs 9 times"),
     ],
 )
