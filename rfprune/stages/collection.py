@@ -1,6 +1,6 @@
 """How statistics are collected from a model: as a whole, or layer by layer.
 
-A model is run as a whole if that fits into half of the memory that is free; see `bytes_needed`. Its
+A model is run as a whole if its statistics and autograd fit into half of the free memory. The
 gradients are the same to the bit either way.
 """
 
@@ -16,6 +16,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from rfprune import distributed
 from rfprune.model.batch import Batch
 from rfprune.model.encoder_decoder import block_token_mask
 from rfprune.model.residency import execution_device, is_offloaded
@@ -38,10 +39,12 @@ def passes(
 ) -> Iterator[Iterator[Pass]]:
     """A context with the passes in which the gradients of an objective are collected.
 
+    The passes free memory and disk at the end of the context.
+
     Args:
         description: of the progress bar.
         values_of: of the objective; that of the calibration by default.
-        sums_bytes: of the statistics that are collected, for all blocks.
+        sums_bytes: of the statistics that this process collects, for all blocks.
     """
     values_of = values_of or partial(batch_values, calibration)
     hidden = not calibration.progress
@@ -57,7 +60,8 @@ def _passes(
 ) -> Generator[Pass]:
     limit = calibration.max_bytes
     if limit is None:
-        limit = available_bytes(execution_device(calibration.model)) // 2
+        device = execution_device(calibration.model)
+        limit = distributed.broadcast_from_main(lambda: available_bytes(device)) // 2
     if is_offloaded(calibration.model) or sums_bytes + autograd_bytes(calibration) > limit:
         needs = head_needs(calibration, values_of)
         if not needs.layers:
@@ -80,15 +84,15 @@ def autograd_bytes(calibration: Calibration) -> int:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Bytes of memory that are free on a device."""
+    """Bytes of memory that are free on a device, for each of the processes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     available = psutil.virtual_memory().available
     try:  # the limit of a container
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
     except (OSError, ValueError):
-        return int(available)
-    return min(int(available), limit)
+        limit = available
+    return int(min(available, limit)) // distributed.world_size()
 
 
 def check_objective(calibration: Calibration, batch: Batch) -> None:

@@ -144,14 +144,15 @@ def layer_passes(
     """
     layout, steps = calibration.layout, distributed.steps(len(calibration.batches))
     stacks = (False, True) if layout.is_encoder_decoder else (False,)
-    boundaries = len(stacks) * (1 + needs.num_values) + sum(
+    num_segments = sum(
         len(segments_of(layout, distributed.world_size(), decoder=decoder)) for decoder in stacks
     )
+    bar.reset(total=len(steps) * (2 * num_segments + 1))
+    boundaries = num_segments + len(stacks) * (1 + needs.num_values)
     sizes = [boundaries * _bytes_of_step(calibration, needs, step) for step in steps]
     chunks = list(_chunks(sizes, max(max_bytes, sums_bytes)))
     largest = max(sum(sizes[i] for i in chunk) for chunk in chunks)
     check_scratch_space(max(0, largest - max_bytes) + (sums_bytes if len(chunks) > 1 else 0))
-    bar.total = len(steps) * (2 * boundaries - len(stacks) * (1 + 2 * needs.num_values))
     for chunk in chunks:
         with TensorStore(max_bytes) as store:
             sweep = _Sweep(calibration, needs, store, [steps[i] for i in chunk], bar)

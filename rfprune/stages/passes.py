@@ -106,6 +106,7 @@ def whole_model_pass(calibration: Calibration, values_of: ValuesOf, bar: Any) ->
         bar.update()
 
     steps = distributed.steps(len(calibration.batches))
+    bar.reset(total=len(steps))
     layers, blocks = (
         tuple(range(len(each))) for each in (calibration.layout.layers, calibration.layout.blocks)
     )

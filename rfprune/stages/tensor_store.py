@@ -137,24 +137,41 @@ class TensorStore:
                 view = view[self._file.write(view) :]
         except OSError as error:
             raise UserError(
-                f"the scratch file in '{tempfile.gettempdir()}' cannot be written "
+                f"the scratch file in '{scratch_folder()}' cannot be written "
                 f"({error.strerror or error}) after {self.bytes_on_disk / GIGABYTE:.1f} GB; free "
                 "space there, or name a folder on another disk in the environment variable TMPDIR"
             ) from error
 
 
+def scratch_folder() -> str:
+    """The folder for temporary files.
+
+    Raises:
+        UserError: there is none that can be written.
+    """
+    try:
+        return tempfile.gettempdir()
+    except OSError as error:
+        raise UserError(
+            "no folder for temporary files can be written; name one in the environment variable "
+            "TMPDIR"
+        ) from error
+
+
 def scratch_file() -> Any:
     """A new file without a name, in the folder for temporary files."""
-    return tempfile.TemporaryFile(prefix="rfprune-", buffering=0)
+    return tempfile.TemporaryFile(prefix="rfprune-", buffering=0, dir=scratch_folder())
 
 
 def check_scratch_space(num_bytes: int) -> None:
-    """Check that the folder for temporary files has space.
+    """Check that the folder for temporary files has space for so many bytes.
 
     Raises:
-        UserError: there is less; the message says how much is needed.
+        UserError: it has less, or there is none.
     """
-    folder = tempfile.gettempdir()
+    if num_bytes <= 0:
+        return
+    folder = scratch_folder()
     free = shutil.disk_usage(folder).free
     if num_bytes > free:
         raise UserError(

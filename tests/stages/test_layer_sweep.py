@@ -28,6 +28,7 @@ from rfprune.stages.fisher import collect_gradients
 from rfprune.stages.importance import collect_gradient_norms
 from rfprune.stages.objective import Loss
 from tests.model.test_contract import CASES
+from tests.model.test_residency import layers_on_disk
 
 Tiny = Callable[..., Any]
 WHOLE, SWEPT = 2**50, 1
@@ -252,6 +253,15 @@ def test_a_disk_that_is_too_small_is_refused_before_any_work(
         moments(swept)
 
 
+def test_no_folder_for_scratch_files(calibration_of: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", missing)
+    with pytest.raises(UserError, match=r"no folder for temporary files.*TMPDIR"):
+        moments(replace(calibration_of("bert"), max_bytes=SWEPT))
+
+
 def test_tensors_come_back(scratch: Path) -> None:
     with tensor_store.TensorStore(max_bytes_in_memory=100) as store:
         values = [
@@ -274,3 +284,35 @@ def test_tensors_come_back(scratch: Path) -> None:
         assert store.bytes_on_disk == on_disk, "freed places are used again"
         assert all(torch.equal(store.load(one), v) for one, v in zip(again, values, strict=True))
     assert list(scratch.iterdir()) == []
+
+
+def test_the_weights_of_one_layer_are_in_memory(
+    tiny_model: Tiny, tiny_batch: Tiny, tmp_path: Path
+) -> None:
+    """Of a model that is offloaded to disk; it is swept whatever memory there is."""
+    model = tiny_model("llama", "causal-lm", num_hidden_layers=4)
+    offloaded = layers_on_disk(model, tmp_path).eval()
+    whole = Calibration(model, layout_of(model), [tiny_batch()], max_bytes=WHOLE)
+    swept = replace(whole, model=offloaded, layout=layout_of(offloaded))
+    assert_all_equal(moments(swept), moments(whole))
+    loaded = set()
+    seen = []
+
+    def note(layer: int) -> Callable[..., None]:
+        def hook(module: Any, *_: Any) -> None:
+            present = [
+                number
+                for number, path in enumerate(swept.layout.layers)
+                if not any(each.is_meta for each in offloaded.get_submodule(path).parameters())
+            ]
+            assert present == [layer]
+            seen.append(layer)
+            loaded.add(id(next(module.parameters())))
+
+        return hook
+
+    for layer, path in enumerate(swept.layout.layers):
+        offloaded.get_submodule(path).mlp.down_proj.register_forward_hook(note(layer))
+    moments(swept)
+    assert seen == [0, 1, 2, 3, 3, 2, 1, 0]
+    assert len(loaded) == len(seen)
