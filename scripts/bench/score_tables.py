@@ -6,8 +6,9 @@ import csv
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import exp, sqrt
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from rfprune.errors import UserError
@@ -337,6 +338,46 @@ def decoders_short(lines: Sequence[Line]) -> str:
     return marked(lines, lambda mark: table(heads, rows(mark)))
 
 
+def tokens(lines: Sequence[Line]) -> str:
+    """A row for every number of calibration tokens of a language model."""
+    heads = [
+        *("model [original]", "MACs", "calibration", "perplexity", "times the original's", "KL"),
+        *(*STAGES, "memory"),
+    ]
+    ordered = sorted(lines, key=lambda line: (line["model"], -line["constraint"], line["samples"]))
+
+    def rows(mark: Mark) -> Iterator[list[str]]:
+        for line in ordered:
+            pruned, original = line["nats"]["pruned"], line["nats"]["original"]
+            lost = [after - before for after, before in zip(pruned, original, strict=True)]
+            yield [
+                f"{line['model']} [{line['original_score']:.1f}]{mark([line])}",
+                f"{line['constraint']:g}",
+                f"{line['samples']:,} x {line['mean_tokens']:g} tokens",
+                _exponential(pruned),
+                _exponential(lost),
+                _kl(line),
+                *_costs(line),
+            ]
+
+    return marked(lines, lambda mark: table(heads, rows(mark)))
+
+
+def _exponential(nats: Sequence[float]) -> str:
+    """exp of the mean over blocks of tokens, and its standard error."""
+    value = exp(fmean(nats))
+    return f"{value:.2f} ({value * stdev(nats) / sqrt(len(nats)):.2f})"
+
+
+def _costs(line: Line) -> list[str]:
+    """Seconds by stage and the most memory."""
+    seconds = [line["seconds"].get(stage) for stage in STAGES]
+    return [
+        *("" if value is None else f"{value:.0f} s" for value in seconds),
+        f"{line['peak_memory_bytes'] / 2**30:.1f} GiB",
+    ]
+
+
 def decoders(lines: Sequence[Line]) -> str:
     """decoders.md: a row for every measurement, and then the generated text."""
     heads = [
@@ -346,7 +387,6 @@ def decoders(lines: Sequence[Line]) -> str:
 
     def rows(mark: Mark) -> Iterator[list[str]]:
         for line in lines:
-            seconds = [line["seconds"].get(stage) for stage in STAGES]
             yield [
                 f"{_text_length(line)}{mark([line])}",
                 line["variant"],
@@ -354,8 +394,7 @@ def decoders(lines: Sequence[Line]) -> str:
                 f"{line['score']:.2f}",
                 f"{line['score'] / line['original_score']:.2f}",
                 _kl(line),
-                *("" if value is None else f"{value:.0f} s" for value in seconds),
-                f"{line['peak_memory_bytes'] / 2**30:.1f} GiB",
+                *_costs(line),
             ]
 
     originals = {

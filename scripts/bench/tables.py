@@ -31,6 +31,7 @@ SECTIONS: Mapping[str, tuple[str, Callable[[Lines], str]]] = {
     "quality": ("quality", score_tables.quality),
     "max-drop": ("max_drop", score_tables.max_drop),
     "decoders": ("decoder", score_tables.decoders_short),
+    "tokens": ("tokens", score_tables.tokens),
     "ablation": ("ablation", score_tables.ablation),
     "promise": ("promise", time_tables.promise_short),
     "speedup": ("speedup", time_tables.speedup_short),

@@ -234,6 +234,18 @@ def test_decoders_have_a_short_table_and_a_page(update: Update, tmp_path: Path) 
     assert "2.0 GiB" in full
 
 
+def test_perplexity_by_tokens_has_standard_errors(update: Update, tmp_path: Path) -> None:
+    line = a_line(peak_memory_bytes=2**31, constraint=0.8)
+    nats = {"original": [3.0, 4.0], "pruned": [3.1, 4.3]}  # mean 3.7 after losing 0.1 and 0.3
+    put(tmp_path, {**line, "nats": nats}, name="tokens_t.jsonl")
+    assert update() == 0
+    ((model, macs, calibration, *numbers),) = rows_of(page(tmp_path, "tokens"))
+    assert [model, macs, calibration] == ["tiny [80.4]", "0.8", "64 x 13 tokens"]
+    assert numbers[:3] == ["40.45 (24.27)", "1.22 (0.12)", "0.250"]
+    assert numbers[3] == "1 s"
+    assert numbers[-1] == "2.0 GiB"
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
