@@ -4,6 +4,9 @@ allocate  with scope "global" first: error curves of all maps on the inputs of t
           from them the density of every map, see `rfprune.stages.densities`
 collect   moments of the inputs of every linear map, bottom up, so that each map is chosen and
           adjusted on inputs that the zeros below it have changed
+align     with criterion "obs": each map is first multiplied by the regression of its inputs in the
+          dense model on its present ones, which corrects the errors of the maps below it, see
+          `rfprune.stages.align`; held-out tokens accept it
 choose    the weights that stay, see `rfprune.stages.sparsify`
 
 Embeddings, norms, poolers and the heads of tasks keep all weights.
@@ -18,9 +21,11 @@ from transformers import PreTrainedModel
 
 from rfprune.cost.sparsity import MapSparsity
 from rfprune.methods.problem import Problem
+from rfprune.model.compact import unpruned_copy
 from rfprune.model.layout import Layout, layout_of
 from rfprune.model.linear import linear, weight_of
-from rfprune.model.residency import resident
+from rfprune.model.residency import is_offloaded, resident
+from rfprune.stages.align import apply_regression_map, fit_regression_map
 from rfprune.stages.curvature import depth_weight
 from rfprune.stages.densities import allocate_weights, error_curve, output_importance
 from rfprune.stages.least_squares import Moments, NumericalFailure
@@ -49,11 +54,18 @@ def add_zeros(
     found: dict[str, MapSparsity] = {}
     warnings = []
 
-    def visit(layer: int, paths: Sequence[str], inputs: Moments) -> None:
+    # Offloaded models have no memory for a second one.
+    corrects = settings.sparsity_criterion == "obs" and not layout.execution_order
+    corrects = corrects and not is_offloaded(student)
+
+    def visit(layer: int, paths: Sequence[str], train: Moments, held_out: Moments) -> None:
+        inputs = train + held_out
         for path in paths:
             module, error = linear(student, path), 0.0
             with resident(module, write_back=True):
                 try:
+                    if corrects:
+                        _align(module, train, held_out)
                     error = _sparsify(module, inputs, patterns[path], settings.sparsity_criterion)
                 except NumericalFailure as failure:
                     warnings.append(f"'{path}' was left without zeros: {failure}")
@@ -61,8 +73,21 @@ def add_zeros(
                 nonzeros = int(weight.count_nonzero())
                 found[path] = MapSparsity(path, layer, weight.numel(), nonzeros, error)
 
-    visit_maps(student, layout, problem.inputs, visit, progress=problem.progress)
+    reference = unpruned_copy(student) if corrects else None
+    visit_maps(
+        student, layout, problem.inputs, visit, reference=reference, progress=problem.progress
+    )
     return tuple(found[path] for path in layers if path in found), warnings
+
+
+def _align(module: Any, train: Moments, held_out: Moments) -> None:
+    """Multiply a map by the regression of its dense inputs on its present ones, in place."""
+    weight, bias = weight_of(module), module.bias
+    matrix, shift = fit_regression_map(train, held_out, intercept=bias is not None)
+    new_weight, new_bias = apply_regression_map(weight, bias, matrix, shift)
+    weight.copy_(new_weight)
+    if bias is not None and new_bias is not None:
+        bias.copy_(new_bias)
 
 
 def _sparsify(module: Any, inputs: Moments, pattern: Pattern, criterion: str) -> float:
@@ -84,7 +109,8 @@ def _allocated(problem: Problem, layers: Mapping[str, int], pattern: Pattern) ->
     criterion = problem.settings.sparsity_criterion
     curves = {}
 
-    def visit(layer: int, group: Sequence[str], inputs: Moments) -> None:
+    def visit(layer: int, group: Sequence[str], train: Moments, held_out: Moments) -> None:
+        inputs = train + held_out
         for path in group:
             module = linear(model, path)
             outputs = _layer_weight(layout, layer) * importance[path].to(inputs.gram.device)

@@ -12,6 +12,8 @@ and each pass runs the whole model.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,11 +29,15 @@ from rfprune.model.layout import Layout
 from rfprune.model.linear import weight_of
 from rfprune.model.residency import execution_device, resident
 from rfprune.stages.float64 import float64_device
-from rfprune.stages.hidden_states import first_hidden_states
+from rfprune.stages.hidden_states import HiddenStates, first_hidden_states
 from rfprune.stages.least_squares import Moments
 
-Visit = Callable[[int, Sequence[str], Moments], None]
-"""Called with the index of a layer, the paths of maps of the same inputs, and their moments."""
+HELD_OUT_EVERY = 8
+"""One batch of this many is held out, to choose and accept corrections."""
+
+Visit = Callable[[int, Sequence[str], Moments, Moments], None]
+"""Called with the index of a layer, the paths of maps of the same inputs, and the moments of these
+inputs on most batches and on the held-out ones. Targets are the inputs of the reference."""
 
 
 def linear_maps(model: PreTrainedModel, layer: str) -> list[str]:
@@ -68,12 +74,15 @@ def visit_maps(
     batches: Sequence[Batch],
     visit: Visit,
     *,
+    reference: PreTrainedModel | None = None,
     progress: bool = False,
 ) -> None:
     """Call `visit` for every group of linear maps, bottom up.
 
     Args:
         model: frozen; pruned or not.
+        reference: a copy of it as it was; None: moments have no targets. Models whose layers share
+            weights need none, since all runs of a layer change together.
         layout: of `model`.
         batches: calibration batches with token masks, on the model's device.
         visit: may change the weights of the maps that it is called with.
@@ -85,16 +94,25 @@ def visit_maps(
     )
     with torch.no_grad(), bar:
         if layout.execution_order:
+            run = _Run(model, lambda i: model(**model_inputs(own[i])))
             for layer in range(len(layout.layers)):
-                _visit_layer(model, layout, layer, own, lambda b: model(**model_inputs(b)), visit)
+                _visit_layer(layout, layer, own, run, None, visit)
                 bar.update()
             return
         for in_decoder in (False, True):
-            _visit_stack(model, layout, own, visit, bar, in_decoder=in_decoder)
+            _visit_stack((model, reference), layout, own, visit, bar, in_decoder=in_decoder)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A model, and how a layer of it, or the whole, runs on the batch of a number."""
+
+    model: PreTrainedModel
+    run: Callable[[int], Any]
 
 
 def _visit_stack(
-    model: PreTrainedModel,
+    models: tuple[PreTrainedModel, PreTrainedModel | None],
     layout: Layout,
     batches: Sequence[Batch],
     visit: Visit,
@@ -105,37 +123,43 @@ def _visit_stack(
     indices = layout.layer_indices(decoder=in_decoder)
     if not indices:
         return
-    models, layouts = (model, model), (layout, layout)
-    _, states = first_hidden_states(models, layouts, batches, in_decoder=in_decoder)
+    model, reference = models
+    pair, layouts = (reference or model, model), (layout, layout)
+    before, now = first_hidden_states(pair, layouts, batches, in_decoder=in_decoder)
+    used = [now] if reference is None else [now, before]
     masks = [decoder_token_mask(one) if in_decoder else token_mask(one) for one in batches]
-    numbers = {id(batch): i for i, batch in enumerate(batches)}
+
+    def runs(states: HiddenStates, path: str) -> _Run:
+        def run(i: int) -> Tensor:
+            hidden = unpack(states.values[i], masks[i])
+            return run_layer(states.model, path, hidden, states.layer_calls(i))
+
+        return _Run(states.model, run)
+
     for layer in indices:
         path = layout.layers[layer]
-
-        def run(batch: Batch, path: str = path) -> Tensor:
-            i = numbers[id(batch)]
-            hidden = unpack(states.values[i], masks[i])
-            return run_layer(model, path, hidden, states.layer_calls(i))
-
+        own, *others = (runs(states, path) for states in used)
         with resident(model.get_submodule(path)):
-            _visit_layer(model, layout, layer, batches, run, visit)
-            for i, batch in enumerate(batches):
-                states.values[i].copy_(pack(run(batch), masks[i]))
+            _visit_layer(layout, layer, batches, own, others[0] if others else None, visit)
+            for states, one in zip(used, (own, *others), strict=True):
+                for i, mask in enumerate(masks):
+                    states.values[i].copy_(pack(one.run(i), mask))
         bar.update()
 
 
 def _visit_layer(
-    model: PreTrainedModel,
     layout: Layout,
     layer: int,
     batches: Sequence[Batch],
-    run: Callable[[Batch], object],
+    own: _Run,
+    reference: _Run | None,
     visit: Visit,
 ) -> None:
     """Collect the moments of each group of a layer, after the groups before it were visited.
 
     Args:
-        run: runs the layer, or the whole model, on a batch.
+        own: runs the model.
+        reference: runs the reference, if there is one.
     """
     from_encoder = {
         producer.path
@@ -144,17 +168,27 @@ def _visit_layer(
         if producer.inputs == ("encoder",)
     }
     in_decoder = layer in layout.layer_indices(decoder=True)
-    for paths, num_calls in _groups(model, layout.layers[layer], lambda: run(batches[0])):
-        module = model.get_submodule(paths[0])
-        weight = weight_of(module)
-        moments = Moments.zeros(weight.shape[1], 0, float64_device(execution_device(model)))
-        for batch in batches:
+    device = float64_device(execution_device(own.model))
+    for paths, num_calls in _groups(own.model, layout.layers[layer], lambda: own.run(0)):
+        size = weight_of(own.model.get_submodule(paths[0])).shape[1]
+        split = [Moments.zeros(size, size if reference else 0, device) for _ in range(2)]
+        for i, batch in enumerate(batches):
             decoder_tokens = in_decoder and paths[0] not in from_encoder
             mask = decoder_token_mask(batch) if decoder_tokens else token_mask(batch)
-            for inputs in module_inputs(module, lambda b=batch: run(b), num_calls):  # type: ignore[misc]
-                rows = _rows(inputs, mask)
-                moments.add(rows, rows[:, :0])
-        visit(layer, paths, _all_reduced(moments))
+            inputs = _inputs(own, paths[0], i, num_calls, mask)
+            targets = [rows[:, :0] for rows in inputs]
+            if reference is not None:
+                targets = _inputs(reference, paths[0], i, num_calls, mask)
+            is_held_out = distributed.batch_number(i) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+            for rows, target in zip(inputs, targets, strict=True):
+                split[is_held_out].add(rows, target)
+        visit(layer, paths, *map(_all_reduced, split))
+
+
+def _inputs(run: _Run, path: str, i: int, num_calls: int, tokens: Tensor) -> list[Tensor]:
+    """The inputs (tokens, p) of a map on a batch, one tensor for each of its calls."""
+    inputs = module_inputs(run.model.get_submodule(path), lambda: run.run(i), num_calls)
+    return [_rows(each, tokens) for each in inputs]
 
 
 def _groups(
@@ -192,7 +226,9 @@ def _rows(inputs: Tensor, tokens: Tensor) -> Tensor:
 
 def _all_reduced(moments: Moments) -> Moments:
     """The sums of all processes."""
-    count = moments.gram.new_tensor([float(moments.count)])
-    distributed.all_reduce(moments.gram, moments.feature_sum, count)
-    moments.count = int(count)
+    numbers = moments.gram.new_tensor([moments.target_energy, moments.count])
+    distributed.all_reduce(
+        moments.gram, moments.cross, moments.feature_sum, moments.target_sum, numbers
+    )
+    moments.target_energy, moments.count = float(numbers[0]), int(numbers[1])
     return moments

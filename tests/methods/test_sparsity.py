@@ -78,31 +78,38 @@ def test_a_density_is_met_within_one_weight(
 def test_each_map_sees_the_inputs_that_the_zeros_below_it_make(
     model_type: str, tiny_model: TinyModel, tiny_batch: TinyBatch
 ) -> None:
-    """The moments of the last map are those of its inputs in the sparse model."""
+    """Moments are those of the inputs in the sparse model, and targets those in the dense one."""
     model = tiny_model(model_type).requires_grad_(False)
     batches = [{**tiny_batch(padding="left", model_type=model_type)}]
     seen: dict[str, Moments] = {}
 
-    def visit(_: int, paths: Any, inputs: Moments) -> None:
+    def visit(_: int, paths: Any, train: Moments, held_out: Moments) -> None:
         for path in paths:
-            seen[path] = inputs
+            seen[path] = train + held_out
             weight = weight_of(model.get_submodule(path))
             weight[:, ::2] = 0
 
     layout = layout_of(model)
-    visit_maps(model, layout, batches, visit)
+    reference = tiny_model(model_type).requires_grad_(False)
+    visit_maps(model, layout, batches, visit, reference=reference)
     assert len(seen) == sum(len(linear_maps(model, layer)) for layer in layout.layers)
     for path, moments in seen.items():
-        inputs: list[Tensor] = []
-        handle = model.get_submodule(path).register_forward_pre_hook(
-            lambda _, args, inputs=inputs: inputs.append(args[0])
-        )
-        model(**batches[0])
-        handle.remove()
-        rows = inputs[0].reshape(-1, inputs[0].shape[-1])
-        rows = rows[batches[0]["attention_mask"].bool().flatten()].double()
+        rows, targets = (inputs_of(each, path, batches[0]) for each in (model, reference))
         assert moments.count == len(rows)
         assert torch.allclose(moments.gram, rows.T @ rows, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(moments.cross, rows.T @ targets, rtol=1e-4, atol=1e-4)
+
+
+def inputs_of(model: Any, path: str, batch: dict[str, Tensor]) -> Tensor:
+    """Inputs (tokens, p) of a map in a forward pass, without padding."""
+    inputs: list[Tensor] = []
+    handle = model.get_submodule(path).register_forward_pre_hook(
+        lambda _, args: inputs.append(args[0])
+    )
+    model(**batch)
+    handle.remove()
+    rows = inputs[0].reshape(-1, inputs[0].shape[-1])
+    return rows[batch["attention_mask"].bool().flatten()].double()
 
 
 def test_after_units_were_removed_both_hold(
