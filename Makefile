@@ -1,6 +1,7 @@
 # Every target sets up what it needs in .venv; nothing has to be installed first but Python 3.10 or newer.
 #   make demo      prune the embedded model; no network needed once the packages are there
 #   make test      the test suite
+#   make test-backends   sentence-transformers with its backends onnx and openvino, in .venv-optimum
 #   make check     what a change must pass: format, lint, types, tables, tests
 #   make coverage  the test suite again, and which lines of rfprune/ it reaches
 PYTHON ?= python3
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check coverage format lint types tables clean
+.PHONY: help demo test test-backends check coverage format lint types tables clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -27,7 +28,7 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,onnx,gguf]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,onnx,openvino,gguf]'
 	@touch $@ $(VENV)/installed
 
 demo: $(VENV)/installed
@@ -35,6 +36,14 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -n auto $(PYTEST_OPTIONS)
+
+# The backends onnx and openvino of sentence-transformers need optimum, which needs transformers 4.
+test-backends: $(VENV)/installed-dev
+	$(PYTHON) -m venv $(VENV)-optimum
+	$(VENV)-optimum/bin/python -m pip install --quiet 'optimum-intel[openvino]==1.27.0' \
+	    'optimum-onnx[onnxruntime]==0.1.0' 'sentence-transformers==5.2.0' 'transformers==4.57.6'
+	RFPRUNE_OPTIMUM_PYTHON=$(VENV)-optimum/bin/python $(TEST_ENVIRONMENT) $(BIN)/python -m pytest \
+	    tests/end_to_end/test_backends.py
 
 coverage: $(VENV)/installed-dev
 	rm -f .coverage .coverage.*

@@ -80,6 +80,7 @@ def finetune(options: argparse.Namespace) -> None:
     """Write the fine-tuned checkpoint and print its scores on the validation data."""
     from transformers import Trainer, set_seed
 
+    from rfprune.model.saved_tokenizer import save_tokenizer
     from rfprune.tasks.baseline import below_baseline
     from rfprune.tasks.calibration import sample
     from rfprune.tasks.encoding import encode
@@ -102,7 +103,7 @@ def finetune(options: argparse.Namespace) -> None:
         data_collator=partial(pad, tokenizer),
     ).train()
     model.save_pretrained(options.output_dir)
-    tokenizer.save_pretrained(options.output_dir)
+    save_tokenizer(tokenizer, options.output_dir)
     evaluation = evaluate_model(model, prepared)
     for name, score in evaluation.scores.items():
         print(f"{task.name} {name}: {score:.2f}")
@@ -496,11 +497,12 @@ def save_recovered(
     """Write the model as it was loaded, pruned or plain, with all that came along with it."""
     from rfprune.checkpoints.companion_files import write_companion_files
     from rfprune.model.checkpoint import MASKS_FILE, stored_state
+    from rfprune.model.saved_tokenizer import save_tokenizer
     from rfprune.model.staging import staged
 
     with staged(folder, overwrite=False) as temporary:
         student.model.save_pretrained(temporary, state_dict=stored_state(student.model, dtype))
-        student.tokenizer.save_pretrained(temporary)
+        save_tokenizer(student.tokenizer, temporary)
         write_companion_files(student.files, temporary)
         masks = Path(student.source) / MASKS_FILE
         if masks.is_file():

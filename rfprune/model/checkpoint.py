@@ -29,6 +29,7 @@ from rfprune.model.layout import Layout, layout_of
 from rfprune.model.modeling_rfprune import check_description, is_of_transformers, pruned_class
 from rfprune.model.rebuild import check_rebuildable, init_options
 from rfprune.model.residency import is_offloaded, offloaded_ties
+from rfprune.model.saved_tokenizer import save_tokenizer
 from rfprune.model.weight_store import reading_as
 
 MASKS_FILE = "pruning/masks.safetensors"
@@ -90,7 +91,7 @@ def save_pruned(
         state = None if dtype is None else stored_state(model, dtype)
         model.save_pretrained(folder, state_dict=state)
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
     readme = Path(folder) / "README.md"
     if not readme.exists():
         readme.write_text(_how_to_load(model), encoding="utf-8")

@@ -18,6 +18,7 @@ from rfprune.model.checkpoint import stored_state
 from rfprune.model.layout import Layout, Producer, recorded_blocks, unit_features
 from rfprune.model.linear import is_transposed, linear
 from rfprune.model.original_class import fill, make_on_meta, original_config
+from rfprune.model.saved_tokenizer import save_tokenizer
 
 
 def to_dense(
@@ -67,7 +68,7 @@ def save_dense(
     """
     dense = to_dense(model, layout, masks)
     dense.save_pretrained(folder, state_dict=None if dtype is None else stored_state(dense, dtype))
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     return dense
 
 

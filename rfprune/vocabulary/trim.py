@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rfprune.errors import UserError, as_path
+from rfprune.model.saved_tokenizer import save_tokenizer
 from rfprune.model.staging import check_free, recover, staged
 from rfprune.model.unwrapped import unwrapped
 from rfprune.vocabulary.counting import PieceChanges, TokenCounts, count_tokens, piece_changes
@@ -92,7 +93,7 @@ class TrimmedVocabulary:
         check_free(folder, overwrite=overwrite, marker=TOKENIZER_FILE)
         with staged(folder, overwrite=overwrite) as temporary:
             self.model.save_pretrained(temporary)
-            self.tokenizer.save_pretrained(temporary)
+            save_tokenizer(self.tokenizer, temporary)
 
 
 def trim_vocabulary(
