@@ -138,6 +138,7 @@ def profile_latency(
         curves=tuple(_curve(layout, block, timed, round_to) for block in _largest(layout)),
         scale=1.0,
         rounds=total.rounds,
+        layer_ms=_layer_ms(timed, rest.median_ms / _num_runs(layout)),
     )
     return _scaled(unscaled, layout)
 
@@ -171,7 +172,7 @@ def _repeat(call: Callable[[], object], times: int) -> None:
 
 
 def _repeats(model: PreTrainedModel, layout: Layout) -> int:
-    return 1 if model.device.type == "cpu" else max(len(layout.layers), len(layout.execution_order))
+    return 1 if model.device.type == "cpu" else _num_runs(layout)
 
 
 def _largest(layout: Layout) -> list[Block]:
@@ -258,6 +259,15 @@ def _curve(
         ms=(0.0, *(max(0.0, timing.median_ms - emptied_ms) for _, timing in own[1:])),
         spreads=tuple(timing.spread for _, timing in own),
     )
+
+
+def _layer_ms(timed: Sequence[tuple[_Variant, Timing]], largest: float) -> float:
+    """Milliseconds of a layer with all sublayers emptied, at most its share of the rest."""
+    return min(largest, fmean(timing.median_ms for variant, timing in timed if variant.size == 0))
+
+
+def _num_runs(layout: Layout) -> int:
+    return len(layout.execution_order) or len(layout.layers)
 
 
 def _scaled(table: LatencyTable, layout: Layout) -> LatencyTable:

@@ -16,7 +16,7 @@ import typing
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,8 @@ class LatencyTable:
         scale: factor that the measured times of the sublayers were multiplied by to add up to
             `total_ms`; near 1 if sublayers take the same time alone as in the model.
         rounds: how many times everything was timed.
+        layer_ms: the part of `rest_ms` that each layer takes: its norms, residual sums and
+            kernel-launch overhead. It goes with a whole layer. 0 in tables of earlier versions.
 
     Example:
         >>> from rfprune import Constraint, LatencyTable, prune
@@ -131,6 +133,7 @@ class LatencyTable:
     curves: tuple[LatencyCurve, ...]
     scale: float
     rounds: int
+    layer_ms: float = 0.0
 
     def curve_of(self, block: Block, hidden_size: int) -> LatencyCurve:
         """The curve for a block of a model with this hidden size.
@@ -227,7 +230,8 @@ def latency_costs(table: LatencyTable, layout: Layout) -> CostModel:
         layout.num_runs(block) * table.curve_of(block, layout.hidden_size).costs(block.num_units)
         for block in layout.blocks
     )
-    return CostModel("latency", tables, table.rest_ms)
+    layer_costs = (table.layer_ms,) * len(layout.layers)
+    return CostModel("latency", tables, table.rest_ms, layer_costs=layer_costs)
 
 
 def shape_of(layout: Layout) -> ModelShape:
@@ -339,16 +343,20 @@ def _parse_fields(kind: Any, value: Any, name: str) -> Any:
     types = typing.get_type_hints(kind)
     if not isinstance(value, dict):
         raise ValueError(f"{name} is not an object")
-    if value.keys() != types.keys():
-        odd = sorted(value.keys() ^ types.keys())
+    optional = {one.name for one in dataclasses.fields(kind) if one.default is not MISSING}
+    if not types.keys() - optional <= value.keys() <= types.keys():
+        odd = sorted((value.keys() ^ types.keys()) - (optional - value.keys()))
         raise ValueError(f"{name} has missing or unknown entries: {', '.join(odd):.80}")
-    return kind(**{field: _parse(types[field], value[field], field) for field in types})
+    return kind(**{field: _parse(types[field], one, field) for field, one in value.items()})
 
 
 def _check_consistency(table: LatencyTable) -> None:
     """Raise ValueError where numbers of a table contradict each other."""
     if not 0 <= table.rest_ms <= table.total_ms or table.total_ms == 0:
         raise ValueError(f"rest_ms is {table.rest_ms}, not between 0 and total_ms {table.total_ms}")
+    num_layers = len({block.layer for block in table.model.blocks})
+    if not 0 <= table.layer_ms * num_layers <= table.rest_ms * (1 + _NEAR):
+        raise ValueError(f"layer_ms is {table.layer_ms}, more than a share of {table.rest_ms}")
     if not table.curves or not table.model.blocks:
         raise ValueError("it has no sublayers")
     for curve in table.curves:

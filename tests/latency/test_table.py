@@ -78,6 +78,9 @@ def test_all_units_cost_the_total_and_no_units_the_rest(layout: Layout) -> None:
     assert costs.original == pytest.approx(TABLE.total_ms)
     assert costs.total([4, 12, 4, 12]) == pytest.approx(20)
     assert costs.total([0, 0, 0, 0]) == TABLE.rest_ms
+    with_layers = latency_costs(replace(TABLE, layer_ms=1.5), layout)
+    assert with_layers.total([0, 0, 0, 0], removed=[1]) == TABLE.rest_ms - 1.5
+    assert with_layers.without_layers([1]).original == costs.original
     assert costs.total([1, 12, 0, 4]) == pytest.approx(4 + 2 + 3 + 0 + 1.9)
 
 
