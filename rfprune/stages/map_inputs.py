@@ -28,12 +28,9 @@ from rfprune.model.layerwise import module_inputs, run_layer
 from rfprune.model.layout import Layout
 from rfprune.model.linear import weight_of
 from rfprune.model.residency import execution_device, resident
-from rfprune.stages.float64 import float64_device
 from rfprune.stages.hidden_states import HiddenStates, first_hidden_states
 from rfprune.stages.least_squares import Moments
-
-HELD_OUT_EVERY = 8
-"""One batch of this many is held out, to choose and accept corrections."""
+from rfprune.stages.reconstruct import SplitMoments
 
 Visit = Callable[[int, Sequence[str], Moments, Moments], None]
 """Called with the index of a layer, the paths of maps of the same inputs, and the moments of these
@@ -168,10 +165,10 @@ def _visit_layer(
         if producer.inputs == ("encoder",)
     }
     in_decoder = layer in layout.layer_indices(decoder=True)
-    device = float64_device(execution_device(own.model))
+    device = execution_device(own.model)
     for paths, num_calls in _groups(own.model, layout.layers[layer], lambda: own.run(0)):
         size = weight_of(own.model.get_submodule(paths[0])).shape[1]
-        split = [Moments.zeros(size, size if reference else 0, device) for _ in range(2)]
+        moments = SplitMoments.zeros(size, size if reference else 0, device)
         for i, batch in enumerate(batches):
             decoder_tokens = in_decoder and paths[0] not in from_encoder
             mask = decoder_token_mask(batch) if decoder_tokens else token_mask(batch)
@@ -179,10 +176,9 @@ def _visit_layer(
             targets = [rows[:, :0] for rows in inputs]
             if reference is not None:
                 targets = _inputs(reference, paths[0], i, num_calls, mask)
-            is_held_out = distributed.batch_number(i) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
             for rows, target in zip(inputs, targets, strict=True):
-                split[is_held_out].add(rows, target)
-        visit(layer, paths, *map(_all_reduced, split))
+                moments.add(i, rows, target)
+        visit(layer, paths, *moments.all_reduce())
 
 
 def _inputs(run: _Run, path: str, i: int, num_calls: int, tokens: Tensor) -> list[Tensor]:
@@ -222,13 +218,3 @@ def _rows(inputs: Tensor, tokens: Tensor) -> Tensor:
     if inputs[..., 0].numel() == tokens.numel():
         return pack(inputs, tokens)
     return inputs.reshape(-1, inputs.shape[-1])
-
-
-def _all_reduced(moments: Moments) -> Moments:
-    """The sums of all processes."""
-    numbers = moments.gram.new_tensor([moments.target_energy, moments.count])
-    distributed.all_reduce(
-        moments.gram, moments.cross, moments.feature_sum, moments.target_sum, numbers
-    )
-    moments.target_energy, moments.count = float(numbers[0]), int(numbers[1])
-    return moments

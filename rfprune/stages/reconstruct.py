@@ -214,23 +214,23 @@ def _fit_shared_layers(
     return warnings
 
 
-class _SplitMoments(NamedTuple):
+class SplitMoments(NamedTuple):
     """Moments of the batches that a fit is made on, and of the held-out ones."""
 
     train: Moments
     held_out: Moments
 
     @staticmethod
-    def zeros(num_features: int, num_outputs: int, device: torch.device) -> _SplitMoments:
+    def zeros(num_features: int, num_outputs: int, device: torch.device) -> SplitMoments:
         where = float64_device(device)
-        return _SplitMoments(*(Moments.zeros(num_features, num_outputs, where) for _ in range(2)))
+        return SplitMoments(*(Moments.zeros(num_features, num_outputs, where) for _ in range(2)))
 
     def add(self, i: int, features: Tensor, targets: Tensor) -> None:
         """Add features (tokens, p) and targets (tokens, d) of batch i of this process."""
         is_held_out = distributed.batch_number(i) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
         (self.held_out if is_held_out else self.train).add(features, targets)
 
-    def all_reduce(self) -> _SplitMoments:
+    def all_reduce(self) -> SplitMoments:
         """Sum over all processes, in place."""
         for moments in self:
             numbers = moments.gram.new_tensor([moments.target_energy, moments.count])
@@ -243,7 +243,7 @@ class _SplitMoments(NamedTuple):
 
 def _collect_moments(
     teacher: HiddenStates, student: HiddenStates, block: FittedBlock, *, first_token_only: bool
-) -> _SplitMoments:
+) -> SplitMoments:
     """Moments of the inputs of the student's output projection and of their targets.
 
     The stored hidden states of the teacher advance to the output of the block. Those of the student
@@ -272,7 +272,7 @@ def _collect_moments(
     return moments.all_reduce()
 
 
-def _collect_moments_of_runs(pair: Pair, batches: Sequence[Batch], block: Block) -> _SplitMoments:
+def _collect_moments_of_runs(pair: Pair, batches: Sequence[Batch], block: Block) -> SplitMoments:
     """The same over all runs of a block, with the teacher's hidden states as the input of each."""
     teacher, student, layout = pair.teacher, pair.student, pair.layout
     moments = _empty_moments(student, block)
@@ -294,10 +294,10 @@ def _collect_moments_of_runs(pair: Pair, batches: Sequence[Batch], block: Block)
     return moments.all_reduce()
 
 
-def _empty_moments(student: PreTrainedModel, block: Block) -> _SplitMoments:
+def _empty_moments(student: PreTrainedModel, block: Block) -> SplitMoments:
     weight = weight_of(student.get_submodule(block.consumer))
     num_outputs, num_features = weight.shape
-    return _SplitMoments.zeros(num_features, num_outputs, weight.device)
+    return SplitMoments.zeros(num_features, num_outputs, weight.device)
 
 
 def _features(features: Tensor | None, tokens: Tensor, target: Tensor) -> Tensor:
@@ -352,10 +352,10 @@ def _align_input_projections(
 
 def _collect_input_moments(
     teacher: HiddenStates, student: HiddenStates, block: FittedBlock
-) -> _SplitMoments:
+) -> SplitMoments:
     """Moments of the student's inputs of a block (features) and of the teacher's (targets)."""
     size = student.values[0].shape[1]
-    moments = _SplitMoments.zeros(size, size, student.values[0].device)
+    moments = SplitMoments.zeros(size, size, student.values[0].device)
     for i in range(len(student.batches)):
         tokens = student.tokens(i, block.own)
         teacher_calls, student_calls = _layer_calls(teacher, student, i)
@@ -366,7 +366,7 @@ def _collect_input_moments(
 
 
 def _fit_block(
-    solve: Solve, student: PreTrainedModel, block: FittedBlock, moments: _SplitMoments
+    solve: Solve, student: PreTrainedModel, block: FittedBlock, moments: SplitMoments
 ) -> list[str]:
     """Fit the output projection of one block, in place.
 
