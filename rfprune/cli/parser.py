@@ -19,7 +19,6 @@ from rfprune.cli.validation import (
     check_exports,
     check_hub,
     check_task,
-    check_vocabulary,
 )
 from rfprune.errors import UserError
 from rfprune.report.output_folder import check_output
@@ -72,7 +71,6 @@ def parse(argv: Sequence[str]) -> Options:
     check_data(task, data.data_dir, data.text_columns, data.label_column, data.validation_fraction)
     check_hub(options.hub)
     check_exports(options.output.export, quantize=options.output.quantize)
-    check_vocabulary(options.target.vocabulary)
     for ratio in options.target.ratios:
         check_output(
             options.output_folder(ratio),

@@ -30,7 +30,7 @@ from rfprune.cli.console import (
     out_of_memory_as_user_error,
 )
 from rfprune.cli.outputs import export_job, identity_of, publish, save_output, unfinished_ratios
-from rfprune.cli.validation import check_kind
+from rfprune.cli.validation import check_kind, check_vocabulary
 from rfprune.cli.vocabulary import (
     held_out_texts,
     trim_checkpoint,
@@ -96,6 +96,7 @@ def run(options: Options, arguments: Sequence[str]) -> None:
 def _prepare(options: Options, device: torch.device, consoles: Consoles) -> Prepared:
     """Load the checkpoint and the data, so that a bad input ends the run here."""
     target, data = options.target, options.data
+    check_vocabulary(target.vocabulary)
     task = resolve_task(
         target.task,
         target.model,
@@ -145,6 +146,8 @@ def _prepare(options: Options, device: torch.device, consoles: Consoles) -> Prep
     )
     if vocabulary is not None:
         problem = replace(problem, untrimmed=loaded.model)
+    if not options.removes_units and options.settings.sparsity is None:
+        problem = replace(problem, warnings=())  # they are about what is fitted, and nothing is
     for warning in problem.warnings:
         warn(warning, RfpruneWarning, stacklevel=2)
     batches = [dict(add_token_mask(model, problem.layout, batch)) for batch in batches]

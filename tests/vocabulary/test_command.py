@@ -78,6 +78,7 @@ def test_alone_it_changes_nothing_but_the_number_of_tokens(run: Run) -> None:
     assert report["pruned"]["macs"] == report["original"]["macs"]
     assert report["pruned"]["params"] < report["original"]["params"]
     assert report["constraint"] is None
+    assert report["warnings"] == []
     card = Path("out/README.md").read_text(encoding="utf-8")
     assert "0 of 24 validation texts" in card or "0 of 48 validation texts" in card
     old, new = Path("model"), Path("out")
