@@ -133,6 +133,22 @@ SPARSITY = Allowed(
 )
 
 
+def num_bytes(size: str) -> int | None:
+    """The bytes of a size such as 4GB, 1.5 GiB or 800MB; None for another text."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?)(i?)B", size.strip())
+    if match is None:
+        return None
+    number, prefix, binary = match.groups()
+    unit = 1024 if binary else 1000
+    return int(float(number) * unit ** " kMGT".index(prefix or " "))
+
+
+BYTES = Allowed(
+    "a size of memory: a number and kB, MB, GB, kiB, MiB or GiB, such as 4GB or 1.5GiB",
+    lambda size: bool(num_bytes(size)),
+)
+
+
 @dataclass(frozen=True)
 class Declaration:
     """What a field declares besides its name, type and default.
@@ -688,6 +704,15 @@ class RunSettings:
         choices=OFFLOADS,
         changes_output=False,
     )
+    max_memory: str | None = choice(
+        "keep within this much memory, such as 4GB (of the process; of the GPU with --device "
+        "cuda): layers are offloaded if they must be, and a limit that is too small is refused "
+        "before the run starts",
+        default=None,
+        metavar="SIZE",
+        allowed=BYTES,
+        changes_output=False,
+    )
     cache_dir: Path | None = choice(
         "folder for statistics that other constraints can reuse (default: $RFPRUNE_CACHE, or "
         "~/.cache/rfprune)",
@@ -820,11 +845,12 @@ class Options:
                 "--export dense is for tools that cannot run code from a checkpoint, and a model "
                 f"pruned with {flag} needs none: leave --export dense out"
             )
-        if self.run.offload is not None and self.output.export:
-            raise UserError(
-                f"--export {self.output.export[0]} needs the whole model in memory, and --offload "
-                f"{self.run.offload} avoids that: leave one of them out"
-            )
+        for flag, given in (("--offload", self.run.offload), ("--max-memory", self.run.max_memory)):
+            if given is not None and self.output.export:
+                raise UserError(
+                    f"--export {self.output.export[0]} needs the whole model in memory, and {flag} "
+                    f"{given} avoids that: leave one of them out"
+                )
         if self.hub.push_to_hub is not None and len(self.target.ratios) > 1:
             raise UserError(
                 "--push-to-hub takes one model, but several constraints make several: push each "

@@ -153,7 +153,7 @@ def load(
         _warn_of_own_code(config, source)
         options: dict[str, Any] = {"dtype": dtype}
         if offload is not None:
-            options["device_map"] = _device_map(source, task, device, offload)
+            options["device_map"] = layers_elsewhere(shapes_of(name, task), device, offload)
         model = (_load_pruned if "rfprune" in config else _load)(source, task, options)
         images = task.kind == "image-classification"
         tokenizer = _load_processor(source) if images else _load_tokenizer(source, model)
@@ -274,12 +274,22 @@ def _environment_default(name: str, value: str) -> Iterator[None]:
         del os.environ[name]
 
 
-def _device_map(source: str, task: Task, device: torch.device, offload: str) -> Mapping[str, str]:
+def shapes_of(name: str, task: Task) -> Any:
+    """The model of a checkpoint without its weights, on the meta device.
+
+    Args:
+        name: folder, hub id, alias or "demo".
+
+    Raises:
+        UserError: the checkpoint is missing, or of an unsupported type.
+    """
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-    model = without_weights(getattr(transformers, AUTO_CLASSES[task.kind]), config)
-    return layers_elsewhere(model, device, offload)
+    source = resolve_model(name, task)
+    with quiet_transformers(), _hub_errors(name, source):
+        check_config(read_config(source), source, task)
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        return without_weights(getattr(transformers, AUTO_CLASSES[task.kind]), config)
 
 
 def _load_pruned(source: str, _: Task, options: Mapping[str, Any]) -> Any:

@@ -29,6 +29,7 @@ from rfprune.cli.console import (
     open_consoles,
     out_of_memory_as_user_error,
 )
+from rfprune.cli.memory import placement, warn_of_exceeded_memory
 from rfprune.cli.outputs import export_job, identity_of, publish, save_output, unfinished_ratios
 from rfprune.cli.validation import check_kind, check_vocabulary
 from rfprune.cli.vocabulary import (
@@ -116,8 +117,10 @@ def _prepare(options: Options, device: torch.device, consoles: Consoles) -> Prep
     consoles.log.print(f"Loading {target.model} and the data of {task.name}")
     start = time.perf_counter()
     dtype = getattr(torch, options.run.dtype or "float32")
-    offload = None if device.type == options.run.offload else options.run.offload
-    loaded = load(target.model, task, device=device, dtype=dtype, offload=offload)
+    placed = placement(options, task, device, dtype)
+    if placed.offload is not None and placed.offload != options.run.offload:
+        consoles.log.print(f"Keeping the layers on {placed.offload}, to stay within --max-memory")
+    loaded = load(target.model, task, device=device, dtype=dtype, offload=placed.offload)
     check_formats(loaded.model, loaded.tokenizer, options)
     stored = stored_dtype(loaded.source) if options.run.dtype is None else dtype
     max_length = resolve_max_length(loaded, task, data.max_length)
@@ -261,6 +264,7 @@ def _make_models(
         if options.output.export:
             log.print(f"Exporting: {', '.join(options.output.export)}")
             exports = export_job(options, prepared, original, result, stored)
+        warn_of_exceeded_memory(options)
         save_output(options, prepared, result, report, exports, log)
         print_report(report, consoles.results)
         distributed.barrier()

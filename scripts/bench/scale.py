@@ -103,6 +103,7 @@ def _prune(size: str, options: argparse.Namespace) -> dict[str, Any]:
     from rfprune.cost.constraint import Constraint
     from rfprune.cost.memory import total_bytes
     from rfprune.cost.params import total_params
+    from rfprune.methods.memory_plan import peak_resident_bytes
     from rfprune.pruning import prune
 
     model = _model(size, options)
@@ -122,7 +123,7 @@ def _prune(size: str, options: argparse.Namespace) -> dict[str, Any]:
         "weight_bytes": total_bytes(model),
         "seconds": {**result.seconds, "save": seconds - (pruned - start), "wall": seconds},
         "peak_bytes": peaks,
-        "peak_resident_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "peak_resident_bytes": peak_resident_bytes(),
         "achieved": result.achieved,
         "settings": asdict(settings),
         "warnings": list(result.warnings),

@@ -259,7 +259,7 @@ def scale(lines: Sequence[Line]) -> str:
     def rows(mark: Mark) -> Iterator[list[str]]:
         for line in lines:
             sampled = max(line["peak_bytes"].values())
-            peak = max(sampled, line.get("peak_resident_bytes", 0))
+            peak = max(sampled, line.get("peak_resident_bytes") or 0)
             tokens = f"{line['dtype']}, {line['samples']} x {line['length']}"
             offload = line.get("offload", "none")
             yield [

@@ -70,6 +70,7 @@ OTHER_VALUES: dict[str, tuple[str, Any]] = {
     "device": ("cuda:1", "cuda:1"),
     "dtype": ("bfloat16", "bfloat16"),
     "offload": ("disk", "disk"),
+    "max_memory": ("4GB", "4GB"),
     "cache_dir": ("kept", Path("kept")),
     "cache": ("", False),
     "quiet": ("", True),
@@ -91,8 +92,8 @@ OTHER_VALUES: dict[str, tuple[str, Any]] = {
     "hub_dry_run": (" --push-to-hub me/model", True),
 }
 ALIKE = (
-    *("constraint", "offload", "cache_dir", "cache", "quiet", "verbose", "output_dir"),
-    *("overwrite", "push_to_hub", "private", "hub_dry_run"),
+    *("constraint", "offload", "max_memory", "cache_dir", "cache", "quiet", "verbose"),
+    *("output_dir", "overwrite", "push_to_hub", "private", "hub_dry_run"),
 )
 """Fields that do not change the output of one constraint."""
 
