@@ -147,6 +147,7 @@ def _prepare(options: Options, device: torch.device, consoles: Consoles) -> Prep
         cache=_cache_folder(options),
         progress=consoles.progress,
     )
+    problem = replace(problem, max_bytes=placed.free_bytes)
     if vocabulary is not None:
         problem = replace(problem, untrimmed=loaded.model)
     if not options.removes_units and options.settings.sparsity is None:

@@ -53,6 +53,7 @@ class Problem:
         warnings: about the batches; see `rfprune.methods.sample`.
         untrimmed: the model before its vocabulary was trimmed, to whose parameters and bytes
             constraints refer; None if it was not.
+        max_bytes: see `rfprune.stages.calibration.Calibration`.
     """
 
     model: PreTrainedModel
@@ -66,6 +67,7 @@ class Problem:
     timer: StageTimer = field(default_factory=StageTimer)
     warnings: tuple[str, ...] = ()
     untrimmed: PreTrainedModel | None = None
+    max_bytes: int | None = None
 
     @property
     def original(self) -> PreTrainedModel:
@@ -98,6 +100,7 @@ class Problem:
             self.objective,
             self.settings.seed,
             self.progress,
+            self.max_bytes,
         )
 
     def with_model(self, student: PreTrainedModel) -> Problem:
