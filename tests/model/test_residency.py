@@ -126,7 +126,7 @@ def test_weights_are_resident_within_and_only_within(
         (on_cpu, Settings(uniform=True)),
         (layers_on_disk, Settings(method="kwon")),
         (all_on_disk, Settings(method="importance", importance="magnitude-l1", tune=False)),
-        (layers_on_disk, Settings(sparsity="0.5")),
+        (layers_on_disk, Settings(sparsity="0.5", sparsity_criterion="wanda")),
     ],
     ids=["curvature", "rounds", "uniform", "kwon", "magnitude", "sparsity"],
 )
