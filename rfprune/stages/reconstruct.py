@@ -87,12 +87,13 @@ class Pair:
         """The student's blocks in the order in which they are fitted."""
         found: list[FittedBlock] = []
         own = iter(self.student_layout.blocks)
-        in_decoder = self.layout.in_decoder
-        for block in self.layout.blocks:
-            if block.layer not in removed:
-                found.append(FittedBlock(next(own), block, block))
-            elif found and block.pre_norm and in_decoder(found[-1].original) == in_decoder(block):
-                found[-1] = replace(found[-1], target=block)
+        for stack in self.layout.stacks():
+            last_kept = max(set(stack) - set(removed))
+            for block in (block for block in self.layout.blocks if block.layer in stack):
+                if block.layer not in removed:
+                    found.append(FittedBlock(next(own), block, block))
+                elif found and block.layer > last_kept == found[-1].original.layer:
+                    found[-1] = replace(found[-1], target=block)
         return found
 
 
@@ -105,7 +106,7 @@ class FittedBlock:
         original: the same block in the teacher, which may be in a layer of another number. Results
             and warnings are named by it.
         target: the block of the teacher whose output plus residual is the target: `original`, or,
-            before layers that the student lacks, the last block of these.
+            where the student lacks all layers above, the last block of these.
     """
 
     own: Block
@@ -187,6 +188,7 @@ def _fit_bottom_up(
         ):
             for block in blocks_of_layer:
                 if finished is None:
+                    _take_over_norm(pair, block)
                     if fit.align and not is_first:
                         new_warnings += _align_input_projections(*states, block)
                     first_only = block.original.consumer in fit.first_token_only
@@ -212,6 +214,14 @@ def _fit_shared_layers(
             moments = _collect_moments_of_runs(pair, batches, block.original)
             warnings += _fit_block(fit.solve, pair.student, block, moments)
     return warnings
+
+
+def _take_over_norm(pair: Pair, block: FittedBlock) -> None:
+    """Give a post-norm block that is fitted to the input of another norm that norm's weights."""
+    own, target = block.own.sublayer.next_norm, block.target.sublayer.next_norm
+    if block.target is not block.original and own is not None and target is not None:
+        norm = pair.teacher.get_submodule(target)
+        pair.student.get_submodule(own).load_state_dict(norm.state_dict())
 
 
 class SplitMoments(NamedTuple):

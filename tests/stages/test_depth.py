@@ -165,6 +165,25 @@ def test_layers_are_fitted_to_the_layers_that_they_came_from(
     assert repaired < 1e-3 * damaged
 
 
+@pytest.mark.parametrize("model_type", ["bert", "llama", "bart"])
+def test_the_last_layer_that_stays_is_fitted_to_the_end_of_the_stack(
+    model_type: str, tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    """Nothing above it could make up for the layers that went."""
+    teacher = tiny_model(model_type, num_hidden_layers=3)
+    layout = layout_of(teacher)
+    removed = [stack[-1] for stack in layout.stacks()]
+    given = [tiny_batch(32, 9, seed=seed, model_type=model_type) for seed in range(4)]
+    batches = prepare_problem(teacher, given, Settings()).batches
+    student = copy.deepcopy(remove_layers(teacher, layout, removed))
+    (before,) = mean_divergences(teacher, [student], batches)
+    with frozen(teacher), frozen(student):
+        fit = BlockFit(solve_exactly, removed=removed)
+        assert reconstruct(teacher, student, layout, batches, fit) == []
+    (after,) = mean_divergences(teacher, [student], batches)
+    assert after < 0.9 * before
+
+
 @pytest.mark.parametrize("model_type", ["llama", "bert"])
 def test_the_search_finds_the_best_two_of_six_layers(
     model_type: str, tiny_model: Tiny, tiny_batch: Tiny
