@@ -14,6 +14,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rfprune.cli.exit_codes import RESUMABLE, script
@@ -21,8 +22,7 @@ from scripts.bench import harness
 from scripts.bench.harness import Conditions, machine
 from scripts.bench.scale import SIZES, VOCABULARY, make_model
 
-LIMITS = {"whole": 2**50, "layers": 2**30}
-"""By name of a way the memory limit, in bytes, that leads to it."""
+WAYS = ("whole", "layers")
 
 
 @script(RESUMABLE)
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = harness.parser_of(__doc__, names, samples=8, length=128, batch_size=4)
     add = parser.add_argument
     add("--size", nargs="+", choices=SIZES, default=["100m", "300m"], help="default: 100m 300m")
-    add("--way", nargs="+", choices=LIMITS, default=list(LIMITS), help="default: both")
+    add("--way", nargs="+", choices=WAYS, default=list(WAYS), help="default: both")
     add("--alone", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.alone:
@@ -61,8 +61,8 @@ def _collect(options: argparse.Namespace) -> dict[str, Any]:
     from rfprune.cost.memory import total_bytes
     from rfprune.model.frozen import frozen
     from rfprune.model.layout import layout_of
-    from rfprune.stages import collection
     from rfprune.stages.calibration import Calibration
+    from rfprune.stages.collection import autograd_bytes
     from rfprune.stages.curvature import collect_curvature
 
     (size,), (way,) = options.size, options.way
@@ -70,9 +70,9 @@ def _collect(options: argparse.Namespace) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, VOCABULARY, (options.samples, options.length), generator=generator)
     batches = [{"input_ids": part} for part in ids.split(options.batch_size)]
-    if way == "layers":
-        collection.autograd_bytes = lambda _: LIMITS["whole"]
-    calibration = Calibration(model, layout_of(model), batches, max_bytes=LIMITS[way])
+    calibration = Calibration(model, layout_of(model), batches, max_bytes=2**62)
+    if way == "layers":  # of too little memory for the statistics of all layers
+        calibration = replace(calibration, max_bytes=autograd_bytes(calibration))
     before, start = _peak_bytes(), time.process_time()
     with frozen(model):
         for _, factors in collect_curvature(calibration):

@@ -39,6 +39,7 @@ SECTIONS: Mapping[str, tuple[str, Callable[[Lines], str]]] = {
     "pruning-time": ("pruning_time", time_tables.pruning_time),
     "vocabulary": ("vocabulary", score_tables.vocabulary),
     "scale": ("scale", time_tables.scale),
+    "collection": ("collection", time_tables.collection),
     "first-model": ("first_model", time_tables.first_model),
 }
 """Tables of results/README.md: the kind of file that each is made of, and how."""

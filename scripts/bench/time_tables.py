@@ -279,6 +279,29 @@ def scale(lines: Sequence[Line]) -> str:
     return marked(lines, lambda mark: table(heads, rows(mark)))
 
 
+def collection(lines: Sequence[Line]) -> str:
+    """A row for every size: CPU seconds of both ways, and the peak memory beyond the weights."""
+
+    def rows(mark: Mark) -> Iterator[list[str]]:
+        for group in grouped(lines, ("size", "samples", "length", "batch_size", "device_name")):
+            by_way = {line["way"]: line for line in group}
+            if len(by_way) < 2:
+                continue
+            whole, layers = by_way["whole"], by_way["layers"]
+            yield [
+                f"{device_of(whole)}, {whole['samples']} x {whole['length']}{mark(group)}",
+                f"{whole['weight_bytes'] / 1e9:.2f} GB",
+                *(f"{line['seconds']:.0f} s" for line in (whole, layers)),
+                f"{layers['seconds'] / whole['seconds']:.2f}",
+                *(f"{line['peak_bytes'] / 1e9:.2f} GB" for line in (whole, layers)),
+                f"{(whole['peak_bytes'] - layers['peak_bytes']) / 1e9:.2f} GB",
+            ]
+
+    heads = ["machine, tokens", "weights", "whole", "layer by layer", "ratio"]
+    heads += ["peak, whole", "peak, layer by layer", "saved"]
+    return marked(lines, lambda mark: table(heads, rows(mark)))
+
+
 def first_model(lines: Sequence[Line]) -> str:
     """A row for every machine and commit: seconds by step, bytes on the disk."""
     heads = ["machine", "commit", "clone", "install", "prune", "in all", "environment"]

@@ -22,6 +22,7 @@ from rfprune.latency.timing import TimingBudget
 from rfprune.model.layout import layout_of
 from rfprune.result import StageTimer
 from scripts.bench import (
+    collection,
     exports,
     first_model,
     gguf,
@@ -292,6 +293,17 @@ def test_a_scale_line_holds_seconds_and_memory_by_stage(output: Path, lines: Rea
     in_memory, offloaded = lines()
     for name in ("params", "weight_bytes"):
         assert in_memory[name] == offloaded[name]
+
+
+def test_a_collection_is_measured_as_a_whole_and_layer_by_layer(
+    output: Path, lines: ReadLines
+) -> None:
+    flags = f"--size tiny --samples 2 --length 8 --batch-size 1 --output {output}"
+    assert collection.main(flags.split()) == 0
+    assert [line["way"] for line in lines()] == ["whole", "layers"]
+    for line in lines():
+        assert line["peak_bytes"] >= line["bytes_before"] > line["weight_bytes"]
+        assert line["seconds"] > 0
 
 
 def test_memory_is_attributed_to_the_stage_that_uses_it() -> None:
