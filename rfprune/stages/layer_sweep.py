@@ -372,9 +372,14 @@ class _Sweep:
                     arriving.append(self._load(encoder.gradients[i][v], i, decoder=False))
                 found: tuple[Tensor, ...] = ()
                 if inputs:
-                    retain = v + 1 < num_values
+                    ends = [n for n, output in enumerate(outputs) if output.requires_grad]
                     found = complete(
-                        optional_gradients(outputs, inputs, arriving, retain_graph=retain)
+                        optional_gradients(
+                            [outputs[n] for n in ends],  # not that of a first layer without blocks
+                            inputs,
+                            [arriving[n] for n in ends],
+                            retain_graph=v + 1 < num_values,
+                        )
                     )
                 for (of, _), gradient in zip(leaves, found[len(watched) :], strict=True):
                     packed = pack(gradient, self._mask(i, of.decoder))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rfprune.errors import UserError
 from rfprune.methods.problem import add_token_mask
+from rfprune.model.compact import compact
 from rfprune.model.frozen import frozen
 from rfprune.model.layout import layout_of
 from rfprune.stages import tensor_store
@@ -27,6 +28,7 @@ from rfprune.stages.curvature import collect_curvature
 from rfprune.stages.fisher import collect_gradients
 from rfprune.stages.importance import collect_gradient_norms
 from rfprune.stages.objective import Loss
+from tests.model.emptied import emptied
 from tests.model.test_contract import CASES
 from tests.model.test_residency import layers_on_disk
 
@@ -103,6 +105,17 @@ def test_a_sweep_is_the_whole_model(
     assert layers == sorted(layers, reverse=True)
     assert len(set(layers)) >= 3
     assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.parametrize("model_type", ["llama", "bart"])
+def test_layers_without_blocks(model_type: str, calibration_of: Tiny, scratch: Path) -> None:
+    """As an earlier round may leave them: the first of each stack, and one in the middle."""
+    original = calibration_of(model_type)
+    gone = {block.name for block in original.layout.blocks if block.layer in (0, 1, 3)}
+    small = compact(original.model, original.layout, emptied(original.layout, *gone))
+    whole = replace(original, model=small, layout=layout_of(small), max_bytes=WHOLE)
+    assert 0 < len(whole.layout.blocks) < len(original.layout.blocks)
+    assert_all_equal(moments(replace(whole, max_bytes=SWEPT)), moments(whole))
 
 
 @pytest.mark.parametrize("padding", ["left", "none"])
