@@ -291,7 +291,7 @@ def collection(lines: Sequence[Line]) -> str:
             yield [
                 f"{device_of(whole)}, {whole['samples']} x {whole['length']}{mark(group)}",
                 f"{whole['weight_bytes'] / 1e9:.2f} GB",
-                *(f"{line['seconds']:.0f} s" for line in (whole, layers)),
+                *(f"{line['seconds']:.1f} s" for line in (whole, layers)),
                 f"{layers['seconds'] / whole['seconds']:.2f}",
                 *(f"{line['peak_bytes'] / 1e9:.2f} GB" for line in (whole, layers)),
                 f"{(whole['peak_bytes'] - layers['peak_bytes']) / 1e9:.2f} GB",
