@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rfprune.cli.exit_codes import NOTHING_WRITTEN, script
 from rfprune.errors import UserError
-from scripts.bench import score_tables, time_tables
+from scripts.bench import score_tables, sparsity_tables, time_tables
 from scripts.bench.harness import RESULTS, ROOT, Line
 from scripts.bench.markdown import table
 
@@ -33,6 +33,7 @@ SECTIONS: Mapping[str, tuple[str, Callable[[Lines], str]]] = {
     "decoders": ("decoder", score_tables.decoders_short),
     "tokens": ("tokens", score_tables.tokens),
     "ablation": ("ablation", score_tables.ablation),
+    "sparsity": ("sparsity", sparsity_tables.granularities),
     "promise": ("promise", time_tables.promise_short),
     "speedup": ("speedup", time_tables.speedup_short),
     "exports": ("exports", time_tables.exports),
