@@ -37,6 +37,7 @@ SECTIONS: Mapping[str, tuple[str, Callable[[Lines], str]]] = {
     "promise": ("promise", time_tables.promise_short),
     "speedup": ("speedup", time_tables.speedup_short),
     "exports": ("exports", time_tables.exports),
+    "gguf": ("gguf", score_tables.gguf),
     "pruning-time": ("pruning_time", time_tables.pruning_time),
     "vocabulary": ("vocabulary", score_tables.vocabulary),
     "scale": ("scale", time_tables.scale),
