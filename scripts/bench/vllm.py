@@ -31,15 +31,27 @@ from scripts.bench.models import greedy_tokens, load_checkpoint, num_examples, s
 
 NUM_PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 16, 16
 
+INSPECTION = """
+def size(model):
+    total, counted = 0, {}  # embeddings may also be the output projection
+    for module in model.modules():
+        own = dict(module.named_parameters(recurse=False))
+        if hasattr(module, "input_size") and hasattr(module, "output_size"):
+            own.pop("weight", None)  # packed for the processor when it was loaded
+            total += module.input_size * module.output_size
+        counted |= {id(one): one.numel() for one in own.values()}
+    return total + sum(counted.values())
+
+def name(model):
+    return f"{type(model).__module__}.{type(model).__name__}"
+"""
+"""A module of its own, since vLLM calls its functions in another process."""
+
 PROGRAM = """
 import json, sys
 from importlib.metadata import version
 
-def size(model):
-    return sum(one.numel() for one in model.parameters())
-
-def name(model):
-    return f"{type(model).__module__}.{type(model).__name__}"
+from inspection import name, size
 
 if __name__ == "__main__":  # vLLM starts processes that import this file
     from vllm import LLM, SamplingParams
@@ -130,6 +142,7 @@ def _run_vllm(python: Path, folder: Path, prompts: list[list[int]]) -> dict[str,
         "HF_HUB_OFFLINE": "1",
     }
     given = json.dumps([str(folder / "plain"), prompts, NEW_TOKENS])
+    (folder / "inspection.py").write_text(INSPECTION, encoding="utf-8")
     (folder / "run_vllm.py").write_text(PROGRAM, encoding="utf-8")
     done = subprocess.run(
         [python.absolute(), "run_vllm.py", given],
@@ -139,9 +152,10 @@ def _run_vllm(python: Path, folder: Path, prompts: list[list[int]]) -> dict[str,
         text=True,
         check=False,
     )
-    if done.returncode:
-        lines = (done.stdout + done.stderr).strip().splitlines() or ["no output"]
-        raise NotMeasured(f"vLLM failed: {lines[-1][:300]}")
+    if not (folder / "found.json").exists():
+        lines = done.stderr.strip().splitlines() or ["no output"]
+        reasons = [line for line in lines if "Error: " in line] or lines
+        raise NotMeasured(f"vLLM failed: {reasons[0][:300]}")
     found: dict[str, Any] = json.loads((folder / "found.json").read_text(encoding="utf-8"))
     return found
 
