@@ -32,6 +32,7 @@ class LlamaCppModel(nn.Module):
         # Callers take the device of a model from its parameters.
         self.device_parameter = nn.Parameter(torch.zeros(0), requires_grad=False)
         self._llama: Any = None
+        self._max_length = 0  # tokens that the loaded model has room for
         self._release: Callable[[], Any] = lambda: None
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Any:
@@ -53,12 +54,13 @@ class LlamaCppModel(nn.Module):
     def close(self) -> None:
         """Release the memory of the model; it is loaded again when it is called."""
         self._release()
-        self._llama = None
+        self._llama, self._max_length = None, 0
 
     def _with_context(self, length: int) -> Any:
         """The model with room for this many tokens."""
-        if self._llama is None or self._llama.n_ctx() < length:
+        if length > self._max_length:
             self.close()
+            self._max_length = length
             threads = torch.get_num_threads()
             self._llama = _silent_llama_cpp().Llama(
                 str(self.path),

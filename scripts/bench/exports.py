@@ -1,6 +1,8 @@
 """Pruning and quantisation, apart and together: score, divergence, bytes and milliseconds.
 
 OMP_NUM_THREADS=1 python -m scripts.bench.exports --model CHECKPOINT --task sst2 --clock cpu
+OMP_NUM_THREADS=1 python -m scripts.bench.exports --model smollm2-135m --task language-modeling \\
+    --data-dir text --samples 64 --max-length 128 --formats gguf --clock cpu
 
 The original and the models pruned to every constraint, each by PyTorch and in every format, with
 float32 and with quantised weights, are scored by one evaluation and timed in turn on the same
@@ -15,13 +17,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rfprune.cli.exit_codes import RESUMABLE, script
 from rfprune.cli.validation import check_exports
-from rfprune.errors import UserError
+from rfprune.errors import UserError, check_installed
+from rfprune.settings import GGUF_TYPES
 from scripts.bench import harness
 from scripts.bench.harness import Conditions, machine
 from scripts.bench.models import Batch, load_checkpoint, num_examples, settings_of
@@ -36,6 +40,15 @@ FOREVER = 1e9
 LONG = 128
 """Tokens of the last shape that is timed."""
 
+
+@dataclass(frozen=True)
+class Source:
+    """What files are made from besides the model."""
+
+    tokenizer: Any
+    batches: Sequence[Batch]
+
+
 Variants = dict[str, tuple["nn.Module", int]]
 """What runs a model in one format, and the bytes of its weights, by the suffix of its name."""
 
@@ -46,12 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     interrupted."""
     options = _parser().parse_args(argv)
     check_exports(options.formats, quantize=True)
+    if "gguf" in options.formats:
+        check_installed("llama.cpp", ["llama-cpp-python"], extra="llamacpp")
     here = machine("cpu")
     if options.clock == "cpu" and here["threads"] > 1:
         raise UserError(
             "--clock cpu adds up the time of all threads: set OMP_NUM_THREADS=1, or use wall."
         )
-    names = ("model", "task", "method", "seed", "eval_limit", "batch_size", "clock")
+    names = ["model", "task", "method", "seed", "eval_limit", "batch_size", "clock"]
+    names += ["max_length"] * (options.max_length is not None)
     wanted = harness.conditions_of(options, names) | {
         "requested_samples": options.samples,
         "constraints": " ".join(f"{ratio:g}" for ratio in options.constraint),
@@ -65,14 +81,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    names = "model task data-dir constraint method samples seed eval-limit batch-size rounds"
-    parser = harness.parser_of(__doc__, names, constraint=[0.7, 0.5], rounds=20)
+    names = "model task data-dir constraint method samples seed eval-limit batch-size max-length"
+    parser = harness.parser_of(__doc__, f"{names} rounds", constraint=[0.7, 0.5], rounds=20)
     parser.add_argument(
         "--formats",
         nargs="+",
         choices=WRITERS,
-        default=list(WRITERS),
-        help=f"default: {' '.join(WRITERS)}",
+        default=["onnx", "openvino"],
+        help="default: onnx openvino",
     )
     parser.add_argument(
         "--clock",
@@ -103,7 +119,8 @@ def _measure(options: argparse.Namespace, group: Sequence[Conditions]) -> Iterat
             given = {"original": checkpoint.model}
             given |= {name: result.model for name, result in results.items()}
             with tempfile.TemporaryDirectory() as folder, quiet_transformers():
-                variants = _variants(given, options.formats, batches, Path(folder))
+                source = Source(checkpoint.loaded.tokenizer, batches)
+                variants = _variants(given, options.formats, source, Path(folder))
                 models = {name: model for name, (model, _) in variants.items()}
                 rows = _score(models, data)
                 speed = []
@@ -129,7 +146,7 @@ def _measure(options: argparse.Namespace, group: Sequence[Conditions]) -> Iterat
 
 
 def _variants(
-    given: Mapping[str, Any], formats: Sequence[str], batches: Sequence[Batch], folder: Path
+    given: Mapping[str, Any], formats: Sequence[str], source: Source, folder: Path
 ) -> Variants:
     """Every model by PyTorch and in every format: "original", "original-onnx", "0.7-onnx-int8"."""
     found: Variants = {}
@@ -139,19 +156,19 @@ def _variants(
             if one in formats:
                 path = folder / f"{name}-{one}"
                 path.mkdir()
-                written = WRITERS[one](model, batches, path)
+                written = WRITERS[one](model, source, path)
                 found |= {f"{name}-{suffix}": variant for suffix, variant in written.items()}
     return found
 
 
-def _write_onnx(model: Any, batches: Sequence[Batch], folder: Path) -> Variants:
+def _write_onnx(model: Any, source: Source, folder: Path) -> Variants:
     """float32, and int8 weights with activations quantised at run time."""
     from rfprune.export.contract import file_bytes
     from rfprune.export.onnx import OnnxModel, export_onnx, quantize_onnx
     from rfprune.latency.timed_batch import typical_batch
 
     paths = {"onnx": folder / "model.onnx", "onnx-int8": folder / "int8.onnx"}
-    export_onnx(model, typical_batch(batches), paths["onnx"])
+    export_onnx(model, typical_batch(source.batches), paths["onnx"])
     quantize_onnx(*paths.values())
     return {
         suffix: (OnnxModel(path, model.config), file_bytes(folder, f"{path.name}*"))
@@ -159,7 +176,7 @@ def _write_onnx(model: Any, batches: Sequence[Batch], folder: Path) -> Variants:
     }
 
 
-def _write_openvino(model: Any, batches: Sequence[Batch], folder: Path) -> Variants:
+def _write_openvino(model: Any, source: Source, folder: Path) -> Variants:
     """float32, and int8 weights; activations are quantised at run time where that is fast."""
     from rfprune.export.contract import file_bytes
     from rfprune.export.onnx import export_onnx
@@ -167,7 +184,7 @@ def _write_openvino(model: Any, batches: Sequence[Batch], folder: Path) -> Varia
     from rfprune.latency.timed_batch import typical_batch
 
     paths = {"openvino": folder / "model.xml", "openvino-int8": folder / "int8.xml"}
-    export_onnx(model, typical_batch(batches), folder / "model.onnx")
+    export_onnx(model, typical_batch(source.batches), folder / "model.onnx")
     convert_onnx(folder / "model.onnx", paths["openvino"])
     compress_weights(*paths.values())
     return {
@@ -176,9 +193,23 @@ def _write_openvino(model: Any, batches: Sequence[Batch], folder: Path) -> Varia
     }
 
 
-WRITERS: Mapping[str, Callable[[Any, Sequence[Batch], Path], Variants]] = {
+def _write_gguf(model: Any, source: Source, folder: Path) -> Variants:
+    """float16, and the quantised types; by llama.cpp."""
+    from rfprune.export.gguf import export_gguf
+    from rfprune.export.llama_cpp import LlamaCppModel
+
+    found: Variants = {}
+    for kind in GGUF_TYPES:
+        path = folder / f"{kind}.gguf"
+        export_gguf(model, source.tokenizer, path, kind)
+        found[f"gguf-{kind}"] = LlamaCppModel(path, model.config), path.stat().st_size
+    return found
+
+
+WRITERS: Mapping[str, Callable[[Any, Source, Path], Variants]] = {
     "onnx": _write_onnx,
     "openvino": _write_openvino,
+    "gguf": _write_gguf,
 }
 """Format -> function that writes a model in all its variants to a folder."""
 

@@ -33,14 +33,16 @@ NUM_PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 16, 16
 
 INSPECTION = """
 def size(model):
-    total, counted = 0, {}  # embeddings may also be the output projection
-    for module in model.modules():
+    total = 0
+    for path, module in model.named_modules():
+        if path == "lm_head" and model.config.tie_word_embeddings:
+            continue  # a copy of the embeddings
         own = dict(module.named_parameters(recurse=False))
         if hasattr(module, "input_size") and hasattr(module, "output_size"):
             own.pop("weight", None)  # packed for the processor when it was loaded
             total += module.input_size * module.output_size
-        counted |= {id(one): one.numel() for one in own.values()}
-    return total + sum(counted.values())
+        total += sum(one.numel() for one in own.values())
+    return total
 
 def name(model):
     return f"{type(model).__module__}.{type(model).__name__}"

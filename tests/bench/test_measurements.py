@@ -68,10 +68,9 @@ def test_exports_are_scored_and_timed_beside_the_original(flags: str, lines: Rea
     assert all(set(one["ms"]) == set(rows) for one in line["speed"])
 
 
-@pytest.mark.llamacpp
-def test_llama_cpp_is_compared_with_pytorch(
-    tiny_model: Callable[..., Any], tmp_path: Path, output: Path, lines: ReadLines
-) -> None:
+@pytest.fixture
+def text_flags(tiny_model: Callable[..., Any], tmp_path: Path, output: Path) -> str:
+    """A tiny LLaMA and running text, 8 blocks of 32 tokens."""
     folder, data = tmp_path / "model", tmp_path / "data"
     sizes = {"hidden_size": 32, "num_hidden_layers": 4, "vocab_size": 320}
     tiny_model("llama", "causal-lm", **sizes).save_pretrained(folder)
@@ -79,8 +78,27 @@ def test_llama_cpp_is_compared_with_pytorch(
     data.mkdir()
     for split in ("train", "validation"):
         (data / f"{split}.txt").write_text("the cat sat on that hat. " * 100)
-    given = f"--model {folder} --data-dir {data} --output {output} --constraint 0.5 0.7"
-    assert gguf.main(f"{given} --samples 8 --eval-limit 8 --max-length 32".split()) == 0
+    given = f"--model {folder} --data-dir {data} --output {output} --max-length 32"
+    return f"{given} --samples 8 --eval-limit 8"
+
+
+@pytest.mark.llamacpp
+def test_gguf_files_are_scored_and_timed_by_llama_cpp(text_flags: str, lines: ReadLines) -> None:
+    more = "--task language-modeling --constraint 0.5 --formats gguf --rounds 1"
+    assert exports.main(f"{text_flags} {more}".split()) == 0
+    (line,) = lines()
+    rows = line["models"]
+    suffixes = ("", "-gguf-f16", "-gguf-q8_0", "-gguf-q4_0")
+    assert list(rows) == [f"{name}{one}" for name in ("original", "0.5") for one in suffixes]
+    assert rows["0.5-gguf-f16"]["score"] == pytest.approx(rows["0.5"]["score"], rel=0.01)
+    assert rows["original-gguf-f16"]["divergence"] < 1e-3 < rows["0.5"]["divergence"]
+    assert all(row["bytes"] > 0 for row in rows.values())
+    assert all(set(one["ms"]) == set(rows) for one in line["speed"])
+
+
+@pytest.mark.llamacpp
+def test_llama_cpp_is_compared_with_pytorch(text_flags: str, lines: ReadLines) -> None:
+    assert gguf.main(f"{text_flags} --constraint 0.5 0.7".split()) == 0
     found = lines()
     assert [(line["constraint"], line["emptied"]) for line in found] == [
         *((0.5, None), (0.7, None), (0.7, "head"), (0.7, "neuron"))
