@@ -36,10 +36,7 @@ FORMATS: dict[str, Format] = {
     "gguf": Format(
         write_gguf,
         lambda model, tokenizer, options: check_gguf(
-            model,
-            tokenizer,
-            options.output.gguf_types,
-            equal_layers=options.settings.uniform,
+            model, tokenizer, options.output.gguf_types, options.settings
         ),
     ),
 }

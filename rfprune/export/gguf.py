@@ -29,6 +29,7 @@ from rfprune.errors import UserError
 from rfprune.export.contract import Export, ExportJob, check_outputs
 from rfprune.export.gguf_vocabulary import add_vocabulary, read_vocabulary
 from rfprune.export.llama_cpp import LlamaCppModel, is_installed
+from rfprune.settings import Settings
 
 QUANTIZED_BLOCK = 32
 """Values of a row that share a scale in q8_0 and q4_0."""
@@ -92,14 +93,16 @@ class GgufModel:
     tensors: Mapping[str, Tensor]
 
 
-def check_gguf(model: Any, tokenizer: Any, kinds: tuple[str, ...], *, equal_layers: bool) -> None:
-    """Check that a model can be written as GGUF after it is pruned.
+def check_gguf(
+    model: Any, tokenizer: Any, kinds: tuple[str, ...], settings: Settings | None = None
+) -> None:
+    """Check that a model can be written as GGUF.
 
     Args:
         model: before or after pruning.
         tokenizer: the model's.
         kinds: those of `settings.GGUF_TYPES` that are wanted.
-        equal_layers: whether pruning leaves all layers with equal sizes.
+        settings: those with which it will be pruned; None if it is written as it is.
 
     Raises:
         UserError: it cannot; the message has the reason.
@@ -109,6 +112,7 @@ def check_gguf(model: Any, tokenizer: Any, kinds: tuple[str, ...], *, equal_laye
     if family is None or not name.endswith("ForCausalLM"):
         known = ", ".join(GGUF_FAMILIES)
         raise _refusal(f"GGUF files are written for language models of type {known}, not a {name}")
+    equal_layers = settings is None or settings.uniform or settings.depth == "layers"
     if family.only_equal and not equal_layers:
         raise _unequal_refusal(config.model_type, family)
     if config.hidden_act != "silu":
@@ -120,6 +124,11 @@ def check_gguf(model: Any, tokenizer: Any, kinds: tuple[str, ...], *, equal_laye
         int((number + 1) % 4 != 0) for number in range(config.num_hidden_layers)
     ]:
         raise _refusal("in llama.cpp's smollm3 every fourth layer has no rotary positions")
+    if config.model_type == "smollm3" and settings is not None and settings.depth != "off":
+        raise _refusal(
+            "in llama.cpp's smollm3 every fourth layer has no rotary positions, and "
+            f"--depth {settings.depth} moves layers"
+        )
     if rotary_factors(model) is not None and family.only_equal:
         raise _refusal(f"llama.cpp's {family.architecture} has no scaled rotary positions")
     if kinds != ("f16",) and config.hidden_size % QUANTIZED_BLOCK:
@@ -329,7 +338,7 @@ def export_gguf(model: Any, tokenizer: Any, path: Path, kind: str = "f16") -> No
     """
     import gguf
 
-    check_gguf(model, tokenizer, (kind,), equal_layers=True)  # `to_gguf` looks at the layers
+    check_gguf(model, tokenizer, (kind,))
     made = to_gguf(model, row_multiple=1 if kind == "f16" else QUANTIZED_BLOCK)
     writer = gguf.GGUFWriter(path, made.architecture)
     try:

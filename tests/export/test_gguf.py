@@ -23,10 +23,12 @@ from rfprune.export.gguf_vocabulary import PRE_TOKENIZERS, read_vocabulary
 from rfprune.main import main
 from rfprune.model.checkpoint import load_pruned
 from rfprune.model.compact import compact
+from rfprune.model.depth import remove_layers
 from rfprune.model.layout import layout_of
 from rfprune.model.masks import full_masks
 from rfprune.model.plain import to_plain
 from rfprune.report.report_json import read_report
+from rfprune.settings import Settings
 from tests.export.byte_level import TEMPLATE, byte_level_tokenizer, sentencepiece_tokenizer
 from tests.export.llama_cpp_graph import GgufFile, logits
 
@@ -325,7 +327,7 @@ def test_what_llama_cpp_cannot_express_is_refused_before_any_work(
 ) -> None:
     model = decoder(model_type, **config)
     with pytest.raises(UserError, match=sentence):
-        check_gguf(model, tokenizer, ("f16",), equal_layers=False)
+        check_gguf(model, tokenizer, ("f16",), Settings())
 
 
 @pytest.mark.parametrize(
@@ -345,7 +347,22 @@ def test_what_an_architecture_lacks_is_refused(
     tokenizer: Any,
 ) -> None:
     with pytest.raises(UserError, match=sentence):
-        check_gguf(decoder(model_type, **config), tokenizer, ("f16", "q8_0"), equal_layers=True)
+        check_gguf(decoder(model_type, **config), tokenizer, ("f16", "q8_0"))
+
+
+def test_models_that_lose_whole_layers_are_checked(
+    decoder: Callable[..., Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    whole = Settings(depth="layers")
+    model = decoder("smollm3", num_hidden_layers=4, no_rope_layers=[1, 1, 1, 0])
+    check_gguf(model, tokenizer, ("f16",), Settings(uniform=True))
+    with pytest.raises(UserError, match="every fourth layer .*, and --depth layers moves layers"):
+        check_gguf(model, tokenizer, ("f16",), whole)
+    model = decoder("qwen3")
+    check_gguf(model, tokenizer, ("f16",), whole)
+    short = remove_layers(model, layout_of(model), [1])
+    export_gguf(short, tokenizer, tmp_path / "model.gguf")
+    assert assert_file_computes(tmp_path / "model.gguf", short, "qwen3").entry("block_count") == 2
 
 
 def test_unequal_layers_are_noticed_when_they_are_written(
