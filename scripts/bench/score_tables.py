@@ -306,6 +306,24 @@ def gguf(lines: Sequence[Line]) -> str:
     return marked(lines, lambda mark: table(heads, rows(mark)))
 
 
+def vllm(lines: Sequence[Line]) -> str:
+    """A row for every plain model that vLLM ran: parameters, and greedy tokens that agree."""
+    heads = ["model", "MACs kept", "parameters", "as saved", "in vLLM"]
+    heads += ["greedy tokens that agree, of eight texts", "vLLM, its transformers"]
+
+    def rows(mark: Mark) -> Iterator[list[str]]:
+        for line in lines:
+            yield [
+                f"{line['model']}{mark([line])}",
+                f"{line['constraint']:g}",
+                *(f"{line['parameters'][name]:,}" for name in ("original", "saved", "in_vllm")),
+                f"{' '.join(map(str, line['agreed_tokens']))} of {line['new_tokens']}",
+                f"{line['server']['vllm']}, {line['server']['transformers']}",
+            ]
+
+    return marked(lines, lambda mark: table(heads, rows(mark)))
+
+
 def _samples(line: Line) -> str:
     return f"{line['model']}, {line['requested_samples']:,}"
 

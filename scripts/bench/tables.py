@@ -38,6 +38,7 @@ SECTIONS: Mapping[str, tuple[str, Callable[[Lines], str]]] = {
     "speedup": ("speedup", time_tables.speedup_short),
     "exports": ("exports", time_tables.exports),
     "gguf": ("gguf", score_tables.gguf),
+    "vllm": ("vllm", score_tables.vllm),
     "pruning-time": ("pruning_time", time_tables.pruning_time),
     "vocabulary": ("vocabulary", score_tables.vocabulary),
     "scale": ("scale", time_tables.scale),

