@@ -307,7 +307,7 @@ def _remove_units(
         search = DepthSearch(current, collected, stacks)
         kept, promise = _choose(problem, search, masks, target)
         with timer.stage("compact"):
-            unfinished = unfinished_folder(current, kept.masks)
+            unfinished = unfinished_folder(current, kept.masks, kept.removed)
             folder = None if unfinished is None else unfinished.path
             student = compact(
                 current.model, current.layout, kept.masks, kept.removed, folder=folder

@@ -13,6 +13,7 @@ import json
 import shutil
 import time
 import weakref
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -53,12 +54,15 @@ class UnfinishedFolder:
         self.lock.release()
 
 
-def unfinished_folder(problem: Problem, masks: Masks) -> UnfinishedFolder | None:
+def unfinished_folder(
+    problem: Problem, masks: Masks, removed: Collection[int] = ()
+) -> UnfinishedFolder | None:
     """The folder for the fitted layers of a student.
 
     Args:
         problem: that of the original model.
         masks: of the units that the student keeps.
+        removed: indices of the layers that it lacks.
 
     Returns:
         The folder; None without a cache, for a model in memory, for several processes, for a method
@@ -71,7 +75,7 @@ def unfinished_folder(problem: Problem, masks: Masks) -> UnfinishedFolder | None
     if cache is None or not goes_on or not alone or not is_offloaded(problem.model):
         return None
     _remove_abandoned(cache)
-    path = cache / f"{_PREFIX}{_key(problem, masks)}"
+    path = cache / f"{_PREFIX}{_key(problem, masks, removed)}"
     lock = FileLock(path / "lock")
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -81,11 +85,12 @@ def unfinished_folder(problem: Problem, masks: Masks) -> UnfinishedFolder | None
     return UnfinishedFolder(path, lock)
 
 
-def _key(problem: Problem, masks: Masks) -> str:
+def _key(problem: Problem, masks: Masks, removed: Collection[int]) -> str:
     """SHA-256 of all that the fit of a student depends on."""
     kept = save({str(i): mask.contiguous() for i, mask in enumerate(masks)})
     entries = {
         "settings": asdict(problem.settings),
+        "removed": sorted(removed),
         "masks": hashlib.sha256(kept).hexdigest(),
         "model": model_digest(problem.model),
         "data": data_digest(problem.inputs),

@@ -74,8 +74,8 @@ def test_an_interrupted_fit_goes_on_at_its_last_finished_layer(
     fit = reconstruct._fit_block
 
     def noting(*arguments: Any) -> list[str]:
-        fitted.append(arguments[2].name)
-        return [*fit(*arguments), f"{arguments[2].name} is noted"]
+        fitted.append(arguments[2].original.name)
+        return [*fit(*arguments), f"{arguments[2].original.name} is noted"]
 
     monkeypatch.setattr(reconstruct, "_fit_block", noting)
     expected = prune(offloaded(folder), batches, HALF)
