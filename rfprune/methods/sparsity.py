@@ -14,9 +14,11 @@ Embeddings, norms, poolers and the heads of tasks keep all weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rfprune.cost.sparsity import MapSparsity
@@ -60,12 +62,13 @@ def add_zeros(
 
     def visit(layer: int, paths: Sequence[str], train: Moments, held_out: Moments) -> None:
         inputs = train + held_out
+        align = _aligner(train, held_out) if corrects else None
         for path in paths:
             module, error = linear(student, path), 0.0
             with resident(module, write_back=True):
                 try:
-                    if corrects:
-                        _align(module, train, held_out)
+                    if align is not None:
+                        align(module)
                     error = _sparsify(module, inputs, patterns[path], settings.sparsity_criterion)
                 except NumericalFailure as failure:
                     warnings.append(f"'{path}' was left without zeros: {failure}")
@@ -80,14 +83,25 @@ def add_zeros(
     return tuple(found[path] for path in layers if path in found), warnings
 
 
-def _align(module: Any, train: Moments, held_out: Moments) -> None:
-    """Multiply a map by the regression of its dense inputs on its present ones, in place."""
-    weight, bias = weight_of(module), module.bias
-    matrix, shift = fit_regression_map(train, held_out, intercept=bias is not None)
-    new_weight, new_bias = apply_regression_map(weight, bias, matrix, shift)
-    weight.copy_(new_weight)
-    if bias is not None and new_bias is not None:
-        bias.copy_(new_bias)
+def _aligner(train: Moments, held_out: Moments) -> Callable[[Any], None]:
+    """A function that multiplies maps of the same inputs, in place, by the regression of their
+    dense inputs on their present ones. The regression is computed once."""
+    regression = cache(partial(_regression_map, train, held_out))
+
+    def align(module: Any) -> None:
+        weight, bias = weight_of(module), module.bias
+        new_weight, new_bias = apply_regression_map(weight, bias, *regression(bias is not None))
+        weight.copy_(new_weight)
+        if bias is not None and new_bias is not None:
+            bias.copy_(new_bias)
+
+    return align
+
+
+def _regression_map(
+    train: Moments, held_out: Moments, intercept: bool
+) -> tuple[Tensor, Tensor | None]:
+    return fit_regression_map(train, held_out, intercept=intercept)
 
 
 def _sparsify(module: Any, inputs: Moments, pattern: Pattern, criterion: str) -> float:
