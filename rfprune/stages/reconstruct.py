@@ -92,7 +92,11 @@ class Pair:
             for block in (block for block in self.layout.blocks if block.layer in stack):
                 if block.layer not in removed:
                     found.append(FittedBlock(next(own), block, block))
-                elif found and block.layer > last_kept == found[-1].original.layer:
+                elif (
+                    found
+                    and found[-1].original.layer in stack
+                    and (block.pre_norm or block.layer > last_kept)
+                ):
                     found[-1] = replace(found[-1], target=block)
         return found
 
@@ -105,8 +109,9 @@ class FittedBlock:
         own: the block in the student.
         original: the same block in the teacher, which may be in a layer of another number. Results
             and warnings are named by it.
-        target: the block of the teacher whose output plus residual is the target: `original`, or,
-            where the student lacks all layers above, the last block of these.
+        target: the block of the teacher whose output plus residual is the target: `original`, or
+            the last block of the layers above that the student lacks. Inside a post-norm stack,
+            whose hidden states pass other norms there, it is `original`.
     """
 
     own: Block

@@ -7,7 +7,7 @@ python -m scripts.bench.quality --suite decoder --model CHECKPOINT --data-dir te
 
 A suite is a set of variants: `quality` compares the methods and the stages of the published one,
 `ablation` the classical criteria without and with the least-squares fit, `decoder` methods on a
-language model, with the text that it generates, `depth` whole layers, widths, and both.
+language model, with the text that it generates.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ STAGES: Variants = {
     "curvature": {"method": "curvature"},
     "curvature-rounds-2": {"method": "curvature", "rounds": 2},
     "curvature-rounds-3": {"method": "curvature", "rounds": 3},
+    "depth-layers": {"method": "curvature", "depth": "layers"},
+    "depth-joint": {"method": "curvature", "depth": "joint"},
 }
 
 IN_ROUNDS = ("taylor", "fisher")
@@ -111,17 +113,10 @@ SUITES: Mapping[str, Suite] = {
             "kwon-rearrange": {"method": "kwon", "tune": False},
             "magnitude-l2": _MAGNITUDE,
             "magnitude-l2-select": {**_MAGNITUDE, "tune": False},
-        },
-        {"task": LANGUAGE_MODELING, "samples": [64], "batch_size": 8},
-        share=True,
-    ),
-    "depth": Suite(
-        {
-            "widths": {"method": "curvature"},
-            "layers": {"method": "curvature", "depth": "layers"},
-            "joint": {"method": "curvature", "depth": "joint"},
-            "block-influence-select": {**_BLOCK_INFLUENCE, "tune": False},
+            "depth-layers": {"method": "curvature", "depth": "layers"},
+            "depth-joint": {"method": "curvature", "depth": "joint"},
             "block-influence": _BLOCK_INFLUENCE,
+            "block-influence-select": {**_BLOCK_INFLUENCE, "tune": False},
         },
         {"task": LANGUAGE_MODELING, "samples": [64], "batch_size": 8},
         share=True,

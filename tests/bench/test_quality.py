@@ -82,8 +82,8 @@ def test_every_variant_runs_as_its_settings_say(run: Run, lines: ReadLines) -> N
         assert asked.items() <= line["settings"].items()
         assert ("tune" in line["seconds"]) == asked.get("tune", True)
         assert line["achieved"]["mac"] <= line["constraint"]
-    outcomes = {line["divergence"] for line in lines()}
-    assert len(outcomes) == len(variants), "no two variants are the same"
+    own = [line for line in lines() if line["variant"] != "depth-joint"]  # may choose one of both
+    assert len({line["divergence"] for line in own}) == len(own), "no two variants are the same"
 
 
 def test_every_flag_is_a_condition() -> None:
