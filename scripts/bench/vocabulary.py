@@ -4,7 +4,8 @@ python -m scripts.bench.vocabulary --model path/to/embedder --task similarity \\
     --data-dir DIR --texts DIR/stsb/train.parquet
 python -m scripts.bench.vocabulary --model unigram --texts train.txt --held-out validation.txt
 
-The first form runs the command with --vocabulary alone and copies from its report. `unigram` is the
+The first form runs the command with --vocabulary alone and copies from its report. With --task
+language-modeling the first blocks of --held-out are scored, without the command. `unigram` is the
 shape of a small multilingual embedder with random weights and a Unigram tokenizer of 250,002
 pieces, made of the substrings of the texts and of random characters; instead of a score, its line
 has the largest difference of the hidden states.
@@ -27,6 +28,7 @@ from typing import Any
 
 from rfprune.cli.exit_codes import RESUMABLE, script
 from rfprune.errors import UserError
+from rfprune.tasks.registry import LANGUAGE_MODELING
 from rfprune.vocabulary.texts import count_tokens_of_files, read_text
 from rfprune.vocabulary.trim import TrimmedVocabulary, trim_to_counts
 from scripts.bench import harness
@@ -37,6 +39,8 @@ PIECES = 250_000
 """Of the random Unigram, besides `<s>` and `<mask>` at its ends, as in XLM-RoBERTa."""
 
 _COMPARED = 64  # texts
+_BLOCKS, _BLOCK_TOKENS = 8, 256  # of a language model
+_CHARACTERS = 6  # a token, at most, on average
 
 
 @script(RESUMABLE)
@@ -44,8 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process): 0 done, 2 user error, 130
     interrupted."""
     options = _parser().parse_args(argv)
-    if options.model == UNIGRAM and options.held_out is None:
-        raise UserError("--model unigram needs --held-out FILE, texts to compare the pieces of.")
+    without_data = options.model == UNIGRAM or options.task == LANGUAGE_MODELING
+    if without_data and options.held_out is None:
+        raise UserError(
+            f"--model {UNIGRAM} and --task {LANGUAGE_MODELING} need --held-out FILE, a text that "
+            "is not among --texts."
+        )
     shared = {
         **harness.conditions_of(options, ["model", "task", "samples", "eval_limit"]),
         "texts": ", ".join(f"{path.parent.name}/{path.name}" for path in options.texts),
@@ -60,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = harness.parser_of(__doc__, names, model=harness.REQUIRED, task=None, samples=64)
     add = parser.add_argument
     add("--texts", nargs="+", type=Path, required=True, metavar="FILE", help="the vocabulary's")
-    add("--held-out", type=Path, metavar="FILE", help="with --model unigram")
+    add("--held-out", type=Path, metavar="FILE", help="a text for models without a task")
     counts = harness.count("--min-count")
     add("--min-count", nargs="+", type=counts, default=[1], metavar="N", help="default: 1")
     return parser
@@ -70,6 +78,8 @@ def _measure(options: argparse.Namespace, group: Sequence[Conditions]) -> Iterat
     for conditions in group:
         if options.model == UNIGRAM:
             found = _random_unigram(options, conditions["min_count"])
+        elif options.task == LANGUAGE_MODELING:
+            found = _language_model(options, conditions["min_count"])
         else:
             found = _by_command(options, conditions["min_count"])
         yield conditions | found | {"machine": machine("cpu")}
@@ -115,6 +125,43 @@ def _trimmed(
     counts = count_tokens_of_files(tokenizer, texts)
     trimmed = trim_to_counts(model, tokenizer, counts, min_count=min_count)
     return trimmed, time.process_time() - start
+
+
+def _language_model(options: argparse.Namespace, min_count: int) -> dict[str, Any]:
+    """The perplexity of the first blocks of the held-out text, per token of the original
+    tokenizer."""
+    import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from rfprune.cost.memory import total_bytes
+    from rfprune.cost.params import total_params
+    from rfprune.tasks.language_modeling import encode_blocks, token_likelihoods
+
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    trimmed, seconds = _trimmed(model, tokenizer, options.texts, min_count)
+    number = options.eval_limit or _BLOCKS
+    text = read_text(options.held_out)
+    text = text[: number * _BLOCK_TOKENS * _CHARACTERS]
+    changes = trimmed.compare([line for line in text.splitlines() if line])
+    scores = []
+    for one, own in ((model, tokenizer), (trimmed.model, trimmed.tokenizer)):
+        blocks = torch.tensor(encode_blocks(own, [text], _BLOCK_TOKENS)["input_ids"][:number])
+        batches = [{"input_ids": block[None]} for block in blocks]
+        rows = [np.array([row]) for row in range(len(batches))]
+        scores.append(float(token_likelihoods(one, batches, rows)[0].mean()))
+    more = changes.tokens_after / changes.tokens_before
+    return {
+        "tokens": [trimmed.num_original, len(trimmed.old_ids)],
+        "params": [total_params(model), total_params(trimmed.model)],
+        "bytes": [total_bytes(model), total_bytes(trimmed.model)],
+        "metric_name": "perplexity",
+        "scores": [math.exp(-scores[0]), math.exp(-scores[1] * more)],
+        "examples": number,
+        "held_out": vars(changes),
+        "cpu_seconds": seconds,
+    }
 
 
 def _random_unigram(options: argparse.Namespace, min_count: int) -> dict[str, Any]:
