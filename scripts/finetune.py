@@ -506,6 +506,7 @@ def save_recovered(
         write_companion_files(student.files, temporary)
         masks = Path(student.source) / MASKS_FILE
         if masks.is_file():
+            (temporary / MASKS_FILE).parent.mkdir(exist_ok=True)
             shutil.copyfile(masks, temporary / MASKS_FILE)
         (temporary / RECOVERY_FILE).write_text(
             json.dumps(report, indent=2) + "\n", encoding="utf-8"
