@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rfprune.cost.constraint import Constraint
     from rfprune.cost.sizes import Sizes
+    from rfprune.cost.sparsity import MapSparsity
     from rfprune.errors import RfpruneWarning, UserError
     from rfprune.latency.promise import LatencyPromise
     from rfprune.latency.table import LatencyTable
@@ -42,6 +43,7 @@ __all__ = [
     "LatencyTable",
     "Layout",
     "Loss",
+    "MapSparsity",
     "Masks",
     "PieceChanges",
     "PruneResult",
@@ -68,6 +70,7 @@ _MODULES = {
     "LatencyTable": "rfprune.latency.table",
     "Layout": "rfprune.model.layout",
     "Loss": "rfprune.stages.objective",
+    "MapSparsity": "rfprune.cost.sparsity",
     "Masks": "rfprune.model.masks",
     "PieceChanges": "rfprune.vocabulary.counting",
     "PruneResult": "rfprune.result",
