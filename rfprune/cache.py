@@ -51,6 +51,7 @@ _ABANDONED_SECONDS = 3600.0
 LATER_SETTINGS = (
     *("allocation", "rearrange", "tune", "teacher", "uniform", "depth", "round_to", "rounds"),
     *("protect", "min_heads", "min_neurons"),
+    *("sparsity", "sparsity_criterion", "sparsity_scope"),
 )
 """Settings that statistics do not depend on. All others are part of the key, new ones included."""
 

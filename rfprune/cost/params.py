@@ -59,16 +59,17 @@ def _added_params(model: nn.Module, block: Block, element_cost: ElementCost) -> 
 def shared_params(model: nn.Module, block: Block, element_cost: ElementCost = _one) -> int:
     """Cost of the parameters that are removed with the last unit of a block.
 
-    The norms of queries and keys are an example; the bias of the output projection stays.
+    The norms of queries and keys are an example; the bias of the output projection stays. A table
+    of position biases goes with the heads.
     """
     if block.sublayer.includes_residual or block.sublayer.returns_position_bias:
         return 0
-    projections = (*(producer.path for producer in block.producers), block.consumer)
+    counted = {*block.projections, block.sublayer.position_bias_table}
     inner = model.get_submodule(block.sublayer.module)
     return sum(
         parameter.numel() * element_cost(parameter)
         for name, parameter in inner.named_parameters(block.sublayer.module)
-        if name.rpartition(".")[0] not in projections
+        if name.rpartition(".")[0] not in counted
     )
 
 

@@ -204,8 +204,11 @@ def _execution_order(model: Any, layer: nn.Module) -> _Order:
         handles.append(module.register_forward_hook(partial(record, path=path)))
     failure = ""
     try:
-        with torch.no_grad(), torch.device("meta"):
-            model(**_inputs(model))
+        with torch.no_grad():
+            with torch.device("meta"):
+                example = _inputs(model)
+            # not within the context: BEiT caches an index that it makes, for later models as well
+            model(**example)
     except _FAILURES as error:
         failure = error_summary(error)
     finally:

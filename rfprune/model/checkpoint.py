@@ -375,16 +375,20 @@ def _check_masks(
     else:
         blocks = _described_blocks(config, folder)
         known = {block["name"]: block["num_units"] for block in blocks}
-    kept = {name: 0 if new is None else known.pop(new, None) for name, new in new_names.items()}
+    kept: dict[str, int | None] = {
+        name: 0 if new is None else known.pop(new, None) for name, new in new_names.items()
+    }
     kept |= known
     for name in sorted(kept.keys() | masks.keys()):
         mask = masks.get(name)
         found = None if mask is None or mask.dim() != 1 else int((mask != 0).sum())
         if found is None or found != kept.get(name):
+            expected = kept.get(name)
             raise UserError(
                 f"'{name}' in '{path}' keeps {'nothing' if found is None else found} where "
-                f"config.json has {kept.get(name, 'no such block')}; the two files are not of the "
-                "same model: prune the original again, or download both files again"
+                f"config.json has {'no such block' if expected is None else expected}; the two "
+                "files are not of the same model: prune the original again, or download both files "
+                "again"
             )
 
 

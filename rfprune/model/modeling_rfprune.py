@@ -503,7 +503,7 @@ class EmptySublayer(nn.Module):
             self.add_module(output_name, output)
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
         cache = getattr(cache, "self_attention_cache", cache)
         names = "key_value_states", "encoder_hidden_states"
         is_cross = any(kwargs.get(name) is not None for name in names)

@@ -125,7 +125,7 @@ def _distances(states: Tensor) -> Distances:
     """Sums over tokens of one minus the cosine of two of the states (n, tokens, d)."""
     directions = functional.normalize(states.float(), dim=-1)
     cosines = torch.einsum("atd,btd->ab", directions, directions)
-    distances: Distances = states.shape[1] - cosines.double().cpu().numpy()
+    distances: Distances = states.shape[1] - cosines.cpu().double().numpy()
     return distances
 
 
@@ -231,5 +231,5 @@ def mean_divergences(
                     found = divergences(reference, outputs, batch, teacher.config)
                 else:
                     found = loss(outputs, batch).expand(len(next(iter(inputs.values()))))
-                totals[number] += float(found.double().sum())
+                totals[number] += float(found.cpu().double().sum())
     return [total / examples for total in totals]

@@ -121,7 +121,7 @@ def _remove_all(
         units, unit_costs = left.remove_group()
         order.append(units)
         costs.append(unit_costs)
-    return torch.cat(order), torch.cat(costs).double()
+    return torch.cat(order), to_float64(torch.cat(costs))
 
 
 class _Columns:

@@ -61,7 +61,8 @@ def test_a_table_predicts_the_work_of_pruned_models(
     costs = latency_costs(table, layout)
     assert costs.original == pytest.approx(flops(lambda: model(**batch)) / 1000)
     assert table.scale == pytest.approx(1), "sublayers and the rest add up to the model"
-    assert 0 < table.rest_ms < 0.2 * table.total_ms
+    head = 0.5 if model_type == "granite" else 0.2  # the former has that of a language model
+    assert 0 < table.rest_ms < head * table.total_ms
     for kept in ([0, 0, 0, 0], [3, 5, 1, 12], [0, 12, 4, 0]):
         masks = [
             (torch.arange(block.num_units) < units).float()

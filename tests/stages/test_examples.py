@@ -18,7 +18,8 @@ from rfprune.model.layout import layout_of
 FOLDER = Path(rfprune.stages.__path__[0])
 MODULES = sorted(module.name for module in pkgutil.iter_modules([str(FOLDER)]))
 WITH_EXAMPLES = {
-    *("allocate", "densities", "least_squares", "optimal_brain_surgeon", "rearrange", "sparsify"),
+    *("allocate", "densities", "depth", "least_squares", "optimal_brain_surgeon", "rearrange"),
+    *("sparsify", "tensor_store"),
 }
 
 
@@ -30,7 +31,7 @@ def test_examples_in_docstrings(name: str) -> None:
 
 
 def test_the_snippet_of_the_readme_prunes_to_its_constraint() -> None:
-    (snippet,) = re.findall(r"```python\n(.*?)```", (FOLDER / "README.md").read_text(), re.DOTALL)
+    snippet = re.findall(r"```python\n(.*?)```", (FOLDER / "README.md").read_text(), re.DOTALL)[-1]
     found: dict[str, Any] = {}
     exec(snippet, found)
     assert found["warnings"] == []
