@@ -541,3 +541,24 @@ def _trimmed_score(line: Line) -> str:
         return f"hidden states differ by {line['difference']:g}"
     before, after = line["scores"]
     return f"{line['metric_name']} {before:.2f} to {after:.2f}"
+
+
+def recovery(lines: Sequence[Line]) -> str:
+    """A row for every training of a pruned model: examples, minutes, score and divergence."""
+    heads = ["model, task", "MACs", "steps x texts", "hidden states", "minutes", "original"]
+    heads += ["pruned", "recovered", "KL pruned", "KL recovered"]
+
+    def rows(mark: Mark) -> Iterator[list[str]]:
+        for line in lines:
+            scores, apart = line["scores"], line["divergence"]
+            yield [
+                f"{line['model']}, {line['task']} ({line['metric_name']}){mark([line])}",
+                f"{line['constraint']:g}",
+                f"{line['steps']} x {line['train_batch_size']}",
+                "" if line["hidden_states"] is None else f"{line['hidden_states']:g}",
+                f"{line['seconds'] / 60:.1f}",
+                *(f"{scores[name]:.2f}" for name in ("original", "before", "after")),
+                *(f"{apart[name]:.4f}" for name in ("before", "after")),
+            ]
+
+    return marked(lines, lambda mark: table(heads, rows(mark)))

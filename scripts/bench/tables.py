@@ -39,6 +39,7 @@ SECTIONS: Mapping[str, tuple[str, Callable[[Lines], str]]] = {
     "exports": ("exports", time_tables.exports),
     "gguf": ("gguf", score_tables.gguf),
     "vllm": ("vllm", score_tables.vllm),
+    "recovery": ("recovery", score_tables.recovery),
     "pruning-time": ("pruning_time", time_tables.pruning_time),
     "vocabulary": ("vocabulary", score_tables.vocabulary),
     "scale": ("scale", time_tables.scale),
