@@ -71,7 +71,7 @@ def round_weights(model: nn.Module, dtype: torch.dtype) -> bool:
 
 
 def _round_offloaded(model: nn.Module, dtype: torch.dtype) -> bool:
-    """The same for the model of a result of which the layers are offloaded."""
+    """The same for a result whose layers are offloaded."""
     for _, tensor in stored_tensors(model):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor.to(dtype)).all()):
             return False

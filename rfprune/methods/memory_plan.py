@@ -61,7 +61,7 @@ class MemoryPlan:
 
         Args:
             limit: in bytes.
-            text: the limit as it was given.
+            text: the limit as the user wrote it.
 
         Raises:
             UserError: it does not; the least possible limit is named.

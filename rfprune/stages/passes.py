@@ -24,7 +24,7 @@ from rfprune.stages.objective import batch_generator, objective_values
 from rfprune.stages.output_gradients import Watch
 
 Step = Sequence[int | None]
-"""The number of the batch of every process; None where there is none."""
+"""The batch number of each process; None for a process without a batch."""
 
 ValuesOf = Callable[[Any, int], list[Tensor]]
 """From the model's outputs on a batch, and the batch's number, to the values of the objective,
@@ -164,7 +164,7 @@ def optional_gradients(
 
 
 def complete(gradients: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    """Gradients, all of which must be there.
+    """Gradients, none of which may be missing.
 
     Raises:
         UserError: the objective does not depend on a tensor.

@@ -41,7 +41,7 @@ class TrimmedVocabulary:
     Attributes:
         model: a copy of the original with fewer rows of its embeddings and output layers.
         tokenizer: the original's, with the kept tokens alone.
-        original_tokenizer: as it was given.
+        original_tokenizer: the tokenizer before trimming.
         old_ids: the original id of every token.
         num_original: rows of the original's embeddings.
     """
