@@ -42,7 +42,7 @@ MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distil
 
 CAUSAL_TYPES = (
     *("gpt2", "opt", "llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma"),
-    *("starcoder2", "stablelm", "granite", "gemma2", "gemma3_text", "gpt_neox"),
+    *("starcoder2", "stablelm", "granite", "gemma2", "gemma3_text", "gpt_neox", "phi3"),
 )
 IMAGE_TYPES = ("vit", "deit", "beit", "dinov2", "dinov2_with_registers")
 GENERATION_TYPES = ("marian", "pegasus", "m2m_100")
@@ -58,7 +58,7 @@ ALL_TYPES = (
 
 GROUPED_TYPES = (
     *("llama", "qwen2", "qwen3", "smollm3", "gemma", "starcoder2", "granite", "gemma2"),
-    *("gemma3_text", "eurobert"),
+    *("gemma3_text", "eurobert", "phi3"),
 )
 """Model types whose tiny models have two query heads per key-value head."""
 

@@ -157,6 +157,11 @@ _LLAMA = Architecture(
     size_entries=_GROUPED_QUERY_SIZES,
 )
 
+_PHI3_SUBLAYERS = (
+    replace(_LLAMA_ATTENTION, producers=("self_attn.qkv_proj",), fused=3),
+    replace(_LLAMA_FFN, producers=("mlp.gate_up_proj",), fused=2),
+)
+
 _GRANITE_SUBLAYERS = (
     replace(_LLAMA_ATTENTION, layer_scale="residual_multiplier"),
     replace(_LLAMA_FFN, layer_scale="residual_multiplier"),
@@ -429,6 +434,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma": _LLAMA,
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA2,
+    "phi3": replace(_LLAMA, stacks=(Stack("layers", _PHI3_SUBLAYERS, pre_norm=True),)),
     "granite": replace(_LLAMA, stacks=(Stack("layers", _GRANITE_SUBLAYERS, pre_norm=True),)),
     "starcoder2": Architecture(
         (Stack("layers", (_LLAMA_ATTENTION, _GPT2_FFN), pre_norm=True),),

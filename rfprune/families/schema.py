@@ -30,7 +30,8 @@ class Sublayer:
         next_norm: the norm whose input is the consumer's output plus the residual; None where that
             sum is the layer's output.
         fused: how many copies of the units each producer holds, one after the other: 3 for fused
-            queries, keys and values, 2 for the two halves of a gated FFN.
+            queries, keys and values, 2 for the two halves of a gated FFN. The first makes the
+            consumer's features; the others may be smaller (keys and values that queries share).
         returns_tuple: whether `module` returns a tuple (attentions return their weights too).
         head_bias: the argument of `module` with one slice per head, such as a position bias.
         output_norm: an RMS norm of the consumer's output, before the residual is added (Gemma 2).

@@ -259,6 +259,8 @@ def _sublayer(
     alone = len(producers) == 1 and rows[0] % features == 0
     fused = rows[0] // features if alone else 1
     is_attention = len(producers) > 2 or fused > 2 or bool(_ATTENTION.search(producers[0]))
+    if is_attention and len(producers) == 1 and rows[0] > features:
+        fused = 3  # with fewer keys and values than queries they have fewer rows
     module = producers[0].rpartition(".")[0]
     while module and not all(path.startswith(f"{module}.") for path in producers):
         module = module.rpartition(".")[0]

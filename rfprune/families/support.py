@@ -21,10 +21,6 @@ REFUSED: dict[str, str] = {
         "its norms of queries and keys are computed over all heads at once, so removing a head "
         "would change the others"
     ),
-    "phi3": (
-        "one projection holds queries, keys and values of different widths, and its attention "
-        "takes the number of heads from the configuration, which is the same for all layers"
-    ),
     "swin": "its hidden states change their size from stage to stage",
     **dict.fromkeys(
         ("clip", "siglip"), "it consists of two models, one for texts and one for images"

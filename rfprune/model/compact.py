@@ -150,7 +150,12 @@ def _describe(block: Block, kept: Tensor) -> dict[str, Any]:
         # indices of the heads in the unpruned model, which select their part of a position bias
         "units": [block.original_units[i] for i in kept.tolist()] if block.kind == "head" else None,
         "producers": [
-            {"path": producer.path, "parts": producer.parts, "width": producer.width}
+            {
+                "path": producer.path,
+                "parts": producer.parts,
+                "width": producer.width,
+                "first_width": producer.first_width,
+            }
             for producer in block.producers
         ],
         "consumer": block.consumer,

@@ -39,22 +39,31 @@ class Producer:
         width: rows of one unit in one part; in grouped-query attention keys and values have fewer
             than queries.
         inputs: what it is applied to.
+        first_width: rows of one unit in the first part, where that is another number (queries that
+            are fused with the keys and values which they share).
     """
 
     path: str
     parts: int
     width: int
     inputs: tuple[InputSource, ...] = ("tokens",)
+    first_width: int | None = None
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Rows of one unit in each part."""
+        return (self.first_width or self.width, *[self.width] * (self.parts - 1))
 
     @property
     def unit_rows(self) -> int:
         """Rows of one unit, in all parts."""
-        return self.parts * self.width
+        return sum(self.widths)
 
     def rows_of(self, units: Tensor, num_units: int) -> Tensor:
         """Row indices of `units` (n,) out of `num_units`."""
-        starts = torch.arange(self.parts, device=units.device) * (num_units * self.width)
-        return (starts[:, None] + unit_features(units, self.width)).flatten()
+        starts = [num_units * sum(self.widths[:part]) for part in range(self.parts)]
+        rows = (unit_features(units, width) for width in self.widths)
+        return torch.cat([start + each for start, each in zip(starts, rows, strict=True)])
 
 
 def unit_features(units: Tensor, unit_width: int) -> Tensor:
@@ -260,8 +269,8 @@ def _block(
         layer=layer,
         sublayer=sublayer,
         producers=tuple(
-            Producer(path, sublayer.fused, size // (sublayer.fused * num_units), inputs[path])
-            for path, size in zip(inputs, rows, strict=True)
+            _producer(path, [size // num_units for size in parts], inputs[path])
+            for path, parts in zip(inputs, rows, strict=True)
         ),
         num_units=num_units,
         unit_width=features // num_units,
@@ -269,6 +278,11 @@ def _block(
         pre_norm=stack.pre_norm,
         num_positions=num_positions,
     )
+
+
+def _producer(path: str, widths: Sequence[int], inputs: tuple[InputSource, ...]) -> Producer:
+    first, width = widths[0], widths[-1]
+    return Producer(path, len(widths), width, inputs, None if first == width else first)
 
 
 def _position_bias_table(model: nn.Module, own: str, layer_path: str) -> str:
@@ -309,17 +323,23 @@ def _head_width(config: PretrainedConfig) -> int:
 
 def _sizes(
     model: nn.Module, sublayer: Sublayer, producers: Sequence[str], unit_width: int
-) -> tuple[int, int, list[int]]:
-    """The number of units, the consumer's input features, and the rows of each producer.
+) -> tuple[int, int, list[list[int]]]:
+    """The number of units, the consumer's input features, and each producer's rows in each part.
 
     In grouped-query attention keys and values have fewer rows than queries, and their number of
-    heads is the number of units.
+    heads is the number of units. Of fused parts the first makes the consumer's features, and the
+    others have equal sizes.
     """
     features = weight_of(linear(model, sublayer.consumer)).shape[1]
     rows = [weight_of(linear(model, path)).shape[0] for path in producers]
-    sizes = [size / sublayer.fused for size in (*rows, sublayer.fused * features)]
-    num_units = int(min(sizes) // unit_width)
-    sound = num_units > 0 and all(size % (num_units * unit_width) == 0 for size in sizes)
+    others = sublayer.fused - 1
+    parts: list[list[int]] = [[size] for size in rows]
+    if others:
+        parts = [[features, *[(size - features) // others] * others] for size in rows]
+    sizes = [features, *(size for each in parts for size in each)]
+    num_units = min(sizes) // unit_width
+    whole = [sum(each) for each in parts] == rows
+    sound = whole and num_units > 0 and all(size % (num_units * unit_width) == 0 for size in sizes)
     if not sound or (sublayer.kind == "neuron" and len(set(sizes)) > 1):
         found = dict(zip(producers, rows, strict=True))
         raise UserError(
@@ -327,7 +347,7 @@ def _sizes(
             f"output features {found}, which do not fit together; save or download the checkpoint "
             "again"
         )
-    return num_units, features, rows
+    return num_units, features, parts
 
 
 def recorded_blocks(model: PreTrainedModel) -> list[dict[str, Any]]:

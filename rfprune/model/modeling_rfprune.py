@@ -27,6 +27,9 @@ BIAS_TABLE = "relative_attention_bias"  # in an attention: an embedding, one num
 _NUM_HEADS = ("num_attention_heads", "n_heads", "num_heads")
 _NUM_FEATURES = ("all_head_size", "split_size", "inner_dim")
 
+# Attentions of transformers that read the number of heads from the configuration.
+_READING_CONFIG = ("Phi3Attention",)
+
 _FIELDS: dict[str, tuple[type, ...]] = {
     "name": (str,),  # such as "layer.0.heads"
     "kind": (str,),  # "head" or "neuron"
@@ -57,6 +60,8 @@ _PRODUCER_FIELDS: dict[str, tuple[type, ...]] = {
     "path": (str,),
     "parts": (int,),  # copies of the units: 3 for fused queries, keys and values
     "width": (int,),  # output rows of one unit in one part
+    # in the first part, where that is another number: fused queries of which several share a key
+    "first_width": (int, type(None)),
 }
 
 
@@ -174,8 +179,7 @@ def _grouped(blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "kind": block["kind"],
             "unit_width": block["unit_width"],
             "producers": {
-                _with_star(each["path"], place): f"{each['parts']} x {each['width']}"
-                for each in block["producers"]
+                _with_star(each["path"], place): _as_shape(each) for each in block["producers"]
             },
             "consumer": _with_star(block["consumer"], place),
             "inner": _with_star(block["inner"], place),
@@ -197,6 +201,21 @@ def _grouped(blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
         {name: value for name, value in group.items() if optional.get(name, ...) != value}
         for group in groups.values()
     ]
+
+
+def _as_shape(producer: dict[str, Any]) -> str:
+    """Parts and widths of a producer, such as "3 x 4", or "3 x 4, first 8"."""
+    first = producer["first_width"]
+    shape = f"{producer['parts']} x {producer['width']}"
+    return shape if first is None else f"{shape}, first {first}"
+
+
+def _from_shape(shape: str) -> dict[str, Any]:
+    """The fields that `_as_shape` has written."""
+    shape, *first = shape.split(", first ")
+    parts, width = shape.split(" x ")
+    widths = {"width": int(width), "first_width": int(first[0]) if first else None}
+    return {"parts": int(parts), **widths}
 
 
 def _number_in(path: str) -> str | None:
@@ -227,11 +246,7 @@ def _blocks_of(group: Any) -> list[tuple[int, dict[str, Any]]]:
                 "num_units": int(size),
                 "units": None if kept is None else [int(unit) for unit in kept.split()],
                 "producers": [
-                    {
-                        "path": path.replace("*", place),
-                        "parts": int(shape.split(" x ")[0]),
-                        "width": int(shape.split(" x ")[1]),
-                    }
+                    {"path": path.replace("*", place), **_from_shape(shape)}
                     for path, shape in producers.items()
                 ],
             }
@@ -267,10 +282,20 @@ def check_description(description: Any, prefix: str = "") -> list[dict[str, Any]
         blocks = [block for _, block in sorted(numbered, key=lambda each: each[0])]
     elif version == 1:
         blocks = [_upgraded(block) for block in blocks]
-    blocks = [_DEFAULTS | block if type(block) is dict else block for block in blocks]
+    blocks = [_with_defaults(block) if type(block) is dict else block for block in blocks]
     for block in blocks:
         _check_block(block)
     return blocks if version == FORMAT_VERSION else [within(prefix, block) for block in blocks]
+
+
+def _with_defaults(block: dict[str, Any]) -> dict[str, Any]:
+    """A block with the entries that config.json leaves out."""
+    block, producers = _DEFAULTS | block, block.get("producers")
+    if isinstance(producers, list):
+        block["producers"] = [
+            {"first_width": None} | each if type(each) is dict else each for each in producers
+        ]
+    return block
 
 
 def within(prefix: str, block: dict[str, Any]) -> dict[str, Any]:
@@ -315,6 +340,7 @@ def _check_block(block: Any) -> None:
             (p["path"].startswith(f"{inner}.") or p["path"] == inner)
             and p["parts"] > 0
             and p["width"] > 0
+            and (p["first_width"] is None or p["first_width"] > 0)
             for p in block["producers"]
         ),
         "head_bias": block["head_bias"] is None or units is not None,
@@ -350,7 +376,9 @@ def shrink(model: Any, blocks: list[dict[str, Any]]) -> None:
         rows = {}
         for producer in block["producers"]:
             path = producer["path"]
-            rows[path] = producer["parts"] * block["num_units"] * producer["width"]
+            first = producer["first_width"] or producer["width"]
+            unit_rows = first + (producer["parts"] - 1) * producer["width"]
+            rows[path] = block["num_units"] * unit_rows
             if rows[path] > _sizes(_linear(model, path))[1]:
                 raise ValueError(f"'{path}' is smaller than {rows[path]} features")
         if width == 0:
@@ -404,6 +432,9 @@ def _set_heads(attention: Any, block: dict[str, Any], width: int) -> None:
     for name, size in sizes.items():
         if hasattr(attention, name):
             setattr(attention, name, size)
+    if type(attention).__name__ in _READING_CONFIG:
+        shared = getattr(attention.config, "shared", attention.config)
+        attention.config = AttentionConfig(shared, width // head_width)
     if block["has_bias_table"]:
         shape = attention.relative_attention_num_buckets, block["num_units"]
         table = nn.Embedding.from_pretrained(attention.o.weight.new_zeros(shape), freeze=False)
@@ -419,6 +450,19 @@ def _set_heads(attention: Any, block: dict[str, Any], width: int) -> None:
             hook = partial(_select_bias, name=block["head_bias"], position=position)
             attention.register_forward_pre_hook(hook, with_kwargs=True)
         attention.kept_heads = list(block["units"])
+
+
+class AttentionConfig:
+    """The configuration of a model, with the number of heads that one attention has."""
+
+    def __init__(self, shared: Any, num_attention_heads: int) -> None:
+        self.shared = shared
+        self.num_attention_heads = num_attention_heads
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "shared":  # while a copy is made
+            raise AttributeError(name)
+        return getattr(self.shared, name)
 
 
 def _without_bias(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:

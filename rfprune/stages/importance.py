@@ -83,8 +83,8 @@ def unit_weights(model: nn.Module, block: Block) -> Tensor:
     weights = [columns.reshape(units, -1)]
     for producer in block.producers:
         rows = weight_of(linear(model, producer.path))
-        by_part = rows.unflatten(0, (producer.parts, units, producer.width))
-        weights.append(by_part.transpose(0, 1).reshape(units, -1))
+        parts = rows.split([units * width for width in producer.widths])
+        weights += [part.reshape(units, -1) for part in parts]
     return torch.cat(weights, dim=1).detach()
 
 
