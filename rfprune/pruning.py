@@ -13,7 +13,7 @@ afterwards, and the student is a copy.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -198,10 +198,19 @@ def _wanted(constraint: Constraint | Sizes | float | None, settings: Settings | 
     return Constraint.of(constraint)
 
 
-def prune_to_each(problem: Problem, constraints: Iterable[Target]) -> Iterator[PruneResult]:
+Collect = Callable[[Problem], Statistics]
+
+
+def prune_to_each(
+    problem: Problem, constraints: Iterable[Target], *, collect: Collect = collect_statistics
+) -> Iterator[PruneResult]:
     """Prune to several constraints; `prune_family` for a caller who has prepared the problem.
 
     The caller's torch state (autocast, inference mode, ...) holds between two results.
+
+    Args:
+        collect: collects statistics that choose units and fit weights; those of another method
+            than `Settings.method` may be measured in its place.
     """
     is_list = isinstance(constraints, Sequence)
     known = [one for one in constraints if one is not None] if is_list else []
@@ -215,7 +224,7 @@ def prune_to_each(problem: Problem, constraints: Iterable[Target]) -> Iterator[P
         for sizes in known:
             if isinstance(sizes, Sizes):
                 sizes.kept(problem.layout)
-        statistics = collect_statistics(problem) if known or not is_list else None
+        statistics = collect(problem) if known or not is_list else None
         stacks: list[StackOfLayers] = []
         if statistics is not None and problem.settings.depth != "off":
             stacks = compare_layers(problem, statistics)

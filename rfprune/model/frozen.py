@@ -32,7 +32,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
         for module, training in modes:
             module.training = training
         for name, parameter in _named_parameters(model):  # offloaded ones are other objects by now
-            parameter.requires_grad_(flags[name])
+            parameter.requires_grad_(flags.get(name, parameter.requires_grad))  # if added meanwhile
 
 
 def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -281,11 +281,14 @@ def provenance(module: str) -> dict[str, Any]:
 def code_digest(module: str) -> str:
     """SHA-256, shortened, of all code of the package and of the measurement.
 
-    That is `module`, and the scripts that several measurements import.
+    That is `module`, and the scripts that several measurements import. Peers are among them only
+    for `scripts.bench.quality`, which alone measures them.
     """
     shared = ("bench/harness.py", "bench/models.py", "bench/timed_models.py", "profile_latency.py")
     scripts = Path(__file__).resolve().parents[1]
     own = {*(scripts / name for name in shared), Path(module).resolve()}
+    if Path(module).stem == "quality":
+        own |= {*(scripts / "bench" / "peers").glob("*.py")}
     paths = {*(ROOT / "rfprune").rglob("*.py"), *own}
     digest = hashlib.sha256()
     for path in sorted(paths):

@@ -5,9 +5,9 @@ python -m scripts.bench.quality --model CHECKPOINT --task mrpc --data-dir data \
 python -m scripts.bench.quality --suite ablation --model CHECKPOINT --task sst2 --constraint 0.5 0.3
 python -m scripts.bench.quality --suite decoder --model CHECKPOINT --data-dir text --constraint 0.8
 
-A suite is a set of variants: `quality` compares the methods and the stages of the published one,
-`ablation` the classical criteria without and with the least-squares fit, `decoder` methods on a
-language model, with the text that it generates.
+A suite is a set of variants: `quality` compares the methods, the stages of the published one and a
+peer, `ablation` the classical criteria without and with the least-squares fit, `decoder` methods
+and peers on a language model, with the text that it generates.
 """
 
 from __future__ import annotations
@@ -34,10 +34,14 @@ if TYPE_CHECKING:
     from rfprune.tasks.evaluation import Evaluation, EvaluationSet
 
 Variants = Mapping[str, Mapping[str, Any]]
-"""Arguments of `rfprune.Settings`, by the name of the variant."""
+"""Arguments of `rfprune.Settings`, by the name of the variant. Those of a peer are its name, `peer`
+(see `scripts.bench.peers`), `tune`, and `refitted`: use the package's fit instead of the peer's."""
 
 SELECT = "-select"
 """Ends the name of a variant that fits nothing after it has pruned."""
+
+PUBLISHED, REFITTED = "-published", "-refitted"
+"""End the names of peers: as their papers have them, and with the package's least-squares fit."""
 
 STAGES: Variants = {
     "kwon-search": {"method": "kwon", "rearrange": False, "tune": False},
@@ -100,10 +104,18 @@ class Suite:
     share: bool = False
 
 
+def _peer(name: str) -> Variants:
+    """A peer as published, and its units with the package's fit."""
+    return {
+        f"{name}{PUBLISHED}": {"peer": name},
+        f"{name}{REFITTED}": {"peer": name, "refitted": True},
+    }
+
+
 _BLOCK_INFLUENCE = {"method": "importance", "importance": "magnitude-l2", "depth": "layers"}
 _MAGNITUDE = {"method": "importance", "importance": "magnitude-l2"}
 SUITES: Mapping[str, Suite] = {
-    "quality": Suite(STAGES),
+    "quality": Suite({**STAGES, **_peer("kprune")}),
     "ablation": Suite(_criteria(), {"samples": [512]}, repeated="random", share=True),
     "decoder": Suite(
         {
@@ -117,6 +129,9 @@ SUITES: Mapping[str, Suite] = {
             "depth-joint": {"method": "curvature", "depth": "joint"},
             "block-influence": _BLOCK_INFLUENCE,
             "block-influence-select": {**_BLOCK_INFLUENCE, "tune": False},
+            **_peer("wanda-sp"),
+            "flap-select": {"peer": "flap", "tune": False},
+            **_peer("flap"),
         },
         {"task": LANGUAGE_MODELING, "samples": [64], "batch_size": 8},
         share=True,
@@ -235,20 +250,30 @@ class Bench:
         Scores are in points of 100; the constraints share one collection, and its seconds.
         """
         from rfprune.cost.constraint import Constraint
-        from rfprune.pruning import prune_family
+        from rfprune.methods.problem import prepare_problem
+        from rfprune.methods.statistics import collect_statistics
+        from rfprune.pruning import prune_to_each
         from rfprune.tasks.evaluation import divergence, evaluate_model
+        from scripts.bench.peers.peer import collector
 
         checkpoint, data, original, early, continued = self._prepared
         first = group[0]
         asked = self.suite.variants[first["variant"]]
-        settings = settings_of(**asked, seed=first["seed"])
+        peer = asked.get("peer")
+        choices = asked if peer is None else _without_peer(asked)
+        settings = settings_of(**choices, seed=first["seed"])
         batches, later = self._batches(
             first["requested_samples"], first["seed"], asked.get("use_labels", False)
         )
         constraints = [Constraint(one["metric"], one["constraint"]) for one in group]
         cache = default_folder() if self.suite.share else None
         with harness.warnings_on_stderr() as warnings:
-            results = prune_family(checkpoint.model, batches, constraints, settings, cache=cache)
+            problem = prepare_problem(checkpoint.model, batches, settings, cache=cache)
+            results = prune_to_each(
+                problem,
+                constraints,
+                collect=collector(asked) if peer else collect_statistics,
+            )
             for conditions in group:
                 try:
                     result = next(results)
@@ -259,7 +284,7 @@ class Bench:
                 yield {
                     **conditions,
                     "samples": num_examples(batches),
-                    "settings": dataclasses.asdict(settings),
+                    "settings": dataclasses.asdict(settings) | ({"method": peer} if peer else {}),
                     "device": checkpoint.model.device.type,
                     "metric_name": original.metric_name,
                     "original_score": original.score,
@@ -274,6 +299,12 @@ class Bench:
                     "layers": list(result.layers),
                     "warnings": list(dict.fromkeys([*early, *later, *warnings, *result.warnings])),
                 }
+
+
+def _without_peer(asked: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Settings under which a peer takes the place of the package's method."""
+    rest = {name: value for name, value in asked.items() if name not in ("peer", "refitted")}
+    return {"method": "importance", **rest}
 
 
 def _of_language_model(

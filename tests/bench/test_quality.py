@@ -78,7 +78,9 @@ def test_every_variant_runs_as_its_settings_say(run: Run, lines: ReadLines) -> N
     variants = quality.SUITES["quality"].variants
     assert [line["variant"] for line in lines()] == list(variants)
     for line in lines():
-        asked = variants[line["variant"]]
+        asked = dict(variants[line["variant"]])
+        if "peer" in asked:
+            asked = {"method": asked["peer"]}
         assert asked.items() <= line["settings"].items()
         assert ("tune" in line["seconds"]) == asked.get("tune", True)
         assert line["achieved"]["mac"] <= line["constraint"]
@@ -159,12 +161,18 @@ def test_a_language_model_continues_prompts(
         f"--suite decoder --model {tiny_folder('gpt2', 'causal-lm')} --data-dir {tmp_path} "
         f"--output {output} "
         "--device cpu --constraint 0.7 --samples 8 --max-length 12 --eval-limit 4 "
-        "--variant curvature magnitude-l2-select"
+        "--variant curvature magnitude-l2-select flap-select flap-published flap-refitted"
     )
     monkeypatch.setattr(quality, "PROMPTS", ("film",))
     assert quality.main(flags.split()) == 0
-    assert [line["variant"] for line in lines()] == ["curvature", "magnitude-l2-select"]
-    for line in lines():
+    found = lines()
+    assert [line["variant"] for line in found[:2]] == ["curvature", "magnitude-l2-select"]
+    assert {line["settings"]["method"] for line in found[2:]} == {"flap"}
+    assert all(line["layers"] == found[2]["layers"] for line in found[2:]), "the same units"
+    assert len({line["divergence"] for line in found[2:]}) == 3, "and other weights"
+    for line in found:
+        assert line.keys() == found[0].keys()
+        assert line["achieved"]["mac"] <= 0.7
         assert line["metric_name"] == "perplexity"
         assert line["score"] != line["original_score"]
         assert line["evaluated_examples"] == 4
