@@ -11,6 +11,17 @@ from scripts.bench.harness import Line
 NO_DIGEST, OTHER_SETTINGS = "†", "‡"
 _SETTINGS: set[str] = {field.name for field in dataclasses.fields(Settings)}
 
+AS_BEFORE = {
+    *("importance", "allocation", "uniform", "depth", "round_to", "protect"),
+    *("min_heads", "min_neurons", "rounds", "sparsity", "sparsity_criterion", "sparsity_scope"),
+}
+"""Settings that earlier versions lacked, and whose default does what those versions did. (The
+default of `round_to` is that of `scripts.bench.models.settings_of`.) So this version repeats a line
+without them. A new setting belongs here if the same holds for it."""
+
+OFF: tuple[object, ...] = (False, None, "off", [])
+"""Values with which a setting that is gone did nothing."""
+
 Mark = Callable[[Iterable[Line]], str]
 """The marks of the lines that a cell or a row is made of."""
 
@@ -25,8 +36,14 @@ def mark_of(line: Line) -> str:
     """Why this version may not repeat a line, "" if it recorded its code."""
     if line.get("code"):
         return ""
-    settings = line.get("settings")
-    return OTHER_SETTINGS if settings and set(settings) != _SETTINGS else NO_DIGEST
+    return OTHER_SETTINGS if any(_changed_settings(line)) else NO_DIGEST
+
+
+def _changed_settings(line: Line) -> tuple[set[str], set[str]]:
+    """Settings of a line that are gone, and today's that it had no way to choose as it did."""
+    settings: dict[str, object] = line.get("settings") or dict.fromkeys(_SETTINGS)
+    gone = {name for name in settings if name not in _SETTINGS and settings[name] not in OFF}
+    return gone, _SETTINGS - set(settings) - AS_BEFORE
 
 
 def marked(lines: Sequence[Line], make: Callable[[Mark], str]) -> str:
@@ -48,11 +65,8 @@ def marked(lines: Sequence[Line], make: Callable[[Mark], str]) -> str:
 def _legend(mark: str, lines: Sequence[Line]) -> str:
     if mark == NO_DIGEST:
         return "from before results recorded their code; this version may give others"
-    asked: list[set[str]] = [
-        set(line["settings"]) for line in lines if mark_of(line) == OTHER_SETTINGS
-    ]
-    removed = sorted(set.union(*asked) - _SETTINGS)
-    added = sorted(name for name in _SETTINGS if not all(name in own for own in asked))
+    changed = [_changed_settings(line) for line in lines if mark_of(line) == OTHER_SETTINGS]
+    removed, added = (sorted(set.union(*each)) for each in zip(*changed, strict=True))
     changes = [
         f"{what} {', '.join(f'`{name}`' for name in names)}"
         for what, names in (("removed since:", removed), ("added since:", added))

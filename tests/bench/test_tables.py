@@ -15,7 +15,7 @@ import pytest
 
 from rfprune.settings import Settings
 from scripts.bench import tables
-from scripts.bench.markdown import mark_of
+from scripts.bench.markdown import AS_BEFORE, mark_of
 from scripts.bench.score_tables import cells_of
 
 PEERS = "task,method,model,source,dense,0.7,0.5,0.3\nmrpc,Kwon,BERT,a log,86.3,86.8,83.3,\n"
@@ -165,20 +165,20 @@ def test_other_conditions_are_never_averaged(change: dict[str, Any]) -> None:
 
 
 def test_lines_that_cannot_be_repeated_are_marked(update: Update, tmp_path: Path) -> None:
-    """Of an earlier version: without a digest, or with settings that are gone or were not there."""
+    """Of an earlier version: without a digest, or with settings that this version cannot choose."""
     now = dataclasses.asdict(Settings())
-    earlier = {name: value for name, value in now.items() if name != "round_to"}
+    earlier = {name: value for name, value in now.items() if name != "teacher"}
     lines = [
         a_line(),
         a_line(constraint=0.7, code=None),
-        a_line(constraint=0.3, code=None) | {"settings": earlier | {"polish": False}},
+        a_line(constraint=0.3, code=None) | {"settings": earlier | {"polish": True}},
     ]
     assert [mark_of(line) for line in lines] == ["", "†", "‡"]
     put(tmp_path, *lines)
     assert update() == 0
     text = page(tmp_path, "quality")
     assert rows_of(text)[0][3:] == ["70.0 / 0.250†", "70.0 / 0.250", "70.0 / 0.250‡"]
-    assert "removed since: `polish`; added since: `round_to`" in text
+    assert "removed since: `polish`; added since: `teacher`" in text
     assert "70.0‡" in (tmp_path / "README.md").read_text()
     put(tmp_path, lines[1])
     assert update() == 0
@@ -188,6 +188,19 @@ def test_lines_that_cannot_be_repeated_are_marked(update: Update, tmp_path: Path
     assert rows == [
         ["`quality_tiny.jsonl`", "1", "2026-11-28", "0.1.0", "not recorded", "2.13.0", "5.23.0"]
     ]
+
+
+def test_todays_defaults_repeat_lines_from_before_a_setting() -> None:
+    now = dataclasses.asdict(Settings())
+    assert now.keys() > AS_BEFORE
+    earlier = {name: value for name, value in now.items() if name not in AS_BEFORE}
+    line = a_line(code=None)
+    assert mark_of(line | {"settings": earlier}) == "†", "still from before the digests"
+    assert mark_of(line | {"settings": earlier | {"polish": False}}) == "†", "it did nothing"
+    assert mark_of(line | {"settings": earlier | {"polish": 0.5}}) == "‡"
+    for name in earlier:
+        rest = {key: value for key, value in now.items() if key != name}
+        assert mark_of(line | {"settings": rest}) == "‡", f"what {name} was cannot be known"
 
 
 def test_criteria_stand_without_and_with_the_fit(update: Update, tmp_path: Path) -> None:
