@@ -24,12 +24,17 @@ ROW = (*PLACE, "model", "task", "eval_limit", "variant")
 """One row of a table for each combination of these."""
 
 COSTS = {"mac": "MACs", "params": "parameters", "memory": "memory", "latency": "latency"}
-OURS = {"curvature": "rfprune, curvature", "kwon-scheduled": "rfprune, kwon as published"}
+OURS = {
+    "curvature": "rfprune, curvature",
+    "kwon-scheduled": "rfprune, kwon as published",
+    "kprune-published": "K-prune, written from the paper",
+}
 """Variants that stand beside published numbers."""
 
 DRAWN = {
     "kwon-scheduled": ("Kwon et al. 2022", "#b35806", "o"),
     "kwon-dense": ("the same, tuned to the dense model", "#8073ac", "^"),
+    "kprune-published": ("K-prune, written from the paper", "#1b7837", "v"),
     "curvature": ("rfprune's own method, curvature", "#2166ac", "s"),
 }
 """Variants in the figure: label, colour and marker; the colours suit colour-blind readers."""

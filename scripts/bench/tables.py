@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from math import ceil
 from pathlib import Path
 
 from rfprune.cli.exit_codes import NOTHING_WRITTEN, script
@@ -182,9 +183,30 @@ def provenance(files: Files) -> str:
         for (package, code, torch, transformers), part in groups.items():
             days = sorted(str(line.get("measured_at", ""))[:10] for line in part)
             day = days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
-            rows.append([f"`{name}`", len(part), day, package, code, torch, transformers])
-    heads = ["file", "lines", "measured", "rfprune", "code", "torch", "transformers"]
+            versions = [package, code, torch, transformers]
+            rows.append([f"`{name}`", len(part), hours(part), day, *versions])
+    heads = ["file", "lines", "hours", "measured", "rfprune", "code", "torch", "transformers"]
     return table(heads, rows)
+
+
+def hours(lines: Lines) -> str:
+    """Hours that lines took, rounded up to a tenth; "" if one of them recorded no seconds of all of
+    its work. Lines that differ in the constraint share one collection, which counts once."""
+    total, shared = 0.0, dict[str, float]()
+    for line in lines:
+        seconds = line.get("seconds")
+        if isinstance(seconds, Mapping) and "prune_total" in seconds:
+            conditions = [
+                line.get(name) for name in (*score_tables.ROW, "requested_samples", "seed")
+            ]
+            collected = seconds.get("collect", 0.0)
+            shared[str(conditions)] = max(collected, shared.get(str(conditions), 0.0))
+            total += seconds["prune_total"] - collected + seconds.get("evaluate", 0.0)
+        elif isinstance(seconds, int | float):
+            total += seconds
+        else:
+            return ""
+    return f"{ceil((total + sum(shared.values())) / 360) / 10:.1f}"
 
 
 def _made_with(line: Line) -> tuple[str, ...]:

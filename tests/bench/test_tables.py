@@ -185,9 +185,20 @@ def test_lines_that_cannot_be_repeated_are_marked(update: Update, tmp_path: Path
     assert rows_of(page(tmp_path, "quality"))[0][3:] == ["70.0 / 0.250"]
     assert "All numbers measured here are from before" in page(tmp_path, "quality")
     rows = rows_of(page(tmp_path, "provenance"))
-    assert rows == [
-        ["`quality_tiny.jsonl`", "1", "2026-11-28", "0.1.0", "not recorded", "2.13.0", "5.23.0"]
-    ]
+    made_with = ["2026-11-28", "0.1.0", "not recorded", "2.13.0", "5.23.0"]
+    assert rows == [["`quality_tiny.jsonl`", "1", "0.1", *made_with]]
+
+
+def test_hours_count_a_shared_collection_once() -> None:
+    def line(constraint: float, seed: int) -> dict[str, Any]:
+        seconds = {"collect": 1800.0, "tune": 360.0, "prune_total": 2160.0, "evaluate": 360.0}
+        return a_line(constraint=constraint, seed=seed, seconds=seconds)
+
+    assert tables.hours([line(0.5, 0)]) == "0.7"
+    assert tables.hours([line(0.5, 0), line(0.3, 0)]) == "0.9"
+    assert tables.hours([line(0.5, 0), line(0.3, 1)]) == "1.4"
+    assert tables.hours([{"seconds": 1000.0}, {"seconds": 900}]) == "0.6"
+    assert tables.hours([line(0.5, 0), {"machine": {}}]) == "", "not all of it is known"
 
 
 def test_todays_defaults_repeat_lines_from_before_a_setting() -> None:

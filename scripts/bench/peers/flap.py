@@ -1,10 +1,12 @@
-"""FLAP: An et al. 2023, "Fluctuation-based adaptive structured pruning" (arXiv 2312.11983).
+"""FLAP: An et al. 2023, "Fluctuation-based adaptive structured pruning for large language models"
+(AAAI 2024, arXiv 2312.11983). The names of the steps are those of the paper's sections, which have
+no numbers.
 
-    section 3.2  importance of an input feature j of an output projection: its variance over the
-                 calibration tokens times ‖W_·j‖² (the authors' metric WIFV)
-    section 3.3  importance is standardised within every sublayer, so that one threshold serves the
-                 whole model; a head has the mean over its features
-    section 3.4  the bias W·(mean of the removed features) makes up for what is removed
+    importance metric     of an input feature j of an output projection: its variance over the
+                          calibration tokens times ‖W_·j‖² (the authors' metric WIFV)
+    structure search      importance is standardised within every sublayer, so that one threshold
+                          serves the whole model; a head has the mean over its features
+    bias compensation     W·(mean of the removed features) is added to the bias
 
 Statistics are those of the original model, collected in one forward pass. As in the authors' code
 (structure AL-AM), but not in the paper, the importance of features of an attention is squared

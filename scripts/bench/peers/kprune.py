@@ -3,14 +3,15 @@ language models" (arXiv 2308.03449).
 
 Sublayers are pruned one by one, bottom up. For each of them:
 
-    section 4.2  knowledge of every unit that is left, in this sublayer and above it:
-                 predictive, half the squared gradient with respect to its mask of KL(original ||
-                 pruned so far) at a temperature; representational, the energy of what it adds to
-                 the hidden states
-    section 4.3  importance = (predictive + λ·representational) / cost; one threshold over all these
-                 units within what is left of the budget; only the sublayer's own units are removed
-    section 4.4  the output projection is solved by least squares: its output plus the residual of
-                 the pruned model is to be that of the original model
+    knowledge measurement     of every unit that is left, in this sublayer and above it. Predictive:
+                              half the squared gradient, with respect to the unit's mask, of
+                              KL(original || pruned so far) at a temperature. Representational: the
+                              energy of what the unit adds to the hidden states
+    mask search (KPMS)        importance = (predictive + λ·representational) / cost; one threshold
+                              over all these units within what is left of the budget; only the
+                              sublayer's own units are removed
+    weight tuning (KPWT)      the output projection is solved by least squares: its output plus the
+                              residual of the pruned model is to be that of the original model
 
 No labels are needed: the original's predictions take their place. The gradient of a KL divergence
 is zero where both models are the same. So nothing is known about predictions at the first sublayer,

@@ -1,6 +1,6 @@
 """Wanda-sp: Wanda (Sun et al. 2024, arXiv 2306.11695) for whole units, as the FLAP paper has it.
 
-An et al. 2023 (arXiv 2312.11983, section 4.1) extend Wanda to structured pruning for a baseline: a
+An et al. 2023 (arXiv 2312.11983, experiments) extend Wanda to structured pruning for a baseline: a
 weight has the importance |W_ij|·‖x_j‖, with the norm of its input feature over all calibration
 tokens; a feature has the mean over the outputs i, and a unit the sum over its features. The same
 fraction of the units of every sublayer is removed. Layers are pruned bottom up, and the norms in a
