@@ -43,6 +43,7 @@ MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distil
 CAUSAL_TYPES = (
     *("gpt2", "opt", "llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma"),
     *("starcoder2", "stablelm", "granite", "gemma2", "gemma3_text", "gpt_neox", "phi3"),
+    *("olmo2", "olmo3"),
 )
 IMAGE_TYPES = ("vit", "deit", "beit", "dinov2", "dinov2_with_registers")
 GENERATION_TYPES = ("marian", "pegasus", "m2m_100")
@@ -58,9 +59,12 @@ ALL_TYPES = (
 
 GROUPED_TYPES = (
     *("llama", "qwen2", "qwen3", "smollm3", "gemma", "starcoder2", "granite", "gemma2"),
-    *("gemma3_text", "eurobert", "phi3"),
+    *("gemma3_text", "eurobert", "phi3", "olmo2", "olmo3"),
 )
 """Model types whose tiny models have two query heads per key-value head."""
+
+ONE_UNIT_TYPES = ("olmo2", "olmo3")
+"""Model types in which all heads of an attention make one unit."""
 
 WORDS = (
     "the a of and to in is was it that this film movie story cast plot actor scene good great fine "
@@ -280,8 +284,15 @@ def tiny_config(model_type: str = "bert", **changes: Any) -> Any:
     }
     if model_type == "granite":
         settings["residual_multiplier"] = 0.5
-    if model_type == "nomic_bert":  # frequencies that bfloat16 represents exactly
-        settings["rope_parameters"] = {"rope_type": "default", "rope_theta": 256.0}
+    if model_type in (
+        "nomic_bert",
+        "olmo2",
+        "olmo3",
+    ):  # frequencies that bfloat16 represents exactly
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 256.0}
+        if model_type == "olmo3":
+            rope = {"full_attention": rope, "sliding_attention": rope}
+        settings["rope_parameters"] = rope
     if model_type in ("bert", "electra", "roberta", "xlm-roberta", "camembert"):
         settings["type_vocab_size"] = 2 if model_type in ("bert", "electra") else 1
     if model_type in ("electra", "albert"):
@@ -319,6 +330,8 @@ def _family_entries(model_type: str, settings: dict[str, Any]) -> dict[str, Any]
         settings |= {"position_buckets": 4, "max_relative_positions": 16, "type_vocab_size": 0}
     if model_type == "modernbert":
         settings = {**settings, "cls_token_id": 2, "sep_token_id": 3}
+    if model_type == "olmo3":
+        settings = {**settings, "sliding_window": 4}
     if model_type in ("modernbert", "mistral"):  # windows that tiny sequences do not fit in
         window = {"modernbert": "local_attention", "mistral": "sliding_window"}[model_type]
         settings = {**settings, window: 4, "num_key_value_heads": heads}

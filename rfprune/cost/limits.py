@@ -62,7 +62,9 @@ def _layers(layout: Layout, name: str, first: str | None, last: str | None) -> r
 def restrict_to_limits(costs: CostModel, layout: Layout, settings: Settings) -> CostModel:
     """Set the cost of keeping n units to infinity where protection or floors forbid n.
 
-    A block with fewer units than a floor stays whole.
+    A block with fewer units than a floor stays whole, and so does one whose heads are one unit
+    (`Sublayer.one_unit`): a norm follows, so its output keeps its length whatever it is scaled by,
+    and gradients do not tell what its removal would cost.
 
     Args:
         costs: of the blocks of `layout`; not changed.
@@ -74,9 +76,10 @@ def restrict_to_limits(costs: CostModel, layout: Layout, settings: Settings) -> 
         UserError: a protected layer or sublayer does not exist, or no block is as large as a floor.
     """
     floors = {"head": settings.min_heads, "neuron": settings.min_neurons}
-    if not settings.protect and not any(floors.values()):
-        return costs
     whole = protected_blocks(layout, settings.protect)
+    whole |= {block.name for block in layout.blocks if block.sublayer.one_unit}
+    if not whole and not any(floors.values()):
+        return costs
     for kind, floor in floors.items():
         largest = max((b.num_units for b in layout.blocks if b.kind == kind), default=0)
         if floor > largest:

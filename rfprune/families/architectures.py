@@ -183,6 +183,20 @@ _GEMMA2_SUBLAYERS = (
 
 _GEMMA2 = replace(_LLAMA, stacks=(Stack("layers", _GEMMA2_SUBLAYERS, pre_norm=True),))
 
+_OLMO2_SUBLAYERS = (
+    replace(
+        _LLAMA_ATTENTION,
+        one_unit=True,
+        next_norm="mlp",
+        output_norm="post_attention_layernorm",
+    ),
+    replace(_LLAMA_FFN, output_norm="post_feedforward_layernorm"),
+)
+
+_OLMO2 = Architecture(
+    (Stack("layers", _OLMO2_SUBLAYERS, pre_norm=True),), causal=True, size_entries=SizeEntries()
+)
+
 _GPT_NEOX_SUBLAYERS = (
     Sublayer(
         kind="head",
@@ -435,6 +449,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA2,
     "phi3": replace(_LLAMA, stacks=(Stack("layers", _PHI3_SUBLAYERS, pre_norm=True),)),
+    "olmo2": _OLMO2,
+    "olmo3": _OLMO2,
     "granite": replace(_LLAMA, stacks=(Stack("layers", _GRANITE_SUBLAYERS, pre_norm=True),)),
     "starcoder2": Architecture(
         (Stack("layers", (_LLAMA_ATTENTION, _GPT2_FFN), pre_norm=True),),

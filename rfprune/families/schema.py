@@ -27,11 +27,15 @@ class Sublayer:
         consumer: the output projection: the linear map whose input columns are the units.
         module: the attention or FFN module that computes the units, or, where there is none, the
             linear map. It is bypassed when no unit is left.
-        next_norm: the norm whose input is the consumer's output plus the residual; None where that
-            sum is the layer's output.
+        next_norm: the norm whose input is the consumer's output plus the residual, or the module of
+            the next sublayer if no norm precedes it (OLMo 2); None where that sum is the layer's
+            output.
         fused: how many copies of the units each producer holds, one after the other: 3 for fused
             queries, keys and values, 2 for the two halves of a gated FFN. The first makes the
             consumer's features; the others may be smaller (keys and values that queries share).
+        one_unit: whether all heads of the attention make one unit, where a norm is computed over
+            the queries of all heads: without some of them it would change the others (OLMo 2).
+            Constraints leave it whole.
         returns_tuple: whether `module` returns a tuple (attentions return their weights too).
         head_bias: the argument of `module` with one slice per head, such as a position bias.
         output_norm: an RMS norm of the consumer's output, before the residual is added (Gemma 2).
@@ -57,6 +61,7 @@ class Sublayer:
     module: str
     next_norm: str | None
     fused: int = 1
+    one_unit: bool = False
     returns_tuple: bool = False
     head_bias: str | None = None
     output_norm: str | None = None

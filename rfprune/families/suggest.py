@@ -295,6 +295,11 @@ def _with_norms(sublayers: Sequence[Sublayer], order: _Order) -> list[Sublayer]:
         before = order.paths[: order.paths.index(sublayer.producers[0])]
         first_inputs = [order.inputs.get(path) for path in before if _is_norm(path)]
         output_norm, next_norm, parallel = None, None, False
+        made = [order.outputs.get(path) for path in sublayer.producers]
+        one_unit = sublayer.kind == "head" and any(  # a norm over the queries of all heads
+            _is_norm(path) and entering is not None and any(entering is other for other in made)
+            for path, entering in order.inputs.items()
+        )
         for path in norms:
             entering = order.inputs.get(path)
             if entering is not None and entering is output:
@@ -304,7 +309,15 @@ def _with_norms(sublayers: Sequence[Sublayer], order: _Order) -> list[Sublayer]:
             else:
                 next_norm = path
                 break
+        if output_norm and next_norm is None and number + 1 < len(sublayers):
+            next_norm = sublayers[number + 1].module  # no norm precedes it
         placed.append(
-            replace(sublayer, output_norm=output_norm, next_norm=next_norm, parallel=parallel)
+            replace(
+                sublayer,
+                one_unit=one_unit,
+                output_norm=output_norm,
+                next_norm=next_norm,
+                parallel=parallel,
+            )
         )
     return placed

@@ -17,10 +17,6 @@ REFUSED: dict[str, str] = {
         "its attention keeps queries, keys and values of a head side by side in one projection, "
         "and their biases apart from it"
     ),
-    "olmo2": (
-        "its norms of queries and keys are computed over all heads at once, so removing a head "
-        "would change the others"
-    ),
     "swin": "its hidden states change their size from stage to stage",
     **dict.fromkeys(
         ("clip", "siglip"), "it consists of two models, one for texts and one for images"

@@ -157,4 +157,4 @@ def _num_query_heads(block: Block) -> int:
     """Query heads of an attention; a unit may hold several."""
     if block.kind == "neuron":
         return 0
-    return block.num_units * (block.unit_width // min(one.width for one in block.producers))
+    return block.num_units * block.unit_width // block.head_width

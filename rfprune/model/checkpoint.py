@@ -413,9 +413,12 @@ def _is_plain(config: Mapping[str, Any], folder: Path) -> bool:
 def _plain_sizes(config: dict[str, Any]) -> dict[str, Any]:
     """The sizes in the config.json of a plain model, by the last part of a block's name; empty in
     families without entries for them, whose plain models have lost layers and no units."""
-    entries = ARCHITECTURES[config["model_type"]].size_entries
+    family = ARCHITECTURES[config["model_type"]]
+    entries = family.size_entries
     if entries is None:
         return {}
+    if any(row.one_unit for stack in family.stacks for row in stack.sublayers):
+        return {"heads": 1, "neurons": config.get(entries.neurons)}
     common = "num_attention_heads"  # some families have another name for it in the file
     own = transformers.CONFIG_MAPPING[config["model_type"]].attribute_map.get(common, common)
     names = (*entries.heads, own)

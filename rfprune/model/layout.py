@@ -82,6 +82,7 @@ class Block:
         producers: the linear maps whose output rows make the units.
         num_units: how many units there are now.
         unit_width: input features of the consumer per unit (1 for a neuron).
+        head_width: features of one query head, of which a unit may hold several (1 for a neuron).
         original_units: for each head, its index in the model before any pruning; neurons are
             numbered as they are now.
         pre_norm: whether norms precede the sublayers of this stack.
@@ -96,6 +97,7 @@ class Block:
     original_units: tuple[int, ...]
     pre_norm: bool = False
     num_positions: int = 0
+    head_width: int = 1
 
     @property
     def kind(self) -> BlockKind:
@@ -260,11 +262,11 @@ def _block(
         table = _position_bias_table(model, sublayer.position_bias_table, layer_path)
         sublayer = replace(sublayer, position_bias_table=table)
     inputs, num_positions = _producer_inputs(model, sublayer)
-    unit_width = 1
+    head_width = 1
     if sublayer.kind == "head":  # a decoder's heads may have another width than the encoder's
         own_width = getattr(model.get_submodule(sublayer.module), "head_dim", None)
-        unit_width = own_width or _head_width(model.config)
-    num_units, features, rows = _sizes(model, sublayer, tuple(inputs), unit_width)
+        head_width = own_width or _head_width(model.config)
+    num_units, features, rows = _sizes(model, sublayer, tuple(inputs), head_width)
     return Block(
         layer=layer,
         sublayer=sublayer,
@@ -277,6 +279,7 @@ def _block(
         original_units=tuple(recorded_units.get(sublayer.consumer) or range(num_units)),
         pre_norm=stack.pre_norm,
         num_positions=num_positions,
+        head_width=head_width,
     )
 
 
@@ -322,7 +325,7 @@ def _head_width(config: PretrainedConfig) -> int:
 
 
 def _sizes(
-    model: nn.Module, sublayer: Sublayer, producers: Sequence[str], unit_width: int
+    model: nn.Module, sublayer: Sublayer, producers: Sequence[str], head_width: int
 ) -> tuple[int, int, list[list[int]]]:
     """The number of units, the consumer's input features, and each producer's rows in each part.
 
@@ -337,9 +340,9 @@ def _sizes(
     if others:
         parts = [[features, *[(size - features) // others] * others] for size in rows]
     sizes = [features, *(size for each in parts for size in each)]
-    num_units = min(sizes) // unit_width
+    num_units = min(1 if sublayer.one_unit else min(sizes), min(sizes) // head_width)
     whole = [sum(each) for each in parts] == rows
-    sound = whole and num_units > 0 and all(size % (num_units * unit_width) == 0 for size in sizes)
+    sound = whole and num_units > 0 and all(size % (num_units * head_width) == 0 for size in sizes)
     if not sound or (sublayer.kind == "neuron" and len(set(sizes)) > 1):
         found = dict(zip(producers, rows, strict=True))
         raise UserError(

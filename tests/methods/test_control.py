@@ -47,6 +47,19 @@ def test_what_is_protected_stays_whole(
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_heads_that_are_one_unit_go_only_by_name(
+    tiny_model: TinyModel, tiny_batch: TinyBatch, method: str
+) -> None:
+    """A norm follows, so gradients say that such an attention could go for nothing."""
+    model, batches = tiny_model("olmo2"), [tiny_batch()]
+    result = prune(model, batches, 0.9, settings_of(method))
+    assert [layer["heads"] for layer in result.layers] == [1, 1]
+    assert sum(layer["neurons"] for layer in result.layers) < 24
+    blocks = layout_of(remove_units(model, heads={1: [0]})).blocks
+    assert [block.name for block in blocks if block.kind == "head"] == ["layer.0.heads"]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_floors_hold_down_to_the_least_constraint(
     tiny_model: TinyModel, tiny_batch: TinyBatch, method: str
 ) -> None:

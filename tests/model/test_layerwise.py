@@ -77,7 +77,9 @@ def test_a_trace_is_consistent_with_the_block(
             assert trace.features.shape[-1] == block.num_units * block.unit_width
             output = model.get_submodule(block.consumer)(trace.features)
             scale = layer_scale(model, block)
-            scaled = model_type.startswith(("beit", "dinov2", "granite", "gemma2", "gemma3"))
+            scaled = model_type.startswith(
+                ("beit", "dinov2", "granite", "gemma2", "gemma3", "olmo")
+            )
             assert (scale is not None) == scaled
             norm = block.sublayer.output_norm
             if norm is not None:
