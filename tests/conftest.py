@@ -45,7 +45,10 @@ CAUSAL_TYPES = (
     *("starcoder2", "stablelm", "granite", "gemma2", "gemma3_text", "gpt_neox", "phi3"),
     *("olmo2", "olmo3"),
 )
-IMAGE_TYPES = ("vit", "deit", "beit", "dinov2", "dinov2_with_registers")
+TOWER_TYPES = ("clip_text_model", "siglip_text_model", "clip_vision_model", "siglip_vision_model")
+"""The two models of CLIP and SigLIP each, which have no head."""
+
+IMAGE_TYPES = ("vit", "deit", "beit", "dinov2", "dinov2_with_registers", *TOWER_TYPES[2:])
 GENERATION_TYPES = ("marian", "pegasus", "m2m_100")
 ENCODER_DECODER_TYPES = ("bart", "mbart", "t5", "mt5", "umt5", *GENERATION_TYPES)
 """Those of `GENERATION_TYPES` have no head but that of a language model."""
@@ -53,7 +56,7 @@ ENCODER_DECODER_TYPES = ("bart", "mbart", "t5", "mt5", "umt5", *GENERATION_TYPES
 ALL_TYPES = (
     *(*MODEL_TYPES, "ernie", "modernbert", "albert", "deberta-v2", "data2vec-text"),
     *("roberta-prelayernorm", "xlm-roberta-xl", "nomic_bert", "eurobert"),
-    *(*ENCODER_DECODER_TYPES, *CAUSAL_TYPES, *IMAGE_TYPES),
+    *(*ENCODER_DECODER_TYPES, *CAUSAL_TYPES, *IMAGE_TYPES, *TOWER_TYPES[:2]),
 )
 """Every supported model type; `tests/model` checks that none is missing."""
 
@@ -212,7 +215,9 @@ def make_tiny_model(
     import torch
     import transformers
 
-    if model_type in IMAGE_TYPES and head == "sequence-classification":
+    if model_type in TOWER_TYPES:
+        head = "none"
+    elif model_type in IMAGE_TYPES and head == "sequence-classification":
         head = "image-classification"
     if model_type in GENERATION_TYPES and head == "sequence-classification":
         head = "seq2seq-lm"
@@ -226,9 +231,12 @@ def make_tiny_model(
         "image-classification": transformers.AutoModelForImageClassification,
         "none": transformers.AutoModel,
     }[head]
+    make = model_class.from_config
+    if model_type == "siglip_text_model":  # which no Auto class has
+        make = transformers.SiglipTextModel
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = model_class.from_config(tiny_config(model_type, **config))
+        model = make(tiny_config(model_type, **config))
         _randomise_constant_weights(model)
     return model.eval()
 
@@ -255,7 +263,7 @@ def make_tiny_batch(
             attention_mask[row, length - missing :] = 0
         elif padding == "left":
             attention_mask[row, :missing] = 0
-    if model_type in ENCODER_DECODER_TYPES:  # whose classifiers read the end of the text
+    if model_type in (*ENCODER_DECODER_TYPES, "clip_text_model"):  # which read the end of the text
         ends = attention_mask.cumsum(1).argmax(1)
         ids[torch.arange(num_examples), ends] = 3
     batch = {"input_ids": ids * attention_mask, "attention_mask": attention_mask}
@@ -264,6 +272,12 @@ def make_tiny_batch(
         if model_type in GENERATION_TYPES
         else batch
     )
+
+
+def predictions(outputs: Any) -> Any:
+    """The logits of a model; the hidden states (B, S, d) of one without a head."""
+    logits = outputs.get("logits")
+    return outputs["last_hidden_state"] if logits is None else logits
 
 
 def tiny_config(model_type: str = "bert", **changes: Any) -> Any:
@@ -348,15 +362,16 @@ def _family_entries(model_type: str, settings: dict[str, Any]) -> dict[str, Any]
             "beit": "Beit",
             "dinov2": "Dinov2",
             "dinov2_with_registers": "Dinov2WithRegisters",
-        }[model_type]
+        }.get(model_type)
         settings = {
             **{name: value for name, value in settings.items() if name != "vocab_size"},
             "image_size": 8,
             "patch_size": 4,
             "mlp_ratio": max(1, settings["intermediate_size"] // hidden),  # DINOv2's neurons
             "use_relative_position_bias": True,
-            "architectures": [f"{class_name}ForImageClassification"],
         }
+        if class_name:
+            settings["architectures"] = [f"{class_name}ForImageClassification"]
     return {names.get(name, name): value for name, value in settings.items()}
 
 

@@ -356,6 +356,17 @@ _VIT = Architecture(
     (Stack("layers", (_VIT_ATTENTION, _VIT_FFN), pre_norm=True),), size_entries=SizeEntries()
 )
 
+_CLIP_SUBLAYERS = (
+    replace(_LLAMA_ATTENTION, consumer="self_attn.out_proj", next_norm="layer_norm2"),
+    _VIT_FFN,
+)
+
+_CLIP = Architecture(
+    (Stack("encoder.layers", _CLIP_SUBLAYERS, pre_norm=True),),
+    size_entries=SizeEntries(),
+    has_pooled_embeddings=True,
+)
+
 _BEIT_SUBLAYERS = (
     replace(_VIT_ATTENTION, layer_scale="lambda_1", head_bias="attention_mask"),
     replace(_VIT_FFN, layer_scale="lambda_2"),
@@ -467,6 +478,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "beit": Architecture(
         (Stack("layers", _BEIT_SUBLAYERS, pre_norm=True),), size_entries=SizeEntries()
     ),
+    "clip_text_model": replace(_CLIP, causal=True),
+    "clip_vision_model": _CLIP,
+    "siglip_text_model": _CLIP,
+    "siglip_vision_model": replace(_CLIP, size_entries=None),  # its pooler has the FFN's size, too
     "dinov2": _DINOV2,
     "dinov2_with_registers": _DINOV2,
 }

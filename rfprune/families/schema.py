@@ -161,9 +161,12 @@ class Architecture:
         size_entries: configuration entries for plain models (see `rfprune.model.plain`); None
             where there is no single entry for the number of neurons, or two of them, one for the
             encoder and one for the decoder.
+        has_pooled_embeddings: whether a model without a head embeds an example by its pooler or
+            its projection (CLIP), not by the mean of its last hidden states.
     """
 
     stacks: tuple[Stack, ...]
     causal: bool = False
     required_config: Mapping[str, Any] = field(default_factory=dict)
     size_entries: SizeEntries | None = None
+    has_pooled_embeddings: bool = False

@@ -18,8 +18,13 @@ REFUSED: dict[str, str] = {
         "and their biases apart from it"
     ),
     "swin": "its hidden states change their size from stage to stage",
-    **dict.fromkeys(
-        ("clip", "siglip"), "it consists of two models, one for texts and one for images"
+    "clip": (
+        "it consists of two models with sizes of their own, one for texts and one for images; load "
+        "one of them (CLIPTextModelWithProjection, CLIPVisionModelWithProjection) and prune it"
+    ),
+    "siglip": (
+        "it consists of two models with sizes of their own, one for texts and one for images; load "
+        "one of them (SiglipTextModel, SiglipVisionModel) and prune it"
     ),
     **dict.fromkeys(
         ("whisper", "wav2vec2", "hubert"), "it takes audio, and batches of audio are not supported"

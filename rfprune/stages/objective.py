@@ -16,8 +16,9 @@ Hessian of KL(unpruned || pruned) at the unpruned model.
 - One prediction per token (language models, token classification): a label is sampled for every
   token that is not padding. Labels of different tokens are independent given the inputs, so their
   sum is one factor.
-- Models without a head: the embedding (see `rfprune.embeddings`) with Gaussian noise of unit
-  variance; the factors are its inner products with random directions.
+- Models without a head: the embedding (see `rfprune.embeddings`; for CLIP and SigLIP the pooled or
+  projected output, of length one) with Gaussian noise of unit variance; the factors are its inner
+  products with random directions.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from transformers import PretrainedConfig
 
 from rfprune.embeddings import embed, pooling_of
 from rfprune.errors import UserError
+from rfprune.families.architectures import ARCHITECTURES
 
 EXACT_CLASSES = 8
 """The largest number of classes with an exact Fisher information."""
@@ -112,9 +114,7 @@ def fisher_factors(
         return [_sampled_loss(start, generator) + _sampled_loss(end, generator)]
     logits = outputs.get("logits")
     if logits is None and outputs.get("last_hidden_state") is not None:
-        hidden = outputs["last_hidden_state"]
-        embeddings = embed(hidden, _token_mask(batch, hidden, config), pooling_of(config))
-        return _projections(embeddings, generator)
+        return _projections(_embeddings(outputs, batch, config), generator)
     if logits is not None and logits.dim() == 3:
         return [_sampled_tokens(logits, _token_mask(batch, logits, config), generator)]
     logits = _class_logits(outputs, batch, config)
@@ -149,10 +149,8 @@ def divergences(reference: Any, outputs: Any, batch: Batch, config: PretrainedCo
         return sum((_kl(reference[name], outputs[name]) for name in names), start=torch.zeros(()))
     logits = outputs.get("logits")
     if logits is None and outputs.get("last_hidden_state") is not None:
-        hidden = outputs["last_hidden_state"]
-        mask, pooling = _token_mask(batch, hidden, config), pooling_of(config)
-        before = embed(reference["last_hidden_state"], mask, pooling)
-        return (embed(hidden, mask, pooling) - before).float().square().sum(1) / 2
+        after, before = (_embeddings(each, batch, config) for each in (outputs, reference))
+        return (after - before).float().square().sum(1) / 2
     if logits is not None and logits.dim() == 3:
         mask = _token_mask(batch, logits, config)
         by_token = [
@@ -168,6 +166,17 @@ def divergences(reference: Any, outputs: Any, batch: Batch, config: PretrainedCo
         if config.problem_type == "regression" or logits.shape[1] == 1:
             return (logits - before).float().square().sum(1) / 2
     return _kl(before, logits)
+
+
+def _embeddings(outputs: Any, batch: Batch, config: PretrainedConfig) -> Tensor:
+    """The embeddings (B, n) of a model without a head, each of length one."""
+    family = ARCHITECTURES.get(str(config.model_type))
+    if family is not None and family.has_pooled_embeddings:
+        for name in ("text_embeds", "image_embeds", "pooler_output"):
+            if outputs.get(name) is not None:
+                return functional.normalize(outputs[name], dim=-1)
+    hidden = outputs["last_hidden_state"]
+    return embed(hidden, _token_mask(batch, hidden, config), pooling_of(config))
 
 
 def _kl(reference: Tensor, logits: Tensor) -> Tensor:

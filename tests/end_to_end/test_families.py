@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from rfprune.cost.constraint import Constraint
@@ -29,6 +30,7 @@ from tests.conftest import (
     IMAGE_TYPES,
     MODEL_TYPES,
     ONE_UNIT_TYPES,
+    predictions,
 )
 
 Tiny = Callable[..., Any]
@@ -86,9 +88,11 @@ def divergence(teacher: Any, student: Any, batches: list[Batch]) -> float:
     total, count = 0.0, 0
     for batch in batches:
         with torch.no_grad():
-            one, other = (model(**batch).logits.log_softmax(-1) for model in (teacher, student))
+            one, other = (
+                predictions(model(**batch)).log_softmax(-1) for model in (teacher, student)
+            )
         each = (one.exp() * (one - other)).sum(-1)
-        if each.dim() > 1 and "decoder_input_ids" not in batch:
+        if each.dim() > 1 and "input_ids" in batch and "decoder_input_ids" not in batch:
             each = each[token_mask(batch)]
         total, count = total + float(each.sum()), count + each.numel()
     return total / count
@@ -115,6 +119,22 @@ def test_every_family_is_pruned_and_reloads(
         limit = 1e-5 if model_type == "deberta-v2" else 0  # see the contract's `assert_same`
         found = load_pruned(tmp_path)(**batches[0])[0]
         torch.testing.assert_close(found, expected, rtol=limit, atol=limit)
+
+
+def test_half_of_clip_is_pruned_and_reloads_with_its_projection(
+    tiny_model: Tiny, tiny_batch: Tiny, tmp_path: Path
+) -> None:
+    config = tiny_model("clip_vision_model", num_hidden_layers=3).config
+    model = transformers.CLIPVisionModelWithProjection(config).eval()
+    batches = batches_of(tiny_batch, "clip_vision_model", "none")
+    result = prune(model, batches, Constraint("mac", 0.5))
+    result.save(tmp_path)
+    with torch.no_grad():
+        expected = result.model(**batches[0]).image_embeds
+        assert (expected - model(**batches[0]).image_embeds).abs().max() > 1e-3
+        auto = transformers.AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
+        for loaded in (load_pruned(tmp_path), auto):
+            assert torch.equal(loaded(**batches[0]).image_embeds, expected)
 
 
 @pytest.mark.parametrize("model_type", ALL_TYPES)

@@ -20,8 +20,11 @@ from rfprune.families.support import check_supported
 from scripts import inspect_architecture
 from tests.conftest import ALL_TYPES, tiny_config
 
+SUGGESTED = [each for each in ALL_TYPES if each != "siglip_text_model"]
+"""Not the type that no Auto class of transformers makes a model of."""
 
-@pytest.mark.parametrize("model_type", ALL_TYPES)
+
+@pytest.mark.parametrize("model_type", SUGGESTED)
 def test_known_rows_are_suggested(model_type: str) -> None:
     config = tiny_config(model_type, intermediate_size=32)
     found = suggest(config)

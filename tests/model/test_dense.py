@@ -45,7 +45,8 @@ def some_masks(layout: Layout, empty: int | None = None) -> Masks:
 def outputs_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
         outputs = model(**batch)
-    return torch.cat([outputs[name] for name in outputs if name.endswith("logits")], dim=-1)
+    names = [name for name in outputs if name.endswith("logits")] or ["last_hidden_state"]
+    return torch.cat([outputs[name] for name in names], dim=-1)
 
 
 @pytest.mark.parametrize("empty", [None, 0, 3])

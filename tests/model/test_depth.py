@@ -23,7 +23,7 @@ from rfprune.model.checkpoint import load_pruned
 from rfprune.model.compact import compact
 from rfprune.model.depth import removable_layers, remove_layers, without_layers
 from rfprune.model.layout import Layout, layout_of
-from tests.conftest import ALL_TYPES, CAUSAL_TYPES, GENERATION_TYPES
+from tests.conftest import ALL_TYPES, CAUSAL_TYPES, GENERATION_TYPES, predictions
 
 Tiny = Callable[..., Any]
 FAMILIES = [model_type for model_type in ALL_TYPES if model_type != "albert"]
@@ -31,7 +31,7 @@ FAMILIES = [model_type for model_type in ALL_TYPES if model_type != "albert"]
 
 def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
-        found: Tensor = model(**batch).logits
+        found: Tensor = predictions(model(**batch))
     return found
 
 

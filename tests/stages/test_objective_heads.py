@@ -21,7 +21,12 @@ from rfprune.model.layout import layout_of
 from rfprune.model.masks import masked
 from rfprune.stages.calibration import Calibration
 from rfprune.stages.fisher import collect_gradients
-from rfprune.stages.objective import PREDICTIONS, fisher_factors, objective_values
+from rfprune.stages.objective import (
+    PREDICTIONS,
+    batch_generator,
+    fisher_factors,
+    objective_values,
+)
 from tests.stages.test_objective import DRAWS, categorical_fisher, gradients_of, outer
 
 Tiny = Callable[..., Any]
@@ -199,3 +204,22 @@ def test_a_loss_of_another_shape_is_refused(loss: Any, problem: str) -> None:
     with pytest.raises(UserError, match=problem):
         objective_values(outputs, {"input_ids": torch.ones(3, 4)}, CONFIG, torch.Generator(),
                    objective=loss)  # fmt: skip
+
+
+def test_clip_embeds_by_its_projection(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    """Else by its pooler; the mean over tokens is what neither was trained for."""
+    config = tiny_model("clip_vision_model").config
+    batch = tiny_batch(model_type="clip_vision_model")
+    for made, name in (
+        (transformers.CLIPVisionModelWithProjection, "image_embeds"),
+        (transformers.CLIPVisionModel, "pooler_output"),
+    ):
+        with torch.no_grad():
+            outputs = made(config).eval()(**batch)
+            found = fisher_factors(outputs, batch, config, batch_generator(0, 0))
+            outputs["last_hidden_state"] = outputs["last_hidden_state"] + 1
+            same = fisher_factors(outputs, batch, config, batch_generator(0, 0))
+            outputs[name] = outputs[name] + torch.arange(float(outputs[name].shape[1]))
+            other = fisher_factors(outputs, batch, config, batch_generator(0, 0))
+        assert all(map(torch.equal, found, same))
+        assert not any(map(torch.equal, found, other))
