@@ -119,7 +119,8 @@ def flat_outputs(outputs: Any, batch: Batch) -> Tensor:
     """All logits or hidden states of every example, (B, n), with zeros at padding."""
     found = []
     if "logits" not in outputs and "last_hidden_state" in outputs:
-        hidden, tokens = outputs["last_hidden_state"], batch.get("attention_mask")
+        hidden: Tensor = outputs["last_hidden_state"]
+        tokens = batch.get("attention_mask")
         return (hidden if tokens is None else hidden * tokens[:, :, None]).flatten(1)
     for name in (name for name in outputs if name.endswith("logits")):
         logits = outputs[name]
