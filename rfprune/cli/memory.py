@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import psutil
 import torch
+from transformers import PreTrainedModel
 
 from rfprune.checkpoints.loading import shapes_of
 from rfprune.errors import RfpruneWarning
@@ -18,7 +19,6 @@ from rfprune.methods.memory_plan import (
     peak_resident_bytes,
     plan_memory,
 )
-from rfprune.model.layout import layout_of
 from rfprune.settings import Options, num_bytes
 from rfprune.tasks.max_length import NO_LIMIT
 from rfprune.tasks.registry import Task
@@ -54,10 +54,17 @@ def placement(options: Options, task: Task, device: torch.device, dtype: torch.d
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
         process_bytes, elsewhere = 0, "cpu"
-    plan = _plan(options, task, dtype, process_bytes, offloaded=offload is not None)
+
+    def planned(*, offloaded: bool) -> MemoryPlan:
+        model, load = _model_and_load(options, task)
+        return plan_memory(
+            model, dtype, load, device, process_bytes=process_bytes, offloaded=offloaded
+        )
+
+    plan = planned(offloaded=offload is not None)
     if plan.total > limit and offload is None:
         offload = elsewhere
-        plan = _plan(options, task, dtype, process_bytes, offloaded=True)
+        plan = planned(offloaded=True)
     plan.check(limit, run.max_memory)
     return Placement(offload, limit - plan.total)
 
@@ -74,13 +81,10 @@ def warn_of_exceeded_memory(options: Options) -> None:
         )
 
 
-def _plan(
-    options: Options, task: Task, dtype: torch.dtype, process_bytes: int, *, offloaded: bool
-) -> MemoryPlan:
+def _model_and_load(options: Options, task: Task) -> tuple[PreTrainedModel, Load]:
+    """The model without its weights, and its calibration data."""
     data = options.data
     model = shapes_of(options.target.model, task)
     positions = getattr(model.config, "max_position_embeddings", None) or NO_LIMIT
-    load = Load(data.samples, data.batch_size, data.max_length or min(task.max_length, positions))
-    return plan_memory(
-        model, layout_of(model), dtype, load, process_bytes=process_bytes, offloaded=offloaded
-    )
+    length = data.max_length or min(task.max_length, positions)
+    return model, Load(data.samples, data.batch_size, length)

@@ -1,10 +1,11 @@
 """How much memory a run takes, from the shapes of a model alone, before it is loaded.
 
 The largest terms are those of one block at a time. With p input features of its output projection
-and d outputs, the fit of the block keeps two float64 moments of size (p, p), and solves with two
-more; the other block's terms are (p, d). Error curves take less. A run that is offloaded has one
-layer of the original and of the student in memory, else both models are there. All terms are upper
-bounds: as if all units of the largest block were kept.
+and d outputs, the fit of the block has float64 moments (p, p) of training and of held-out tokens,
+and their factor, which an offloaded run on a CPU has in the place of the former; see
+`rfprune.stages.tune.refit`. The block's other terms are (p, d). Error curves take less. A run that
+is offloaded has one layer of the original and of the student in memory, else both models are there.
+All terms are upper bounds: as if all units of the largest block were kept.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from transformers import PreTrainedModel
 from rfprune.cost.params import total_params
 from rfprune.errors import UserError
 from rfprune.model.batch import MAX_LOGITS
-from rfprune.model.layout import Block, Layout
+from rfprune.model.layout import Block, Layout, layout_of
+from rfprune.stages.least_squares import ROWS
 
 GIGABYTE = 10**9
 
@@ -90,9 +92,9 @@ def peak_resident_bytes() -> int | None:
 
 def plan_memory(
     model: PreTrainedModel,
-    layout: Layout,
     dtype: torch.dtype,
     load: Load,
+    device: torch.device,
     *,
     process_bytes: int,
     offloaded: bool,
@@ -101,12 +103,13 @@ def plan_memory(
 
     Args:
         model: with or without weights.
-        layout: of the model.
         dtype: of its weights when they are loaded.
         load: the calibration data.
+        device: that the run computes on, whose memory is counted.
         process_bytes: of the process without the model, libraries that are imported late included.
         offloaded: whether the layers are loaded one by one.
     """
+    layout = layout_of(model)
     layers = [
         dtype.itemsize * sum(weight.numel() for weight in model.get_submodule(path).parameters())
         for path in layout.layers
@@ -117,6 +120,7 @@ def plan_memory(
     activations = max(
         _activations(layout, layer, load, dtype.itemsize) for layer in range(len(layout.layers))
     )
+    on_disk = offloaded and device.type == "cpu"  # moments that are not used
     logits = 0
     if model.get_output_embeddings() is not None:
         logits = 6 * 4 * min(MAX_LOGITS, tokens * model.config.vocab_size)
@@ -126,7 +130,7 @@ def plan_memory(
             "embeddings and head": others if offloaded else 2 * others,
             "layers": 2 * (max(layers) if offloaded else sum(layers)),
             "moments of the largest block": max(
-                _moments(block, layout.hidden_size) for block in layout.blocks
+                _moments(block, layout.hidden_size, on_disk=on_disk) for block in layout.blocks
             ),
             "a batch": max(activations, logits),
             "hidden states": states,
@@ -134,13 +138,19 @@ def plan_memory(
     )
 
 
-def _moments(block: Block, hidden_size: int) -> int:
-    """Bytes of the fit of a block: moments of training and held-out tokens, the centred ones, their
-    factor; products with the outputs; the regression map of the block's inputs before."""
+def _moments(block: Block, hidden_size: int, *, on_disk: bool) -> int:
+    """Bytes of the fit of a block, or of the regression map of the block's inputs before.
+
+    Args:
+        on_disk: whether moments are on disk while they are not used.
+    """
     features = block.num_units * block.unit_width
-    own = 4 * features**2 + 7 * features * hidden_size
+    square, product = features**2, features * hidden_size
+    summed = 2 * square + 2 * product + 2 * min(ROWS, features) * features
+    # One of the two, or both, a factor, and products: right side, prior, weight and their like.
+    solved = square + 5 * product if on_disk else 3 * square + 7 * product
     aligned = 11 * hidden_size**2
-    return _FLOAT64 * max(own, aligned)
+    return _FLOAT64 * max(summed, solved, aligned)
 
 
 def _activations(layout: Layout, layer: int, load: Load, itemsize: int) -> int:

@@ -35,7 +35,7 @@ from rfprune.model.residency import execution_device, resident
 from rfprune.stages.calibration import Calibration, require_finite
 from rfprune.stages.collection import passes
 from rfprune.stages.float64 import to_float64
-from rfprune.stages.least_squares import NumericalFailure
+from rfprune.stages.least_squares import ROWS, NumericalFailure
 from rfprune.stages.optimal_brain_surgeon import ErrorCurve, removal_curve
 from rfprune.stages.output_gradients import LinearOutputs, Record
 from rfprune.stages.passes import Pass, Step
@@ -82,17 +82,24 @@ class KroneckerFactors:
         self.gradient_moment += rows.T @ rows
 
     def input_covariance(self, *, centred: bool = True) -> Tensor:
-        """A, with damping on its diagonal, (p, p) float64.
+        """A, with damping on its diagonal, (p, p), rounded to float32.
 
         Args:
             centred: whether A is about the mean of the inputs; False for a projection without bias.
         """
-        covariance = to_float64(self.input_moment) / self.tokens
+        mean = to_float64(self.input_sum) / self.tokens
+        diagonal = to_float64(self.input_moment.diagonal()) / self.tokens
         if centred:
-            mean = to_float64(self.input_sum) / self.tokens
-            covariance -= torch.outer(mean, mean)
-        damping = DAMPING * float(covariance.diagonal().mean())
-        covariance.diagonal().add_(max(damping, torch.finfo(torch.float32).tiny))
+            diagonal -= mean.square()
+        damping = max(DAMPING * float(diagonal.mean()), torch.finfo(torch.float32).tiny)
+        covariance = torch.empty(self.input_moment.shape, device=mean.device)
+        for start in range(0, len(covariance), ROWS):
+            rows = slice(start, start + ROWS)
+            exact = to_float64(self.input_moment[rows]) / self.tokens
+            if centred:
+                exact -= torch.outer(mean[rows], mean)
+            covariance[rows] = exact
+        covariance.diagonal().copy_(diagonal + damping)
         return covariance
 
 

@@ -2,20 +2,24 @@
 
 Features X (tokens, p) are the inputs of an output projection and targets Y (tokens, d) its wanted
 outputs. Xᵀ·X and Xᵀ·Y are summed batch by batch in float64, so memory is O(p² + p·d) for any
-number of tokens.
+number of tokens. A (p, p) matrix may have a GB, so systems are factorised and solved in place.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from rfprune.stages.float64 import to_float64
+from rfprune.stages.tensor_store import TensorStore
+
+ROWS = 1024
+"""Rows of Xᵀ·X that are computed at a time."""
 
 _FLOAT32_EPS = torch.finfo(torch.float32).eps  # products of features are computed in float32
 _TINY = torch.finfo(torch.float64).tiny
@@ -59,8 +63,10 @@ class Moments:
         """Add tokens with features (tokens, p) and targets (tokens, d), in place."""
         features, targets = _at_least_float32(features), _at_least_float32(targets)
         device = self.gram.device  # the CPU where the device of the features has no float64
-        self.gram += (features.T @ features).to(device)
-        self.cross += (features.T @ targets).to(device)
+        for start in range(0, features.shape[1], ROWS):
+            rows = slice(start, start + ROWS)
+            self.gram[rows] += (features[:, rows].T @ features).to(device)
+            self.cross[rows] += (features[:, rows].T @ targets).to(device)
         self.feature_sum += features.sum(0).to(device)
         self.target_sum += targets.sum(0).to(device)
         self.target_energy += float(targets.square().sum())
@@ -85,21 +91,68 @@ class Moments:
         total += other
         return total
 
-    def centred(self) -> tuple[Tensor, Tensor]:
-        """Gram matrix (p, p) and cross moments (p, d) about the means."""
-        gram = torch.outer(self.feature_sum, self.feature_sum).div_(self.count)
+    def working_copy(self) -> Moments:
+        """The same moments, with a `gram` that may be overwritten."""
+        return replace(self, gram=self.gram.clone())
+
+    def centred(self, *, overwrite: bool = False) -> tuple[Tensor, Tensor]:
+        """Gram matrix (p, p) and cross moments (p, d) about the means.
+
+        Args:
+            overwrite: put the first one in the place of `gram`.
+        """
+        gram = self.gram if overwrite else torch.empty_like(self.gram)
+        for start in range(0, len(gram), ROWS):
+            rows = slice(start, start + ROWS)
+            means = torch.outer(self.feature_sum[rows], self.feature_sum).div_(self.count)
+            torch.sub(self.gram[rows], means, out=gram[rows])
         cross = torch.outer(self.feature_sum, self.target_sum).div_(self.count)
-        return torch.sub(self.gram, gram, out=gram), torch.sub(self.cross, cross, out=cross)
+        return gram, torch.sub(self.cross, cross, out=cross)
 
     def error(self, weight: Tensor, bias: Tensor | None) -> float:
         """Sum over tokens of |y - W·x - b|² for a weight (d, p) and a bias (d,) or None."""
         where = self.gram.device
         weight = to_float64(weight, where)
         bias = weight.new_zeros(len(weight)) if bias is None else to_float64(bias, where)
-        fitted = (weight @ self.gram * weight).sum() + 2 * bias @ (weight @ self.feature_sum)
+        fitted = (weight @ self.gram).mul_(weight).sum() + 2 * bias @ (weight @ self.feature_sum)
         fitted = fitted + self.count * bias @ bias
         crossed = (weight.T * self.cross).sum() + bias @ self.target_sum
         return float(self.target_energy - 2 * crossed + fitted)
+
+
+class StoredMoments(Moments):
+    """Moments whose matrices are in a store, and are loaded whenever they are used.
+
+    Args:
+        moments: they lose their matrices, which are freed.
+        store: one that keeps nothing in memory. The matrices are never released from it.
+    """
+
+    def __init__(self, moments: Moments, store: TensorStore) -> None:
+        self._store = store
+        self._kept = store.keep(moments.gram), store.keep(moments.cross)
+        moments.gram = moments.cross = moments.gram.new_empty(0, 0)
+        super().__init__(**vars(moments))
+
+    def working_copy(self) -> Moments:
+        """The same moments in memory, with matrices that may be overwritten."""
+        gram, cross = (self._store.load(kept) for kept in self._kept)
+        return Moments(
+            gram, cross, self.feature_sum, self.target_sum, self.target_energy, self.count
+        )
+
+    def error(self, weight: Tensor, bias: Tensor | None) -> float:
+        """See `Moments.error`."""
+        return self.working_copy().error(weight, bias)
+
+    def __iadd__(self, other: Moments) -> StoredMoments:
+        """Add the moments of other tokens, in the store."""
+        total = self.working_copy()
+        total += other.working_copy()
+        for kept, matrix in zip(self._kept, (total.gram, total.cross), strict=True):
+            self._store.replace(kept, matrix)
+        self.target_energy, self.count = total.target_energy, total.count
+        return self
 
 
 def solve_scales(
@@ -143,7 +196,7 @@ def solve_scales(
     gram = products.view(units, unit_width, units, unit_width).sum((1, 3))  # (U, U)
     residual = correlations.view(units, unit_width).sum(1) - gram.sum(1)  # (U,)
     normal = gram.T @ gram + damping**2 * torch.eye(units, dtype=torch.float64, device=gram.device)
-    scales = 1 + _solve(normal, gram.T @ residual)
+    scales = 1 + _solve(lambda: (normal.clone(), (gram.T @ residual)[:, None]))[:, 0]
     if scales.abs().max() > limit:
         raise NumericalFailure(f"a scale of {float(scales.abs().max()):.3g} is beyond ±{limit:g}")
     return scales
@@ -178,16 +231,21 @@ def solve_weights(
     if moments.count == 0:
         raise NumericalFailure("there are no tokens")
     target_mean = moments.target_sum / moments.count
-    if not len(moments.gram):
-        return moments.cross.T, target_mean if intercept else None
-    gram, cross = moments.centred() if intercept else (moments.gram.clone(), moments.cross)
-    # Centring loses what is below the rounding error of the uncentred products.
-    rounding = _FLOAT32_EPS * float(moments.gram.diagonal().mean())
-    strength = ridge * float(gram.diagonal().mean()) + rounding + _TINY
-    gram.diagonal().add_(strength)
-    if prior is not None:
-        cross = cross + strength * to_float64(prior, gram.device).T
-    weight = _solve(gram, cross).T
+    if not len(moments.feature_sum):
+        return target_mean.new_empty(len(target_mean), 0), target_mean if intercept else None
+
+    def system() -> tuple[Tensor, Tensor]:
+        own = moments.working_copy()
+        # Centring loses what is below the rounding error of the uncentred products.
+        rounding = _FLOAT32_EPS * float(own.gram.diagonal().mean())
+        gram, cross = own.centred(overwrite=True) if intercept else (own.gram, own.cross)
+        strength = ridge * float(gram.diagonal().mean()) + rounding + _TINY
+        gram.diagonal().add_(strength)
+        if prior is None:
+            return gram, cross.T.clone(memory_format=torch.contiguous_format).T
+        return gram, (strength * to_float64(prior, gram.device)).T.add_(cross)
+
+    weight = _solve(system).T
     if not intercept:
         return weight, None
     return weight, target_mean - weight @ (moments.feature_sum / moments.count)
@@ -201,6 +259,7 @@ def fit_with_validation(
     bias: Tensor | None,
     *,
     overwrite: bool = False,
+    store: TensorStore | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Ridge regression whose strength and acceptance are decided on held-out tokens.
 
@@ -214,6 +273,9 @@ def fit_with_validation(
         weight: the present weight (d, p).
         bias: the present bias (d,), or None for a projection without one.
         overwrite: add the held-out moments to those of `train`, which saves a copy.
+        store: keeps the matrices of both whenever they are not used, so that one (p, p) matrix at a
+            time is in memory, or two while they are added. The arguments lose theirs. Needs
+            `overwrite`.
 
     Returns:
         The new weight and bias, or the present ones if these have a smaller held-out error.
@@ -222,6 +284,8 @@ def fit_with_validation(
         NumericalFailure: a solve failed.
     """
     solve = partial(solve_weights, prior=weight, intercept=bias is not None)
+    if store is not None:
+        train, held_out = StoredMoments(train, store), StoredMoments(held_out, store)
     if not held_out.count:
         return solve(train, ridges[0])
     errors = [held_out.error(*solve(train, ridge)) for ridge in ridges]
@@ -236,20 +300,31 @@ def fit_with_validation(
     return weight, bias
 
 
-def _solve(matrix: Tensor, right: Tensor) -> Tensor:
+def _solve(system: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
     """Solve a symmetric positive definite system by Cholesky factorisation.
 
     A second attempt adds 1e-10 of the mean diagonal.
+
+    Args:
+        system: makes the matrix (p, p) and the right side (p, d), which are overwritten. Without
+            copies if the first is contiguous and the second is the transpose of a contiguous one.
+
+    Returns:
+        The solution (p, d), in the memory of the right side.
     """
     for jitter in (0.0, 1e-10):
-        shifted = matrix if jitter == 0 else matrix.clone()  # it may be most of a GB
+        matrix, solution = system()
         if jitter > 0:
-            shifted.diagonal().add_(jitter * matrix.diagonal().mean())
-        factor, info = torch.linalg.cholesky_ex(shifted)
+            matrix.diagonal().add_(jitter * matrix.diagonal().mean())
+        factor = matrix.T  # the order of LAPACK
+        info = torch.empty(0, dtype=torch.int32, device=matrix.device)
+        torch.linalg.cholesky_ex(factor, out=(factor, info))
         if int(info) == 0:
-            solution = torch.cholesky_solve(right.view(len(matrix), -1), factor).view(right.shape)
+            torch.linalg.solve_triangular(factor, solution, upper=False, out=solution)
+            torch.linalg.solve_triangular(factor.mT, solution, upper=True, out=solution)
             if torch.isfinite(solution).all():
                 return solution
+        del matrix, factor, solution  # before they are made again
     raise NumericalFailure("the normal equations are singular or not finite")
 
 

@@ -96,7 +96,8 @@ def removal_curve(inputs: Tensor, weight: Tensor, gradients: Tensor, unit_width:
         >>> curve.mask(kept=1)
         tensor([0., 1.])
     """
-    moments = to_float64(inputs), to_float64(weight), to_float64(gradients)
+    gradients = to_float64(gradients)
+    moments = inputs.to(gradients.device), weight.to(gradients.device), gradients
     for dtype in (torch.float32, torch.float64):
         try:
             order, costs = _remove_all(*moments, unit_width, dtype)
@@ -261,7 +262,8 @@ def _root(gradients: Tensor) -> Tensor:
 
 def _inverse(matrix: Tensor) -> Tensor:
     """The inverse; NumericalFailure if float32 is too coarse for it."""
-    inverse = torch.cholesky_inverse(_cholesky(matrix))
+    factor = _cholesky(matrix)
+    inverse: Tensor = torch.cholesky_inverse(factor, out=factor)
     if matrix.dtype == torch.float32:
         # A·A⁻¹·1 in several equal columns: as a product of matrices it also has the error of TF32.
         ones = matrix @ inverse.sum(1, keepdim=True).repeat(1, 32)

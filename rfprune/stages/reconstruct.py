@@ -199,6 +199,7 @@ def _fit_bottom_up(
                     first_only = block.original.consumer in fit.first_token_only
                     moments = _collect_moments(*states, block, first_token_only=first_only)
                     new_warnings += _fit_block(fit.solve, pair.student, block, moments)
+                    del moments  # before those of the next block are collected
                 else:  # by an earlier run
                     states[0].advance(block.target)
                 states[1].advance(block.own)

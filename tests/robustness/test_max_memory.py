@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+from rfprune.checkpoints.offload import without_weights
 from rfprune.cost.params import total_params
-from rfprune.methods.memory_plan import Load, plan_memory
-from rfprune.model.layout import layout_of
+from rfprune.methods.memory_plan import Load, MemoryPlan, plan_memory
 from rfprune.settings import num_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,18 +89,29 @@ def test_the_limit_is_kept_or_refused(flags: Flags, tmp_path: Path) -> None:
 
 def test_a_plan_counts_the_layers_that_are_in_memory(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model("llama", "causal-lm", num_hidden_layers=6)
-    load = Load(examples=8, batch_size=2, length=16)
-
-    def plan(offloaded: bool) -> int:
-        return plan_memory(
-            model,
-            layout_of(model),
-            torch.float32,
-            load,
-            process_bytes=0,
-            offloaded=offloaded,
-        ).total
-
     layer = 4 * sum(weight.numel() for weight in model.model.layers[0].parameters())
     others = 4 * total_params(model) - 6 * layer
-    assert plan(offloaded=False) - plan(offloaded=True) == 2 * 5 * layer + others
+    offloaded, whole = (plan(model, offloaded).parts for offloaded in (True, False))
+    assert (offloaded["layers"], whole["layers"]) == (2 * layer, 12 * layer)
+    assert whole["embeddings and head"] == 2 * others == 2 * offloaded["embeddings and head"]
+
+
+def test_a_decoder_of_a_billion_parameters_takes_less_than_its_weights() -> None:
+    """4.15 GB; a run takes 3 of them."""
+    config = LlamaConfig(
+        hidden_size=2048, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=8
+    )
+    model = without_weights(AutoModelForCausalLM, config)
+    total = plan(model, offloaded=True, process_bytes=4 * 10**8).total
+    assert total < 3e9
+    largest = "moments of the largest block"
+    on_gpu = plan(model, offloaded=True, device="cuda").parts[largest]
+    assert plan(model, offloaded=True).parts[largest] < 0.7 * on_gpu
+
+
+def plan(model: Any, offloaded: bool, *, device: str = "cpu", process_bytes: int = 0) -> MemoryPlan:
+    load = Load(examples=8, batch_size=2, length=16)
+    where = torch.device(device)
+    return plan_memory(
+        model, torch.float32, load, where, process_bytes=process_bytes, offloaded=offloaded
+    )

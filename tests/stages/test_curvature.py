@@ -108,7 +108,7 @@ def test_the_input_covariance_is_about_the_mean_or_about_zero() -> None:
     ):
         damped = factors.input_covariance(centred=centred)
         expected = plain + 1e-2 * plain.diagonal().mean() * torch.eye(3)
-        torch.testing.assert_close(damped, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(damped.double(), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
