@@ -3,8 +3,9 @@
 python -m scripts.bench.sparsity_speed --model CHECKPOINT --batch-size 8 --length 32
 
 Zeros are placed by magnitude, and units are drawn at random: where they are does not change the
-time. OpenVINO is measured as it is, and with its decompression of sparse weights switched on
-(CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE). All models take turns, in processor time and on one thread,
+time. OpenVINO is measured in float32, in int8 (NNCF, weights and activations), and in int8 with its
+decompression of sparse weights switched on (CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE), which is for
+int8 on processors with AMX. All models take turns, in processor time and on one thread,
 so that other work on the machine counts little.
 """
 
@@ -18,14 +19,18 @@ from functools import partial
 from typing import Any
 
 from rfprune.cli.exit_codes import RESUMABLE, script
-from rfprune.errors import check_installed
+from rfprune.errors import check_installed, import_without_statistics
 from scripts.bench import harness
 from scripts.bench.harness import Conditions
 from scripts.bench.models import add_model_or_synthetic, draw_structure, pruned_to, random_batch
 from scripts.bench.sparsity import pruned_by_torch, sizes_of
 from scripts.profile_latency import load_model
 
-RUNTIMES = ("PyTorch", "OpenVINO", "OpenVINO, sparse decompression")
+PYTORCH = "PyTorch"
+OPENVINO = "OpenVINO"
+OPENVINO_INT8 = "OpenVINO, int8"
+OPENVINO_INT8_SPARSE = "OpenVINO, int8, sparse decompression"
+RUNTIMES = (PYTORCH, OPENVINO, OPENVINO_INT8, OPENVINO_INT8_SPARSE)
 SPARSE_FROM = 0.4
 """Maps with at least this fraction of zeros are decompressed."""
 
@@ -35,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process): 0 done, 2 user error, 130
     interrupted."""
     options = _parser().parse_args(argv)
-    check_installed("this measurement", ("openvino",), "install it")
+    check_installed("this measurement", ("openvino", "nncf"), "install both")
     here = harness.machine("cpu")
     name = harness.model_name(options)
     wanted = [
@@ -72,9 +77,9 @@ def _measure(options: argparse.Namespace, group: Sequence[Conditions]) -> Iterat
     for one in group:
         batch = random_batch(model, one["batch_size"], one["length"])
         calls = {
-            (name, runtime): _call(each, runtime, batch)
+            (name, runtime): call
             for name, each in models.items()
-            for runtime in RUNTIMES
+            for runtime, call in _calls(each, batch).items()
         }
         timings = time_interleaved(list(calls.values()), "cpu", budget, timer=time.process_time)
         milliseconds: dict[str, dict[str, float]] = {name: {} for name in models}
@@ -110,30 +115,47 @@ def _models(model: Any) -> dict[str, Any]:
     }
 
 
-def _call(model: Any, runtime: str, batch: Any) -> Callable[[], object]:
-    """A forward pass in a runtime."""
+def _calls(model: Any, batch: Any) -> dict[str, Callable[[], object]]:
+    """A forward pass in each runtime."""
     import torch
 
-    if runtime == RUNTIMES[0]:
+    openvino = import_without_statistics("openvino")
 
-        def forward() -> object:
-            with torch.inference_mode():
-                return model(**batch)
+    def forward() -> object:
+        with torch.inference_mode():
+            return model(**batch)
 
-        return forward
-    import openvino  # type: ignore[import-untyped,unused-ignore]
+    arrays = {name: values.numpy() for name, values in batch.items()}
+
+    def compiled(model: Any, **properties: Any) -> Callable[[], object]:
+        properties |= {
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "INFERENCE_PRECISION_HINT": "f32",
+        }
+        request = openvino.Core().compile_model(model, "CPU", properties).create_infer_request()
+        return lambda: request.infer(arrays)
 
     converted = openvino.convert_model(model, example_input=dict(batch))
-    properties: dict[str, Any] = {
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "INFERENCE_PRECISION_HINT": "f32",
+    in_int8 = _in_int8(converted, arrays)
+    return {
+        PYTORCH: forward,
+        OPENVINO: compiled(converted),
+        OPENVINO_INT8: compiled(in_int8),
+        OPENVINO_INT8_SPARSE: compiled(in_int8, CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE=SPARSE_FROM),
     }
-    if runtime == RUNTIMES[2]:
-        properties["CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE"] = SPARSE_FROM
-    compiled = openvino.Core().compile_model(converted, "CPU", properties)
-    request = compiled.create_infer_request()
-    arrays = {name: values.numpy() for name, values in batch.items()}
-    return lambda: request.infer(arrays)
+
+
+def _in_int8(model: Any, arrays: Any) -> Any:
+    """An OpenVINO model with weights and activations in int8; zeros stay zeros."""
+    nncf = import_without_statistics("nncf")
+
+    return nncf.quantize(
+        model,
+        nncf.Dataset([arrays]),
+        model_type=nncf.ModelType.TRANSFORMER,
+        subset_size=1,
+        advanced_parameters=nncf.AdvancedQuantizationParameters(disable_bias_correction=True),
+    )
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ SECTIONS: Mapping[str, tuple[str, Callable[[Lines], str]]] = {
     "tokens": ("tokens", score_tables.tokens),
     "ablation": ("ablation", score_tables.ablation),
     "sparsity": ("sparsity", sparsity_tables.granularities),
+    "sparsity-speed": ("sparsity-speed", sparsity_tables.speed),
     "promise": ("promise", time_tables.promise_short),
     "speedup": ("speedup", time_tables.speedup_short),
     "exports": ("exports", time_tables.exports),
