@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rfprune.cli.exit_codes import RESUMABLE, script
 from rfprune.cli.validation import check_exports
@@ -41,9 +41,6 @@ from scripts.bench.timed_models import (
     time_models,
     warm_up,
 )
-
-if TYPE_CHECKING:
-    pass
 
 RUNTIMES = {"cpu": ("eager", "compile", "onnx"), "cuda": ("eager", "compile", "compile-graphs")}
 """By device; `compile-graphs` is `torch.compile(mode="reduce-overhead")`."""
@@ -140,7 +137,7 @@ def cells_of(options: argparse.Namespace, cells: Sequence[str]) -> list[Conditio
     for one in harness.each_combination(
         dtype=options.dtype,
         runtime=options.runtime,
-        shape=[_shape(text) for text in cells],
+        shape=[shape_of(text) for text in cells],
         constraint=options.constraint,
         round_to=options.round_to,
     ):
@@ -151,7 +148,12 @@ def cells_of(options: argparse.Namespace, cells: Sequence[str]) -> list[Conditio
     return wanted
 
 
-def _shape(text: str) -> tuple[int, int]:
+def shape_of(text: str) -> tuple[int, int]:
+    """Batch size and length of a cell.
+
+    Raises:
+        UserError: it is no cell.
+    """
     size, _, length = text.partition("x")
     if not (size.isdecimal() and length.isdecimal() and int(size) and int(length)):
         raise UserError(

@@ -38,6 +38,7 @@ SECTIONS: Mapping[str, tuple[str, Callable[[Lines], str]]] = {
     "sparsity-speed": ("sparsity-speed", sparsity_tables.speed),
     "promise": ("promise", time_tables.promise_short),
     "speedup": ("speedup", time_tables.speedup_short),
+    "depth-speed": ("depth-speed", time_tables.depth_speed),
     "exports": ("exports", time_tables.exports),
     "gguf": ("gguf", score_tables.gguf),
     "vllm": ("vllm", score_tables.vllm),

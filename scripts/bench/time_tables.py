@@ -145,6 +145,25 @@ def speedup_short(lines: Sequence[Line]) -> str:
     return f"Speedup of ideal (quotient) at batch {SHOWN[0]}, length {SHOWN[1]}.\n\n{text}"
 
 
+def depth_speed(lines: Sequence[Line]) -> str:
+    """A table of the speed of narrower and of fewer layers, at equal MACs."""
+    ways = {"widths": "narrower layers", "layers": "fewer layers"}
+
+    def rows(mark: Mark) -> Iterator[list[str]]:
+        for line in lines:
+            own = line["ways"]
+            yield [
+                f"{line['model']}, {device_of(line)}{mark([line])}",
+                f"{line['batch_size']} x {line['length']}",
+                _ms(line["dense_ms"]),
+                f"{own['layers']['ideal']:.2f}",
+                *(f"{own[way]['speedup']:.2f}" for way in ways),
+            ]
+
+    heads = ["model, machine", "batch", "original", "ideal speedup", *ways.values()]
+    return marked(lines, lambda mark: table(heads, rows(mark)))
+
+
 def _place(line: Line) -> tuple[str, str, str]:
     return line["model"], device_of(line), line["dtype"]
 

@@ -23,6 +23,7 @@ from rfprune.model.layout import layout_of
 from rfprune.result import StageTimer
 from scripts.bench import (
     collection,
+    depth_speed,
     exports,
     first_model,
     gguf,
@@ -32,6 +33,7 @@ from scripts.bench import (
     pruning_time,
     scale,
     speedup,
+    time_tables,
     timed_models,
 )
 from scripts.profile_latency import load_model
@@ -207,6 +209,17 @@ def test_the_ideal_speedup_counts_what_the_pruned_model_runs(
         kept = [size for layer in line["layers"] for size in layer.values()]
         assert [size for size in kept if size] == [size for size in sizes if size]
     assert found[0]["ideal"] != found[4]["ideal"], "the length matters"
+
+
+def test_narrower_and_fewer_layers_are_compared_at_equal_macs(
+    shape_flags: str, lines: ReadLines
+) -> None:
+    flags = f"{shape_flags} --rounds 2 --cells 1x5 3x9 --constraint 0.5"
+    assert depth_speed.main(flags.split()) == 0
+    for line in lines():
+        assert line["ways"]["layers"]["ideal"] == pytest.approx(2), "one of two layers"
+        assert line["ways"]["widths"]["ideal"] == pytest.approx(2, rel=0.2)
+    assert "narrower layers" in time_tables.depth_speed(lines())
 
 
 def test_processes_prepare_side_by_side_and_measure_one_at_a_time(tmp_path: Path) -> None:
