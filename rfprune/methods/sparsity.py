@@ -69,6 +69,9 @@ def add_zeros(
                 try:
                     if align is not None:
                         align(module)
+                except NumericalFailure as failure:
+                    warnings.append(f"'{path}' was not aligned before it got zeros: {failure}")
+                try:
                     error = _sparsify(module, inputs, patterns[path], settings.sparsity_criterion)
                 except NumericalFailure as failure:
                     warnings.append(f"'{path}' was left without zeros: {failure}")

@@ -24,6 +24,10 @@ ROWS = 1024
 _FLOAT32_EPS = torch.finfo(torch.float32).eps  # products of features are computed in float32
 _TINY = torch.finfo(torch.float64).tiny
 
+System = tuple[Tensor, Tensor, float]
+"""A matrix (p, p), a right side (p, d), and the error that float32 products may have left in an
+eigenvalue of the matrix."""
+
 
 class NumericalFailure(Exception):
     """A solve has no usable solution. The block keeps its weights, and the user gets a warning."""
@@ -196,7 +200,8 @@ def solve_scales(
     gram = products.view(units, unit_width, units, unit_width).sum((1, 3))  # (U, U)
     residual = correlations.view(units, unit_width).sum(1) - gram.sum(1)  # (U,)
     normal = gram.T @ gram + damping**2 * torch.eye(units, dtype=torch.float64, device=gram.device)
-    scales = 1 + _solve(lambda: (normal.clone(), (gram.T @ residual)[:, None]))[:, 0]
+    jitter = 1e-10 * float(normal.diagonal().mean())
+    scales = 1 + _solve(lambda: (normal.clone(), (gram.T @ residual)[:, None], jitter))[:, 0]
     if scales.abs().max() > limit:
         raise NumericalFailure(f"a scale of {float(scales.abs().max()):.3g} is beyond ±{limit:g}")
     return scales
@@ -234,16 +239,17 @@ def solve_weights(
     if not len(moments.feature_sum):
         return target_mean.new_empty(len(target_mean), 0), target_mean if intercept else None
 
-    def system() -> tuple[Tensor, Tensor]:
+    def system() -> System:
         own = moments.working_copy()
+        largest = _FLOAT32_EPS * float(own.gram.trace())
         # Centring loses what is below the rounding error of the uncentred products.
         rounding = _FLOAT32_EPS * float(own.gram.diagonal().mean())
         gram, cross = own.centred(overwrite=True) if intercept else (own.gram, own.cross)
         strength = ridge * float(gram.diagonal().mean()) + rounding + _TINY
         gram.diagonal().add_(strength)
         if prior is None:
-            return gram, cross.T.clone(memory_format=torch.contiguous_format).T
-        return gram, (strength * to_float64(prior, gram.device)).T.add_(cross)
+            return gram, cross.T.clone(memory_format=torch.contiguous_format).T, largest
+        return gram, (strength * to_float64(prior, gram.device)).T.add_(cross), largest
 
     weight = _solve(system).T
     if not intercept:
@@ -300,22 +306,23 @@ def fit_with_validation(
     return weight, bias
 
 
-def _solve(system: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
+def _solve(system: Callable[[], System]) -> Tensor:
     """Solve a symmetric positive definite system by Cholesky factorisation.
 
-    A second attempt adds 1e-10 of the mean diagonal.
+    Where rounding has made it indefinite, further attempts add its `rounding` to the diagonal, 10
+    and 100 times as much.
 
     Args:
-        system: makes the matrix (p, p) and the right side (p, d), which are overwritten. Without
-            copies if the first is contiguous and the second is the transpose of a contiguous one.
+        system: makes the system, whose tensors are overwritten. Without copies if its matrix is
+            contiguous and its right side is the transpose of a contiguous one.
 
     Returns:
         The solution (p, d), in the memory of the right side.
     """
-    for jitter in (0.0, 1e-10):
-        matrix, solution = system()
-        if jitter > 0:
-            matrix.diagonal().add_(jitter * matrix.diagonal().mean())
+    for times in (0, 1, 10, 100):
+        matrix, solution, rounding = system()
+        if times > 0:
+            matrix.diagonal().add_(times * rounding)
         factor = matrix.T  # the order of LAPACK
         info = torch.empty(0, dtype=torch.int32, device=matrix.device)
         torch.linalg.cholesky_ex(factor, out=(factor, info))

@@ -169,6 +169,19 @@ def test_an_accepted_fit_never_raises_the_held_out_error(noise: float, distance:
         assert not accepted, "the true weights can only be fitted to noise"
 
 
+def test_constant_features_far_from_zero_do_not_stop_a_fit() -> None:
+    """Sums of their float32 products may have eigenvalues below zero once they are centred."""
+    features = torch.linspace(1, 9, 300).repeat(640, 1)
+    features[:, :100] = 5 + 0.001 * draw(640, 100).float()
+    moments = moments_of(features, draw(640, 4, seed=1).float())
+    centred = moments.centred()[0]
+    assert torch.linalg.eigvalsh(centred).min() < -1e-10 * centred.diagonal().mean()
+    weight, bias = solve_weights(moments, 0.0)
+    assert bias is not None
+    assert torch.isfinite(weight).all()
+    assert moments.error(weight, bias) <= moments.error(torch.zeros_like(weight), bias * 0) + 1e-6
+
+
 def test_held_out_tokens_choose_the_ridge() -> None:
     weight, bias, train = data(14, 12, 5, 1, 3.0)  # few tokens: a weak ridge fits the noise
     held_out = data(200, 12, 5, 2, 1.0)[2]
