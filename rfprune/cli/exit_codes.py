@@ -35,16 +35,21 @@ Arguments = ParamSpec("Arguments")
 def script(after_interrupt: str) -> Callable[[Callable[Arguments, int]], Callable[Arguments, int]]:
     """Decorate the main function of a script: it returns an exit code instead of raising.
 
+    Python looks for modules in the folder of the script that it runs. That folder is taken off,
+    since evaluate.py there is not the library of that name.
+
     Args:
         after_interrupt: printed after Ctrl-C: what became of the work, such as `RESUMABLE`.
     """
 
     def decorate(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
-        program = Path(main.__code__.co_filename).stem
+        path = Path(main.__code__.co_filename).resolve()
+        if main.__module__ == "__main__":
+            sys.path[:] = [one for one in sys.path if Path(one).resolve() != path.parent]
 
         @wraps(main)
         def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> int:
-            return exit_code_of(program, lambda: main(*args, **kwargs), after_interrupt)
+            return exit_code_of(path.stem, lambda: main(*args, **kwargs), after_interrupt)
 
         return wrapped
 
