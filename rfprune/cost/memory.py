@@ -11,9 +11,10 @@ from rfprune.model.residency import offloaded_ties
 
 
 def distinct_tensors(model: nn.Module) -> list[Tensor]:
-    """The weights and saved buffers of a model; shared ones once. Offloaded ones have no values."""
-    ties = offloaded_ties(model)
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in ties}
+    """The weights and buffers of a model that are saved; shared ones once. Offloaded ones have no
+    values, and computed ones, such as sinusoidal positions, are not saved."""
+    left_out = {*offloaded_ties(model), *(getattr(model, "_keys_to_ignore_on_save", None) or ())}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
     return list({tensor.data_ptr() or id(tensor): tensor for tensor in state.values()}.values())
 
 

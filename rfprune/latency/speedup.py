@@ -27,6 +27,12 @@ def report_budget() -> TimingBudget:
     return TimingBudget(SECONDS, max_rounds=MAX_ROUNDS, tolerance=0)
 
 
+_INPUTS = (
+    *("input_ids", "attention_mask", "token_type_ids", "pixel_values"),
+    *("decoder_input_ids", "decoder_attention_mask"),
+)
+
+
 @dataclass(frozen=True)
 class Latency:
     """Median milliseconds of a forward pass, and the conditions under which they hold.
@@ -57,14 +63,11 @@ def measure_latency(
 
     Args:
         original, pruned: models on the same device; put into eval mode.
-        batch: of texts (B, S) or images; labels are left out.
+        batch: of texts (B, S) or images; labels are left out. The decoder of an encoder-decoder
+            reads its tokens (B, T) in one pass.
         budget: when to stop (default: `report_budget()`).
     """
-    inputs = {
-        name: value.to(original.device)
-        for name, value in batch.items()
-        if name in ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
-    }
+    inputs = {name: value.to(original.device) for name, value in batch.items() if name in _INPUTS}
     with torch.no_grad():
         before, after = time_interleaved(
             [partial(model, **inputs) for model in (original.eval(), pruned.eval())],

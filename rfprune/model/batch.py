@@ -49,7 +49,7 @@ def split_batch(model: PreTrainedModel, batch: Batch) -> list[Batch]:
         The batch alone if the model is no language model or the batch is small enough.
     """
     vocabulary = model.get_output_embeddings()
-    tokens = batch.get("input_ids")
+    tokens = batch.get("decoder_input_ids", batch.get("input_ids"))
     if vocabulary is None or tokens is None or len({len(values) for values in batch.values()}) > 1:
         return [batch]
     rows = max(1, MAX_LOGITS // (vocabulary.weight.shape[0] * tokens[0].numel()))
