@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from rfprune.settings import Settings
     from rfprune.stages.objective import Loss
     from rfprune.stages.optimal_brain_surgeon import ErrorCurve
+    from rfprune.tasks.seq2seq import generate_targets
     from rfprune.vocabulary.counting import PieceChanges
     from rfprune.vocabulary.trim import TrimmedVocabulary, trim_vocabulary
 
@@ -53,6 +54,7 @@ __all__ = [
     "TrimmedVocabulary",
     "UserError",
     "__version__",
+    "generate_targets",
     "load_pruned",
     "prune",
     "prune_family",
@@ -79,6 +81,7 @@ _MODULES = {
     "Sizes": "rfprune.cost.sizes",
     "TrimmedVocabulary": "rfprune.vocabulary.trim",
     "UserError": "rfprune.errors",
+    "generate_targets": "rfprune.tasks.seq2seq",
     "load_pruned": "rfprune.model.checkpoint",
     "prune": "rfprune.pruning",
     "prune_family": "rfprune.pruning",

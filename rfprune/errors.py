@@ -45,7 +45,7 @@ def check_installed(
     Raises:
         UserError: a package is missing; the message says how to install it.
     """
-    modules = {"llama-cpp-python": "llama_cpp", "pillow": "PIL"}
+    modules = {"llama-cpp-python": "llama_cpp", "pillow": "PIL", "rouge-score": "rouge_score"}
     missing = [one for one in packages if importlib.util.find_spec(modules.get(one, one)) is None]
     if missing:
         ways = [f"run pip install {' '.join(missing)}"]

@@ -42,6 +42,10 @@ QUANTIZED_EXPORTS = ("onnx", "openvino")
 """Formats that --quantize writes with int8 weights, too."""
 
 GGUF_TYPES = ("f16", "q8_0", "q4_0")
+TEXT_SCORES = ("chrf", "bleu", "rougeL")
+MAX_NEW_TOKENS = 128
+"""Tokens that an encoder-decoder writes at most, where neither flag nor checkpoint says it."""
+
 MAX_SEED = 2**63 - 1  # torch accepts no larger one
 
 _OF_UNITS = (
@@ -286,7 +290,7 @@ class TargetSettings:
     )
     task: str = choice(
         "{tasks}; custom: your own checkpoint and data; language-modeling: any text; similarity: "
-        "embeddings",
+        "embeddings; seq2seq: translations, summaries",
         required=True,
     )
     constraint: tuple[float, ...] = choice(
@@ -397,30 +401,33 @@ class DataSettings:
     )
     text_columns: tuple[str, ...] | None = choice(
         "with --task {own_data}: the column of the text, or the two columns of a pair (default: "
-        "sentence1 and sentence2, sentence, or text; tokens; question)",
+        "sentence1 and sentence2, sentence, or text; tokens; question; source, document, article "
+        "or dialogue)",
         default=None,
         metavar="NAME",
     )
     label_column: str | None = choice(
         "with --task custom or similarity: the column of label ids or names, or of numbers for a "
-        "regression; optional in training data (default: label; ner_tags; score)",
+        "regression; with --task seq2seq: of the target texts; optional in training data (default: "
+        "label; ner_tags; score; target, summary or highlights)",
         default=None,
         metavar="NAME",
     )
     samples: int = choice(
         "number of calibration examples, drawn without replacement (default: {samples}; "
-        "language-modeling: {language_samples})",
+        "language-modeling: {language_samples}; seq2seq: {seq2seq_samples})",
         metavar="N",
         allowed=whole_number(1),
     )
     batch_size: int = choice(
-        "examples per batch (default: {batch_size}; language-modeling: {language_batch_size})",
+        "examples per batch (default: {batch_size}; language-modeling: {language_batch_size}; "
+        "seq2seq: {seq2seq_batch_size})",
         metavar="N",
         allowed=whole_number(1),
     )
     max_length: int | None = choice(
-        "tokens per example (default: that of the task; custom: 128; language-modeling: "
-        "{block_tokens}, or the maximum of the model)",
+        "tokens per example, of its source with --task seq2seq (default: that of the task; custom: "
+        "128; language-modeling, seq2seq: {block_tokens}, or the maximum of the model)",
         default=None,
         metavar="N",
         allowed=whole_number(8),
@@ -434,6 +441,47 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         _check_values(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WritingSettings:
+    """How an encoder-decoder writes texts, and how they are scored; for task seq2seq alone."""
+
+    score: str = choice(
+        "the score of the texts; chrf and bleu for translations, rougeL for summaries",
+        default=TEXT_SCORES[0],
+        choices=TEXT_SCORES,
+    )
+    source_prefix: str = choice(
+        "put this before every source, such as 'translate English to German: ' for T5",
+        default="",
+        metavar="TEXT",
+    )
+    max_new_tokens: int | None = choice(
+        f"tokens that are written at most (default: as in generation_config.json, or "
+        f"{MAX_NEW_TOKENS})",
+        default=None,
+        metavar="N",
+        allowed=whole_number(1),
+    )
+    num_beams: int | None = choice(
+        "number of beams; 1 is greedy and fastest (default: as in generation_config.json)",
+        default=None,
+        metavar="N",
+        allowed=whole_number(1),
+    )
+
+    def __post_init__(self) -> None:
+        _check_values(self)
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The flags whose values are not the defaults."""
+        return tuple(
+            flag_of(type(self), one.name)
+            for one in fields(self)
+            if getattr(self, one.name) != one.default
+        )
 
 
 @_documented
@@ -829,6 +877,7 @@ class Options:
 
     target: TargetSettings = field(metadata={"title": "what to prune"})
     data: DataSettings = field(metadata={"title": "data"})
+    writing: WritingSettings = field(metadata={"title": "written texts, with --task seq2seq"})
     settings: Settings = field(metadata={"title": "method"})
     run: RunSettings = field(metadata={"title": "run"})
     output: OutputSettings = field(metadata={"title": "output"})

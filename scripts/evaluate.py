@@ -8,15 +8,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from warnings import warn
 
 from rfprune.cli.exit_codes import NOTHING_WRITTEN, script
 from rfprune.cli.parser import add_flags
-from rfprune.cli.validation import check_data, check_new_file, check_task
+from rfprune.cli.validation import check_data, check_new_file, check_task, check_writing
 from rfprune.errors import RfpruneWarning, UserError
-from rfprune.settings import DTYPES, DataSettings, RunSettings
+from rfprune.settings import DTYPES, DataSettings, RunSettings, WritingSettings
 from rfprune.tasks.registry import TASK_NAMES, HeldOut, default_batch_size
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.label_column,
         options.validation_fraction,
     )
+    check_writing(options.task, _writing(options))
     if options.output is not None:
         check_new_file("--output", options.output)
     _print_table(_evaluate(options), options.output)
@@ -60,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--task", required=True, help=", ".join(TASK_NAMES))
     columns = SPLITS_AND_COLUMNS
     add_flags(parser, DataSettings, ("data_dir", *columns, "batch_size", "max_length"))
+    add_flags(parser, WritingSettings)
     parser.add_argument("--limit", type=int, help="score this many random examples of each split")
     seed = "draws the examples, and the rows of --validation-fraction (default: 0)"
     parser.add_argument("--seed", type=int, default=0, help=seed)
@@ -67,6 +70,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the scores there")
     return parser
+
+
+def _writing(options: argparse.Namespace) -> WritingSettings:
+    return WritingSettings(
+        **{one.name: getattr(options, one.name) for one in fields(WritingSettings)}
+    )
 
 
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
@@ -91,6 +100,7 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
             train_split=options.train_split,
             validation_split=options.validation_split,
             held_out=HeldOut.from_flags(options.validation_fraction, options.seed),
+            writing=_writing(options),
         )
         device = pick_device(options.device)
         loaded = load(options.model, task, device=device, dtype=getattr(torch, options.dtype))

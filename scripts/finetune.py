@@ -27,7 +27,7 @@ from rfprune.cli.parser import add_flags
 from rfprune.cli.validation import check_data, check_task
 from rfprune.errors import UserError
 from rfprune.settings import DataSettings
-from rfprune.tasks.registry import CUSTOM, get_task, with_splits
+from rfprune.tasks.registry import CUSTOM, SEQ2SEQ, get_task, with_splits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -229,6 +229,11 @@ def recover(options: argparse.Namespace) -> None:
             train_split=options.train_split,
             validation_split=options.validation_split,
         )
+        if task.kind == SEQ2SEQ:
+            raise UserError(
+                f"--task {SEQ2SEQ} is not trained here: use run_translation.py or "
+                f"run_summarization.py of transformers, or give another task."
+            )
         device = pick_device(None)
         student, teacher = (
             loading.load(name, task, device=device, dtype=torch.float32)

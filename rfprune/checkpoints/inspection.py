@@ -15,9 +15,16 @@ from rfprune.tasks.registry import (
     CUSTOM,
     KINDS_WITH_LABEL_NAMES,
     LANGUAGE_MODELING,
+    SEQ2SEQ,
     Kind,
     Task,
 )
+
+_HEADS: Mapping[Kind, tuple[str, ...]] = {
+    "language-modeling": ("ForCausalLM", "LMHeadModel"),
+    "seq2seq": ("ForConditionalGeneration", "MTModel"),
+}
+"""Ends of class names, where they are not that of the class that loads the checkpoint."""
 
 OTHER_CHECKPOINTS = "give a folder that holds the checkpoint, or try --model demo"
 _SAVE_AGAIN = "save the model again with save_pretrained()"
@@ -111,12 +118,24 @@ def check_config(config: Mapping[str, Any], source: str, task: Task) -> None:
             f"makes no embeddings here: choose an encoder or a decoder."
         )
     names = class_names(config)
-    head = AUTO_CLASSES[task.kind].removeprefix("AutoModel")
-    known = (head, "LMHeadModel") if task.kind == "language-modeling" else (head,)
+    if task.kind == "seq2seq" and not _writes_from_text(model_type):
+        raise UserError(
+            f"'{source}' is a {names[0] if names else model_type}, which does not write a text "
+            f"from a text by an encoder and a decoder: choose a T5, BART, Marian or similar "
+            f"checkpoint for task {SEQ2SEQ}, or another --task."
+        )
+    known = _HEADS.get(task.kind, (AUTO_CLASSES[task.kind].removeprefix("AutoModel"),))
+    head = known[0]
     if names and not any(name.endswith(known) for name in names) and head:
         raise missing_head_error(source, task, f"it is a {names[0]}, not a ...{head}")
     if task.kind in (*KINDS_WITH_LABEL_NAMES, "regression"):
         check_labels(labels_of(config, source), task)
+
+
+def _writes_from_text(model_type: str) -> bool:
+    from transformers.models.auto import modeling_auto
+
+    return model_type in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 
 def class_names(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -131,7 +150,7 @@ def kind_of(config: Mapping[str, Any], source: str) -> Kind:
     A configuration without `architectures` counts as a sequence classifier.
 
     Raises:
-        UserError: the checkpoint is a language model, which has a task of its own.
+        UserError: the checkpoint writes texts, for which there are tasks of their own.
     """
     names = class_names(config)
     for name in names:
@@ -142,6 +161,11 @@ def kind_of(config: Mapping[str, Any], source: str) -> Kind:
         raise UserError(
             f"'{source}' is a language model ({names[0]}): use --task {LANGUAGE_MODELING}, which "
             f"scores it on your text."
+        )
+    if any(name.endswith(_HEADS["seq2seq"]) for name in names):
+        raise UserError(
+            f"'{source}' is an encoder-decoder that writes texts ({names[0]}): use --task "
+            f"{SEQ2SEQ}, which scores them."
         )
     return "classification"
 

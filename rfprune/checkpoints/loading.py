@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from logging import ERROR, getLogger
@@ -40,11 +40,13 @@ from rfprune.embeddings import POOLING_ENTRY
 from rfprune.errors import RfpruneWarning, UserError, error_summary
 from rfprune.families.architectures import ARCHITECTURES
 from rfprune.model.validation import check_weights
-from rfprune.tasks.max_length import tokenizer_limit
+from rfprune.settings import WritingSettings
+from rfprune.tasks.max_length import NO_LIMIT, tokenizer_limit
 from rfprune.tasks.own_data import (
     blank_custom_task,
     custom_task,
     language_task,
+    seq2seq_task,
     similarity_task,
     with_columns,
 )
@@ -53,6 +55,7 @@ from rfprune.tasks.registry import (
     CUSTOM,
     LANGUAGE_MODELING,
     OWN_DATA,
+    SEQ2SEQ,
     SIMILARITY,
     HeldOut,
     Task,
@@ -91,6 +94,7 @@ def resolve_task(
     train_split: str | None = None,
     validation_split: str | None = None,
     held_out: HeldOut | None = None,
+    writing: WritingSettings | None = None,
 ) -> Task:
     """The task of that name; a task on your own data is made from the checkpoint and the data.
 
@@ -103,14 +107,19 @@ def resolve_task(
         train_split: name of the split to calibrate on; None: train.
         validation_split: name of the split to score on; None: that of the task.
         held_out: makes the validation split from rows of the training split.
+        writing: how task seq2seq writes and scores texts; None: `WritingSettings()`.
 
     Raises:
         UserError: the task is unknown, or the checkpoint or the data does not fit it.
     """
     if name not in OWN_DATA:
         return with_splits(get_task(name), train_split, validation_split)
-    known = {LANGUAGE_MODELING: language_task, SIMILARITY: similarity_task}
-    task = known[name]() if name in known else blank_custom_task()
+    known: Mapping[str, Callable[[], Task]] = {
+        LANGUAGE_MODELING: language_task,
+        SIMILARITY: similarity_task,
+        SEQ2SEQ: lambda: seq2seq_task(writing or WritingSettings()),
+    }
+    task = known.get(name, blank_custom_task)()
     source = resolve_model(model, task)
     with quiet_transformers(), _hub_errors(model, source):
         config = read_config(source)
@@ -156,7 +165,10 @@ def load(
             options["device_map"] = layers_elsewhere(shapes_of(name, task), device, offload)
         model = (_load_pruned if "rfprune" in config else _load)(source, task, options)
         images = task.kind == "image-classification"
-        tokenizer = _load_processor(source) if images else _load_tokenizer(source, model)
+        slow = task.kind == "seq2seq"  # Marian's tokenizer is, with a vocabulary per language
+        tokenizer = (
+            _load_processor(source) if images else _load_tokenizer(source, model, may_be_slow=slow)
+        )
     if extra.pooling is not None:
         setattr(model.config, POOLING_ENTRY, extra.pooling)
     if extra.max_tokens is not None:
@@ -232,7 +244,7 @@ def _num_positions(model: Any) -> int:
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             before = 0 if module.padding_idx is None else module.padding_idx + 1
             return module.num_embeddings - before
-    return int(model.config.max_position_embeddings)
+    return int(getattr(model.config, "max_position_embeddings", None) or NO_LIMIT)
 
 
 @contextmanager
@@ -403,8 +415,8 @@ def _load_processor(source: str) -> Any:
         ) from error
 
 
-def _load_tokenizer(source: str, model: Any) -> Any:
-    """The tokenizer: fast, and with no id beyond the model's embeddings."""
+def _load_tokenizer(source: str, model: Any, *, may_be_slow: bool = False) -> Any:
+    """The tokenizer: fast, unless it may be slow, and with no id beyond the model's embeddings."""
     from transformers import AutoTokenizer
 
     try:
@@ -416,7 +428,7 @@ def _load_tokenizer(source: str, model: Any) -> Any:
             f"No tokenizer can be loaded from '{source}' ({error_summary(error)}): save the "
             f"tokenizer beside the model."
         ) from error
-    if not tokenizer.is_fast:
+    if not (tokenizer.is_fast or may_be_slow):
         raise UserError(
             f"The tokenizer of '{source}' is slow, and a fast one is needed: save a tokenizer.json."
         )

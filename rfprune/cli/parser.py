@@ -19,6 +19,7 @@ from rfprune.cli.validation import (
     check_exports,
     check_hub,
     check_task,
+    check_writing,
 )
 from rfprune.errors import UserError
 from rfprune.report.output_folder import check_output
@@ -27,6 +28,7 @@ from rfprune.tasks.registry import (
     BLOCK_TOKENS,
     LANGUAGE_MODELING,
     OWN_DATA,
+    SEQ2SEQ,
     TASKS,
     default_batch_size,
     default_samples,
@@ -49,6 +51,8 @@ _NAMES_IN_HELP = {
     "language_samples": default_samples(LANGUAGE_MODELING),
     "batch_size": default_batch_size(""),
     "language_batch_size": default_batch_size(LANGUAGE_MODELING),
+    "seq2seq_samples": default_samples(SEQ2SEQ),
+    "seq2seq_batch_size": default_batch_size(SEQ2SEQ),
     "block_tokens": BLOCK_TOKENS,
 }
 
@@ -69,6 +73,7 @@ def parse(argv: Sequence[str]) -> Options:
     options = Options(**{subject.name: _subject(subject, given) for subject in fields(Options)})
     data = options.data
     check_data(task, data.data_dir, data.text_columns, data.label_column, data.validation_fraction)
+    check_writing(task, options.writing)
     check_hub(options.hub)
     check_exports(options.output.export, quantize=options.output.quantize)
     for ratio in options.target.ratios:

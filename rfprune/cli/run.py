@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from warnings import warn
 
 import torch
@@ -47,14 +48,14 @@ from rfprune.max_drop.search import DropSearch, constraints_to_try, find_smalles
 from rfprune.methods.budget import check_constraints
 from rfprune.methods.problem import add_token_mask, prepare_problem
 from rfprune.pruning import Target, prune_to_each
-from rfprune.report.cached_evaluation import evaluate_original, inputs_digest
+from rfprune.report.cached_evaluation import evaluate_original, inputs_digest, with_targets
 from rfprune.report.console_table import print_report
 from rfprune.report.measure import FewerTokens, Outcome, Prepared, measure
 from rfprune.report.report_json import SCHEMA
 from rfprune.settings import Options
 from rfprune.tasks.baseline import below_baseline
 from rfprune.tasks.calibration import calibration_batches
-from rfprune.tasks.evaluation import Evaluation, prepare_evaluation
+from rfprune.tasks.evaluation import Evaluation, EvaluationSet, prepare_evaluation
 from rfprune.tasks.max_length import NO_LIMIT
 from rfprune.tasks.own_data import warn_about_truncation
 from rfprune.tasks.registry import OWN_DATA, HeldOut, Task
@@ -107,6 +108,7 @@ def _prepare(options: Options, device: torch.device, consoles: Consoles) -> Prep
         train_split=data.train_split,
         validation_split=data.validation_split,
         held_out=HeldOut.from_flags(data.validation_fraction, options.settings.seed),
+        writing=options.writing,
     )
     check_kind(
         task,
@@ -135,6 +137,29 @@ def _prepare(options: Options, device: torch.device, consoles: Consoles) -> Prep
         seed=options.settings.seed,
         with_labels=options.settings.use_labels,
     )
+
+    def validation_data(tokenizer: Any) -> EvaluationSet:
+        return prepare_evaluation(
+            task,
+            tokenizer,
+            data_dir,
+            batch_size=data.batch_size,
+            max_length=max_length,
+            limit=data.eval_limit,
+        )
+
+    evaluation_set = validation_data(loaded.tokenizer)
+    if task.kind == "seq2seq":
+        consoles.log.print(f"Writing the texts to imitate, from {data.samples} sources at most")
+        batches = distributed.broadcast_from_main(
+            lambda: with_targets(
+                loaded.model,
+                batches,
+                task.writing,
+                cache=_cache_folder(options),
+                progress=consoles.progress,
+            )
+        )
     _warn_about_truncation(options, task, loaded, batches, "calibration")
     model, vocabulary = loaded.model, None
     if target.vocabulary:
@@ -159,22 +184,12 @@ def _prepare(options: Options, device: torch.device, consoles: Consoles) -> Prep
         check_constraints(problem, _constraints(options, target.ratios))
     if target.sizes is not None:
         Sizes.load(target.sizes).kept(problem.layout)
-    evaluation_set, *others = (
-        prepare_evaluation(
-            task,
-            tokenizer,
-            data_dir,
-            batch_size=data.batch_size,
-            max_length=max_length,
-            limit=data.eval_limit,
-        )
-        for tokenizer in (loaded.tokenizer, *([] if vocabulary is None else [vocabulary.tokenizer]))
-    )
     fewer_tokens = None
     if vocabulary is not None:
         changes = vocabulary.compare(held_out_texts(task, data_dir, data.eval_limit))
         warn_of_more_tokens(changes)
-        fewer_tokens = FewerTokens(vocabulary, others[0], changes)
+        trimmed_set = validation_data(vocabulary.tokenizer)
+        fewer_tokens = FewerTokens(vocabulary, trimmed_set, changes)
     _warn_about_truncation(options, task, loaded, evaluation_set.batches, "validation")
     seconds = time.perf_counter() - start
     inputs = inputs_digest(model, batches, evaluation_set)

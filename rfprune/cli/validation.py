@@ -10,8 +10,16 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from rfprune.errors import UserError, check_imports, check_installed
-from rfprune.settings import HubSettings
-from rfprune.tasks.registry import CUSTOM, OWN_DATA, SIMILARITY, TASK_NAMES, Task, check_columns
+from rfprune.settings import HubSettings, WritingSettings
+from rfprune.tasks.registry import (
+    CUSTOM,
+    OWN_DATA,
+    SEQ2SEQ,
+    SIMILARITY,
+    TASK_NAMES,
+    Task,
+    check_columns,
+)
 
 EXPORT_PACKAGES = {
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
@@ -52,12 +60,12 @@ def check_data(
             f"--validation-fraction {validation_fraction:g} {problem} without your own data: leave "
             f"it out, or give --data-dir FILE with --task {', '.join(OWN_DATA)}"
         )
-    if task == CUSTOM:
-        check_columns(text_columns, label_column)
+    if task in (CUSTOM, SEQ2SEQ):
+        check_columns(text_columns, label_column, most=1 if task == SEQ2SEQ else 2)
         if data_dir is None:
             raise UserError(
-                "--task custom needs your own data: give --data-dir DIR, where DIR holds train.csv "
-                "and validation.csv (or .tsv, .jsonl, .parquet), or --data-dir FILE with "
+                f"--task {task} needs your own data: give --data-dir DIR, where DIR holds "
+                "train.csv and validation.csv (or .tsv, .jsonl, .parquet), or --data-dir FILE with "
                 "--validation-fraction 0.2"
             )
         return
@@ -73,6 +81,15 @@ def check_data(
                 f"{flag} belongs to --task custom and does nothing for {task}, whose columns are "
                 f"known: leave it out"
             )
+
+
+def check_writing(task: str, writing: WritingSettings) -> None:
+    """Raise a UserError for flags of written texts with a task that writes none."""
+    if writing.given and task != SEQ2SEQ:
+        raise UserError(
+            f"{', '.join(writing.given)} can do nothing for {task}, which writes no texts: leave "
+            f"it out, or give --task {SEQ2SEQ}"
+        )
 
 
 def check_vocabulary(paths: Sequence[Path]) -> None:

@@ -20,7 +20,7 @@ from rfprune.cost.constraint import Constraint
 from rfprune.errors import UserError
 from rfprune.max_drop.rules import Trial, next_ratio, smallest_within_limit
 from rfprune.methods.budget import min_ratio
-from rfprune.report.measure import Outcome, Prepared
+from rfprune.report.measure import Batches, Outcome, Prepared
 from rfprune.report.summary import METRIC_NAMES, trial_line
 from rfprune.result import PruneResult
 from rfprune.stages.reconstruct import HELD_OUT_EVERY
@@ -32,6 +32,7 @@ from rfprune.tasks.evaluation import (
     evaluate_model,
     logits_of_batches,
 )
+from rfprune.tasks.seq2seq import target_divergence
 
 Prune = Callable[[Iterable[Constraint]], Iterator[PruneResult]]
 """Prunes to each constraint; takes the next one only after it has yielded the result."""
@@ -67,13 +68,18 @@ class DropSearch:
 
     def divergence(self, model: PreTrainedModel) -> float:
         """KL(original || model) on the held-out calibration batches, in nats per row."""
-        logits, kind = self._held_out_logits(model), self.prepared.evaluation_set.task.kind
-        return divergence_of_logits(self.original_logits, logits, kind)
+        kind = self.prepared.evaluation_set.task.kind
+        if kind == "seq2seq":
+            return target_divergence(model, self.prepared.loaded.model, self._held_out)
+        return divergence_of_logits(self.original_logits, self._held_out_logits(model), kind)
+
+    @property
+    def _held_out(self) -> Batches:
+        batches = self.prepared.batches
+        return batches[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] or batches
 
     def _held_out_logits(self, model: PreTrainedModel) -> Logits:
-        batches = self.prepared.batches
-        held_out = batches[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] or batches
-        return logits_of_batches(model, self.prepared.evaluation_set.task, held_out)
+        return logits_of_batches(model, self.prepared.evaluation_set.task, self._held_out)
 
 
 @dataclass(frozen=True)
@@ -155,7 +161,13 @@ def _score(search: DropSearch, result: PruneResult) -> _ScoredTrial:
     prepared = search.prepared
     round_to_stored_dtype(prepared.stored, result.model)
     data = prepared.evaluation_set
-    pruned = evaluate_model(result.model, data, progress=search.progress)
+    pruned = evaluate_model(
+        result.model,
+        data,
+        reference=prepared.reference,
+        reference_evaluation=search.original,
+        progress=search.progress,
+    )
     drop = paired_drop(data, search.original, pruned, search.max_drop)
     assert result.ratio is not None, "the search asks for constraints"
     trial = Trial(

@@ -1,20 +1,29 @@
-"""Cached scores of the original model, and the digests that identify the inputs of a run."""
+"""Cached outputs of the original model, and the digests that identify the inputs of a run."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rfprune.cache import Key, data_digest, environment, load_or_compute, model_digest
 from rfprune.report.measure import Prepared
 from rfprune.result import StageTimer
+from rfprune.settings import WritingSettings
 from rfprune.tasks.evaluation import Evaluation, EvaluationSet, Logits, evaluate_model
+from rfprune.tasks.seq2seq import (
+    generation_config,
+    warn_about_long_targets,
+    with_written,
+    written_tokens,
+)
 
 Batches = Sequence[Mapping[str, Tensor]]
 
@@ -45,9 +54,45 @@ def evaluate_original(
     return evaluation, timer.cached
 
 
+def with_targets(
+    model: Any,
+    batches: Batches,
+    writing: WritingSettings,
+    *,
+    cache: Path | None,
+    progress: bool,
+) -> list[dict[str, Tensor]]:
+    """Calibration batches of task seq2seq with the texts that the model writes, which are cached.
+
+    A warning says if many of them were cut; see `rfprune.tasks.seq2seq`.
+    """
+    sizes = np.cumsum([len(batch["input_ids"]) for batch in batches])
+    rows = np.split(np.arange(sizes[-1]), sizes[:-1])
+    (found,) = load_or_compute(
+        lambda: (
+            torch.from_numpy(written_tokens(model, batches, rows, writing, progress=progress)),
+        ),
+        cache,
+        lambda: {
+            "targets": generation_config(model, writing).to_dict(),
+            "model": model_digest(model),
+            "data": data_digest(batches),
+            **environment(model),
+        },
+        StageTimer(),
+        "write",
+    )
+    tokens = found.numpy()
+    warn_about_long_targets(model, tokens, writing)
+    return list(with_written(model, batches, rows, tokens))
+
+
 def _logits_key(model: Any, evaluation_set: EvaluationSet) -> Key:
+    task = evaluation_set.task
+    writes = task.kind == "seq2seq"
     return {
-        "logits": evaluation_set.task.name,
+        "logits": task.name,
+        **({"written": generation_config(model, task.writing).to_dict()} if writes else {}),
         "model": model_digest(model),
         "data": evaluation_digest(evaluation_set),
         **environment(model),
@@ -75,10 +120,18 @@ def _parts(evaluation_set: EvaluationSet) -> Iterator[dict[str, Tensor]]:
         yield {**batch, "rows": torch.from_numpy(rows)}
     if evaluation_set.labels is not None:
         yield {"labels": torch.from_numpy(evaluation_set.labels)}
-    if (questions := evaluation_set.questions) is not None:
-        texts = json.dumps([questions.contexts, questions.answers]).encode()
+    if (pairs := evaluation_set.pairs) is not None:
         yield {
-            "texts": torch.frombuffer(bytearray(texts), dtype=torch.uint8),
+            "texts": _bytes_of([pairs.sources, pairs.targets, asdict(evaluation_set.task.writing)])
+        }
+    if (questions := evaluation_set.questions) is not None:
+        yield {
+            "texts": _bytes_of([questions.contexts, questions.answers]),
             "in_context": torch.from_numpy(questions.windows.in_context),
             "null_position": torch.from_numpy(questions.windows.null_position),
         }
+
+
+def _bytes_of(values: Any) -> Tensor:
+    """Texts and numbers as bytes of JSON, for a digest."""
+    return torch.frombuffer(bytearray(json.dumps(values).encode()), dtype=torch.uint8)

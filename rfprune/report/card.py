@@ -57,6 +57,7 @@ _PIPELINES = {
     "language-modeling": "text-generation",
     "similarity": "sentence-similarity",
     "question-answering": "question-answering",
+    "seq2seq": "translation",
 }
 
 
@@ -174,7 +175,7 @@ def _metadata(report: Report, task: Task | None) -> Any:
     return ModelCardData(
         library_name="sentence-transformers" if is_embedder(report) else "transformers",
         base_model=_hub_id(report["source"]),
-        pipeline_tag=_PIPELINES[_kind(report, task)],
+        pipeline_tag=_pipeline(report, task),
         datasets=None if task is None else [task.hub_path],
         metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
         tags=["rfprune", "pruned", "structured-pruning", "compression", *tags],
@@ -246,6 +247,12 @@ def _base(report: Report) -> Markdown:
 
 def _kind(report: Report, task: Task | None) -> str:
     return str(report.get("kind") or ("classification" if task is None else task.kind))
+
+
+def _pipeline(report: Report, task: Task | None) -> str:
+    if report["metric_name"] == "rougeL":
+        return "summarization"
+    return _PIPELINES[_kind(report, task)]
 
 
 def standard_error(score: float, count: int) -> float:

@@ -29,11 +29,17 @@ from rfprune.settings import Options
 from rfprune.tasks.evaluation import Evaluation, EvaluationSet, divergence, evaluate_model
 from rfprune.tasks.generation import continuations
 from rfprune.tasks.inference import batch_size
+from rfprune.tasks.registry import PER_TOKEN_KINDS
+from rfprune.tasks.seq2seq import sample_texts
 from rfprune.vocabulary.counting import PieceChanges
 from rfprune.vocabulary.trim import TrimmedVocabulary
 
 MAX_POINTS = 64
 """Points of an error curve that are written to the report; a figure shows no more."""
+
+SAMPLE_TEXTS = 3
+SAMPLE_WIDTH = 160
+"""How many written texts a report shows, and how many characters of each."""
 
 Batches = Sequence[Mapping[str, Tensor]]
 
@@ -136,7 +142,13 @@ def measure(
     pruned = outcome.pruned
     if pruned is None:
         data = prepared.pruned_set
-        pruned = evaluate_model(result.model, data, reference=prepared.reference, progress=progress)
+        pruned = evaluate_model(
+            result.model,
+            data,
+            reference=prepared.reference,
+            reference_evaluation=original,
+            progress=progress,
+        )
         pruned = _per_original_token(pruned, prepared.fewer_tokens)
     stages = []
     if options.output.score_stages:
@@ -174,6 +186,7 @@ def measure(
         "scores": {"original": dict(original.scores), "pruned": dict(pruned.scores)},
         "divergence": _divergence(original, pruned, prepared.fewer_tokens),
         **_continuations(prepared, result.model),
+        **_written(prepared, original, pruned),
         **_fewer_tokens(options, prepared.fewer_tokens),
         "evaluated_examples": original.num_examples,
         "mean_tokens": result.mean_tokens,
@@ -233,6 +246,18 @@ def _continuations(prepared: Prepared, pruned: Any) -> dict[str, Any]:
     return {"continuations": {**after, **before} if before and after else {}}
 
 
+def _written(prepared: Prepared, original: Evaluation, pruned: Evaluation) -> dict[str, Any]:
+    """Sample texts of encoder-decoders, before and after."""
+    before, after = prepared.evaluation_set.pairs, prepared.pruned_set.pairs
+    if before is None or after is None:
+        return {}
+    texts = {
+        "original": before.texts(original.logits[0][:SAMPLE_TEXTS]),
+        "pruned": after.texts(pruned.logits[0][:SAMPLE_TEXTS]),
+    }
+    return {"written": sample_texts(before, texts, width=SAMPLE_WIDTH)}
+
+
 def _per_original_token(pruned: Evaluation, fewer: FewerTokens | None) -> Evaluation:
     """A perplexity per token of the original tokenizer: a trimmed one makes more tokens of a text,
     and the mean over them would look better than the probability of the text is."""
@@ -247,7 +272,7 @@ def _divergence(
     original: Evaluation, pruned: Evaluation, fewer: FewerTokens | None
 ) -> float | None:
     """Divergence of the pruned model; None where the two have logits of other tokens."""
-    per_token = original.kind in ("language-modeling", "question-answering")
+    per_token = original.kind in (*PER_TOKEN_KINDS, "question-answering")
     return None if fewer is not None and per_token else divergence(original, pruned)
 
 
@@ -383,10 +408,16 @@ def stage_scores(
         pruned: scores of the pruned model.
     """
     chosen = tuple((mask != 0).to(mask.dtype) for mask in result.masks)
-    # the two language models run at once, so they cannot be one, and masks cannot remove layers
-    if original.kind == "language-modeling" or result.removed_layers:
+    # two models of text run at once, so they cannot be one, and masks cannot remove layers
+    if original.kind in PER_TOKEN_KINDS or result.removed_layers:
         small = compact(model, result.layout, chosen, result.removed_layers)
-        selected = evaluate_model(small, evaluation_set, reference=model, progress=progress)
+        selected = evaluate_model(
+            small,
+            evaluation_set,
+            reference=model,
+            reference_evaluation=original,
+            progress=progress,
+        )
     else:
         with masked(model, result.layout, chosen):
             selected = evaluate_model(model, evaluation_set, progress=progress)

@@ -11,7 +11,7 @@ from typing import Any
 
 from rfprune.report.report_json import STAGES, Report
 from rfprune.settings import GGUF_TYPES
-from rfprune.tasks.registry import AUTO_CLASSES
+from rfprune.tasks.registry import AUTO_CLASSES, PER_TOKEN_KINDS
 
 Row = tuple[str, ...]
 
@@ -237,16 +237,21 @@ def scoring_line(report: Report) -> str:
     name = "KL divergence from the original's predictions"
     if report["task"] == "stsb" or report.get("kind") == "regression":
         name = "half the mean squared difference from the original's outputs"
-    if report.get("kind") == "language-modeling":
+    if report.get("kind") in PER_TOKEN_KINDS:
         name += ", in nats per token"
+    if report.get("kind") == "seq2seq":
+        name += " of the texts that it writes"
     if report.get("kind") == "similarity":
         name = "half the mean squared distance from the original's embeddings"
     return f"Scored on {examples}; {name}: {report['divergence']:.4f}."
 
 
 def continuation_lines(report: Report) -> list[str]:
-    """What the two language models generate after the same prompt, as a sample."""
+    """What the two models write after the same prompt, or from the same sources, as samples."""
     texts = report.get("continuations") or {}
+    if written := report.get("written"):
+        names = ("source", "target", "original", "pruned")
+        return [f"{name.title() + ':':<10}{one[name]!r}" for one in written for name in names]
     if not texts:
         return []
     return [

@@ -2,7 +2,7 @@
 
 The baselines: the most frequent label for classes, tags and choices; the best fixed set for several
 labels; no correlation for numbers; the whole context, or no answer, for questions; equal
-probabilities for language models.
+probabilities for language models; the texts of other rows for texts that are written.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,9 @@ from rfprune.tasks.evaluation import Evaluation, predictions_from_logits
 from rfprune.tasks.evaluation_set import EvaluationSet, Questions
 from rfprune.tasks.metrics import f1_micro
 from rfprune.tasks.registry import Kind
+from rfprune.tasks.seq2seq import SourcesAndTargets
 from rfprune.tasks.squad_scores import squad_scores, squad_v2_scores
+from rfprune.tasks.text_scores import score_of_rows
 
 _LARGEST_CHANCE = 0.2  # a correlation above this is none of chance, however few the examples
 
@@ -55,6 +57,8 @@ def below_baseline(evaluation_set: EvaluationSet, evaluation: Evaluation, model:
             f"perplexity of {evaluation.score:.2f} is no better than the {vocabulary} of equal "
             f"probabilities for all tokens of the vocabulary: {_TEXTS}"
         )
+    if evaluation_set.pairs is not None:
+        return _of_texts(evaluation, evaluation_set.pairs)
     assert evaluation_set.labels is not None
     predictions = predictions_from_logits(evaluation_set.task, evaluation.logits)
     compare = _COMPARISONS.get(evaluation.kind, _of_classes)
@@ -135,6 +139,22 @@ def _of_questions(evaluation: Evaluation, questions: Questions) -> str | None:
     return (
         f"{evaluation.metric_name} of {evaluation.score:.2f} is below the {best:.2f} of always "
         f"{way}: {_TEXTS}"
+    )
+
+
+def _of_texts(evaluation: Evaluation, pairs: SourcesAndTargets) -> str | None:
+    """A text that has to do with its source is closer to its own target than to another."""
+    targets = pairs.targets
+    if len(set(targets)) == 1:
+        return None
+    texts, name = pairs.texts(evaluation.logits[0]), evaluation.metric_name
+    rows = np.arange(len(targets))
+    others = score_of_rows(name, texts, (*targets[1:], targets[0]))(rows)
+    if evaluation.score > others:
+        return None
+    return (
+        f"{name} of {evaluation.score:.2f} is no better than the {others:.2f} against the targets "
+        f"of other rows: {_TEXTS}"
     )
 
 

@@ -21,6 +21,7 @@ from rfprune.tasks.evaluation import (
 )
 from rfprune.tasks.metrics import SCORE_FUNCTIONS
 from rfprune.tasks.squad_scores import squad_scores, squad_v2_scores
+from rfprune.tasks.text_scores import score_of_rows
 
 RESAMPLES = 200
 _ROUNDING = 1e-9  # points: rounding errors of scores that are 100 x a fraction
@@ -86,6 +87,9 @@ def _scorer(
     if evaluation_set.questions is not None:
         per_question = _scores_of_questions(evaluation_set, evaluation)
         return lambda rows: float(per_question[rows].mean())
+    if evaluation_set.pairs is not None:
+        texts = evaluation_set.pairs.texts(evaluation.logits[0])
+        return score_of_rows(evaluation_set.task.metric_name, texts, evaluation_set.pairs.targets)
     assert evaluation_set.labels is not None
     score = SCORE_FUNCTIONS[evaluation_set.task.metric_name]
     predictions = predictions_from_logits(evaluation_set.task, evaluation.logits)

@@ -13,7 +13,7 @@ from rfprune.tasks.encoding import encode
 from rfprune.tasks.registry import Task
 from rfprune.tasks.splits import check_more_than_one_row, load_split
 
-_WITHOUT_LABELS = ("language-modeling", "similarity")
+_WITHOUT_LABELS = ("language-modeling", "similarity", "seq2seq")
 
 
 def sample(dataset: Any, num_samples: int, seed: int) -> Any:
@@ -53,8 +53,10 @@ def calibration_batches(
 ) -> list[dict[str, Tensor]]:
     """Batches of examples drawn from the task's training split.
 
-    An example is a window in question answering, one of the two texts in similarity, and a block
-    in language modelling. Only drawn rows are tokenised, except for language modelling.
+    An example is a window in question answering, one of the two texts in similarity, a block in
+    language modelling, and a source in seq2seq, whose targets
+    `rfprune.tasks.seq2seq.generate_targets` adds. Only drawn rows are tokenised, except for
+    language modelling.
 
     Args:
         task: see `rfprune.tasks.registry`.

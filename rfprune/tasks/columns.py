@@ -176,6 +176,18 @@ def _checked_choices(task: Task, labels: Sequence[Any], source: str) -> list[int
     return [int(float(label)) for label in labels]
 
 
+def _checked_targets(task: Task, targets: Sequence[Any], source: str) -> list[str]:
+    """Target texts, none of them empty."""
+    _check_texts(targets, task.label_column, source)
+    for row, text in enumerate(targets, start=1):
+        if not text.strip():
+            raise UserError(
+                f"{source}, row {row}: {task.label_column} is empty, and no text can be scored "
+                f"against it; fill or drop the row."
+            )
+    return list(targets)
+
+
 def _checked_answers(task: Task, answers: Sequence[Any], source: str) -> list[dict[str, Any]]:
     """Answers as {text: [...], answer_start: [...]}; both lists empty for no answer (SQuAD 2.0)."""
     for row, answer in enumerate(answers, start=1):
@@ -211,5 +223,6 @@ _LABEL_CHECKS: Mapping[Kind, _Check] = MappingProxyType(
         "question-answering": _checked_answers,
         "token-classification": _checked_lists,
         "multi-label": _checked_sets,
+        "seq2seq": _checked_targets,
     }
 )

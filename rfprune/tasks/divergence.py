@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rfprune.tasks.registry import Kind
 
-Logits = tuple[NDArray[np.float32], ...]
+Logits = tuple[NDArray[Any], ...]
 
 
 def divergence_of_logits(reference: Logits, other: Logits, kind: Kind = "classification") -> float:

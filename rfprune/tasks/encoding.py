@@ -10,6 +10,7 @@ from rfprune.tasks.max_length import checked_length
 from rfprune.tasks.multiple_choice import encode_choices
 from rfprune.tasks.question_answering import encode_questions
 from rfprune.tasks.registry import Kind, Task
+from rfprune.tasks.seq2seq import encode_sources
 from rfprune.tasks.similarity import encode_pairs
 from rfprune.tasks.token_classification import encode_words
 
@@ -75,5 +76,6 @@ ENCODERS: Mapping[Kind, Encoder] = MappingProxyType(
         "image-classification": encode_images,
         "question-answering": encode_questions,
         "similarity": encode_pairs,
+        "seq2seq": encode_sources,
     }
 )

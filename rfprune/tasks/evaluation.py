@@ -18,7 +18,8 @@ from rfprune.tasks.inference import class_logits, embeddings, span_logits, token
 from rfprune.tasks.language_modeling import token_likelihoods
 from rfprune.tasks.metrics import compute_scores
 from rfprune.tasks.question_answering import Windows, best_answers, null_scores
-from rfprune.tasks.registry import Kind, Task
+from rfprune.tasks.registry import PER_TOKEN_KINDS, Kind, Task
+from rfprune.tasks.seq2seq import target_divergence, with_written, written_tokens
 from rfprune.tasks.similarity import cosines
 from rfprune.tasks.squad_scores import NO_ANSWER_THRESHOLD
 
@@ -51,10 +52,12 @@ class Evaluation:
             and end logits (W, S) of the windows, -inf where no answer can be (SQuAD 2.0: the CLS
             token stands for no answer). Token classification: (W, C) of the words. Similarity: the
             embeddings (2N, d) of the pairs. Language modelling: log-likelihoods (N, S - 1).
+            Seq2seq: instead of logits the ids (N, T) that were written, -1 behind the end.
         num_examples: over all splits; questions, not windows.
         seconds: forward passes and scoring.
         kind: of the task.
-        from_reference: language modelling: divergence from the reference model, in nats per token.
+        from_reference: language modelling and seq2seq: divergence from the reference model, in
+            nats per token.
     """
 
     score: float
@@ -72,6 +75,7 @@ def evaluate_model(
     evaluation_set: EvaluationSet,
     *,
     reference: nn.Module | None = None,
+    reference_evaluation: Evaluation | None = None,
     progress: bool = False,
     load_or_compute: Callable[[Callable[[], Logits]], Logits] | None = None,
 ) -> Evaluation:
@@ -80,8 +84,10 @@ def evaluate_model(
     Args:
         model: its training mode is the same afterwards.
         evaluation_set: made by `prepare_evaluation`.
-        reference: language modelling: the model to compute the divergence from. It runs beside
-            the other, since the logits of a language model are too large to keep.
+        reference: language modelling and seq2seq: the model to compute the divergence from. It
+            runs beside the other, since logits over the vocabulary are too large to keep.
+        reference_evaluation: seq2seq: the evaluation of `reference`; the two are compared on the
+            texts that it wrote. None: it writes them again.
         progress: whether to show a progress bar.
         load_or_compute: loads cached logits, or calls its argument and caches the result.
 
@@ -100,6 +106,11 @@ def evaluate_model(
         logits = _logits(model, evaluation_set, progress)
     else:
         logits = load_or_compute(lambda: _logits(model, evaluation_set, progress))
+    if task.kind == "seq2seq" and reference is not None:
+        known = reference_evaluation
+        (texts,) = _logits(reference, evaluation_set, progress) if known is None else known.logits
+        batches = with_written(reference, evaluation_set.batches, evaluation_set.rows, texts)
+        from_reference = target_divergence(model, reference, list(batches), progress=progress)
     scores = _scores(logits, evaluation_set)
     return Evaluation(
         score=scores[task.metric_name],
@@ -116,18 +127,18 @@ def evaluate_model(
 def divergence(reference: Evaluation, other: Evaluation) -> float:
     """Divergence of `other` from `reference` in nats per row; see `divergence_of_logits`.
 
-    A row is a word in token classification and a token in language modelling.
+    A row is a word in token classification and a token in language modelling and seq2seq.
 
     Raises:
-        ValueError: the evaluations are of different data, or, in language modelling, `other` was
-            evaluated without the reference.
+        ValueError: the evaluations are of different data, or, in language modelling and seq2seq,
+            `other` was evaluated without the reference.
     """
-    if reference.kind != "language-modeling":
+    if reference.kind not in PER_TOKEN_KINDS:
         return divergence_of_logits(reference.logits, other.logits, reference.kind)
     if reference is other:
         return 0.0
     if other.from_reference is None:
-        raise ValueError("evaluate a language model with reference= to know its divergence")
+        raise ValueError("evaluate a model of text with reference= to know its divergence")
     return other.from_reference
 
 
@@ -171,6 +182,8 @@ def _logits(model: nn.Module, evaluation_set: EvaluationSet, progress: bool) -> 
     task, batches, rows = evaluation_set.task, evaluation_set.batches, evaluation_set.rows
     if task.kind == "language-modeling":
         return (token_likelihoods(model, batches, rows, progress=progress)[0],)
+    if task.kind == "seq2seq":
+        return (written_tokens(model, batches, rows, task.writing, progress=progress),)
     if evaluation_set.positions is not None:
         words = evaluation_set.positions
         logits = token_logits(model, batches, rows, words, task.num_labels, progress=progress)
@@ -217,6 +230,9 @@ def _scores(logits: Logits, evaluation_set: EvaluationSet) -> dict[str, float]:
         return _answer_scores(logits, task, evaluation_set.questions)
     if task.kind == "language-modeling":
         return compute_scores(task, logits[0])
+    if evaluation_set.pairs is not None:
+        pairs = evaluation_set.pairs
+        return compute_scores(task, pairs.texts(logits[0]), list(pairs.targets))
     assert evaluation_set.labels is not None
     predictions = predictions_from_logits(task, logits)
     if evaluation_set.positions is not None:

@@ -1,6 +1,6 @@
 """A task's validation data, prepared once so that all models are scored on the same batches."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from rfprune.tasks.batching import TOKEN_LABELS, Batch, LazyBatches, length_sort
 from rfprune.tasks.encoding import encode
 from rfprune.tasks.image_classification import IMAGE
 from rfprune.tasks.question_answering import Windows, make_windows
-from rfprune.tasks.registry import Task
+from rfprune.tasks.registry import PER_TOKEN_KINDS, Task
+from rfprune.tasks.seq2seq import SourcesAndTargets
 from rfprune.tasks.splits import check_more_than_one_row, load_split
 from rfprune.tasks.token_classification import IGNORED
 
@@ -39,8 +40,9 @@ class EvaluationSet:
             modelling.
         split_sizes: examples of each validation split, in order.
         labels: (N,); (N, L) for several labels per row; (W,) of the words in token classification;
-            None in language modelling and question answering.
+            None in language modelling, question answering and seq2seq.
         questions: of question answering.
+        pairs: of seq2seq.
         positions: of token classification: for each row, the positions of its words' first tokens.
     """
 
@@ -50,6 +52,7 @@ class EvaluationSet:
     split_sizes: Mapping[str, int]
     labels: NDArray[np.generic] | None = None
     questions: Questions | None = None
+    pairs: SourcesAndTargets | None = None
     positions: tuple[NDArray[np.int64], ...] | None = None
 
     @property
@@ -111,10 +114,13 @@ def prepare_evaluation(
         labels = np.concatenate([row[row != IGNORED] for row in per_row])
     elif task.kind == "similarity":
         labels = np.concatenate([split[task.label_column][:] for split in splits.values()])
-    elif task.kind != "language-modeling":
+    elif task.kind not in PER_TOKEN_KINDS:
         labels = np.array(columns.pop("labels"))
     batches, rows = _batched(columns, tokenizer, batch_size)
-    return EvaluationSet(task, batches, rows, sizes, labels=labels, positions=positions)
+    pairs = _pairs(task, tokenizer, splits.values()) if task.kind == "seq2seq" else None
+    return EvaluationSet(
+        task, batches, rows, sizes, labels=labels, pairs=pairs, positions=positions
+    )
 
 
 def _draw(dataset: Any, limit: int | None, seed: int) -> Any:
@@ -123,6 +129,14 @@ def _draw(dataset: Any, limit: int | None, seed: int) -> Any:
         return dataset
     drawn = np.random.default_rng(seed).choice(len(dataset), size=limit, replace=False)
     return dataset.select(np.sort(drawn).tolist())
+
+
+def _pairs(task: Task, tokenizer: Any, splits: Iterable[Any]) -> SourcesAndTargets:
+    names = (*task.text_columns, task.label_column)
+    sources, targets = (
+        tuple(text for dataset in splits for text in dataset[name]) for name in names
+    )
+    return SourcesAndTargets(sources, targets, tokenizer)
 
 
 def _questions(

@@ -104,12 +104,12 @@ def token_likelihoods(
     models = (model,) if reference is None else (model, reference)
     with torch.no_grad(), eval_mode(model), eval_mode(models[-1]):
         for batch, numbers in zip(bar, rows, strict=True):
-            size = _rows_at_a_time(model, batch)
+            size = rows_at_a_time(model, batch["input_ids"])
             for first in range(0, len(numbers), size):
                 part = {name: values[first : first + size] for name, values in batch.items()}
                 logits = [_next_token_logits(one, part) for one in models]
                 targets = part["input_ids"][:, 1:].to(logits[0].device)
-                found, apart = _compared(logits, targets)
+                found, apart = compare_logits(logits, targets)
                 likelihoods[numbers[first : first + size]] = found.cpu().numpy()
                 divergence, count = divergence + apart, count + targets.numel()
     if not np.isfinite(likelihoods).all():
@@ -120,10 +120,10 @@ def token_likelihoods(
     return likelihoods, None if reference is None else divergence / count
 
 
-def _rows_at_a_time(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
-    """How many rows of a batch to compute at a time, for logits of bounded size."""
+def rows_at_a_time(model: nn.Module, ids: Tensor) -> int:
+    """How many rows of tokens (B, S) to compute at a time, for logits of bounded size."""
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 1
-    return max(1, 2 * _ENTRIES_AT_A_TIME // (vocabulary * batch["input_ids"].shape[1]))
+    return max(1, 2 * _ENTRIES_AT_A_TIME // (vocabulary * ids.shape[1]))
 
 
 def _next_token_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -142,7 +142,7 @@ def _next_token_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return logits[:, :-1]  # type: ignore[no-any-return]
 
 
-def _compared(logits: Sequence[Tensor], targets: Tensor) -> tuple[Tensor, float]:
+def compare_logits(logits: Sequence[Tensor], targets: Tensor) -> tuple[Tensor, float]:
     """Log-likelihoods (B, S) of the targets by the first logits (B, S, V), and the sum of
     KL(second || first); in float32, some tokens at a time."""
     size = max(1, _ENTRIES_AT_A_TIME // logits[0].shape[-1])

@@ -47,11 +47,12 @@ _MODULE_OF_KIND: Mapping[Kind, tuple[str, str | None]] = MappingProxyType(
         "multi-label": ("multi_label", None),
         "token-classification": ("token_classification", None),
         "language-modeling": ("perplexity", None),
+        "seq2seq": ("translation", None),
     }
 )
 """File and configuration of the metric of a task that is neither GLUE's nor SQuAD's."""
 
-_NOT_FRACTIONS = ("squad", "squad_v2", "perplexity")
+_NOT_FRACTIONS = ("squad", "squad_v2", "perplexity", "translation")
 """Metrics whose scores are points of 100 already, or no points at all."""
 
 
@@ -59,8 +60,8 @@ def metric_module(name: str) -> Path:
     """The file that `evaluate.load(file, config_name)` loads.
 
     Args:
-        name: classification, correlation, glue, multi_label, perplexity, squad, squad_v2 or
-            token_classification.
+        name: classification, correlation, glue, multi_label, perplexity, rouge, squad, squad_v2,
+            token_classification or translation.
 
     Example:
         >>> metric_module("glue").name
@@ -77,6 +78,8 @@ def metric_of_task(task: Task) -> tuple[str, str | None]:
         return task.name, None
     if task.kind == "token-classification" and not names_entities(task.label_names):
         return "token_classification", "accuracy"
+    if task.metric_name == "rougeL":
+        return "rouge", None
     return _MODULE_OF_KIND[task.kind]
 
 

@@ -1,4 +1,4 @@
-"""Tasks on your own data: custom, language-modeling and similarity.
+"""Tasks on your own data: custom, language-modeling, similarity and seq2seq.
 
 For `custom`, kind, labels and scores come from the checkpoint's configuration. The columns come
 from the data.
@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rfprune.errors import RfpruneWarning, UserError
+from rfprune.errors import RfpruneWarning, UserError, check_installed
+from rfprune.settings import WritingSettings
 from rfprune.tasks.class_names import are_ids
 from rfprune.tasks.entity_scores import names_entities
 from rfprune.tasks.files import Table, read_table
@@ -24,6 +25,7 @@ from rfprune.tasks.registry import (
     BLOCK_TOKENS,
     CUSTOM,
     LANGUAGE_MODELING,
+    SEQ2SEQ,
     SIMILARITY,
     TASKS,
     Kind,
@@ -40,14 +42,18 @@ _USUAL_TEXTS_OF: Mapping[Kind, tuple[tuple[str, ...], ...]] = {
     "similarity": (("sentence1", "sentence2"),),
     "token-classification": (("tokens",), ("words",)),
     "multiple-choice": (("sent1", "sent2"), ("question",)),
+    "seq2seq": (("source",), ("document",), ("article",), ("dialogue",), ("text",)),
 }
-_MOST_TEXTS: Mapping[Kind, int] = {"language-modeling": 1, "token-classification": 1}
+_MOST_TEXTS: Mapping[Kind, int] = {
+    **dict.fromkeys(("language-modeling", "token-classification", "seq2seq"), 1)
+}
 
 USUAL_LABEL = "label"
 _USUAL_LABELS: Mapping[Kind, tuple[str, ...]] = {
     "similarity": (USUAL_LABEL, "score", "similarity_score"),
     "token-classification": ("ner_tags", "pos_tags", "tags", "labels", USUAL_LABEL),
     "multi-label": ("labels", USUAL_LABEL),
+    "seq2seq": ("target", "summary", "highlights"),
 }
 _TRUNCATED_FRACTION = 0.05  # with more rows of the default length, there is a warning
 _SINGLE_LABEL = "single_label_classification"
@@ -78,6 +84,23 @@ def language_task() -> Task:
 def similarity_task() -> Task:
     """Task similarity; its data is STS-B unless there is other data."""
     return replace(TASKS["stsb"], name=SIMILARITY, kind="similarity", label_range=None)
+
+
+_SCORE_PACKAGES = {"chrf": "sacrebleu", "bleu": "sacrebleu", "rougeL": "rouge-score"}
+
+
+def seq2seq_task(writing: WritingSettings) -> Task:
+    """Task seq2seq with its main score.
+
+    Raises:
+        UserError: the package that computes the score is not installed.
+    """
+    score = writing.score
+    check_installed(f"--score {score}", [_SCORE_PACKAGES[score]], extra=SEQ2SEQ)
+    return Task(
+        SEQ2SEQ, "seq2seq", "", None, ("source",), "target", (), score, max_length=BLOCK_TOKENS,
+        writing=writing,
+    )  # fmt: skip
 
 
 def custom_task(labels: Any, problem_type: Any, source: str, kind: Kind = "classification") -> Task:
@@ -144,11 +167,11 @@ def with_columns(
     Raises:
         UserError: data or columns are missing; the error lists the existing columns.
     """
-    if data_dir is None and task.name != CUSTOM:
+    if data_dir is None and task.hub_path:
         return task  # the columns of the hub's data are known
     if data_dir is None:
         raise UserError(
-            f"Task {CUSTOM} needs your own data: give --data-dir DIR, where DIR holds train.csv "
+            f"Task {task.name} needs your own data: give --data-dir DIR, where DIR holds train.csv "
             f"and validation.csv (or .tsv, .jsonl, .parquet)."
         )
     if task.kind == "image-classification":
@@ -173,8 +196,9 @@ def with_columns(
                 f"one or two of its columns ({_listed(table)}) with --text-columns."
             )
     if label and label not in validation.names and not _has_column_per_label(task, validation):
+        labels = "target texts" if task.kind == "seq2seq" else "labels"
         raise UserError(
-            f"{validation.source} has no column {label!r} for the labels, which scores need (the "
+            f"{validation.source} has no column {label!r} for the {labels}, which scores need (the "
             f"train split needs none): name one of its columns ({_listed(validation)}) with "
             f"--label-column, or add it."
         )

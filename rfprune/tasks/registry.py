@@ -5,11 +5,12 @@ Lengths follow Kwon et al. 2022; columns and label ids are those of the hub's da
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
 from rfprune.errors import UserError
+from rfprune.settings import WritingSettings
 
 Kind = Literal[
     "classification",
@@ -21,6 +22,7 @@ Kind = Literal[
     "question-answering",
     "language-modeling",
     "similarity",
+    "seq2seq",
 ]
 
 AUTO_CLASSES: Mapping[Kind, str] = MappingProxyType(
@@ -34,6 +36,7 @@ AUTO_CLASSES: Mapping[Kind, str] = MappingProxyType(
         "question-answering": "AutoModelForQuestionAnswering",
         "language-modeling": "AutoModelForCausalLM",
         "similarity": "AutoModel",
+        "seq2seq": "AutoModelForSeq2SeqLM",
     }
 )
 """The class of transformers that loads a checkpoint, by the kind of task."""
@@ -45,6 +48,10 @@ KINDS_WITH_LABEL_NAMES: tuple[Kind, ...] = (
     "image-classification",
 )
 """Kinds of task with label names in the checkpoint."""
+
+PER_TOKEN_KINDS: tuple[Kind, ...] = ("language-modeling", "seq2seq")
+"""Kinds of task with logits over the vocabulary for every token, which are too large to keep:
+another model is compared while it runs beside the original."""
 
 GLUE = "nyu-mll/glue"
 
@@ -85,7 +92,7 @@ class Task:
         hub_path: the dataset on the hub, empty if there is none.
         hub_config: its configuration.
         text_columns: columns of the model's input.
-        label_column: empty for language modelling.
+        label_column: empty for language modelling; of the targets for seq2seq.
         label_names: by label id; empty without classes.
         metric_name: of the main score.
         max_length: tokens per example, by default.
@@ -95,6 +102,7 @@ class Task:
         label_range: least and largest label of a regression.
         higher_is_better: False for a perplexity, which is no number of points.
         held_out: makes the validation split from the training split; None: it has its own file.
+        writing: how texts are written; seq2seq alone.
     """
 
     name: str
@@ -112,6 +120,7 @@ class Task:
     label_range: tuple[float, float] | None = None
     higher_is_better: bool = True
     held_out: HeldOut | None = None
+    writing: WritingSettings = field(default_factory=WritingSettings)
 
     @property
     def num_labels(self) -> int:
@@ -166,7 +175,8 @@ TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _TASKS
 CUSTOM = "custom"
 LANGUAGE_MODELING = "language-modeling"
 SIMILARITY = "similarity"
-OWN_DATA = (CUSTOM, LANGUAGE_MODELING, SIMILARITY)
+SEQ2SEQ = "seq2seq"
+OWN_DATA = (CUSTOM, LANGUAGE_MODELING, SIMILARITY, SEQ2SEQ)
 """Tasks on your own data, see `rfprune.tasks.own_data`."""
 
 TASK_NAMES = (*TASKS, *OWN_DATA)
@@ -176,7 +186,8 @@ BLOCK_TOKENS = 512
 
 _SAMPLES, _BATCH_SIZE = 2048, 32
 # An example of a language model is a block of tokens with logits over the vocabulary for each.
-_OF_TASK = {LANGUAGE_MODELING: (256, 4)}
+# What an encoder-decoder is calibrated on, it has to write first.
+_OF_TASK = {LANGUAGE_MODELING: (256, 4), SEQ2SEQ: (512, 16)}
 
 
 def default_samples(task_name: str) -> int:

@@ -21,6 +21,9 @@ from rfprune import load_pruned
 from rfprune.embeddings import POOLING_ENTRY
 from rfprune.main import main
 from rfprune.report.report_json import read_report
+from rfprune.settings import WritingSettings
+from rfprune.tasks.registry import PER_TOKEN_KINDS
+from rfprune.tasks.seq2seq import generation_config
 from tests.conftest import WORDS, make_tiny_model, make_tiny_tokenizer
 
 SPLITS = {"train": 24, "validation": 12}
@@ -146,6 +149,17 @@ def images(folder: Path) -> tuple[Path, Path]:
     return folder / "model", folder / "data"
 
 
+def translator(folder: Path) -> tuple[Path, Path]:
+    model = folder / "model"
+    make_tiny_model("bart", "seq2seq-lm").save_pretrained(model)
+    make_tiny_tokenizer("bart").save_pretrained(model)
+
+    def row(generator: random.Random) -> dict[str, Any]:
+        return {"document": sentence(generator), "summary": sentence(generator)}
+
+    return model, write_rows(folder / "data", row)
+
+
 Case = tuple[Callable[[Path], tuple[Path, Path]], str, str, str, str]
 CASES: dict[str, Case] = {
     "language-modeling": (
@@ -167,6 +181,10 @@ CASES: dict[str, Case] = {
     "image-classification": (
         *(images, "custom", "accuracy"),
         *("AutoModelForImageClassification", "ViTForImageClassification"),
+    ),
+    "seq2seq": (
+        *(translator, "seq2seq --max-new-tokens 6 --num-beams 2", "chrf"),
+        *("AutoModelForSeq2SeqLM", "BartForConditionalGeneration"),
     ),
     "similarity": (embedder, "similarity", "spearmanr", "AutoModel", "BertModel"),
 }
@@ -201,8 +219,8 @@ def test_every_kind_of_task(
     embeds = "sentence_transformers.SentenceTransformer("
     assert (embeds if kind == "similarity" else loader) in shown
     assert ("%" if kind == "language-modeling" else "points") in shown.split(metric)[1][:80]
-    assert ("Original: " in shown) == (kind == "language-modeling")
-    assert ("in nats per token: " in shown) == (kind == "language-modeling")
+    assert ("Original: " in shown) == (kind in PER_TOKEN_KINDS)
+    assert ("in nats per token" in shown) == (kind in PER_TOKEN_KINDS)
     assert auto_class in (tmp_path / "out" / "README.md").read_text()
     again = load_pruned(tmp_path / "out")
     for name in ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json"):
@@ -245,6 +263,38 @@ def test_an_encoder_decoder_classifies(
     shown = capsys.readouterr().err
     assert "encoder-decoder" in shown
     assert "mac, params or memory" in shown
+
+
+def test_what_a_pruned_translator_writes_is_in_its_report(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    """Also when its own code loads it; `--max-drop` finds a size, for targets of its own."""
+    model, data = translator(tmp_path)
+    original = transformers.AutoModelForSeq2SeqLM.from_pretrained(model).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+
+    def written(one: Any, source: str) -> str:
+        config = generation_config(one, WritingSettings(max_new_tokens=6))
+        inputs = tokenizer(source, return_tensors="pt")
+        return str(tokenizer.decode(one.generate(**inputs, generation_config=config)[0], True))
+
+    rows = [json.loads(line) for line in (data / "validation.jsonl").read_text().splitlines()]
+    lines = [json.dumps({**row, "summary": written(original, row["document"])}) for row in rows]
+    (data / "validation.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr("rfprune.max_drop.rules.MAX_TRIALS", 1)
+    flags = ["--model", str(model), "--task", "seq2seq", "--data-dir", str(data), *small]
+    place = flags.index("--constraint")
+    flags[place : place + 2] = ["--max-drop", "99"]
+    assert main([*flags, "--max-new-tokens", "6"]) == 0, capsys.readouterr().err
+    report = read_report(tmp_path / "out")
+    assert report["original"]["score"] == pytest.approx(100)
+    assert report["divergence"] > 0 < report["max_drop"]["path"][0]["divergence"]
+    again = transformers.AutoModelForSeq2SeqLM.from_pretrained("out", trust_remote_code=True).eval()
+    assert type(again).__module__.startswith("transformers_modules")
+    for sample, row in zip(report["written"], rows, strict=False):
+        for name, one in (("original", original), ("pruned", again)):
+            assert sample[name] == " ".join(written(one, row["document"]).split())
+    assert any(one["pruned"] != one["original"] for one in report["written"])
 
 
 def grouped_queries(folder: Path) -> tuple[Path, Path]:

@@ -1,4 +1,4 @@
-"""Bad data for `custom`, `language-modeling` and `similarity`: refused in one sentence.
+"""Bad data for `custom`, `language-modeling`, `similarity` and `seq2seq`: refused in one sentence.
 
 Deleting this lets a wrong column or an unreadable image end in a traceback after an hour.
 """
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tests.conftest import make_tiny_model, make_tiny_tokenizer
 from tests.robustness.harness import Case, Place, Request, check, parametrize
 
 TEXT = "the film was a good one and the cast was very funny .\n\n" * 40
@@ -98,8 +99,20 @@ def _folder(validation: Mapping[str, bytes]) -> Files:
     return {**train, **{f"validation/{name}": content for name, content in validation.items()}}
 
 
+def _writer(given: str, says: str, *rows: Any, model_type: str = "bart", **flags: Any) -> Case:
+    def prepare(place: Place) -> Request:
+        model = make_tiny_model(model_type, "seq2seq-lm" if model_type == "bart" else "none")
+        model.save_pretrained("model")
+        make_tiny_tokenizer(model_type).save_pretrained("model")
+        small = {"model": "model", "task": "seq2seq", "max_new_tokens": 4}
+        return place.flags(**small | {"data_dir": _written(_rows(*rows)), **flags})
+
+    return Case(given, says, prepare)
+
+
 _GOOD = {"tokens": ["a", "film"], "ner_tags": ["O", "B-PER"]}
 _ASKED = {"sent1": "the film", "sent2": "was", "ending0": "good", "ending1": "bad"}
+_TEXTS = {"source": "a film", "target": "a plot"}
 _PAIR = {"sentence1": "a film", "sentence2": "a plot"}
 
 TASKS = (
@@ -156,6 +169,31 @@ TASKS = (
           _rows({**_ASKED, "label": 0}), task="custom", export="onnx"),
     _case("similarity: no score", "has no column 'label'", "Model", _rows(_PAIR, _PAIR),
           task="similarity"),
+    _writer("seq2seq: no source", "none of the usual columns", {"target": "a"}),
+    _writer("seq2seq: no target", "has no column 'target' for the target texts", {"source": "a"}),
+    _writer("seq2seq: a target that is missing", "row 2: target is missing", _TEXTS,
+            {**_TEXTS, "target": None}),
+    _writer("seq2seq: an empty target", "row 2: target is empty", _TEXTS, {**_TEXTS, "target": ""}),
+    _writer("seq2seq: a source that is a number", "row 1: source is 3, not text",
+            {**_TEXTS, "source": 3}),
+    _writer("seq2seq: two columns of sources", "this task has one text", _TEXTS,
+            text_columns=["source", "target"]),
+    _writer("seq2seq: longer sources than the model reads", "exceeds the 514 positions", _TEXTS,
+            max_length=2000),
+    _writer("seq2seq: no data", "--task seq2seq needs your own data", _TEXTS, data_dir=None),
+    _writer("seq2seq: an encoder", "is a BertModel, which does not write", _TEXTS,
+            model_type="bert"),
+    _writer("seq2seq: a language model", "is a GPT2Model, which does not write", _TEXTS,
+            model_type="gpt2"),
+    _writer("seq2seq: a model of images", "is a ViTModel, which does not write", _TEXTS,
+            model_type="vit"),
+    _writer("seq2seq with `--use-labels`", "--use-labels does nothing", _TEXTS, use_labels=True),
+    _writer("seq2seq with `--export onnx`", "takes two files", _TEXTS, export="onnx"),
+    _writer("seq2seq with an unknown `--score`", "invalid choice: 'rouge'", _TEXTS, score="rouge"),
+    _writer("an encoder-decoder that writes for `custom`", "use --task seq2seq", _TEXTS,
+            task="custom", max_new_tokens=None),
+    _writer("`--num-beams` for `custom`", "--num-beams can do nothing for custom", _TEXTS,
+            task="custom", max_new_tokens=None, num_beams=2),
     _images("images: none", "no train images", {"readme.txt": "nothing here"}),
     _images("images: one class", "images of 1 class", _folder({"0/a.png": _png(0)})),
     _images("images: not in folders", "images of 0 class", _folder({"a.png": _png(0)})),

@@ -61,4 +61,4 @@ def test_its_labels_and_lengths_are_those_of_the_tasks() -> None:
     assert {name for name in lengths if lengths[name] == 64} == {"sst2", "cola"}
     assert {name for name in lengths if lengths[name] == 384} == {"squad", "squad_v2"}
     assert {*lengths.values()} == {64, 128, 384}
-    assert set(OWN_DATA) == {"custom", "language-modeling", "similarity"}
+    assert set(OWN_DATA) == {"custom", "language-modeling", "similarity", "seq2seq"}
