@@ -68,9 +68,9 @@ def prune(
         model: a model of a supported type with any head, or none. It is left untouched, also after
             an error. What torch.compile, accelerate and Trainer wrap around it is not used, and
             neither is autocast: the result is that of the plain model.
-        batches: calibration batches, as a data collator makes them: input_ids (B, S) or
-            pixel_values (B, C, H, W), attention_mask (B, S), and the model's other inputs. Labels
-            are not needed. Read once.
+        batches: calibration batches, as a data collator makes them: input_ids (B, S), or
+            pixel_values (B, C, H, W) of images, or input_values (B, samples) of audio;
+            attention_mask, and the model's other inputs. Labels are not needed. Read once.
         constraint: the fraction of the original cost to keep; a bare number is a fraction of MACs.
             `Sizes` give the heads and neurons of every layer instead. None keeps all heads and
             neurons, for `Settings(sparsity=...)` alone.

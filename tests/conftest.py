@@ -31,6 +31,7 @@ Head = Literal[
     "causal-lm",
     "seq2seq-lm",
     "image-classification",
+    "audio-classification",
     "none",
 ]
 TinyModel = Callable[..., Any]
@@ -49,6 +50,9 @@ TOWER_TYPES = ("clip_text_model", "siglip_text_model", "clip_vision_model", "sig
 """The two models of CLIP and SigLIP each, which have no head."""
 
 IMAGE_TYPES = ("vit", "deit", "beit", "dinov2", "dinov2_with_registers", *TOWER_TYPES[2:])
+AUDIO_TYPES = ("wav2vec2", "hubert")
+"""Encoders of raw audio; the tiny HuBERT has norms before its sublayers."""
+
 GENERATION_TYPES = ("marian", "pegasus", "m2m_100")
 ENCODER_DECODER_TYPES = ("bart", "mbart", "t5", "mt5", "umt5", *GENERATION_TYPES)
 """Those of `GENERATION_TYPES` have no head but that of a language model."""
@@ -56,7 +60,7 @@ ENCODER_DECODER_TYPES = ("bart", "mbart", "t5", "mt5", "umt5", *GENERATION_TYPES
 ALL_TYPES = (
     *(*MODEL_TYPES, "ernie", "modernbert", "albert", "deberta-v2", "data2vec-text"),
     *("roberta-prelayernorm", "xlm-roberta-xl", "nomic_bert", "eurobert"),
-    *(*ENCODER_DECODER_TYPES, *CAUSAL_TYPES, *IMAGE_TYPES, *TOWER_TYPES[:2]),
+    *(*ENCODER_DECODER_TYPES, *CAUSAL_TYPES, *IMAGE_TYPES, *TOWER_TYPES[:2], *AUDIO_TYPES),
 )
 """Every supported model type; `tests/model` checks that none is missing."""
 
@@ -219,6 +223,8 @@ def make_tiny_model(
         head = "none"
     elif model_type in IMAGE_TYPES and head == "sequence-classification":
         head = "image-classification"
+    if model_type in AUDIO_TYPES and head == "sequence-classification":
+        head = "audio-classification"
     if model_type in GENERATION_TYPES and head == "sequence-classification":
         head = "seq2seq-lm"
     if model_type == "granite" and head == "sequence-classification":
@@ -229,6 +235,7 @@ def make_tiny_model(
         "causal-lm": transformers.AutoModelForCausalLM,
         "seq2seq-lm": transformers.AutoModelForSeq2SeqLM,
         "image-classification": transformers.AutoModelForImageClassification,
+        "audio-classification": transformers.AutoModelForAudioClassification,
         "none": transformers.AutoModel,
     }[head]
     make = model_class.from_config
@@ -255,6 +262,12 @@ def make_tiny_batch(
     generator = torch.Generator().manual_seed(seed)
     if model_type in IMAGE_TYPES:
         return {"pixel_values": torch.randn(num_examples, 3, 8, 8, generator=generator)}
+    if model_type in AUDIO_TYPES:  # eight samples a token
+        audio = torch.randn(num_examples, 8 * length, generator=generator)
+        samples = torch.ones_like(audio, dtype=torch.long)
+        if padding == "right":
+            samples[1::2, 8 * (length - 2) :] = 0
+        return {"input_values": audio * samples, "attention_mask": samples}
     ids = torch.randint(5, len(vocabulary()), (num_examples, length), generator=generator)
     attention_mask = torch.ones_like(ids)
     for row in range(1, num_examples, 2):
@@ -355,6 +368,20 @@ def _family_entries(model_type: str, settings: dict[str, Any]) -> dict[str, Any]
     elif model_type in GROUPED_TYPES:
         settings = {**settings, "num_key_value_heads": heads, "num_attention_heads": 2 * heads}
         settings |= {"head_dim": hidden // heads, "no_rope_layer_interval": 2}
+    elif model_type in AUDIO_TYPES:
+        settings = {
+            **settings,
+            "conv_dim": (8, 8),
+            "conv_kernel": (4, 2),
+            "conv_stride": (4, 2),
+            "num_conv_pos_embeddings": 4,
+            "num_conv_pos_embedding_groups": 2,
+            "apply_spec_augment": False,
+            "feat_extract_norm": "layer",
+            "classifier_proj_size": 8,
+            "num_feat_extract_layers": 2,
+            "do_stable_layer_norm": model_type == "hubert",
+        }
     elif model_type in IMAGE_TYPES:
         class_name = {
             "vit": "ViT",

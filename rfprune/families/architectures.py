@@ -356,6 +356,35 @@ _VIT = Architecture(
     (Stack("layers", (_VIT_ATTENTION, _VIT_FFN), pre_norm=True),), size_entries=SizeEntries()
 )
 
+_WAV2VEC2_ATTENTION = Sublayer(
+    kind="head",
+    producers=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+    consumer="attention.out_proj",
+    module="attention",
+    next_norm="layer_norm",
+    returns_tuple=True,
+)
+
+_WAV2VEC2_FFN = Sublayer(
+    kind="neuron",
+    producers=("feed_forward.intermediate_dense",),
+    consumer="feed_forward.output_dense",
+    module="feed_forward",
+    next_norm="final_layer_norm",
+)
+
+_STABLE_WAV2VEC2_SUBLAYERS = (
+    replace(_WAV2VEC2_ATTENTION, next_norm="final_layer_norm"),
+    replace(_WAV2VEC2_FFN, next_norm=None),
+)
+
+_WAV2VEC2 = Architecture(
+    (Stack("encoder.layers", (_WAV2VEC2_ATTENTION, _WAV2VEC2_FFN)),),
+    stable_stacks=(Stack("encoder.layers", _STABLE_WAV2VEC2_SUBLAYERS, pre_norm=True),),
+    required_config={"adapter_attn_dim": None, "add_adapter": False},
+    size_entries=SizeEntries(),
+)
+
 _CLIP_SUBLAYERS = (
     replace(_LLAMA_ATTENTION, consumer="self_attn.out_proj", next_norm="layer_norm2"),
     _VIT_FFN,
@@ -484,5 +513,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "siglip_vision_model": replace(_CLIP, size_entries=None),  # its pooler has the FFN's size, too
     "dinov2": _DINOV2,
     "dinov2_with_registers": _DINOV2,
+    "wav2vec2": _WAV2VEC2,
+    "hubert": _WAV2VEC2,
 }
 """By model type."""

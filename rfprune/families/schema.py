@@ -156,6 +156,7 @@ class Architecture:
 
     Attributes:
         stacks: one for encoders and decoders, two (encoder first) for encoder-decoders.
+        stable_stacks: replace `stacks` if the configuration has `do_stable_layer_norm` (Wav2Vec2).
         causal: whether attention is causal, in which case heads of models use the last token.
         required_config: configuration entries and the only values that the row is right for.
         size_entries: configuration entries for plain models (see `rfprune.model.plain`); None
@@ -166,7 +167,13 @@ class Architecture:
     """
 
     stacks: tuple[Stack, ...]
+    stable_stacks: tuple[Stack, ...] = ()
     causal: bool = False
     required_config: Mapping[str, Any] = field(default_factory=dict)
     size_entries: SizeEntries | None = None
     has_pooled_embeddings: bool = False
+
+    def stacks_of(self, config: PretrainedConfig) -> tuple[Stack, ...]:
+        """The stacks of a model with this configuration."""
+        stable = self.stable_stacks and getattr(config, "do_stable_layer_norm", False)
+        return self.stable_stacks if stable else self.stacks

@@ -223,6 +223,8 @@ def _inputs(model: Any) -> dict[str, torch.Tensor]:
         size = model.config.image_size
         height, width = (size, size) if isinstance(size, int) else size
         return {"pixel_values": torch.zeros(1, model.config.num_channels, height, width)}
+    if model.main_input_name == "input_values":
+        return {"input_values": torch.zeros(1, 16000)}
     ids = {"input_ids": torch.zeros(1, 4, dtype=torch.long)}
     if getattr(model.config, "is_encoder_decoder", False):
         ids["decoder_input_ids"] = ids["input_ids"]

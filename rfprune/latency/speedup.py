@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rfprune.latency.timing import TimingBudget, time_interleaved, time_ratio
-from rfprune.model.batch import Batch
+from rfprune.model.batch import SIGNALS, Batch
 from rfprune.model.frozen import frozen
 
 SECONDS = 6.0
@@ -28,7 +28,7 @@ def report_budget() -> TimingBudget:
 
 
 _INPUTS = (
-    *("input_ids", "attention_mask", "token_type_ids", "pixel_values"),
+    *("input_ids", "attention_mask", "token_type_ids", *SIGNALS),
     *("decoder_input_ids", "decoder_attention_mask"),
 )
 
@@ -74,8 +74,7 @@ def measure_latency(
             original.device,
             budget or report_budget(),
         )
-    main_input = inputs.get("input_ids", inputs.get("pixel_values"))
-    assert main_input is not None
+    main_input = next(inputs[name] for name in ("input_ids", *SIGNALS) if name in inputs)
     return Latency(
         original_ms=before.median_ms,
         pruned_ms=after.median_ms,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rfprune.latency.table import LatencyTable
-from rfprune.model.batch import Batch
+from rfprune.model.batch import SIGNALS, Batch
 
 
 def timed_batch(batches: Sequence[Batch], table: LatencyTable | None = None) -> Batch:
@@ -29,7 +29,7 @@ def typical_batch(batches: Sequence[Batch]) -> Batch:
 def _resized(batch: Batch, batch_size: int, length: int) -> Batch:
     """Rows and tokens repeated or cut to (batch_size, length); a resized batch has no padding."""
     rows, tokens = _main_input(batch).shape[:2]
-    has_tokens = _main_input(batch).dim() == 2  # the model chooses the length of images
+    has_tokens = "input_ids" in batch  # the model chooses the length of images and audio
     if rows == batch_size and (tokens == length or not has_tokens):
         return batch
     resized = {}
@@ -44,8 +44,8 @@ def _resized(batch: Batch, batch_size: int, length: int) -> Batch:
 
 
 def _main_input(batch: Batch) -> Tensor:
-    """Token ids (B, S), embeddings (B, S, d) or pixels (B, channels, height, width)."""
-    names = ("input_ids", "inputs_embeds", "pixel_values")
+    """Token ids (B, S), embeddings (B, S, d), or a signal (see `SIGNALS`)."""
+    names = ("input_ids", "inputs_embeds", *SIGNALS)
     return next(batch[name] for name in names if name in batch)
 
 

@@ -17,7 +17,7 @@ from rfprune.methods.sample import sample_warnings
 from rfprune.model.batch import LABEL_NAMES, Batch, split_batch, token_mask
 from rfprune.model.encoder_decoder import add_decoder_inputs
 from rfprune.model.frozen import default_torch_state, frozen
-from rfprune.model.layerwise import add_image_token_mask
+from rfprune.model.layerwise import add_signal_token_mask
 from rfprune.model.layout import Layout, layout_of
 from rfprune.model.rebuild import check_rebuildable, warn_of_own_class
 from rfprune.model.residency import execution_device
@@ -229,7 +229,6 @@ def _check_objective(problem: Problem) -> None:
 
 
 def add_token_mask(model: PreTrainedModel, layout: Layout, batch: Batch) -> Batch:
-    """Add to a batch what only the model knows: the token masks of images and of decoders."""
-    if layout.is_encoder_decoder:
-        return add_decoder_inputs(model, batch)
-    return add_image_token_mask(model, layout, batch)
+    """Add to a batch what only the model knows: the token masks of images, audio and decoders."""
+    batch = add_signal_token_mask(model, layout, batch)
+    return add_decoder_inputs(model, batch) if layout.is_encoder_decoder else batch

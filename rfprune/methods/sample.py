@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rfprune.model.batch import Batch, token_mask
+from rfprune.model.batch import SIGNALS, Batch, token_mask
 from rfprune.model.layout import Layout
 
 _OFFSET = 2  # RoBERTa has 514 position embeddings for 512 tokens
@@ -63,8 +63,7 @@ def _examples(batch: Batch) -> list[Any]:
     """A value per example that is equal for equal examples, whatever their padding."""
     tokens = batch.get("input_ids")
     if tokens is None:
-        inputs = batch.get("pixel_values", batch.get("inputs_embeds"))
-        assert inputs is not None
+        inputs = next(batch[name] for name in ("inputs_embeds", *SIGNALS) if name in batch)
         return [*zip(*_moments(inputs), strict=True)]
     rows, mask = tokens.flatten(1).cpu(), batch.get("attention_mask")
     if mask is None:

@@ -17,18 +17,23 @@ from rfprune.errors import UserError
 Batch = Mapping[str, Tensor]
 """Model inputs by name, as a data collator makes them.
 
-Entries: input_ids (B, S) or pixel_values (B, channels, height, width), attention_mask (B, S), for
-encoder-decoders decoder_input_ids (B, T), and any other input of the model; multiple choice has
-(B, choices, S). Labels (see `LABEL_NAMES`) and the two masks below are not passed to the model.
+Entries: input_ids (B, S), or pixel_values (B, channels, height, width), or input_values
+(B, samples) of audio; attention_mask (B, S), for audio (B, samples); for encoder-decoders
+decoder_input_ids (B, T); and any other input of the model. Multiple choice has (B, choices, S).
+Labels (see `LABEL_NAMES`) and the two masks below are not passed to the model.
 """
 
 LABEL_NAMES = ("labels", "start_positions", "end_positions")
 """Names of the labels in a batch: class indices or scores (B,), token labels (B, S), target tokens
 (B, T), or the answer's first and last token (B,)."""
 
+SIGNALS = ("pixel_values", "input_features", "input_values")
+"""Inputs that the model itself turns into tokens: images (B, channels, height, width), spectrograms
+(B, frequencies, frames), and audio (B, samples)."""
+
 TOKEN_MASK = "rfprune_tokens"
-"""Entry with the token mask (B, S) of a batch of images; added by
-`rfprune.model.layerwise.add_image_token_mask`."""
+"""Entry with the token mask (B, S) of a batch of images or audio; added by
+`rfprune.model.layerwise.add_signal_token_mask`."""
 
 DECODER_TOKEN_MASK = "rfprune_decoder_tokens"
 """Entry with the token mask (B, T) of the decoder; added by
@@ -78,7 +83,7 @@ def token_mask(batch: Batch) -> Tensor:
     if inputs is None or inputs.dim() < 2:
         raise UserError(
             f"a batch holds {', '.join(batch) or 'nothing'}, but a model needs input_ids (B, S), "
-            "or pixel_values for images"
+            "or pixel_values for images, or input_values for audio"
         )
     shape = inputs.shape if "input_ids" in batch else inputs.shape[:-1]
     mask = batch.get("attention_mask")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from rfprune.families.schema import LINEAR_MAPS
-from rfprune.model.batch import TOKEN_MASK, Batch, model_inputs
+from rfprune.model.batch import SIGNALS, TOKEN_MASK, Batch, model_inputs
 from rfprune.model.layout import Block, Layout
 from rfprune.model.linear import weight_of
 from rfprune.model.residency import execution_device, resident
@@ -95,18 +95,24 @@ def module_inputs(module: nn.Module, run: Callable[[], Any], num_calls: int) -> 
     return inputs
 
 
-def add_image_token_mask(model: PreTrainedModel, layout: Layout, batch: Batch) -> Batch:
-    """Add the token mask to a batch of images; other batches are returned as they are.
+def add_signal_token_mask(model: PreTrainedModel, layout: Layout, batch: Batch) -> Batch:
+    """Add the token mask to a batch of images or audio; other batches are returned as they are.
 
-    The model itself decides how many tokens an image becomes, so it runs up to its first layer.
+    The model itself decides how many tokens a signal becomes, so it runs up to its first layer. It
+    also turns the attention mask of samples into one of tokens.
     """
-    if TOKEN_MASK in batch or "pixel_values" not in batch or "input_ids" in batch:
+    signal = next((name for name in SIGNALS if name in batch), None)
+    if TOKEN_MASK in batch or signal is None or "input_ids" in batch:
         return batch
     with torch.no_grad():
         on_device = {name: values.to(execution_device(model)) for name, values in batch.items()}
         hidden, _ = layer_calls(model, layout, on_device)
-    device = batch["pixel_values"].device
-    return {**batch, TOKEN_MASK: torch.ones(hidden.shape[:2], dtype=torch.bool, device=device)}
+    device = batch[signal].device
+    tokens = torch.ones(hidden.shape[:2], dtype=torch.bool, device=device)
+    shorten: Any = getattr(model, "_get_feature_vector_attention_mask", None)
+    if shorten is not None and "attention_mask" in batch:
+        tokens = shorten(hidden.shape[1], batch["attention_mask"])
+    return {**batch, TOKEN_MASK: tokens}
 
 
 def layer_calls(

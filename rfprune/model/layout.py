@@ -231,7 +231,7 @@ def layout_of(model: PreTrainedModel) -> Layout:
 def _stacks(model: PreTrainedModel, architecture: Architecture) -> tuple[Stack, ...]:
     """The stacks that a model has: that of an encoder-decoder may be the encoder alone."""
     decoder = getattr(model.base_model, "decoder", None)
-    return architecture.stacks[: 1 if decoder is None else None]
+    return architecture.stacks_of(model.config)[: 1 if decoder is None else None]
 
 
 def _num_layers(model: nn.Module, path: str) -> int:

@@ -75,7 +75,7 @@ def pruned_class(base: type) -> Any:
     known = globals().get(name)
     if known is None or known.pruned_from is not base:
         # no Auto class loads a class of the user's own: `auto_map` names what does
-        auto_class = _auto_class(name) if is_of_transformers(base) else "rfprune.load_pruned"
+        auto_class = _auto_class(base) if is_of_transformers(base) else "rfprune.load_pruned"
         entries = {"pruned_from": base, "_auto_class": auto_class, "__module__": __name__}
         globals()[name] = type(name, (_Pruned, base), entries)
     return globals()[name]
@@ -87,8 +87,16 @@ def is_of_transformers(base: type) -> bool:
     return getattr(transformers, base.__name__, None) is base
 
 
-def _auto_class(name: str) -> str:
+def _auto_class(base: Any) -> str:
     """The Auto class of transformers that makes models of a class."""
+    named = _auto_class_by_name(base.__name__)
+    mapped = _auto_map(base, base.config_class)
+    makers = [auto for auto, made in mapped.items() if made == _named(base)]
+    # of audio, a sequence classifier has another Auto class than one of texts
+    return named if named in ("AutoModel", *makers) or not makers else makers[0]
+
+
+def _auto_class_by_name(name: str) -> str:
     _, found, head = name.removesuffix("WithTeacher").partition("For")
     if name.endswith("LMHeadModel"):
         return "AutoModelForCausalLM"

@@ -27,6 +27,9 @@ _SAFE_WRAPPERS = ("torch._dynamo", "torch.amp", "torch.utils._contextlib", "acce
 _ACCELERATE_ENTRIES = ("_original_forward", "_is_accelerate_prepared")
 """What `Accelerator.prepare` leaves on a model; with it, a copy would not be prepared again."""
 
+_POSITIONS = "pos_conv_embed"
+"""The convolution of audio models whose weight the class itself normalises, also when it loads."""
+
 _COMPILED_CALL = "_compiled_call"
 """Where `generate` of transformers keeps a compiled call of the model."""
 
@@ -124,7 +127,7 @@ def remove_added_methods(copied: nn.Module) -> None:
 def _check_weights_are_parameters(model: nn.Module) -> None:
     """Refuse weights that are computed from other parameters when the model runs."""
     for path, module in model.named_modules():
-        if is_parametrized(module):
+        if is_parametrized(module) and _POSITIONS not in path.split("."):
             names = ", ".join(module.parametrizations.keys())
             raise UserError(
                 f"'{path}' has a parametrised {names}, which no saved model would have; make it "

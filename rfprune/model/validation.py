@@ -12,11 +12,17 @@ from transformers import PreTrainedModel
 
 from rfprune.errors import UserError, error_summary
 from rfprune.families.architectures import ARCHITECTURES
-from rfprune.model.batch import LABEL_NAMES, Batch, model_inputs, token_mask
+from rfprune.model.batch import LABEL_NAMES, SIGNALS, Batch, model_inputs, token_mask
 from rfprune.model.layout import Layout
 from rfprune.model.residency import execution_device, stored_tensors
 
-_NUM_DIMS = {"input_ids": 2, "inputs_embeds": 3, "pixel_values": 4}
+_NUM_DIMS = {
+    "input_ids": 2,
+    "inputs_embeds": 3,
+    "pixel_values": 4,
+    "input_features": 3,
+    "input_values": 2,
+}
 """Dimensions of the main input; multiple choice has one more, (B, choices, S)."""
 
 _OPTIONS = ("use_cache", "return_dict", "output_attentions", "output_hidden_states")
@@ -216,7 +222,7 @@ def _with_rows(name: str, batch: dict[str, Tensor], model: PreTrainedModel) -> B
     if main is None:
         raise UserError(
             f"{name} holds {', '.join(batch) or 'nothing'}, but a model needs input_ids (B, S), "
-            "or pixel_values for images"
+            "or pixel_values for images, or input_values for audio"
         )
     inputs = batch[main]
     has_choices = any(base.__name__.endswith("ForMultipleChoice") for base in type(model).__mro__)
@@ -242,8 +248,13 @@ def _with_rows(name: str, batch: dict[str, Tensor], model: PreTrainedModel) -> B
             )
         if key not in LABEL_NAMES and value.is_floating_point() and not value.isfinite().all():
             raise UserError(f"{name}[{key!r}] holds NaN or infinity: give finite numbers")
-    if main != "pixel_values":
+    if main not in SIGNALS:
         token_mask(batch)  # which checks the attention mask
+    elif main == "input_values" and batch.get("attention_mask", inputs).shape != inputs.shape:
+        raise UserError(
+            f"{name}['attention_mask'] has shape {tuple(batch['attention_mask'].shape)}, but "
+            f"'{main}' has {tuple(inputs.shape)}: give one number per sample, or leave it out"
+        )
     return batch
 
 
@@ -252,12 +263,13 @@ def _check_ids(name: str, batch: Batch, model: PreTrainedModel) -> None:
     tables = {
         key: getattr(stack, "get_input_embeddings", lambda: None)()
         for key, stack in (("input_ids", model), ("decoder_input_ids", model.get_decoder()))
+        if key in batch  # an audio model may have no embeddings to look for
     }
     tables["token_type_ids"] = _embedding(model, ("token_type_embeddings",))
     decoder = model.get_decoder() if model.config.is_encoder_decoder else None
     encoder = model if decoder is None else model.get_encoder()
     for key in ("input_ids", "token_type_ids", "decoder_input_ids"):
-        ids, table = batch.get(key), tables[key]
+        ids, table = batch.get(key), tables.get(key)
         if ids is None:
             continue
         if ids.dtype not in (torch.int64, torch.int32):

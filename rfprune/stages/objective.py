@@ -34,6 +34,7 @@ from transformers import PretrainedConfig
 from rfprune.embeddings import embed, pooling_of
 from rfprune.errors import UserError
 from rfprune.families.architectures import ARCHITECTURES
+from rfprune.model.batch import TOKEN_MASK
 
 EXACT_CLASSES = 8
 """The largest number of classes with an exact Fisher information."""
@@ -278,6 +279,8 @@ def _token_mask(batch: Batch, values: Tensor, config: PretrainedConfig) -> Tenso
     """
     decoder = batch.get("decoder_input_ids")
     mask = batch.get("attention_mask" if decoder is None else "decoder_attention_mask")
+    if decoder is None and TOKEN_MASK in batch:  # the attention mask of audio is one of samples
+        mask = batch[TOKEN_MASK]
     if mask is None and decoder is not None:
         mask = decoder != config.pad_token_id
         mask[:, 0] = True  # the first token of a decoder may be the padding token

@@ -16,7 +16,13 @@ from rfprune.cost.macs import mac_costs, total_macs
 from rfprune.model.compact import compact
 from rfprune.model.layout import Layout, layout_of
 from rfprune.model.masks import full_masks, num_kept
-from tests.conftest import ALL_TYPES, ENCODER_DECODER_TYPES, GENERATION_TYPES, IMAGE_TYPES
+from tests.conftest import (
+    ALL_TYPES,
+    AUDIO_TYPES,
+    ENCODER_DECODER_TYPES,
+    GENERATION_TYPES,
+    IMAGE_TYPES,
+)
 
 Tiny = Callable[..., Any]
 LENGTH = 9
@@ -31,6 +37,8 @@ def counted_macs(model: Any, layout: Layout) -> float:
     with counter, torch.no_grad():
         if model.config.model_type in IMAGE_TYPES:
             model(torch.randn(1, 3, 8, 8))
+        elif model.config.model_type in AUDIO_TYPES:
+            model(torch.randn(1, 8 * LENGTH))
         else:
             ids = torch.full((1, LENGTH), 3)
             written = model.config.model_type in GENERATION_TYPES

@@ -24,6 +24,7 @@ from rfprune.pruning import prune
 from rfprune.settings import Settings
 from tests.conftest import (
     ALL_TYPES,
+    AUDIO_TYPES,
     CAUSAL_TYPES,
     ENCODER_DECODER_TYPES,
     GENERATION_TYPES,
@@ -163,6 +164,7 @@ def test_six_layers_of_different_sizes_are_pruned_again_and_reload(
     [
         *((model_type, "causal-lm") for model_type in CAUSAL_TYPES),
         *((model_type, "image-classification") for model_type in IMAGE_TYPES),
+        *((model_type, "audio-classification") for model_type in AUDIO_TYPES),
         ("modernbert", "sequence-classification"),
         ("albert", "sequence-classification"),
         ("deberta-v2", "sequence-classification"),

@@ -28,7 +28,7 @@ SUGGESTED = [each for each in ALL_TYPES if each != "siglip_text_model"]
 def test_known_rows_are_suggested(model_type: str) -> None:
     config = tiny_config(model_type, intermediate_size=32)
     found = suggest(config)
-    expected = ARCHITECTURES[model_type].stacks
+    expected = ARCHITECTURES[model_type].stacks_of(config)
     assert [each.stack.layers for each in found] == [stack.layers for stack in expected]
     for each, stack in zip(found, expected, strict=True):
         assert each.left_over == {}

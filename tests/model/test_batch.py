@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rfprune.errors import UserError
 from rfprune.model import batch as batch_module
 from rfprune.model.batch import first_tokens, model_inputs, pack, split_batch, token_mask, unpack
-from rfprune.model.layerwise import add_image_token_mask
+from rfprune.model.layerwise import add_signal_token_mask
 from rfprune.model.layout import layout_of
 
 Tiny = Callable[..., Any]
@@ -63,11 +63,11 @@ def test_images_have_the_number_of_tokens_that_the_model_makes(
 ) -> None:
     model = tiny_model("deit")
     batch = {**tiny_batch(3, model_type="deit"), "labels": torch.zeros(3)}
-    prepared = add_image_token_mask(model, layout_of(model), batch)
+    prepared = add_signal_token_mask(model, layout_of(model), batch)
     assert token_mask(prepared).tolist() == [[True] * 6] * 3  # four patches, class, distillation
     assert list(model_inputs(prepared)) == ["pixel_values"]
     assert prepared["labels"] is batch["labels"]
-    assert add_image_token_mask(model, layout_of(model), prepared) is prepared
+    assert add_signal_token_mask(model, layout_of(model), prepared) is prepared
 
 
 def test_the_first_token_is_found_after_padding() -> None:

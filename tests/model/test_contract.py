@@ -26,12 +26,13 @@ from rfprune.model.checkpoint import load_pruned, save_pruned
 from rfprune.model.compact import compact
 from rfprune.model.encoder_decoder import encoder_output, inputs_with_encoder_output
 from rfprune.model.frozen import frozen
-from rfprune.model.layerwise import add_image_token_mask, layer_calls, run_layer
+from rfprune.model.layerwise import add_signal_token_mask, layer_calls, run_layer
 from rfprune.model.layout import Layout, layout_of, recorded_blocks
 from rfprune.model.linear import weight_of
 from rfprune.model.masks import full_masks, masked
 from tests.conftest import (
     ALL_TYPES,
+    AUDIO_TYPES,
     CAUSAL_TYPES,
     ENCODER_DECODER_TYPES,
     GENERATION_TYPES,
@@ -48,6 +49,7 @@ HEADS = {
     "causal-lm": transformers.AutoModelForCausalLM,
     "seq2seq-lm": transformers.AutoModelForSeq2SeqLM,
     "image-classification": transformers.AutoModelForImageClassification,
+    "audio-classification": transformers.AutoModelForAudioClassification,
     "none": transformers.AutoModel,
 }
 
@@ -57,6 +59,8 @@ def heads_of(model_type: str) -> tuple[str, ...]:
         return ("none",)
     if model_type in IMAGE_TYPES:
         return ("image-classification",)
+    if model_type in AUDIO_TYPES:
+        return ("audio-classification",)
     if model_type == "granite":
         return ("causal-lm",)
     if model_type in ("eurobert", "nomic_bert"):
@@ -207,8 +211,8 @@ def test_masked_folded_compact_and_reloaded_agree(
     batches: Callable[..., Batch],
     tmp_path: Path,
 ) -> None:
-    if padding != "right" and case[0] in IMAGE_TYPES:
-        pytest.skip("images have no padding")
+    if padding != "right" and case[0] in (*IMAGE_TYPES, *AUDIO_TYPES):
+        pytest.skip("images have no padding, and audio is padded on the right")
     batch, masks = batches(padding=padding), mixed_masks(layout)
     expected = masked_outputs(model, layout, masks, batch)
     assert (expected - outputs_of(model, batch)).abs().max() > 1e-2
@@ -335,9 +339,9 @@ def test_layers_one_at_a_time_are_the_full_forward_pass(
     num_examples: int,
     batches: Callable[..., Batch],
 ) -> None:
-    if padding != "right" and case[0] in IMAGE_TYPES:
-        pytest.skip("images have no padding")
-    batch = add_image_token_mask(model, layout, batches(num_examples, padding=padding))
+    if padding != "right" and case[0] in (*IMAGE_TYPES, *AUDIO_TYPES):
+        pytest.skip("images have no padding, and audio is padded on the right")
+    batch = add_signal_token_mask(model, layout, batches(num_examples, padding=padding))
     small = compact(model, layout, emptied(layout, "layer.1.heads"))
     tokens = token_mask(batch)
     for net in (model, small):

@@ -17,7 +17,7 @@ from rfprune.model.batch import DECODER_TOKEN_MASK, Batch, model_inputs, token_m
 from rfprune.model.compact import compact
 from rfprune.model.encoder_decoder import add_decoder_inputs, block_token_mask
 from rfprune.model.frozen import frozen
-from rfprune.model.layerwise import add_image_token_mask, layer_scale
+from rfprune.model.layerwise import add_signal_token_mask, layer_scale
 from rfprune.model.layout import Block, Layout, layout_of
 from rfprune.model.masks import full_masks, masked
 from rfprune.stages.least_squares import Moments, NumericalFailure, solve_weights
@@ -88,7 +88,7 @@ def batches_of(
 def noted(model: Any, batch: Batch) -> Batch:
     if model.config.is_encoder_decoder:
         return add_decoder_inputs(model, batch)
-    return add_image_token_mask(model, layout_of(model), batch)
+    return add_signal_token_mask(model, layout_of(model), batch)
 
 
 @pytest.mark.parametrize(
