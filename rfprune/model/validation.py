@@ -224,6 +224,12 @@ def _with_rows(name: str, batch: dict[str, Tensor], model: PreTrainedModel) -> B
             f"{name} holds {', '.join(batch) or 'nothing'}, but a model needs input_ids (B, S), "
             "or pixel_values for images, or input_values for audio"
         )
+    taken = model.main_input_name
+    if taken in SIGNALS and taken not in batch:
+        raise UserError(
+            f"{name} holds {', '.join(batch)}, but a {type(model).__name__} takes {taken}: give "
+            "what its image processor or feature extractor makes"
+        )
     inputs = batch[main]
     has_choices = any(base.__name__.endswith("ForMultipleChoice") for base in type(model).__mro__)
     num_dims = _NUM_DIMS[main] + has_choices

@@ -188,6 +188,24 @@ def test_a_loss_that_ignores_the_last_layers(tiny_model: Tiny, batches: list[Bat
     refuses(lambda: prune(model, batches, HALF, loss=loss), "does not depend on every layer")
 
 
+AUDIO = make_tiny_batch(model_type="wav2vec2")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "batch", "says"),
+    [
+        ("wav2vec2", make_tiny_batch(), "holds input_ids, .* takes input_values"),
+        ("vit", AUDIO, "holds input_values, .* takes pixel_values"),
+        ("bert", AUDIO, r"cannot run on batches\[0\]"),
+        ("wav2vec2", AUDIO | {"attention_mask": torch.ones(4, 7)}, "one number per sample"),
+        ("wav2vec2", {"input_values": torch.ones(4, 1, 56)}, "takes 2 dimensions"),
+        ("wav2vec2", {"input_values": torch.ones(4, 3)}, r"cannot run on batches\[0\]"),
+    ],
+)
+def test_audio_and_images(model_type: str, batch: Batch, says: str, tiny_model: Tiny) -> None:
+    refuses(lambda: prune(tiny_model(model_type), [batch], HALF), says)
+
+
 @pytest.mark.parametrize(
     ("model_type", "head", "labels", "says"),
     [
