@@ -2,9 +2,9 @@
 
 The largest terms are those of one block at a time. With p input features of its output projection
 and d outputs, the fit of the block has float64 moments (p, p) of training and of held-out tokens,
-and their factor, which an offloaded run on a CPU has in the place of the former; see
-`rfprune.stages.tune.refit`. The block's other terms are (p, d). Error curves take less. A run that
-is offloaded has one layer of the original and of the student in memory, else both models are there.
+and their factor. An offloaded run on a CPU has only one of the three in memory at a time; see
+`rfprune.stages.reconstruct`. The block's other terms are (p, d). A run that is offloaded has one
+layer of the original and of the student in memory, else both models are there.
 All terms are upper bounds: as if all units of the largest block were kept.
 """
 
@@ -139,18 +139,19 @@ def plan_memory(
 
 
 def _moments(block: Block, hidden_size: int, *, on_disk: bool) -> int:
-    """Bytes of the fit of a block, or of the regression map of the block's inputs before.
+    """Bytes of the fit of a block: moments, factor, and products with the outputs; or of the
+    regression map of the block's inputs before, or of the error curve, if these take more.
 
     Args:
         on_disk: whether moments are on disk while they are not used.
     """
     features = block.num_units * block.unit_width
     square, product = features**2, features * hidden_size
-    summed = 2 * square + 2 * product + 2 * min(ROWS, features) * features
-    # One of the two, or both, a factor, and products: right side, prior, weight and their like.
-    solved = square + 5 * product if on_disk else 3 * square + 7 * product
+    moments = (1 if on_disk else 3) * square + (5 if on_disk else 8) * product
+    rows = 2 * min(ROWS, features) * features
     aligned = 11 * hidden_size**2
-    return _FLOAT64 * max(summed, solved, aligned)
+    curve = (3.5 * square + 3 * product) / 2  # in float32
+    return _FLOAT64 * (max(moments, int(curve), aligned) + rows)
 
 
 def _activations(layout: Layout, layer: int, load: Load, itemsize: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -19,7 +19,7 @@ from rfprune.stages.float64 import to_float64
 from rfprune.stages.tensor_store import TensorStore
 
 ROWS = 1024
-"""Rows of Xᵀ·X that are computed at a time."""
+"""Rows of Xᵀ·X that are computed, or moved to and from a store, at a time."""
 
 _FLOAT32_EPS = torch.finfo(torch.float32).eps  # products of features are computed in float32
 _TINY = torch.finfo(torch.float64).tiny
@@ -67,8 +67,7 @@ class Moments:
         """Add tokens with features (tokens, p) and targets (tokens, d), in place."""
         features, targets = _at_least_float32(features), _at_least_float32(targets)
         device = self.gram.device  # the CPU where the device of the features has no float64
-        for start in range(0, features.shape[1], ROWS):
-            rows = slice(start, start + ROWS)
+        for rows in _row_blocks(features.shape[1]):
             self.gram[rows] += (features[:, rows].T @ features).to(device)
             self.cross[rows] += (features[:, rows].T @ targets).to(device)
         self.feature_sum += features.sum(0).to(device)
@@ -78,6 +77,7 @@ class Moments:
 
     def __iadd__(self, other: Moments) -> Moments:
         """Add the moments of other tokens, in place."""
+        other = other.loaded()
         for own, added in (
             (self.gram, other.gram),
             (self.cross, other.cross),
@@ -91,13 +91,17 @@ class Moments:
 
     def __add__(self, other: Moments) -> Moments:
         """Moments of the tokens of both."""
-        total = copy.deepcopy(self)
+        total = self.working_copy()
         total += other
         return total
 
+    def loaded(self) -> Moments:
+        """The same moments with their matrices in memory; do not change them in place."""
+        return self
+
     def working_copy(self) -> Moments:
-        """The same moments, with a `gram` that may be overwritten."""
-        return replace(self, gram=self.gram.clone())
+        """The same moments in memory, which may be changed in place."""
+        return copy.deepcopy(self)
 
     def centred(self, *, overwrite: bool = False) -> tuple[Tensor, Tensor]:
         """Gram matrix (p, p) and cross moments (p, d) about the means.
@@ -106,8 +110,7 @@ class Moments:
             overwrite: put the first one in the place of `gram`.
         """
         gram = self.gram if overwrite else torch.empty_like(self.gram)
-        for start in range(0, len(gram), ROWS):
-            rows = slice(start, start + ROWS)
+        for rows in _row_blocks(len(gram)):
             means = torch.outer(self.feature_sum[rows], self.feature_sum).div_(self.count)
             torch.sub(self.gram[rows], means, out=gram[rows])
         cross = torch.outer(self.feature_sum, self.target_sum).div_(self.count)
@@ -134,29 +137,43 @@ class StoredMoments(Moments):
 
     def __init__(self, moments: Moments, store: TensorStore) -> None:
         self._store = store
-        self._kept = store.keep(moments.gram), store.keep(moments.cross)
+        self._shapes = moments.gram.shape, moments.cross.shape
+        self._kept = [
+            (store.keep(moments.gram[rows]), store.keep(moments.cross[rows]))
+            for rows in _row_blocks(len(moments.gram))
+        ]
         moments.gram = moments.cross = moments.gram.new_empty(0, 0)
         super().__init__(**vars(moments))
 
-    def working_copy(self) -> Moments:
-        """The same moments in memory, with matrices that may be overwritten."""
-        gram, cross = (self._store.load(kept) for kept in self._kept)
-        return Moments(
-            gram, cross, self.feature_sum, self.target_sum, self.target_energy, self.count
-        )
+    def loaded(self) -> Moments:
+        """A copy in memory."""
+        gram, cross = (self.feature_sum.new_empty(shape) for shape in self._shapes)
+        for rows, kept in zip(_row_blocks(len(gram)), self._kept, strict=True):
+            gram[rows], cross[rows] = (self._store.load(one) for one in kept)
+        sums = self.feature_sum.clone(), self.target_sum.clone()
+        return Moments(gram, cross, *sums, self.target_energy, self.count)
+
+    working_copy = loaded
 
     def error(self, weight: Tensor, bias: Tensor | None) -> float:
         """See `Moments.error`."""
-        return self.working_copy().error(weight, bias)
+        return self.loaded().error(weight, bias)
 
     def __iadd__(self, other: Moments) -> StoredMoments:
-        """Add the moments of other tokens, in the store."""
-        total = self.working_copy()
-        total += other.working_copy()
-        for kept, matrix in zip(self._kept, (total.gram, total.cross), strict=True):
-            self._store.replace(kept, matrix)
-        self.target_energy, self.count = total.target_energy, total.count
+        """Add other stored moments, in the store."""
+        assert isinstance(other, StoredMoments)
+        for own_blocks, added_blocks in zip(self._kept, other._kept, strict=True):
+            for own, added in zip(own_blocks, added_blocks, strict=True):
+                self._store.replace(own, self._store.load(own).add_(other._store.load(added)))
+        self.feature_sum += other.feature_sum
+        self.target_sum += other.target_sum
+        self.target_energy += other.target_energy
+        self.count += other.count
         return self
+
+
+def _row_blocks(size: int) -> list[slice]:
+    return [slice(start, start + ROWS) for start in range(0, size, ROWS)]
 
 
 def solve_scales(
@@ -265,7 +282,6 @@ def fit_with_validation(
     bias: Tensor | None,
     *,
     overwrite: bool = False,
-    store: TensorStore | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Ridge regression whose strength and acceptance are decided on held-out tokens.
 
@@ -279,9 +295,6 @@ def fit_with_validation(
         weight: the present weight (d, p).
         bias: the present bias (d,), or None for a projection without one.
         overwrite: add the held-out moments to those of `train`, which saves a copy.
-        store: keeps the matrices of both whenever they are not used, so that one (p, p) matrix at a
-            time is in memory, or two while they are added. The arguments lose theirs. Needs
-            `overwrite`.
 
     Returns:
         The new weight and bias, or the present ones if these have a smaller held-out error.
@@ -290,8 +303,6 @@ def fit_with_validation(
         NumericalFailure: a solve failed.
     """
     solve = partial(solve_weights, prior=weight, intercept=bias is not None)
-    if store is not None:
-        train, held_out = StoredMoments(train, store), StoredMoments(held_out, store)
     if not held_out.count:
         return solve(train, ridges[0])
     errors = [held_out.error(*solve(train, ridge)) for ridge in ridges]

@@ -7,7 +7,9 @@ together, one block at a time. The target of a block's output projection is
 
 so that the student's output plus its own residual matches the teacher's. A block therefore also
 corrects the errors of the blocks below it (as in K-prune, Park et al., ICLR 2024). Compute: one
-forward pass of the teacher and two of the student. Memory: one hidden state per token and model.
+forward pass of the teacher and two of the student. Memory: one hidden state per token and model,
+and the moments of one block. On a CPU, those of an offloaded student are in a scratch file while
+they are not used.
 
 Where a norm divides the output by its root mean square before the residual is added (Gemma 2), the
 features are divided by that of the teacher's output instead, and the weight of the norm scales the
@@ -38,12 +40,13 @@ from rfprune.model.depth import without_layers
 from rfprune.model.layerwise import LayerCalls, layer_calls, layer_scale, run_layer, trace_block
 from rfprune.model.layout import Block, Layout
 from rfprune.model.linear import is_empty, linear, weight_of
-from rfprune.model.residency import resident
+from rfprune.model.residency import execution_device, is_offloaded, resident
 from rfprune.model.weight_store import store_of
 from rfprune.stages.align import apply_regression_map, fit_regression_map
 from rfprune.stages.float64 import float64_device
 from rfprune.stages.hidden_states import HiddenStates, first_hidden_states
-from rfprune.stages.least_squares import Moments, NumericalFailure
+from rfprune.stages.least_squares import Moments, NumericalFailure, StoredMoments
+from rfprune.stages.tensor_store import TensorStore
 
 HELD_OUT_EVERY = 8
 """One batch of this many is held out from a fit, to choose the ridge and to accept the fit."""
@@ -175,6 +178,8 @@ def _fit_bottom_up(
 ) -> list[str]:
     warnings: list[str] = []
     models, layouts = (pair.teacher, pair.student), (pair.layout, pair.student_layout)
+    # On a GPU, moving moments would take longer than the solves.
+    on_disk = is_offloaded(pair.student) and execution_device(pair.student).type == "cpu"
     states = first_hidden_states(models, layouts, batches, in_decoder=False)
     is_first = True
     for (layer, own), blocks_of_layer in groupby(
@@ -197,8 +202,14 @@ def _fit_bottom_up(
                     if fit.align and not is_first:
                         new_warnings += _align_input_projections(*states, block)
                     first_only = block.original.consumer in fit.first_token_only
-                    moments = _collect_moments(*states, block, first_token_only=first_only)
-                    new_warnings += _fit_block(fit.solve, pair.student, block, moments)
+                    with TensorStore(max_bytes_in_memory=0) as store_of_block:
+                        moments = _collect_moments(
+                            *states,
+                            block,
+                            first_token_only=first_only,
+                            store=store_of_block if on_disk else None,
+                        )
+                        new_warnings += _fit_block(fit.solve, pair.student, block, moments)
                     del moments  # before those of the next block are collected
                 else:  # by an earlier run
                     states[0].advance(block.target)
@@ -243,55 +254,89 @@ class SplitMoments(NamedTuple):
 
     def add(self, i: int, features: Tensor, targets: Tensor) -> None:
         """Add features (tokens, p) and targets (tokens, d) of batch i of this process."""
-        is_held_out = distributed.batch_number(i) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-        (self.held_out if is_held_out else self.train).add(features, targets)
+        self[is_held_out(i)].add(features, targets)
 
     def all_reduce(self) -> SplitMoments:
         """Sum over all processes, in place."""
         for moments in self:
-            numbers = moments.gram.new_tensor([moments.target_energy, moments.count])
-            distributed.all_reduce(
-                moments.gram, moments.cross, moments.feature_sum, moments.target_sum, numbers
-            )
-            moments.target_energy, moments.count = float(numbers[0]), int(numbers[1])
+            _all_reduce(moments)
         return self
 
 
+def is_held_out(i: int) -> bool:
+    """Whether batch i of this process is held out from a fit."""
+    return distributed.batch_number(i) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+
+
+def _all_reduce(moments: Moments) -> None:
+    """Sum over all processes, in place."""
+    numbers = moments.gram.new_tensor([moments.target_energy, moments.count])
+    distributed.all_reduce(
+        moments.gram, moments.cross, moments.feature_sum, moments.target_sum, numbers
+    )
+    moments.target_energy, moments.count = float(numbers[0]), int(numbers[1])
+
+
 def _collect_moments(
-    teacher: HiddenStates, student: HiddenStates, block: FittedBlock, *, first_token_only: bool
+    teacher: HiddenStates,
+    student: HiddenStates,
+    block: FittedBlock,
+    *,
+    first_token_only: bool,
+    store: TensorStore | None,
 ) -> SplitMoments:
     """Moments of the inputs of the student's output projection and of their targets.
 
     The stored hidden states of the teacher advance to the output of the block. Those of the student
     do so once the block has been fitted.
+
+    Args:
+        store: for the moments while they are not used; None: they stay in memory.
     """
-    own = block.own
-    moments = _empty_moments(student.model, own)
-    for i in range(len(student.batches)):
-        tokens = student.tokens(i, own)
-        teacher_calls, student_calls = _layer_calls(teacher, student, i)
-        wanted = teacher.trace(i, block.original, teacher_calls)
-        rms, wanted_sum = wanted.output_rms, wanted.residual_sum
-        if block.target is not block.original:
-            wanted_sum = teacher.trace(i, block.target, teacher_calls).residual_sum
-        teacher.store(i, block.target, wanted_sum)
-        trace = student.trace(i, own, student_calls)
-        chosen = first_tokens(tokens) if first_token_only else tokens
-        residual = pack(trace.residual_sum, chosen) - pack(trace.output, chosen)
-        target = pack(wanted_sum, chosen) - residual
-        features = _features(trace.features, chosen, target)
-        if rms is not None:
-            features = features / pack(rms, chosen).clamp_min(SMALLEST_RMS)
-        moments.add(i, features, target)
+    batches = range(len(student.batches))
+    parts: list[Moments] = []
+    for held_out in (False, True):
+        moments = _empty_moments(student.model, block.own)
+        for i in batches:
+            if is_held_out(i) == held_out:
+                moments.add(*_fit_data(teacher, student, block, i, first_token_only))
+        _all_reduce(moments)
+        parts.append(moments if store is None else StoredMoments(moments, store))
     if not block.target.sublayer.parallel:
         teacher.block = block.target
-    return moments.all_reduce()
+    return SplitMoments(*parts)
+
+
+def _fit_data(
+    teacher: HiddenStates,
+    student: HiddenStates,
+    block: FittedBlock,
+    i: int,
+    first_token_only: bool,
+) -> tuple[Tensor, Tensor]:
+    """Features (tokens, p) and targets (tokens, d) of batch i; the teacher's states advance."""
+    own = block.own
+    tokens = student.tokens(i, own)
+    teacher_calls, student_calls = _layer_calls(teacher, student, i)
+    wanted = teacher.trace(i, block.original, teacher_calls)
+    rms, wanted_sum = wanted.output_rms, wanted.residual_sum
+    if block.target is not block.original:
+        wanted_sum = teacher.trace(i, block.target, teacher_calls).residual_sum
+    teacher.store(i, block.target, wanted_sum)
+    trace = student.trace(i, own, student_calls)
+    chosen = first_tokens(tokens) if first_token_only else tokens
+    residual = pack(trace.residual_sum, chosen) - pack(trace.output, chosen)
+    target = pack(wanted_sum, chosen) - residual
+    features = _features(trace.features, chosen, target)
+    if rms is not None:
+        features = features / pack(rms, chosen).clamp_min(SMALLEST_RMS)
+    return features, target
 
 
 def _collect_moments_of_runs(pair: Pair, batches: Sequence[Batch], block: Block) -> SplitMoments:
     """The same over all runs of a block, with the teacher's hidden states as the input of each."""
     teacher, student, layout = pair.teacher, pair.student, pair.layout
-    moments = _empty_moments(student, block)
+    moments = SplitMoments(*(_empty_moments(student, block) for _ in range(2)))
     blocks = layout.blocks_of_layer(block.layer)
     before = blocks[: blocks.index(block)]
     for i, batch in enumerate(batches):
@@ -310,10 +355,10 @@ def _collect_moments_of_runs(pair: Pair, batches: Sequence[Batch], block: Block)
     return moments.all_reduce()
 
 
-def _empty_moments(student: PreTrainedModel, block: Block) -> SplitMoments:
+def _empty_moments(student: PreTrainedModel, block: Block) -> Moments:
     weight = weight_of(student.get_submodule(block.consumer))
     num_outputs, num_features = weight.shape
-    return SplitMoments.zeros(num_features, num_outputs, weight.device)
+    return Moments.zeros(num_features, num_outputs, float64_device(weight.device))
 
 
 def _features(features: Tensor | None, tokens: Tensor, target: Tensor) -> Tensor:

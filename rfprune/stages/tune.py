@@ -21,10 +21,8 @@ from transformers import PreTrainedModel
 
 from rfprune.model.batch import Batch
 from rfprune.model.layout import Block, Layout
-from rfprune.model.residency import execution_device, is_offloaded
 from rfprune.stages.least_squares import Moments, fit_with_validation, solve_scales
 from rfprune.stages.reconstruct import BlockFit, reconstruct
-from rfprune.stages.tensor_store import TensorStore
 
 DAMPING = 1.0
 """The damping term of LSMR in the authors' code."""
@@ -102,9 +100,7 @@ def refit(
 
     Input projections are aligned as well (see `rfprune.stages.align`). A sublayer without kept
     units gets the bias that replaces its mean output. A fit that does not lower the error on
-    held-out tokens is not applied. On a CPU, the moments of an offloaded student are in a
-    scratch file while they are not used.
-
+    held-out tokens is not applied.
     Args:
         teacher: the reference model, frozen.
         student: a compact copy of the model that `layout` describes, frozen.
@@ -117,17 +113,11 @@ def refit(
         A warning for every block that failed and keeps its weights.
     """
 
-    offloaded = is_offloaded(student) and execution_device(student).type == "cpu"
-
     def solve(
         block: Block, train: Moments, held_out: Moments, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         ridges = PRE_NORM_RIDGES if block.pre_norm else RIDGES
-        with TensorStore(max_bytes_in_memory=0) as scratch:
-            store = scratch if offloaded else None
-            return fit_with_validation(
-                train, held_out, ridges, weight, bias, overwrite=True, store=store
-            )
+        return fit_with_validation(train, held_out, ridges, weight, bias, overwrite=True)
 
     fit = BlockFit(solve, align=True, removed=removed)
     return reconstruct(teacher, student, layout, batches, fit, progress=progress)

@@ -103,7 +103,7 @@ def test_a_decoder_of_a_billion_parameters_takes_less_than_its_weights() -> None
     )
     model = without_weights(AutoModelForCausalLM, config)
     total = plan(model, offloaded=True, process_bytes=4 * 10**8).total
-    assert total < 3e9
+    assert total < 2.8e9
     largest = "moments of the largest block"
     on_gpu = plan(model, offloaded=True, device="cuda").parts[largest]
     assert plan(model, offloaded=True).parts[largest] < 0.7 * on_gpu

@@ -11,13 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rfprune.stages import least_squares
 from rfprune.stages.least_squares import (
     Moments,
     NumericalFailure,
+    StoredMoments,
     fit_with_validation,
     solve_scales,
     solve_weights,
 )
+from rfprune.stages.tensor_store import TensorStore
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -192,6 +195,22 @@ def test_held_out_tokens_choose_the_ridge() -> None:
     first = fit_with_validation(train, Moments.zeros(12, 5), (1e-8, 1.0), *old)
     torch.testing.assert_close(first, solve_weights(train, 1e-8, prior=old[0]))
     assert not torch.allclose(first[0], new[0], atol=0.1)
+
+
+@pytest.mark.parametrize("intercept", [True, False])
+def test_stored_moments_give_the_same_fit(intercept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(least_squares, "ROWS", 5)  # 12 features: three blocks of rows
+    weight, bias, train = data(60, 12, 5, 1, 0.1)
+    held_out = data(30, 12, 5, 2, 0.1)[2]
+    before = torch.zeros_like(weight), bias if intercept else None
+    ridges = (1e-3, 1e-1)
+    expected = fit_with_validation(train, held_out, ridges, *before)
+    with TensorStore(max_bytes_in_memory=0) as store:
+        stored = StoredMoments(train, store), StoredMoments(held_out, store)
+        assert not train.gram.numel(), "they are in one place only"
+        found = fit_with_validation(*stored, ridges, *before, overwrite=True)
+    assert not torch.equal(expected[0], before[0])
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_a_fit_without_an_intercept_is_that_of_lstsq() -> None:
