@@ -46,6 +46,7 @@ SECTIONS: Mapping[str, tuple[str, Callable[[Lines], str]]] = {
     "pruning-time": ("pruning_time", time_tables.pruning_time),
     "vocabulary": ("vocabulary", score_tables.vocabulary),
     "scale": ("scale", time_tables.scale),
+    "large-models": ("plan", time_tables.large_models),
     "collection": ("collection", time_tables.collection),
     "first-model": ("first_model", time_tables.first_model),
 }

@@ -298,6 +298,56 @@ def scale(lines: Sequence[Line]) -> str:
     return marked(lines, lambda mark: table(heads, rows(mark)))
 
 
+def large_models(lines: Sequence[Line]) -> str:
+    """Plans of large models by number of cards, and the same arithmetic beside measured rows."""
+    stages = ("collect", "search", "tune")
+    plans = [line for line in lines if line["what"] == "plan"]
+    checks = [line for line in lines if line["what"] == "check"]
+
+    def planned() -> Iterator[list[str]]:
+        for line in plans:
+            seconds = line["predicted_seconds"]
+            yield [
+                line["model"],
+                str(line["cards"]),
+                f"{sum(line['bytes'].values()) / 1e9:.1f} GB",
+                ", ".join(f"{part} {size / 1e9:.1f}" for part, size in line["bytes"].items()),
+                *(f"{seconds[stage]:,.0f} s" for stage in stages),
+                f"{sum(seconds.values()) / 60:,.0f} min",
+                f"{line['bytes_loaded'] / 1e9:,.0f} GB",
+                f"{line['bytes_of_states'] / 1e9:,.0f} GB",
+            ]
+
+    def checked() -> Iterator[list[str]]:
+        for line in checks:
+            offload, measured = line["offload"] or "none", line["measured_seconds"]
+            memory = f"{line['bytes'] / 1e9:.1f} / {line['measured_bytes'] / 1e9:.1f} GB"
+            yield [
+                f"{device_of(line)}, {line['samples']} x {line['length']}",
+                "" if offload == "none" else offload,
+                f"{line['params'] / 1e6:,.0f} M",
+                *(
+                    "reference"
+                    if line["is_reference"]
+                    else f"{line['predicted_seconds'][stage] / measured[stage]:.2f}"
+                    for stage in stages
+                ),
+                "" if offload == "none" else memory,
+            ]
+
+    first = plans[0] if plans else checks[0]
+    heads = ["model", "cards", "a card", "of which GB", *stages, "in all", "weights loaded"]
+    own_heads = ["machine, tokens", "offload", "parameters", *stages, "memory, planned / measured"]
+    return (
+        f"{first['samples']:,} x {first['length']} tokens in batches of {first['batch_size']}, "
+        f"{first['dtype']}, {first['constraint']:g} of the MACs; layers in the memory of the host. "
+        f"Seconds are multiply-adds over the rates of {first.get('reference')} on "
+        f"{first['device_name']}.\n\n{table([*heads, 'hidden states'], planned())}\n"
+        "The same arithmetic for measured rows: seconds planned / measured, at the rates of the "
+        f"largest model of the same machine and tokens.\n\n{table(own_heads, checked())}"
+    )
+
+
 def collection(lines: Sequence[Line]) -> str:
     """A row for every size: CPU seconds of both ways, and the peak memory beyond the weights."""
 

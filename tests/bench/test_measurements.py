@@ -7,6 +7,7 @@ run, or lose its numbers at the end.
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from scripts.bench import (
     exports,
     first_model,
     gguf,
+    large_models,
     max_drop,
     models,
     promise,
@@ -324,6 +326,44 @@ def test_a_scale_line_holds_seconds_and_memory_by_stage(output: Path, lines: Rea
     in_memory, offloaded = lines()
     for name in ("params", "weight_bytes"):
         assert in_memory[name] == offloaded[name]
+
+
+def test_a_plan_of_larger_models_is_checked_against_measured_ones(
+    tmp_path: Path, lines: ReadLines, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"hidden_size": 1024, "intermediate_size": 2048}
+    models = {"less": {**sizes, "num_hidden_layers": 1}, "more": {**sizes, "num_hidden_layers": 8}}
+    monkeypatch.setattr(large_models, "MODELS", models)
+    measured = {
+        "size": "tiny",
+        "device": "cuda",
+        "device_name": "a card",
+        "dtype": "float32",
+        "samples": 8,
+        "length": 16,
+        "batch_size": 2,
+        "constraint": 0.7,
+        "params": 10**6,
+        "seconds": dict.fromkeys(STAGES, 2.0),
+        "peak_bytes": {"tune": 10**9},
+        "threads": 1,
+    }
+    smaller = {**measured, "params": 10**5, "seconds": dict.fromkeys(STAGES, 1.0)}
+    text = "\n".join(map(json.dumps, [smaller, measured]))
+    (tmp_path / "scale_a.jsonl").write_text(text + "\n", encoding="utf-8")
+    for _ in range(2):  # a second plan replaces the first
+        flags = ["--results", str(tmp_path), "--output", str(output)]
+        assert large_models.main(flags) == 0
+    *plans, half, whole = lines()
+    assert [(line["model"], line["cards"]) for line in plans] == [
+        (model, cards) for model in models for cards in (1, 8)
+    ]
+    seconds = [sum(line["predicted_seconds"].values()) for line in plans]
+    assert seconds[1] < seconds[0] < seconds[2]
+    assert plans[1]["bytes"]["layers"] == 4 * plans[0]["bytes"]["layers"]
+    assert whole["is_reference"]
+    assert half["predicted_seconds"] == dict.fromkeys(("collect", "search", "tune"), 2.0)
+    assert "| more | 8 |" in time_tables.large_models(lines())
 
 
 def test_a_collection_is_measured_as_a_whole_and_layer_by_layer(
