@@ -19,6 +19,7 @@ import secrets
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -150,6 +151,12 @@ def write(folder: Path, key: Key, tensors: Sequence[Tensor]) -> None:
             f"The cache folder '{folder}' cannot be written ({error.strerror}), so the next run "
             f"collects again; choose another with --cache-dir, or none with --no-cache."
         )
+
+
+def remove(folder: Path, key: Key) -> None:
+    """Remove an entry, if it is there and can be removed."""
+    with suppress(OSError):
+        _path(folder, key).unlink()
 
 
 def _make_room(folder: Path, newest: Path) -> None:

@@ -29,6 +29,7 @@ from rfprune.cost.constraint import Constraint, CostModel
 from rfprune.cost.sizes import Sizes
 from rfprune.methods.allocation import divide_budget
 from rfprune.methods.problem import Problem
+from rfprune.methods.unfinished import UnfinishedCurves
 from rfprune.model.frozen import frozen
 from rfprune.model.masks import Masks
 from rfprune.stages.curvature import collect_curvature, error_curve
@@ -75,16 +76,22 @@ def collect(problem: Problem) -> CurvatureStatistics:
 
 def _orders_and_errors(problem: Problem) -> Tensors:
     """Removal order (U,) and errors (U + 1,) of each block, in turn."""
-    curves = {}
+    curves: dict[int, Tensors] = {}
+    unfinished = UnfinishedCurves.of(problem)
     collection = problem.timer.timed("collect", collect_curvature(problem.calibration))
     with frozen(problem.model), closing(collection) as collected:
         for number, factors in collected:
             with problem.timer.stage("search"):
-                block = problem.layout.blocks[number]
-                curves[number] = error_curve(problem.model, problem.layout, block, factors)
+                found = unfinished.load(number)
+                if found is None:
+                    block = problem.layout.blocks[number]
+                    curve = error_curve(problem.model, problem.layout, block, factors)
+                    found = curve.order, curve.errors
+                    unfinished.keep(number, found)
+                curves[number] = found
             del factors  # before the next ones are collected
-    ordered = distributed.all_gather(curves)
-    return tuple(tensor for curve in ordered for tensor in (curve.order, curve.errors))
+    unfinished.remove(len(problem.layout.blocks))
+    return tuple(tensor for pair in distributed.all_gather(curves) for tensor in pair)
 
 
 def refit_weights(

@@ -1,9 +1,14 @@
-"""The fitted layers of a run that was interrupted: the next run goes on after them.
+"""What a run that was interrupted has finished: the next run goes on after it.
 
 Of an offloaded model each layer is written when it has been fitted, into a folder of the cache. Its
 name is a hash of everything that the fit depends on. A run that finds the folder fits the remaining
 layers; the result is the same, bit for bit. The folder is removed with the model that uses it, so
 that only a killed run leaves one.
+
+Before the fit, each error curve is an entry of the cache until all of them are there. They have a
+few kilobytes, and take most of the time. The sweep that collects their statistics starts again: to
+go on within it would take the gradients at a layer's output for all tokens, and between two chunks
+of batches the statistics of all blocks, which are gigabytes.
 """
 
 from __future__ import annotations
@@ -22,7 +27,17 @@ from safetensors.torch import save
 from transformers import PreTrainedModel
 
 from rfprune import distributed
-from rfprune.cache import data_digest, environment, model_digest
+from rfprune.cache import (
+    Key,
+    Tensors,
+    data_digest,
+    environment,
+    model_digest,
+    read,
+    remove,
+    statistics_key,
+    write,
+)
 from rfprune.methods.problem import Problem
 from rfprune.model.masks import Masks
 from rfprune.model.residency import is_offloaded
@@ -83,6 +98,48 @@ def unfinished_folder(
     except (OSError, Timeout):  # such as a cache that cannot be written
         return None
     return UnfinishedFolder(path, lock)
+
+
+@dataclass(frozen=True)
+class UnfinishedCurves:
+    """The error curves of an offloaded model that are computed already, each an entry of the cache.
+
+    Attributes:
+        folder: of the cache; None if curves are not kept.
+        key: of the statistics that they are made from.
+    """
+
+    folder: Path | None
+    key: Key
+
+    @staticmethod
+    def of(problem: Problem) -> UnfinishedCurves:
+        """Those of a problem. Curves are not kept without a cache, with a loss of the user, for a
+        model in memory, or for several processes."""
+        kept = problem.loss is None and distributed.world_size() == 1
+        if problem.cache is None or not kept or not is_offloaded(problem.model):
+            return UnfinishedCurves(None, {})
+        batches = problem.calibration.batches
+        key = statistics_key(problem.model, batches, problem.settings)
+        return UnfinishedCurves(problem.cache, key)
+
+    def load(self, block: int) -> Tensors | None:
+        """The order and the errors of the block of a number; None if they are not there."""
+        return None if self.folder is None else read(self.folder, self._entry(block))
+
+    def keep(self, block: int, order_and_errors: Tensors) -> None:
+        """Keep the order and the errors of a block."""
+        if self.folder is not None:
+            write(self.folder, self._entry(block), order_and_errors)
+
+    def remove(self, num_blocks: int) -> None:
+        """Remove the curves of all blocks."""
+        if self.folder is not None:
+            for block in range(num_blocks):
+                remove(self.folder, self._entry(block))
+
+    def _entry(self, block: int) -> Key:
+        return {**self.key, "block": block}
 
 
 def _key(problem: Problem, masks: Masks, removed: Collection[int]) -> str:

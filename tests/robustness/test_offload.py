@@ -19,6 +19,7 @@ from transformers import LlamaForCausalLM
 
 from rfprune import Constraint, PruneResult, prune
 from rfprune.errors import UserError
+from rfprune.methods import curvature
 from rfprune.model import weight_store
 from rfprune.model.residency import stored_tensors
 from rfprune.stages import reconstruct
@@ -95,6 +96,31 @@ def test_an_interrupted_fit_goes_on_at_its_last_finished_layer(
     del result
     gc.collect()
     assert not list(cache.glob("unfinished-*")), "it is removed with the model that reads it"
+
+
+def test_an_interrupted_collection_computes_no_error_curve_again(
+    folder: Path, batches: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[str] = []
+    error_curve, cache, stop_at = curvature.error_curve, tmp_path / "cache", 5
+
+    def counting(model: Any, layout: Any, block: Any, factors: Any) -> Any:
+        if len(computed) == stop_at:
+            raise KeyboardInterrupt
+        computed.append(block.name)
+        return error_curve(model, layout, block, factors)
+
+    monkeypatch.setattr(curvature, "error_curve", counting)
+    with pytest.raises(KeyboardInterrupt):
+        prune(offloaded(folder), batches, HALF, cache=cache)
+    assert len(list(cache.glob("*.rfprune"))) == len(computed) == stop_at
+    stop_at = 100
+    result = prune(offloaded(folder), batches, HALF, cache=cache)
+    assert len(computed) == len(set(computed)) == 8, "two blocks in each of four layers"
+    assert len(list(cache.glob("*.rfprune"))) == 1, "those of blocks are removed"
+    expected = prune(offloaded(folder), batches, HALF)
+    assert len(computed) == 16
+    assert same(weights(result), weights(expected))
 
 
 def test_two_runs_with_one_cache(folder: Path, batches: list[Any], tmp_path: Path) -> None:
