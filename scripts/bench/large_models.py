@@ -157,9 +157,9 @@ def check(line: Line, measured: Sequence[Line]) -> dict[str, Any]:
         process_bytes=PROCESS_BYTES if on_cpu else 0,
         offloaded=line.get("offload", "none") != "none",
     ).total
-    names = (*names, "params", "device_name", "threads", "batch_size", "constraint")
+    shown = (*names, "params", "device_name", "threads", "batch_size", "constraint")
     return {
-        **{name: line[name] for name in names if name in line},
+        **{name: line[name] for name in shown if name in line},
         "bytes": total,
         "measured_bytes": max(*line["peak_bytes"].values(), line.get("peak_resident_bytes") or 0),
         "is_reference": line is reference,

@@ -19,10 +19,10 @@ from transformers import LlamaForCausalLM
 
 from rfprune import Constraint, PruneResult, prune
 from rfprune.errors import UserError
-from rfprune.methods import curvature
 from rfprune.model import weight_store
 from rfprune.model.residency import stored_tensors
 from rfprune.stages import reconstruct
+from rfprune.stages.curvature import error_curve
 
 HALF = Constraint("mac", 0.5)
 WHERE = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
@@ -102,7 +102,7 @@ def test_an_interrupted_collection_computes_no_error_curve_again(
     folder: Path, batches: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed: list[str] = []
-    error_curve, cache, stop_at = curvature.error_curve, tmp_path / "cache", 5
+    cache, stop_at = tmp_path / "cache", 5
 
     def counting(model: Any, layout: Any, block: Any, factors: Any) -> Any:
         if len(computed) == stop_at:
@@ -110,7 +110,7 @@ def test_an_interrupted_collection_computes_no_error_curve_again(
         computed.append(block.name)
         return error_curve(model, layout, block, factors)
 
-    monkeypatch.setattr(curvature, "error_curve", counting)
+    monkeypatch.setattr("rfprune.methods.curvature.error_curve", counting)
     with pytest.raises(KeyboardInterrupt):
         prune(offloaded(folder), batches, HALF, cache=cache)
     assert len(list(cache.glob("*.rfprune"))) == len(computed) == stop_at
