@@ -53,7 +53,7 @@ IMAGE_TYPES = ("vit", "deit", "beit", "dinov2", "dinov2_with_registers", *TOWER_
 AUDIO_TYPES = ("wav2vec2", "hubert")
 """Encoders of raw audio; the tiny HuBERT has norms before its sublayers."""
 
-GENERATION_TYPES = ("marian", "pegasus", "m2m_100")
+GENERATION_TYPES = ("marian", "pegasus", "m2m_100", "whisper")
 ENCODER_DECODER_TYPES = ("bart", "mbart", "t5", "mt5", "umt5", *GENERATION_TYPES)
 """Those of `GENERATION_TYPES` have no head but that of a language model."""
 
@@ -239,6 +239,8 @@ def make_tiny_model(
         "none": transformers.AutoModel,
     }[head]
     make = model_class.from_config
+    if model_type == "whisper" and head == "seq2seq-lm":
+        make = transformers.AutoModelForSpeechSeq2Seq.from_config
     if model_type == "siglip_text_model":  # which no Auto class has
         make = transformers.SiglipTextModel
     with torch.random.fork_rng(devices=[]):
@@ -279,6 +281,9 @@ def make_tiny_batch(
     if model_type in (*ENCODER_DECODER_TYPES, "clip_text_model"):  # which read the end of the text
         ends = attention_mask.cumsum(1).argmax(1)
         ids[torch.arange(num_examples), ends] = 3
+    if model_type == "whisper":  # spectrograms of one length, two frames a token
+        features = torch.randn(num_examples, 4, 14, generator=generator)
+        return {"input_features": features, "decoder_input_ids": ids * attention_mask}
     batch = {"input_ids": ids * attention_mask, "attention_mask": attention_mask}
     return (
         batch | {"decoder_input_ids": batch["input_ids"]}
@@ -344,6 +349,8 @@ def _family_entries(model_type: str, settings: dict[str, Any]) -> dict[str, Any]
     }.get(model_type, {})
     if model_type in ("bart", "mbart", *GENERATION_TYPES):
         settings = _as_bart(settings)
+    if model_type == "whisper":
+        settings = {**settings, "num_mel_bins": 4, "max_source_positions": 7}
     if model_type in ("t5", "mt5", "umt5"):
         settings = _as_t5(settings, gated=model_type != "t5")
     if model_type == "opt":

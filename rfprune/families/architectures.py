@@ -477,6 +477,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "pegasus": _PEGASUS,
     "mbart": _PEGASUS,
     "m2m_100": _PEGASUS,
+    "whisper": _PEGASUS,
     "t5": _T5,
     "mt5": _T5,
     "umt5": _UMT5,

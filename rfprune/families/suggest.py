@@ -226,6 +226,9 @@ def _inputs(model: Any) -> dict[str, torch.Tensor]:
     if model.main_input_name == "input_values":
         return {"input_values": torch.zeros(1, 16000)}
     ids = {"input_ids": torch.zeros(1, 4, dtype=torch.long)}
+    if model.main_input_name == "input_features" and hasattr(model.config, "num_mel_bins"):
+        size = model.config.num_mel_bins, 2 * model.config.max_source_positions
+        return {"input_features": torch.zeros(1, *size), "decoder_input_ids": ids["input_ids"]}
     if getattr(model.config, "is_encoder_decoder", False):
         ids["decoder_input_ids"] = ids["input_ids"]
     return ids

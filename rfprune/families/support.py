@@ -26,7 +26,6 @@ REFUSED: dict[str, str] = {
         "it consists of two models with sizes of their own, one for texts and one for images; load "
         "one of them (SiglipTextModel, SiglipVisionModel) and prune it"
     ),
-    **dict.fromkeys(("whisper",), "it takes audio, and batches of audio are not supported"),
 }
 """Model types that do not fit a row, and why."""
 

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from rfprune.errors import UserError
 from rfprune.model.batch import (
     DECODER_TOKEN_MASK,
+    SIGNALS,
     Batch,
     decoder_token_mask,
     model_inputs,
@@ -87,7 +88,7 @@ def encoder_output(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 def encoder_inputs(batch: Batch) -> dict[str, Tensor]:
     """Inputs that run the encoder alone."""
-    names = ("input_ids", "inputs_embeds", "attention_mask")
+    names = ("input_ids", "inputs_embeds", "attention_mask", *SIGNALS)
     return {name: value for name, value in model_inputs(batch).items() if name in names}
 
 

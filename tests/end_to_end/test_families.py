@@ -78,7 +78,7 @@ def batches_of(tiny_batch: Tiny, model_type: str, head: str) -> list[Batch]:
 def batch_of(tiny_batch: Tiny, model_type: str, head: str, seed: int) -> Batch:
     """What a decoder writes is shorter than what it reads."""
     batch: Batch = tiny_batch(8, 9, seed=seed, model_type=model_type)
-    if head == "seq2seq-lm":
+    if head == "seq2seq-lm" and "input_ids" in batch:
         written = tiny_batch(8, 6, seed=seed + 100, padding="none")["input_ids"]
         batch["decoder_input_ids"] = written
     return batch

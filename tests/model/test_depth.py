@@ -112,7 +112,7 @@ def test_pruned_layers_keep_their_sizes(tiny_model: Tiny, tiny_batch: Tiny, tmp_
         torch.testing.assert_close(logits(again, batch), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("model_type", [*CAUSAL_TYPES, *GENERATION_TYPES, "t5"])
+@pytest.mark.parametrize("model_type", [*CAUSAL_TYPES, *GENERATION_TYPES[:3], "t5"])
 def test_a_model_without_layers_generates_with_a_cache(model_type: str, tiny_model: Tiny) -> None:
     head = "causal-lm" if model_type in CAUSAL_TYPES else "seq2seq-lm"
     model = tiny_model(model_type, head, num_hidden_layers=4)

@@ -21,7 +21,7 @@ from rfprune.model.encoder_decoder import (
     encoder_output,
     inputs_with_encoder_output,
 )
-from rfprune.model.layerwise import layer_calls, run_layer
+from rfprune.model.layerwise import add_signal_token_mask, layer_calls, run_layer
 from rfprune.model.layout import layout_of
 from rfprune.model.masks import full_masks
 from tests.conftest import ENCODER_DECODER_TYPES
@@ -40,13 +40,19 @@ def test_labels_are_shifted_as_in_the_models_own_loss(
 ) -> None:
     """mBART starts with the last token, which names the language; others with a start token."""
     model = tiny_model(model_type, "seq2seq-lm")
-    batch = {n: v for n, v in tiny_batch(2, 5).items() if n != "decoder_input_ids"}
+    heard = "whisper" if model_type == "whisper" else "bert"
+    batch = {
+        n: v for n, v in tiny_batch(2, 5, model_type=heard).items() if n != "decoder_input_ids"
+    }
     batch["labels"] = torch.tensor([[7, 8, 4], [9, 4, -100]])
+    with torch.no_grad():
+        expected = model(**batch).logits
+    batch = dict(add_signal_token_mask(model, layout_of(model), batch))
     prepared = add_decoder_inputs(model, batch)
     start = 4 if model_type == "mbart" else model.config.decoder_start_token_id
     assert prepared["decoder_input_ids"].tolist() == [[start, 7, 8], [start, 9, 4]]
     with torch.no_grad():
-        assert torch.equal(model(**model_inputs(prepared)).logits, model(**batch).logits)
+        assert torch.equal(model(**model_inputs(prepared)).logits, expected)
     assert add_decoder_inputs(model, prepared) is prepared
     layout, tokens = layout_of(model), decoder_token_mask(prepared)
     assert tokens.tolist() == [[True] * 3] * 2
