@@ -202,15 +202,15 @@ Collect = Callable[[Problem], Statistics]
 
 
 def prune_to_each(
-    problem: Problem, constraints: Iterable[Target], *, collect: Collect = collect_statistics
+    problem: Problem, constraints: Iterable[Target], *, collect: Collect | None = None
 ) -> Iterator[PruneResult]:
     """Prune to several constraints; `prune_family` for a caller who has prepared the problem.
 
     The caller's torch state (autocast, inference mode, ...) holds between two results.
 
     Args:
-        collect: collects statistics that choose units and fit weights; those of another method
-            than `Settings.method` may be measured in its place.
+        collect: collects the statistics, which choose units and fit weights, of another method
+            than `Settings.method`; None for that method.
     """
     is_list = isinstance(constraints, Sequence)
     known = [one for one in constraints if one is not None] if is_list else []
@@ -224,7 +224,9 @@ def prune_to_each(
         for sizes in known:
             if isinstance(sizes, Sizes):
                 sizes.kept(problem.layout)
-        statistics = collect(problem) if known or not is_list else None
+        statistics = None
+        if known or not is_list:
+            statistics = (collect or collect_statistics)(problem)
         stacks: list[StackOfLayers] = []
         if statistics is not None and problem.settings.depth != "off":
             stacks = compare_layers(problem, statistics)

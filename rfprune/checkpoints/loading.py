@@ -345,6 +345,13 @@ def _load(source: str, task: Task, options: Mapping[str, Any]) -> Any:
                 f"({error_summary(error)}): remove the entry that asks for it, such as "
                 f"attn_implementation, from its config.json, or install it."
             ) from error
+        if "Unrecognized configuration class" in str(error):
+            kind = read_config(source).get("model_type")
+            raise UserError(
+                f"The checkpoint '{source}' is a {kind} model, which has no class for task "
+                f"{task.name} ({AUTO_CLASSES[task.kind]}): choose a task that fits it, or load it "
+                "yourself and call rfprune.prune."
+            ) from error
         raise UserError(
             f"The checkpoint '{source}' cannot be loaded ({error_summary(error)}): its config.json "
             f"may belong to other weights, or a file is missing or damaged; copy or download it "
