@@ -104,6 +104,7 @@ def check_config(config: Mapping[str, Any], source: str, task: Task) -> None:
             f"Model type {model_type!r} of '{source}' is not supported: the supported types are "
             f"{', '.join(sorted(ARCHITECTURES))}."
         )
+    _check_takes_no_audio(config, source)
     quantised = config.get("quantization_config")
     if quantised:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else None
@@ -132,6 +133,20 @@ def check_config(config: Mapping[str, Any], source: str, task: Task) -> None:
         check_labels(labels_of(config, source), task)
 
 
+def _check_takes_no_audio(config: Mapping[str, Any], source: str) -> None:
+    from transformers.models.auto import modeling_auto
+
+    model_type = config.get("model_type")
+    if model_type in modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES:
+        of_spectrograms = model_type in modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
+        taken = "input_features" if of_spectrograms else "input_values"
+        raise UserError(
+            f"'{source}' is a {class_names(config)[0] if class_names(config) else model_type}, "
+            f"which takes audio, and no --task does: call rfprune.prune() in Python with batches "
+            f"of {taken}."
+        )
+
+
 def _writes_from_text(model_type: str) -> bool:
     from transformers.models.auto import modeling_auto
 
@@ -150,8 +165,10 @@ def kind_of(config: Mapping[str, Any], source: str) -> Kind:
     A configuration without `architectures` counts as a sequence classifier.
 
     Raises:
-        UserError: the checkpoint writes texts, for which there are tasks of their own.
+        UserError: the checkpoint writes texts, for which there are tasks of their own, or takes
+            audio, for which there is none.
     """
+    _check_takes_no_audio(config, source)
     names = class_names(config)
     for name in names:
         for end, kind in HEADS.items():

@@ -101,7 +101,8 @@ def _folder(validation: Mapping[str, bytes]) -> Files:
 
 def _writer(given: str, says: str, *rows: Any, model_type: str = "bart", **flags: Any) -> Case:
     def prepare(place: Place) -> Request:
-        model = make_tiny_model(model_type, "seq2seq-lm" if model_type == "bart" else "none")
+        writes = model_type in ("bart", "whisper")
+        model = make_tiny_model(model_type, "seq2seq-lm" if writes else "none")
         model.save_pretrained("model")
         make_tiny_tokenizer(model_type).save_pretrained("model")
         small = {"model": "model", "task": "seq2seq", "max_new_tokens": 4}
@@ -187,6 +188,12 @@ TASKS = (
             model_type="gpt2"),
     _writer("seq2seq: a model of images", "is a ViTModel, which does not write", _TEXTS,
             model_type="vit"),
+    _writer("seq2seq: a model of spectrograms", "prune() in Python with batches of input_features",
+            _TEXTS, model_type="whisper"),
+    _writer("custom: a model of spectrograms", "prune() in Python with batches of input_features",
+            _TEXTS, model_type="whisper", task="custom", max_new_tokens=None),
+    _writer("custom: a model of raw audio", "prune() in Python with batches of input_values",
+            _TEXTS, model_type="wav2vec2", task="custom", max_new_tokens=None),
     _writer("seq2seq with `--use-labels`", "--use-labels does nothing", _TEXTS, use_labels=True),
     _writer("seq2seq with `--export onnx`", "takes two files", _TEXTS, export="onnx"),
     _writer("seq2seq with an unknown `--score`", "invalid choice: 'rouge'", _TEXTS, score="rouge"),
