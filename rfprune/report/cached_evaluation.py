@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from rfprune.settings import WritingSettings
 from rfprune.tasks.evaluation import Evaluation, EvaluationSet, Logits, evaluate_model
 from rfprune.tasks.seq2seq import (
     generation_config,
+    row_numbers,
     warn_about_long_targets,
     with_written,
     written_tokens,
@@ -66,8 +66,7 @@ def with_targets(
 
     A warning says if many of them were cut; see `rfprune.tasks.seq2seq`.
     """
-    sizes = np.cumsum([len(batch["input_ids"]) for batch in batches])
-    rows = np.split(np.arange(sizes[-1]), sizes[:-1])
+    rows = row_numbers(batches)
     (found,) = load_or_compute(
         lambda: (
             torch.from_numpy(written_tokens(model, batches, rows, writing, progress=progress)),

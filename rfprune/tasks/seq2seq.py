@@ -87,7 +87,8 @@ def generate_targets(
         The batches with decoder_input_ids (B, T) and decoder_attention_mask (B, T), on the CPU.
 
     Raises:
-        UserError: the model is no encoder-decoder that generates, or has no embedding for a token.
+        UserError: the model is no encoder-decoder that generates, or has no embedding for a token,
+            or there is nothing to write from.
 
     Example:
         >>> import torch
@@ -103,10 +104,27 @@ def generate_targets(
         True
     """
     writing = WritingSettings(max_new_tokens=max_new_tokens, num_beams=num_beams)
-    sizes = np.cumsum([len(batch["input_ids"]) for batch in batches])
-    rows = np.split(np.arange(sizes[-1]), sizes[:-1]) if batches else []
+    _check_sources(batches)
+    rows = row_numbers(batches)
     tokens = written_tokens(model, batches, rows, writing)
     return list(with_written(model, batches, rows, tokens))
+
+
+def _check_sources(batches: Sequence[Batch]) -> None:
+    if not batches:
+        raise UserError("there are no batches to write texts from: give at least one")
+    for number, batch in enumerate(batches):
+        if "input_ids" not in batch or not len(batch["input_ids"]):
+            raise UserError(
+                f"batches[{number}] holds {', '.join(batch) or 'nothing'}, but texts are written "
+                f"from input_ids (B, S): give those, or decoder_input_ids of your own to prune()"
+            )
+
+
+def row_numbers(batches: Sequence[Batch]) -> list[NDArray[np.int64]]:
+    """The numbers of the rows of each batch, counted over all of them."""
+    ends = np.cumsum([len(batch["input_ids"]) for batch in batches])
+    return np.split(np.arange(ends[-1]), ends[:-1])
 
 
 def written_tokens(

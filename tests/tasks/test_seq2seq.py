@@ -180,6 +180,15 @@ def test_models_that_write_nothing_are_refused() -> None:
             generate_targets(other, sources())
 
 
+def test_batches_without_a_text_to_write_from_are_refused() -> None:
+    model = make_tiny_model("bart", "seq2seq-lm")
+    with pytest.raises(UserError, match="no batches to write texts from: give at least one"):
+        generate_targets(model, [])
+    spectrograms = {"input_features": torch.zeros(1, 4, 14)}
+    with pytest.raises(UserError, match=r"batches\[1\] holds input_features, .* from input_ids"):
+        generate_targets(model, [*sources()[:1], spectrograms])
+
+
 TEXTS = st.lists(
     st.tuples(*(st.text("ab .,", max_size=12).map(lambda text: f"{text} a b"),) * 2), min_size=2,
     max_size=6,
