@@ -101,6 +101,7 @@ def refit(
     Input projections are aligned as well (see `rfprune.stages.align`). A sublayer without kept
     units gets the bias that replaces its mean output. A fit that does not lower the error on
     held-out tokens is not applied.
+
     Args:
         teacher: the reference model, frozen.
         student: a compact copy of the model that `layout` describes, frozen.
