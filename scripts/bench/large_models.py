@@ -27,7 +27,7 @@ MODELS: Mapping[str, Mapping[str, int]] = {
 }
 CARDS = (1, 8)
 SAMPLES, LENGTH, BATCH_SIZE, KEPT = 1024, 128, 4, 0.7
-PROCESS_BYTES = 7 * 10**8
+PROCESS_BYTES = 10**9
 """Of Python and the libraries, in a process that computes on the CPU, as `--max-memory` counts."""
 
 READS = 4

@@ -437,7 +437,8 @@ def decoders(lines: Sequence[Line]) -> str:
 
 def _text_length(line: Line) -> str:
     tokens = f"{line['samples']} x {line['mean_tokens']:g} tokens"
-    return f"{line['model']} [{line['original_score']:.1f}], {tokens}"
+    seed = f", seed {line['seed']}" if line["seed"] else ""
+    return f"{line['model']} [{line['original_score']:.1f}], {tokens}{seed}"
 
 
 def _perplexity(line: Line) -> str:
