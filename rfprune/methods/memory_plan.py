@@ -27,8 +27,8 @@ from rfprune.stages.least_squares import ROWS
 GIGABYTE = 10**9
 
 LATER_BYTES = 600 * 10**6
-"""What libraries take that are imported late (data, figures), pages of files of weights that are still
-mapped, and memory that is not given back. Measured with 1B parameters: see `scripts.bench.scale`."""
+"""What libraries take that are imported late (data, figures), pages of files of weights that are
+still mapped, and memory that is not given back; more than a run of 1B parameters needed."""
 
 _FLOAT64 = 8
 
