@@ -97,7 +97,7 @@ def compress_weights(source: Path, target: Path) -> None:
     """
     openvino = import_without_statistics("openvino")
 
-    with _quiet_nncf() as nncf:
+    with quiet_nncf() as nncf:
         model = nncf.compress_weights(
             openvino.Core().read_model(source), mode=nncf.CompressWeightsMode.INT8_ASYM
         )
@@ -105,8 +105,11 @@ def compress_weights(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def _quiet_nncf() -> Iterator[Any]:
-    """NNCF without messages. Its import replaces the class of later loggers, which is undone."""
+def quiet_nncf() -> Iterator[Any]:
+    """NNCF without messages and progress bars.
+
+    Its import replaces the class of later loggers, which is undone.
+    """
     logger_class = logging.getLoggerClass()
     try:
         with redirect_stdout(StringIO()):

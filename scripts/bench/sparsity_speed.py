@@ -5,8 +5,8 @@ python -m scripts.bench.sparsity_speed --model CHECKPOINT --batch-size 8 --lengt
 Zeros are placed by magnitude, and units are drawn at random: where they are does not change the
 time. OpenVINO is measured in float32, in int8 (NNCF, weights and activations), and in int8 with its
 decompression of sparse weights switched on (CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE), which is for
-int8 on processors with AMX. All models take turns, in processor time and on one thread,
-so that other work on the machine counts little.
+int8 on processors with AMX. All models take turns, in processor time and on one thread, so that
+other work on the machine counts little.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 from rfprune.cli.exit_codes import RESUMABLE, script
 from rfprune.errors import check_installed, import_without_statistics
+from rfprune.export.openvino import quiet_nncf
 from scripts.bench import harness
 from scripts.bench.harness import Conditions
 from scripts.bench.models import add_model_or_synthetic, draw_structure, pruned_to, random_batch
@@ -135,7 +137,9 @@ def _calls(model: Any, batch: Any) -> dict[str, Callable[[], object]]:
         request = openvino.Core().compile_model(model, "CPU", properties).create_infer_request()
         return lambda: request.infer(arrays)
 
-    converted = openvino.convert_model(model, example_input=dict(batch))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer
+        converted = openvino.convert_model(model, example_input=dict(batch))
     in_int8 = _in_int8(converted, arrays)
     return {
         PYTORCH: forward,
@@ -147,15 +151,14 @@ def _calls(model: Any, batch: Any) -> dict[str, Callable[[], object]]:
 
 def _in_int8(model: Any, arrays: Any) -> Any:
     """An OpenVINO model with weights and activations in int8; zeros stay zeros."""
-    nncf = import_without_statistics("nncf")
-
-    return nncf.quantize(
-        model,
-        nncf.Dataset([arrays]),
-        model_type=nncf.ModelType.TRANSFORMER,
-        subset_size=1,
-        advanced_parameters=nncf.AdvancedQuantizationParameters(disable_bias_correction=True),
-    )
+    with quiet_nncf() as nncf:
+        return nncf.quantize(
+            model,
+            nncf.Dataset([arrays]),
+            model_type=nncf.ModelType.TRANSFORMER,
+            subset_size=1,
+            advanced_parameters=nncf.AdvancedQuantizationParameters(disable_bias_correction=True),
+        )
 
 
 if __name__ == "__main__":

@@ -48,12 +48,15 @@ def test_magnitude_is_that_of_torch(tiny_model: Callable[..., Any]) -> None:
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("openvino"), reason="needs openvino")
-@pytest.mark.filterwarnings("ignore")  # of the tracer
 def test_models_with_zeros_are_timed_by_runtime(
-    tiny_folder: Callable[..., Path], output: Path, lines: ReadLines
+    tiny_folder: Callable[..., Path],
+    output: Path,
+    lines: ReadLines,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     flags = f"--model {tiny_folder()} --batch-size 1 --length 5 --rounds 1 --output {output}"
     assert sparsity_speed.main(flags.split()) == 0
+    assert "Statistics collection" not in capsys.readouterr().out  # a progress bar of NNCF
     (line,) = lines()
     assert list(line["models"]["2:4"]["ms"]) == list(sparsity_speed.RUNTIMES)
     assert "2:4" in sparsity_tables.speed([line])
