@@ -136,7 +136,7 @@ def check_config(config: Mapping[str, Any], source: str, task: Task) -> None:
 def _check_takes_no_audio(config: Mapping[str, Any], source: str) -> None:
     from transformers.models.auto import modeling_auto
 
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     if model_type in modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES:
         of_spectrograms = model_type in modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
         taken = "input_features" if of_spectrograms else "input_values"
