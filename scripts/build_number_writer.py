@@ -1,7 +1,7 @@
 """Make a tiny T5 that writes numbers in words, and its data: an example for task seq2seq.
 
 python scripts/build_number_writer.py numbers
-rfprune --model numbers/model --task seq2seq --data-dir numbers/data --constraint 0.7 \\
+rfprune --model numbers/model --task seq2seq --data-dir numbers/data --constraint 0.8 \\
     --source-prefix "write in words: "
 
 The model and its tokenizer are trained here, offline, in about a minute on one core.
@@ -37,7 +37,11 @@ _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags (default: those of the process): 0 done, 2 user error, 130
     interrupted."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("folder", type=Path, help="gets model/ and data/; it must be new")
     parser.add_argument("--steps", type=int, default=500, help="training steps (default: 500)")
     options = parser.parse_args(argv)

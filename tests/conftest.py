@@ -316,11 +316,7 @@ def tiny_config(model_type: str = "bert", **changes: Any) -> Any:
     }
     if model_type == "granite":
         settings["residual_multiplier"] = 0.5
-    if model_type in (
-        "nomic_bert",
-        "olmo2",
-        "olmo3",
-    ):  # frequencies that bfloat16 represents exactly
+    if model_type in ("nomic_bert", "olmo2", "olmo3"):  # frequencies that bfloat16 has exactly
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 256.0}
         if model_type == "olmo3":
             rope = {"full_attention": rope, "sliding_attention": rope}

@@ -58,7 +58,8 @@ class Work:
 
 @script(RESUMABLE)
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run with these flags (default: those of the process): 0 done, 2 user error."""
+    """Run with these flags (default: those of the process): 0 done, 2 user error, 130
+    interrupted."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -72,7 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     gpu = [line for line in measured if line["device"] == "cuda"]
     if not gpu:
-        raise UserError("no file scale_*_cuda_*.jsonl is there: run scripts.bench.scale on a GPU")
+        raise UserError(
+            f"'{options.results}' has no line of scale_*.jsonl that was measured on a GPU: run "
+            f"scripts.bench.scale on one, or give --results another folder"
+        )
     plans: list[Conditions] = [
         {"what": "plan", "model": model, "cards": cards, "offload": "cpu"}
         for model in MODELS

@@ -24,7 +24,7 @@ ROW = (*PLACE, "model", "task", "eval_limit", "variant")
 """One row of a table for each combination of these."""
 
 COSTS = {"mac": "MACs", "params": "parameters", "memory": "memory", "latency": "latency"}
-OURS = {
+BESIDE_PUBLISHED = {
     "curvature": "rfprune, curvature",
     "kwon-scheduled": "rfprune, kwon as published",
     "kprune-published": "K-prune, written from the paper",
@@ -167,7 +167,7 @@ def overview(lines: Sequence[Line], peers: str) -> str:
     chosen = [
         line
         for line in lines
-        if line["metric"] == "mac" and line["variant"] in OURS and line["task"] in TASKS
+        if line["metric"] == "mac" and line["variant"] in BESIDE_PUBLISHED and line["task"] in TASKS
     ]
     ratios = [name for name in published[0] if name.replace(".", "").isdigit()]
 
@@ -189,7 +189,7 @@ def _own_row(cells: Sequence[Cell], mark: Mark) -> dict[str, str]:
     }
     return {
         "task": line["task"],
-        "method": OURS[line["variant"]],
+        "method": BESIDE_PUBLISHED[line["variant"]],
         "model": line["model"],
         "source": "measured here",
         "dense": f"{cells[0].mean('original_score'):.1f}",
