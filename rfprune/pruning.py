@@ -69,8 +69,9 @@ def prune(
             an error. What torch.compile, accelerate and Trainer wrap around it is not used, and
             neither is autocast: the result is that of the plain model.
         batches: calibration batches, as a data collator makes them: input_ids (B, S), or
-            pixel_values (B, C, H, W) of images, or input_values (B, samples) of audio;
-            attention_mask, and the model's other inputs. Labels are not needed. Read once.
+            pixel_values (B, C, H, W) of images, or input_values (B, samples) of audio, or
+            input_features (B, frequencies, frames) of spectrograms; attention_mask, and the model's
+            other inputs. Labels are not needed. Read once.
         constraint: the fraction of the original cost to keep; a bare number is a fraction of MACs.
             `Sizes` give the heads and neurons of every layer instead. None keeps all heads and
             neurons, for `Settings(sparsity=...)` alone.

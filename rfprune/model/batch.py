@@ -17,9 +17,9 @@ from rfprune.errors import UserError
 Batch = Mapping[str, Tensor]
 """Model inputs by name, as a data collator makes them.
 
-Entries: input_ids (B, S), or pixel_values (B, channels, height, width), or input_values
-(B, samples) of audio; attention_mask (B, S), for audio (B, samples); for encoder-decoders
-decoder_input_ids (B, T); and any other input of the model. Multiple choice has (B, choices, S).
+Entries: input_ids (B, S), or a signal (see `SIGNALS`); attention_mask (B, S), for raw audio
+(B, samples); for encoder-decoders decoder_input_ids (B, T); and any other input of the model.
+Multiple choice has (B, choices, S).
 Labels (see `LABEL_NAMES`) and the two masks below are not passed to the model.
 """
 
@@ -83,7 +83,7 @@ def token_mask(batch: Batch) -> Tensor:
     if inputs is None or inputs.dim() < 2:
         raise UserError(
             f"a batch holds {', '.join(batch) or 'nothing'}, but a model needs input_ids (B, S), "
-            "or pixel_values for images, or input_values for audio"
+            "or pixel_values for images, or input_values or input_features for audio"
         )
     shape = inputs.shape if "input_ids" in batch else inputs.shape[:-1]
     mask = batch.get("attention_mask")

@@ -222,7 +222,7 @@ def _with_rows(name: str, batch: dict[str, Tensor], model: PreTrainedModel) -> B
     if main is None:
         raise UserError(
             f"{name} holds {', '.join(batch) or 'nothing'}, but a model needs input_ids (B, S), "
-            "or pixel_values for images, or input_values for audio"
+            "or pixel_values for images, or input_values or input_features for audio"
         )
     taken = model.main_input_name
     if taken in SIGNALS and taken not in batch:
