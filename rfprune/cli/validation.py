@@ -110,8 +110,8 @@ def check_kind(
         )
     if max_drop is not None and task.kind in _KINDS_WITHOUT_MAX_DROP:
         raise UserError(
-            f"--max-drop needs a score that is a mean over examples, but {task.metric_name} of "
-            f"{task.kind} is not: give sizes with --constraint, and compare them"
+            f"--max-drop draws samples of the examples, which {task.metric_name} of {task.kind} "
+            "does not allow: give sizes with --constraint, and compare them"
         )
     if "gguf" in exports and task.kind != "language-modeling":
         raise UserError(
