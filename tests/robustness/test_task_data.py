@@ -131,7 +131,7 @@ TASKS = (
           head="ForSequenceClassification"),
     _text("language modelling with `--label-column`", "belongs to --task custom", {},
           label_column="label"),
-    _text("language modelling with `--max-drop`", "perplexity of language-modeling is not", {},
+    _text("language modelling with `--max-drop`", "perplexity of language-modeling does", {},
           constraint=None, max_drop=1),
     _text("language modelling: an encoder with `--export gguf`", "not a BertLMHeadModel", {},
           export="gguf"),

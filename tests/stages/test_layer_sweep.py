@@ -62,7 +62,7 @@ def calibration_of(tiny_model: Tiny, tiny_batch: Tiny) -> Callable[..., Calibrat
         batches = []
         for seed in range(num_batches):
             batch = tiny_batch(3 + seed, padding=padding, seed=seed, model_type=model_type)
-            if head == "seq2seq-lm":
+            if head == "seq2seq-lm" and "input_ids" in batch:  # spectrograms have decoder inputs
                 batch["decoder_input_ids"] = batch["input_ids"]
             batches.append(add_token_mask(model, layout, batch))
         return Calibration(model, layout, batches)

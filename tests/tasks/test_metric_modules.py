@@ -33,6 +33,12 @@ BITS = {"predictions": [0, 1, 1, 0, 1], "references": [0, 1, 0, 1, 1]}
 VALUES = {"predictions": [0.5, 1.5, 3.25, 2.0], "references": [0.0, 2.5, 2.0, 3.0]}
 LABELS = {"predictions": [[1, 0, 1], [0, 0, 1]], "references": [[1, 1, 0], [0, 0, 1]]}
 TAGS = {"predictions": [["B-PER", "O"], ["O"]], "references": [["B-PER", "I-PER"], ["O"]]}
+TEXTS = {
+    "predictions": ["the cat sat on the mat", "no"], "references": ["the cat sat on a mat", "no"],
+}  # fmt: skip
+PRECISIONS = (6 / 7, 3 / 5, 2 / 4, 1 / 3)
+"""Of runs of one to four words; BLEU is their geometric mean, since the lengths are equal."""
+SUMMARIES = {"predictions": ["the cat sat", "no"], "references": ["the cat ran", "no"]}
 SQUAD_V2 = {"predictions": [ANSWER | {"no_answer_probability": 0.5}], "references": [SQUAD]}
 
 CASES: list[tuple[str, str | None, dict[str, Any], dict[str, float]]] = [
@@ -48,6 +54,10 @@ CASES: list[tuple[str, str | None, dict[str, Any], dict[str, float]]] = [
      {"f1": 0.0, "precision": 0.0, "recall": 0.0, "accuracy": 2 / 3}),
     ("token_classification", "accuracy", TAGS, {"accuracy": 2 / 3}),
     ("perplexity", None, {"predictions": [[-1.0, -2.0], [-3.0, -2.0]]}, {"perplexity": np.e**2}),
+    ("translation", None, TEXTS,
+     {"chrf": 72.442047, "bleu": 100 * float(np.prod(PRECISIONS)) ** 0.25}),
+    ("rouge", None, SUMMARIES,
+     {"rouge1": (2 / 3 + 1) / 2, "rouge2": 1 / 4, "rougeL": (2 / 3 + 1) / 2}),
     ("squad", None, {"predictions": [ANSWER], "references": [SQUAD]},
      {"exact_match": 100.0, "f1": 100.0}),
     ("squad_v2", None, SQUAD_V2, {"exact": 100.0, "f1": 100.0, "total": 1, "HasAns_exact": 100.0,

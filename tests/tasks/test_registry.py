@@ -30,7 +30,7 @@ def config(*names: str) -> Any:
 def test_every_task_of_the_project_is_there_under_its_own_name() -> None:
     assert list(TASKS) == ("mrpc sst2 stsb cola rte qnli qqp mnli wnli squad squad_v2".split())
     assert all(get_task(name).name == name for name in TASKS)
-    assert TASK_NAMES == (*TASKS, CUSTOM, "language-modeling", "similarity")
+    assert TASK_NAMES == (*TASKS, CUSTOM, "language-modeling", "similarity", "seq2seq")
 
 
 @pytest.mark.parametrize("name", ["mprc", "", "MRPC", "custom"])
