@@ -19,6 +19,7 @@ alone is masked.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -127,15 +128,14 @@ def sparsify(
             scores = scores * second_moment.diagonal().clamp_min(0).sqrt()
         mask = keep_largest(scores, pattern, by_row=criterion == "wanda")
         return _masked(weight, bias, mask, dense, second_moment)
-    covariance, mean = second_moment, None
+    covariance, mean, rounding = second_moment, None, 0.0
     if bias is not None:
         covariance = inputs.centred()[0] / inputs.count
         mean = inputs.feature_sum / inputs.count
         # Centring loses what is below the rounding error of the uncentred float32 products.
         rounding = torch.finfo(torch.float32).eps * float(second_moment.trace())
         covariance.diagonal().add_(rounding)
-    damped = _damped(covariance)
-    swept, mask = _sweep(dense, damped, pattern)
+    damped, swept, mask = _sweep_damped(dense, covariance, rounding, pattern)
     fitted = _fit_kept(dense.float(), swept.float(), mask, damped.float())
     masked = _masked(weight, bias, mask, dense, second_moment)
     rounded = fitted.to(weight)
@@ -196,6 +196,24 @@ def _masked(
 def _errors(change: Tensor, second_moment: Tensor) -> Tensor:
     """(d,): the mean square of a change (d, p) of the weight, applied to the inputs."""
     return ((change @ second_moment) * change).sum(1).clamp_min(0)
+
+
+def _sweep_damped(
+    dense: Tensor, covariance: Tensor, rounding: float, pattern: Pattern
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The damped second moment that a sweep was possible with, and what `_sweep` returns.
+
+    Inputs that are nearly constant may need more on the diagonal than `rounding`: 10 and 100 times
+    as much.
+    """
+    for times in (0, 9):
+        covariance.diagonal().add_(times * rounding)
+        damped = _damped(covariance)
+        with suppress(NumericalFailure):
+            return damped, *_sweep(dense, damped, pattern)
+    covariance.diagonal().add_(90 * rounding)
+    damped = _damped(covariance)
+    return damped, *_sweep(dense, damped, pattern)
 
 
 def _damped(covariance: Tensor) -> Tensor:

@@ -140,6 +140,22 @@ def test_dead_inputs_lose_their_weights_first() -> None:
     )
 
 
+@pytest.mark.parametrize("varying", [0, 100])
+def test_constant_inputs_far_from_zero_do_not_stop_a_sweep(varying: int) -> None:
+    """Sums of their float32 products may have eigenvalues below zero once they are centred."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.linspace(1, 9, 300).repeat(640, 1)
+    x[:, :varying] = 5 + 0.001 * torch.randn(640, varying, generator=generator)
+    inputs = moments_of(x)
+    centred = inputs.centred()[0]
+    assert torch.linalg.eigvalsh(centred).min() < -1e-7 * inputs.gram.trace()
+    weight = torch.randn(8, 300, generator=generator)
+    sparse = sparsify(weight, torch.zeros(8), inputs, Pattern.of("0.75"), "obs")
+    assert int(sparse.weight.count_nonzero()) == 600
+    assert sparse.bias is not None
+    torch.testing.assert_close(x @ sparse.weight.T + sparse.bias, x @ weight.T, rtol=0, atol=0.3)
+
+
 def test_several_blocks_of_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks share a density to within one weight, and one block is no better than several."""
     weight, _, x = random_map(7, 50, tokens=400)
