@@ -19,7 +19,6 @@ alone is masked.
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -206,14 +205,14 @@ def _sweep_damped(
     Inputs that are nearly constant may need more on the diagonal than `rounding`: 10 and 100 times
     as much.
     """
-    for times in (0, 9):
-        covariance.diagonal().add_(times * rounding)
+    for added in sorted({0.0, 9 * rounding, 90 * rounding}):
+        covariance.diagonal().add_(added)
         damped = _damped(covariance)
-        with suppress(NumericalFailure):
+        try:
             return damped, *_sweep(dense, damped, pattern)
-    covariance.diagonal().add_(90 * rounding)
-    damped = _damped(covariance)
-    return damped, *_sweep(dense, damped, pattern)
+        except NumericalFailure as error:
+            failure = error
+    raise failure
 
 
 def _damped(covariance: Tensor) -> Tensor:

@@ -251,7 +251,6 @@ class Bench:
         """
         from rfprune.cost.constraint import Constraint
         from rfprune.methods.problem import prepare_problem
-        from rfprune.methods.statistics import collect_statistics
         from rfprune.pruning import prune_to_each
         from rfprune.tasks.evaluation import divergence, evaluate_model
         from scripts.bench.peers.peer import collector
@@ -272,7 +271,7 @@ class Bench:
             results = prune_to_each(
                 problem,
                 constraints,
-                collect=collector(asked) if peer else collect_statistics,
+                collect=collector(asked) if peer else None,
             )
             for conditions in group:
                 try:
