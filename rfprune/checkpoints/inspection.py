@@ -165,8 +165,8 @@ def kind_of(config: Mapping[str, Any], source: str) -> Kind:
     A configuration without `architectures` counts as a sequence classifier.
 
     Raises:
-        UserError: the checkpoint writes texts, for which there are tasks of their own, or takes
-            audio, for which there is none.
+        UserError: the checkpoint writes texts, which other tasks are for, or takes audio, which no
+            task accepts.
     """
     _check_takes_no_audio(config, source)
     names = class_names(config)

@@ -82,7 +82,7 @@ class Block:
         producers: the linear maps whose output rows make the units.
         num_units: how many units there are now.
         unit_width: input features of the consumer per unit (1 for a neuron).
-        head_width: features of one query head, of which a unit may hold several (1 for a neuron).
+        head_width: features of one query head; a unit may hold several heads (1 for a neuron).
         original_units: for each head, its index in the model before any pruning; neurons are
             numbered as they are now.
         pre_norm: whether norms precede the sublayers of this stack.

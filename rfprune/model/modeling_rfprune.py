@@ -60,7 +60,7 @@ _PRODUCER_FIELDS: dict[str, tuple[type, ...]] = {
     "path": (str,),
     "parts": (int,),  # copies of the units: 3 for fused queries, keys and values
     "width": (int,),  # output rows of one unit in one part
-    # in the first part, where that is another number: fused queries of which several share a key
+    # in the first part, if its number differs: several fused queries may share one key
     "first_width": (int, type(None)),
 }
 

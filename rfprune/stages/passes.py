@@ -164,7 +164,7 @@ def optional_gradients(
 
 
 def complete(gradients: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    """Gradients, none of which may be missing.
+    """Gradients; a missing one is an error.
 
     Raises:
         UserError: the objective does not depend on a tensor.

@@ -336,7 +336,7 @@ def large_models(lines: Sequence[Line]) -> str:
             ]
 
     first = plans[0] if plans else checks[0]
-    heads = ["model", "cards", "a card", "of which GB", *stages, "in all", "weights loaded"]
+    heads = ["model", "cards", "bytes a card", "GB by part", *stages, "in all", "weights loaded"]
     own_heads = ["machine, tokens", "offload", "parameters", *stages, "memory, planned / measured"]
     return (
         f"{first['samples']:,} x {first['length']} tokens in batches of {first['batch_size']}, "

@@ -399,7 +399,7 @@ def test_mask_gradients_are_finite_differences(
     gradients = torch.autograd.grad(score, masks)
     largest = max(float(gradient.abs().max()) for gradient in gradients)
     for block, gradient in zip(layout.blocks, gradients, strict=True):
-        if block.sublayer.one_unit:  # its norm takes back what it is scaled by, but for an epsilon
+        if block.sublayer.one_unit:  # its norm cancels a scale, up to the epsilon
             assert gradient.abs().max() < 1e-2 * largest
         else:
             assert gradient.abs().max() > 1e-2

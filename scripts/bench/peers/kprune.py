@@ -8,7 +8,7 @@ Sublayers are pruned one by one, bottom up. For each of them:
                               KL(original || pruned so far) at a temperature. Representational: the
                               energy of what the unit adds to the hidden states
     mask search (KPMS)        importance = (predictive + λ·representational) / cost; one threshold
-                              over all these units within what is left of the budget; only the
+                              over all these units within the rest of the budget; only the
                               sublayer's own units are removed
     weight tuning (KPWT)      the output projection is solved by least squares: its output plus the
                               residual of the pruned model is to be that of the original model
@@ -31,7 +31,7 @@ Departures:
 - The gradient is that of one mask a head, as in the paper; their code has a mask for each feature.
 - Costs are those of the package, and the budget may be used up; there, it is not quite.
 - Least squares are solved in float64; where that fails, the sublayer keeps its weights, with a
-  warning. An FFN that loses no neuron is solved as well; their code leaves it as it is.
+  warning. An FFN that loses no neuron is solved as well; their code does not change it.
 - A sublayer without units keeps its bias, which their code removes.
 """
 
@@ -251,7 +251,7 @@ def predictions(outputs: Any) -> dict[str, Tensor]:
     """The logits of a classifier, a regression or question answering.
 
     Raises:
-        UserError: there are none, or one for each token.
+        UserError: the outputs have no predictions, or one for each token.
     """
     found = {name: outputs[name] for name in PREDICTIONS if name in outputs}
     if not found or any(logits.dim() != 2 for logits in found.values()):
