@@ -30,11 +30,16 @@ from rfprune.cost.sizes import Sizes
 from rfprune.methods.allocation import divide_budget
 from rfprune.methods.problem import Problem
 from rfprune.methods.unfinished import UnfinishedCurves
+from rfprune.model.batch import first_examples
 from rfprune.model.frozen import frozen
 from rfprune.model.masks import Masks
 from rfprune.stages.curvature import collect_curvature, error_curve
 from rfprune.stages.optimal_brain_surgeon import ErrorCurve
 from rfprune.stages.tune import refit
+from rfprune.stages.whole_blocks import errors_without
+
+MEASURED_TOKENS = 1024
+"""Tokens on which the error without a block is measured, at most."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,33 @@ def _orders_and_errors(problem: Problem) -> Tensors:
                 curves[number] = found
             del factors  # before the next ones are collected
     unfinished.remove(len(problem.layout.blocks))
-    return tuple(tensor for pair in distributed.all_gather(curves) for tensor in pair)
+    pairs = distributed.all_gather(curves)
+    with problem.timer.stage("search"):
+        for number, error in _measured_errors(problem).items():
+            _, errors = pairs[number]
+            errors[0] = max(float(errors[0]), error)
+    return tuple(tensor for pair in pairs for tensor in pair)
+
+
+def _measured_errors(problem: Problem) -> dict[int, float]:
+    """The error without each attention whose output passes a norm, by number of the block.
+
+    An FFN keeps some of its thousands of neurons; an attention may have a single unit.
+    """
+    model, layout = problem.model, problem.layout
+    numbers = [
+        number
+        for number, block in enumerate(layout.blocks)
+        if block.sublayer.output_norm is not None and block.kind == "head"
+    ]
+    if not numbers:
+        return {}
+    few = first_examples(problem.calibration.batches, MEASURED_TOKENS)
+    with frozen(model):
+        errors = distributed.broadcast_from_main(
+            lambda: errors_without(model, layout, numbers, few, problem.loss)
+        )
+    return dict(zip(numbers, errors, strict=True))
 
 
 def refit_weights(

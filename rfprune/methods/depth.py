@@ -27,7 +27,7 @@ from rfprune.errors import UserError
 from rfprune.methods.budget import layers_to_choose_from
 from rfprune.methods.problem import Problem
 from rfprune.methods.statistics import Statistics
-from rfprune.model.batch import Batch, token_mask
+from rfprune.model.batch import Batch, first_examples
 from rfprune.model.compact import compact
 from rfprune.model.depth import remove_layers
 from rfprune.model.frozen import frozen
@@ -264,7 +264,7 @@ def compare_layers(problem: Problem, statistics: Statistics) -> list[StackOfLaye
 
 def held_out_batches(batches: Sequence[Batch]) -> list[Batch]:
     """Every `HELD_OUT_EVERY`-th batch, up to `MAX_TOKENS` tokens; the last one if there are few."""
-    return _first_tokens(batches[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] or batches[-1:])
+    return first_examples(batches[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] or batches[-1:], MAX_TOKENS)
 
 
 def _split(batch: Batch, parts: int) -> list[Batch]:
@@ -272,14 +272,3 @@ def _split(batch: Batch, parts: int) -> list[Batch]:
     rows = min(len(value) for value in batch.values())
     pieces = {name: value.tensor_split(min(parts, rows)) for name, value in batch.items()}
     return [dict(zip(pieces, piece, strict=True)) for piece in zip(*pieces.values(), strict=True)]
-
-
-def _first_tokens(batches: Sequence[Batch]) -> list[Batch]:
-    """The first batches that hold at most `MAX_TOKENS` tokens together, at least one."""
-    found, tokens = list(batches[:1]), int(token_mask(batches[0]).sum())
-    for batch in batches[1:]:
-        tokens += int(token_mask(batch).sum())
-        if tokens > MAX_TOKENS:
-            break
-        found.append(batch)
-    return found

@@ -118,6 +118,21 @@ def _mean_length(masks: Sequence[Tensor]) -> float:
     return float(sum(int(mask.sum()) for mask in masks) / sum(len(mask) for mask in masks))
 
 
+def first_examples(batches: Sequence[Batch], max_tokens: int) -> list[Batch]:
+    """The first examples that have at most `max_tokens` tokens together; at least one example."""
+    found: list[Batch] = []
+    left = max_tokens
+    for batch in batches:
+        tokens = token_mask(batch).sum(1).cumsum(0)
+        rows = max(int((tokens <= left).sum()), 0 if found else 1)
+        if rows:
+            found.append({name: values[:rows] for name, values in batch.items()})
+        if rows < len(tokens):
+            break
+        left -= int(tokens[-1])
+    return found
+
+
 def first_tokens(tokens: Tensor) -> Tensor:
     """(B, S) booleans: true at the first token of each example, with padding on either side."""
     return tokens & (tokens.cumsum(1) == 1)

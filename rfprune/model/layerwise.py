@@ -50,8 +50,8 @@ class Trace:
         features: (B, S, U * width), the consumer's input; None if the block has no units left.
         output: (B, S, d), the consumer's output, normalised or scaled where the family does so.
         residual_sum: (B, S, d), output plus residual.
-        output_rms: (B, S, 1), the root mean square by which the output was divided; None in
-            families without a norm of the output.
+        output_rms: (B, S, 1), by which the output was divided; None in families without a norm of
+            the output.
     """
 
     features: Tensor | None
@@ -248,15 +248,26 @@ def trace_block(
     """Run a layer up to the residual sum of `block`; for the arguments see `run_layer`."""
     with _skipped(model, skip, hidden), _recorded(model, block) as seen, suppress(_Stop):
         seen["residual_sum"] = _layer_output(model, layer, hidden, calls)
-    output, rms = seen["output"].view(hidden.shape), None
+    output = seen["output"].view(hidden.shape)
+    rms = output_rms(model, block, output)
     if block.sublayer.output_norm is not None:
-        rms = output.float().square().mean(-1, keepdim=True).sqrt()
         output = model.get_submodule(block.sublayer.output_norm)(output)
     elif (scale := layer_scale(model, block)) is not None:
         output = scale * output
     if block.sublayer.parallel:
         return Trace(seen.get("features"), output, hidden + output, rms)
     return Trace(seen.get("features"), output, seen["residual_sum"].view(hidden.shape), rms)
+
+
+def output_rms(model: nn.Module, block: Block, output: Tensor) -> Tensor | None:
+    """The root mean square (..., 1) by which the norm of a block divides the consumer's output
+    (..., d), its epsilon included; None where there is no such norm."""
+    path = block.sublayer.output_norm
+    if path is None:
+        return None
+    norm: Any = model.get_submodule(path)
+    epsilon: float = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+    return (output.float().square().mean(-1, keepdim=True) + epsilon).sqrt()
 
 
 def layer_scale(model: nn.Module, block: Block) -> Tensor | None:

@@ -13,12 +13,16 @@ Choices of this project, all by measurement:
 - A is centred where the consumer has a bias, which can restore the mean of a removed unit.
 - All tokens have equal weight in A. Weighting them by their gradients gave larger divergences.
 - Errors in lower layers have more weight; see `DEPTH_WEIGHT`.
+- Where a norm divides the output by its root mean square (Gemma 2), each input is divided by it
+  too, and each gradient multiplied. Neither changes the product of a gradient and an output, but A
+  and G are averaged apart, and tokens with small outputs, whose gradients are large, would dominate
+  G. In Gemma 3 270M the root mean square of the first token is a thousandth of the others'.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +33,7 @@ from rfprune import distributed
 from rfprune.errors import UserError
 from rfprune.model.batch import pack, token_mask
 from rfprune.model.encoder_decoder import block_token_mask
+from rfprune.model.layerwise import output_rms
 from rfprune.model.layout import Block, Layout
 from rfprune.model.linear import linear, weight_of
 from rfprune.model.residency import execution_device, resident
@@ -37,7 +42,7 @@ from rfprune.stages.collection import passes
 from rfprune.stages.float64 import to_float64
 from rfprune.stages.least_squares import ROWS, NumericalFailure
 from rfprune.stages.optimal_brain_surgeon import ErrorCurve, removal_curve
-from rfprune.stages.output_gradients import LinearOutputs, Record
+from rfprune.stages.output_gradients import LinearOutputs, RecordRun
 from rfprune.stages.passes import Pass, Step
 from rfprune.stages.tensor_store import KeptTensor, TensorStore
 
@@ -51,6 +56,10 @@ The Fisher information is local: it does not include the errors that pruning cau
 above. Layers of pre-norm models have equal weights, since there errors reach the layers above
 through the residual connection only.
 """
+
+
+Record = Callable[[Tensor], None]
+"""A function that stores or sums the rows (tokens, n) that it is called with."""
 
 
 @dataclass
@@ -336,21 +345,29 @@ def _record_rows(
             gradients (tokens, d). Each is called once for every run of the block, and the second
             one also for every objective value.
     """
-    layout, batch = calibration.layout, calibration.batches[number]
+    layout, batch, model = calibration.layout, calibration.batches[number], calibration.model
     blocks = [layout.blocks[i] for i in one.blocks]
     masks = [block_token_mask(layout, block, batch) for block in blocks]
 
-    def packed(record_rows: Record, mask: Tensor) -> Record:
-        return lambda values: record_rows(pack(values, mask).float())
+    def rows(block: Block, values: Tensor, output: Tensor, mask: Tensor, power: int) -> Tensor:
+        packed, rms = pack(values, mask).float(), output_rms(model, block, output)
+        return packed if rms is None else packed * pack(rms, mask) ** power
 
-    pairs = list(zip(record, masks, strict=True))
+    def record_run(block: Block, record_inputs: Record, mask: Tensor) -> RecordRun:
+        return lambda inputs, output: record_inputs(rows(block, inputs, output, mask, -1))
+
     watch = LinearOutputs(
-        calibration.model,
+        model,
         [block.consumer for block in blocks],
-        [packed(inputs, mask) for (inputs, _), mask in pairs],
+        [
+            record_run(block, record_inputs, mask)
+            for block, (record_inputs, _), mask in zip(blocks, record, masks, strict=True)
+        ],
     )
-    record_gradients = [packed(gradients, mask) for (_, gradients), mask in pairs]
     for found in one.gradients(number, watch):
-        for record_one, runs in zip(record_gradients, watch.by_map(found), strict=True):
-            for gradient in runs:
-                record_one(gradient)
+        by_block = watch.by_map(found), watch.by_map(watch.tensors)
+        for block, (_, record_gradients), mask, gradients, outputs in zip(
+            blocks, record, masks, *by_block, strict=True
+        ):
+            for gradient, output in zip(gradients, outputs, strict=True):
+                record_gradients(rows(block, gradient, output.detach(), mask, 1))

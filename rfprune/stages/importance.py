@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -177,6 +178,10 @@ def collect_gradient_norms(calibration: Calibration) -> Gradients:
     return collected
 
 
+def _append_input(runs: list[Tensor], inputs: Tensor, _: Tensor) -> None:
+    runs.append(inputs)
+
+
 def _norms(calibration: Calibration, one: Pass, number: int) -> list[Tensor]:
     """Norms (examples and objective values, U) on a batch, for the blocks of a pass."""
     layout, batch = calibration.layout, calibration.batches[number]
@@ -184,7 +189,9 @@ def _norms(calibration: Calibration, one: Pass, number: int) -> list[Tensor]:
     inputs: list[list[Tensor]] = [[] for _ in blocks]
     rows: list[list[Tensor]] = [[] for _ in blocks]
     watch = LinearOutputs(
-        calibration.model, [block.consumer for block in blocks], [runs.append for runs in inputs]
+        calibration.model,
+        [block.consumer for block in blocks],
+        [partial(_append_input, runs) for runs in inputs],
     )
     for gradients in one.gradients(number, watch):
         by_block = watch.by_map(gradients)

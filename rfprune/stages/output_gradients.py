@@ -9,8 +9,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-Record = Callable[[Tensor], None]
-"""A function that stores or sums the tensor that it is called with."""
+RecordRun = Callable[[Tensor, Tensor], None]
+"""A function that stores or sums the input and output of a map that it is called with."""
 
 
 class Watch(Protocol):
@@ -30,21 +30,21 @@ class LinearOutputs:
     Args:
         model: that has the maps.
         paths: of the maps.
-        record_inputs: one function per map, if any. It is called with the input of the map,
-            (B, S, p) or (B * S, p), detached, once for each run of the map.
+        record: one function per map, if any. It is called once for each run of the map with its
+            input, (B, S, p) or (B * S, p), and its output, detached.
     """
 
     def __init__(
-        self, model: nn.Module, paths: Sequence[str], record_inputs: Sequence[Record] = ()
+        self, model: nn.Module, paths: Sequence[str], record: Sequence[RecordRun] = ()
     ) -> None:
         self._maps = [model.get_submodule(path) for path in paths]
-        self._record_inputs = record_inputs or [_ignore] * len(paths)
+        self._record = record or [_ignore] * len(paths)
         self._outputs: list[list[Tensor]] = [[] for _ in paths]
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """A context in which the maps have hooks."""
-        watched = zip(self._maps, self._record_inputs, self._outputs, strict=True)
+        watched = zip(self._maps, self._record, self._outputs, strict=True)
         with ExitStack() as stack:
             for module, record, outputs in watched:
                 hook = _recording_hook(record, outputs)
@@ -62,15 +62,15 @@ class LinearOutputs:
         return [tuple(islice(left, len(outputs))) for outputs in self._outputs]
 
 
-def _ignore(_: Tensor) -> None:
-    """A `Record` that does nothing."""
+def _ignore(_: Tensor, __: Tensor) -> None:
+    """A `RecordRun` that does nothing."""
 
 
 def _recording_hook(
-    record: Record, outputs: list[Tensor]
+    record: RecordRun, outputs: list[Tensor]
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        record(inputs[0].detach())
+        record(inputs[0].detach(), output.detach())
         if not output.requires_grad:  # the first block of a frozen model: its output is a leaf
             output = output.detach().requires_grad_()
         outputs.append(output)

@@ -13,8 +13,9 @@ they are not used.
 
 Where a norm divides the output by its root mean square before the residual is added (Gemma 2), the
 features are divided by that of the teacher's output instead, and the weight of the norm scales the
-output projection. The fit is then linear, and exact where student and teacher have the same root
-mean square.
+output projection. The fit is then linear. It is exact where student and teacher have the same root
+mean square, so the target is the teacher's output alone: an output of fixed length has no room for
+errors of the residual. With them in the target, the fit of Gemma 3 270M was worse than none.
 
 Layers with shared weights (ALBERT) run several times in a forward pass. Their blocks are fitted
 once, to the teacher's outputs in all runs. The inputs of a run depend on the fit itself, through
@@ -50,9 +51,6 @@ from rfprune.stages.tensor_store import TensorStore
 
 HELD_OUT_EVERY = 8
 """One batch of this many is held out from a fit, to choose the ridge and to accept the fit."""
-
-SMALLEST_RMS = 1e-6
-"""The least root mean square of an output that features are divided by."""
 
 Solve = Callable[[Block, Moments, Moments, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 """From a block, the moments of the training and of the held-out batches, and the present weight
@@ -319,18 +317,18 @@ def _fit_data(
     tokens = student.tokens(i, own)
     teacher_calls, student_calls = _layer_calls(teacher, student, i)
     wanted = teacher.trace(i, block.original, teacher_calls)
-    rms, wanted_sum = wanted.output_rms, wanted.residual_sum
+    wanted_sum = wanted.residual_sum
     if block.target is not block.original:
         wanted_sum = teacher.trace(i, block.target, teacher_calls).residual_sum
     teacher.store(i, block.target, wanted_sum)
     trace = student.trace(i, own, student_calls)
     chosen = first_tokens(tokens) if first_token_only else tokens
+    if wanted.output_rms is not None:
+        target = pack(wanted.output, chosen)
+        return _features(trace.features, chosen, target) / pack(wanted.output_rms, chosen), target
     residual = pack(trace.residual_sum, chosen) - pack(trace.output, chosen)
     target = pack(wanted_sum, chosen) - residual
-    features = _features(trace.features, chosen, target)
-    if rms is not None:
-        features = features / pack(rms, chosen).clamp_min(SMALLEST_RMS)
-    return features, target
+    return _features(trace.features, chosen, target), target
 
 
 def _collect_moments_of_runs(pair: Pair, batches: Sequence[Batch], block: Block) -> SplitMoments:
