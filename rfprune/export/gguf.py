@@ -10,6 +10,7 @@ transformers:
   zeros. A layer without heads has neither an attention nor its norm, unless it is the first, whose
   heads llama.cpp takes the model's sizes from, or has a bias: it gets heads of zeros.
 - Quantised rows are multiples of 32 values: numbers of neurons are rounded up with zeros.
+- Gemma's norms multiply by 1 + weight, llama.cpp's by the weight.
 
 The package gguf is imported inside the functions.
 """
@@ -39,6 +40,9 @@ UNEQUAL = "deci"
 
 ROTARY_FACTORS = "rope_freqs.weight"
 
+GEMMA3_27B_LAYERS = 62
+"""By this number llama.cpp knows Gemma 3 27B, whose scores of attention it scales differently."""
+
 FIXED_ROTARY_TYPES = ("default", "linear", "llama3")
 """Rotary positions whose frequencies depend neither on the text nor on its length."""
 
@@ -52,11 +56,22 @@ class GgufFamily:
         interleaved: whether that architecture turns neighbouring features.
         only_equal: what the architecture for unequal layers lacks, if anything. Such a family has
             neither biases of projections nor scaled rotary positions in llama.cpp.
+        activation: of the FFN.
+        norm_offset: added to the weights of norms in the file.
+        sliding_window: whether the file has an entry for it. Without one, the context length is
+            limited to the window.
+        pattern: how the layers differ, which llama.cpp fixes by their numbers; "" if they do not.
+        period: every such layer has what `pattern` says.
     """
 
     architecture: str
     interleaved: bool = True
     only_equal: str = ""
+    activation: str = "silu"
+    norm_offset: float = 0.0
+    sliding_window: bool = False
+    pattern: str = ""
+    period: int = 0
 
 
 GGUF_FAMILIES: Mapping[str, GgufFamily] = {
@@ -64,7 +79,22 @@ GGUF_FAMILIES: Mapping[str, GgufFamily] = {
     "mistral": GgufFamily("llama"),
     "qwen2": GgufFamily("qwen2", interleaved=False),
     "qwen3": GgufFamily("qwen3", interleaved=False, only_equal="norms of queries and keys"),
-    "smollm3": GgufFamily("smollm3", only_equal="layers without rotary positions"),
+    "smollm3": GgufFamily(
+        "smollm3",
+        only_equal="layers without rotary positions",
+        pattern="every fourth layer has no rotary positions",
+        period=4,
+    ),
+    "gemma3_text": GgufFamily(
+        "gemma3",
+        interleaved=False,
+        only_equal="norms of the outputs of attention and FFN",
+        activation="gelu_pytorch_tanh",
+        norm_offset=1.0,
+        sliding_window=True,
+        pattern="every sixth layer has full attention, and the others a sliding window",
+        period=6,
+    ),
 }
 """By model type."""
 
@@ -115,20 +145,21 @@ def check_gguf(
     equal_layers = settings is None or settings.uniform or settings.depth == "layers"
     if family.only_equal and not equal_layers:
         raise _unequal_refusal(config.model_type, family)
-    if config.hidden_act != "silu":
-        raise _refusal(f"llama.cpp's {family.architecture} has no activation {config.hidden_act}")
+    activation = getattr(config, "hidden_act", None) or config.hidden_activation
+    if activation != family.activation:
+        raise _refusal(f"llama.cpp's {family.architecture} has no activation {activation}")
     has_biases = any(getattr(config, name, False) for name in ("attention_bias", "mlp_bias"))
     if family.only_equal and has_biases:
         raise _refusal(f"llama.cpp's {family.architecture} has no biases of projections")
-    if config.model_type == "smollm3" and list(config.no_rope_layers) != [
-        int((number + 1) % 4 != 0) for number in range(config.num_hidden_layers)
-    ]:
-        raise _refusal("in llama.cpp's smollm3 every fourth layer has no rotary positions")
-    if config.model_type == "smollm3" and settings is not None and settings.depth != "off":
+    if family.pattern and not _follows_pattern(config, family.period):
+        raise _refusal(f"in llama.cpp's {family.architecture} {family.pattern}")
+    if family.pattern and settings is not None and settings.depth != "off":
         raise _refusal(
-            "in llama.cpp's smollm3 every fourth layer has no rotary positions, and "
+            f"in llama.cpp's {family.architecture} {family.pattern}, and "
             f"--depth {settings.depth} moves layers"
         )
+    if config.model_type == "gemma3_text":
+        _check_gemma3_attention(config)
     if rotary_factors(model) is not None and family.only_equal:
         raise _refusal(f"llama.cpp's {family.architecture} has no scaled rotary positions")
     if kinds != ("f16",) and config.hidden_size % QUANTIZED_BLOCK:
@@ -137,6 +168,30 @@ def check_gguf(
             f"{QUANTIZED_BLOCK}, and it is {config.hidden_size}: use --gguf-type f16"
         )
     read_vocabulary(tokenizer, config.vocab_size)
+
+
+def _follows_pattern(config: Any, period: int) -> bool:
+    """Whether the layers with the numbers period, 2 period, ... differ from the others."""
+    if config.model_type == "smollm3":
+        differs = [not has_rotary for has_rotary in config.no_rope_layers]
+    else:
+        differs = [kind == "full_attention" for kind in config.layer_types]
+    return differs == [number % period == 0 for number in range(1, len(differs) + 1)]
+
+
+def _check_gemma3_attention(config: Any) -> None:
+    """Refuse what differs from the released text models, for which llama.cpp's gemma3 is made."""
+    if config.attn_logit_softcapping or config.final_logit_softcapping:
+        raise _refusal("GGUF files of Gemma 3 have no soft-capping")
+    if config.use_bidirectional_attention:
+        raise _refusal("in llama.cpp's gemma3 a token attends to earlier tokens only")
+    divisor = config.query_pre_attn_scalar
+    if divisor != config.head_dim or config.num_hidden_layers == GEMMA3_27B_LAYERS:
+        raise _refusal(
+            "llama.cpp's gemma3 divides attention scores by the square root of the head's width, "
+            f"{config.head_dim}, except in a model of {GEMMA3_27B_LAYERS} layers; this model has "
+            f"{config.num_hidden_layers} layers, and divides them by that of {divisor}"
+        )
 
 
 def _refusal(reason: str) -> UserError:
@@ -153,26 +208,33 @@ def _unequal_refusal(model_type: str, family: GgufFamily) -> UserError:
 def rotary_factors(model: Any) -> Tensor | None:
     """What the frequencies of rotary positions are divided by, (D / 2,); None: by 1.
 
+    Where they depend on the kind of layer (Gemma 3): those of the first kind with other than 1.
+
     Raises:
         UserError: they depend on the length of the text, or turn a part of the features.
     """
-    config, rotary = model.config, model.base_model.rotary_emb
-    kind = _rotary_settings(config).get("rope_type", "default")
-    if kind not in FIXED_ROTARY_TYPES:
-        raise _refusal(f"rotary positions of type {kind} have no fixed frequencies")
-    scaled = type(rotary)(config=config).inv_freq.double()  # the model's may have been rounded
-    width = head_width(config)
-    if 2 * len(scaled) != width:
-        raise _refusal(f"rotary positions turn {2 * len(scaled)} of {width} features of a head")
+    config, width = model.config, head_width(model.config)
+    rotary = type(model.base_model.rotary_emb)(config=config)  # the model's may have been rounded
     powers = torch.arange(0, width, 2, dtype=torch.float64) / width
-    factors = _rotary_settings(config)["rope_theta"] ** -powers / scaled
-    return None if bool(((factors - 1).abs() < 1e-6).all()) else factors.float()
+    for layer_type, settings in _rotary_settings(config).items():
+        if layer_type and layer_type not in config.layer_types:
+            continue
+        kind = settings.get("rope_type", "default")
+        if kind not in FIXED_ROTARY_TYPES:
+            raise _refusal(f"rotary positions of type {kind} have no fixed frequencies")
+        scaled = getattr(rotary, f"{layer_type}_inv_freq" if layer_type else "inv_freq").double()
+        if 2 * len(scaled) != width:
+            raise _refusal(f"rotary positions turn {2 * len(scaled)} of {width} features of a head")
+        factors: Tensor = settings["rope_theta"] ** -powers / scaled
+        if bool(((factors - 1).abs() >= 1e-6).any()):
+            return factors.float()
+    return None
 
 
-def _rotary_settings(config: Any) -> Mapping[str, Any]:
-    """The entry rope_parameters, which transformers 4 keeps in two."""
-    found: Mapping[str, Any] | None = getattr(config, "rope_parameters", None)
-    return found or {"rope_theta": config.rope_theta, **(config.rope_scaling or {})}
+def _rotary_settings(config: Any) -> Mapping[str, Mapping[str, Any]]:
+    """The entry rope_parameters by type of layer; under "" if all layers share it."""
+    found: Mapping[str, Any] = config.rope_parameters
+    return {"": found} if "rope_theta" in found else found
 
 
 def head_width(config: Any) -> int:
@@ -214,6 +276,11 @@ def to_gguf(model: Any, *, row_multiple: int = 1) -> GgufModel:
         for name, values in model.state_dict().items()
         if not name.startswith("model.layers.")
     }
+    if family.norm_offset:
+        weights = {
+            name: values.float() + family.norm_offset if name.endswith("norm.weight") else values
+            for name, values in weights.items()
+        }
     if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
         del weights["lm_head.weight"]  # llama.cpp then takes the embeddings
     architecture = family.architecture if own else UNEQUAL
@@ -380,12 +447,19 @@ def _finite(name: str, values: Tensor, kind: str) -> Any:
 
 
 def _add_sizes(writer: Any, config: Any, layers: Sequence[LayerSizes]) -> None:
-    width = head_width(config)
-    window = getattr(config, "sliding_window", None) or config.max_position_embeddings
+    width, family = head_width(config), GGUF_FAMILIES[config.model_type]
+    rotary = _rotary_settings(config)
+    window = getattr(config, "sliding_window", None)
+    context = config.max_position_embeddings
+    if family.sliding_window:
+        writer.add_sliding_window(window)
+        writer.add_rope_freq_base_swa(rotary["sliding_attention"]["rope_theta"])
+    elif window:
+        context = min(window, context)
     if Path(config.name_or_path).name:
         writer.add_name(Path(config.name_or_path).name)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(min(window, config.max_position_embeddings))
+    writer.add_context_length(context)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(len(layers))
     for add, numbers in (
@@ -397,5 +471,5 @@ def _add_sizes(writer: Any, config: Any, layers: Sequence[LayerSizes]) -> None:
     writer.add_key_length(width)
     writer.add_value_length(width)
     writer.add_rope_dimension_count(width)
-    writer.add_rope_freq_base(_rotary_settings(config)["rope_theta"])
+    writer.add_rope_freq_base((rotary.get("full_attention") or rotary[""])["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)

@@ -87,9 +87,7 @@ def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
     model = rules["model"]
     if model["type"] != "BPE":
         raise _refusal(f"its model is {model['type']}, not BPE")
-    ids = tokenizer.get_vocab()
-    if max(ids.values()) >= size:
-        raise _refusal(f"it has {max(ids.values()) + 1} tokens, but the model has {size}")
+    ids = _tokens_with_embeddings(tokenizer, size)
     pairs = [pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]]
     tokens, types = _tokens_and_types(tokenizer, ids, size, model)
     if model.get("byte_fallback"):
@@ -141,6 +139,18 @@ def _refusal(reason: str) -> UserError:
     )
 
 
+def _tokens_with_embeddings(tokenizer: Any, size: int) -> dict[str, int]:
+    """The vocabulary without special tokens beyond the embeddings.
+
+    Such is <image_soft_token> in the text models of Gemma 3, the last token of their tokenizer.
+    """
+    ids: dict[str, int] = tokenizer.get_vocab()
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if any(number >= size and number not in special for number in ids.values()):
+        raise _refusal(f"it has {max(ids.values()) + 1} tokens, but the model has {size}")
+    return {token: number for token, number in ids.items() if number < size}
+
+
 def _tokens_and_types(
     tokenizer: Any, ids: Mapping[str, int], size: int, model: Mapping[str, Any]
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -153,6 +163,8 @@ def _tokens_and_types(
         tokens[number] = token
         types[number] = int(TokenType.BYTE if is_byte else TokenType.NORMAL)
     for number, added in tokenizer.added_tokens_decoder.items():
+        if number >= size:
+            continue
         special = TokenType.CONTROL if added.special else TokenType.USER_DEFINED
         types[number] = int(special)
         if not added.special:
@@ -208,6 +220,9 @@ def _space_prefix(rules: Mapping[str, Any]) -> bool:
     """Whether a tokenizer made from SentencePiece puts a space before a text."""
     normalizers = _steps(rules["normalizer"], "normalizers")
     steps = _steps(rules["pre_tokenizer"], "pretokenizers")
+    if any(each.get("pattern") == {"String": " "} for each in normalizers):
+        # Gemma splits at spaces, of which its normalizer has left none
+        steps = [each for each in steps if each.get("pattern") != {"String": " "}]
     kinds = [each["type"] for each in normalizers]
     if not steps and kinds in (["Prepend", "Replace"], ["Replace"]):
         return "Prepend" in kinds

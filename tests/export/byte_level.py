@@ -28,8 +28,12 @@ def byte_level_tokenizer(*steps: Any, whole_words: bool = False, normalizer: Any
     return _with_special_tokens(tokenizer)
 
 
-def sentencepiece_tokenizer(*, prefix: bool = True) -> Any:
-    """SentencePiece's BPE as transformers stores it: with bytes for unknown characters."""
+def sentencepiece_tokenizer(*, prefix: bool = True, splits: bool = False) -> Any:
+    """SentencePiece's BPE as transformers stores it: with bytes for unknown characters.
+
+    Args:
+        splits: split at spaces after they have been replaced, as Gemma's tokenizer.json says.
+    """
     characters = sorted(set("".join(WORDS)) | {"\u2581"})
     pairs, tokens = _merges([*WORDS, *(f"\u2581{word}" for word in WORDS)])
     pieces = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *tokens, *characters]
@@ -39,6 +43,8 @@ def sentencepiece_tokenizer(*, prefix: bool = True) -> Any:
     )
     steps = [normalizers.Prepend("\u2581")] * prefix + [normalizers.Replace(" ", "\u2581")]
     tokenizer.normalizer = normalizers.Sequence(steps)
+    if splits:
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", ids["<s>"])]
     )

@@ -1,7 +1,7 @@
 """What llama.cpp computes from a GGUF file, in PyTorch: a model of its source, for tests.
 
-Written after src/models/llama.cpp, deci.cpp, qwen2.cpp, qwen3.cpp and smollm3.cpp of llama.cpp, and
-knows nothing of rfprune: sizes, weights and positions come from the file alone.
+Written after src/models/llama.cpp, deci.cpp, qwen2.cpp, qwen3.cpp, smollm3.cpp and gemma3.cpp of
+llama.cpp, and knows nothing of rfprune: sizes, weights and positions come from the file alone.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, linear, silu
+from torch.nn.functional import embedding, gelu, linear, silu
 
-TURNS_HALVES = ("qwen2", "qwen3")
+TURNS_HALVES = ("qwen2", "qwen3", "gemma3")
 """Architectures whose rotary positions turn the two halves of a head."""
 
 
@@ -62,20 +62,28 @@ def logits(path: Path, ids: Tensor) -> Tensor:
     file = GgufFile(path)
     assert file.of_layer("attention.head_count", 0) > 0, "the sizes of all heads come from layer 0"
     hidden = embedding(ids, file.tensors["token_embd.weight"])
+    is_gemma = file.architecture == "gemma3"
+    if is_gemma:
+        hidden = hidden * file.entry("embedding_length") ** 0.5
     for layer in range(file.entry("block_count")):
         block = f"blk.{layer}"
         before = hidden
         if file.of_layer("attention.head_count", layer):
             normed = file.norm(f"{block}.attn_norm", hidden)
-            hidden = before + attention(file, layer, normed)
+            mixed = attention(file, layer, normed)
+            hidden = before + (
+                file.norm(f"{block}.post_attention_norm", mixed) if is_gemma else mixed
+            )
         if file.architecture == "deci" and not file.of_layer("feed_forward_length", layer):
             hidden = before  # the layer is skipped whole
             continue
         normed = file.norm(f"{block}.ffn_norm", hidden)
-        gate = silu(file.project(f"{block}.ffn_gate", normed))
+        gate = file.project(f"{block}.ffn_gate", normed)
+        gate = gelu(gate, approximate="tanh") if is_gemma else silu(gate)
         up = file.project(f"{block}.ffn_up", normed)
         assert gate.shape[-1] == file.of_layer("feed_forward_length", layer)
-        hidden = hidden + file.project(f"{block}.ffn_down", gate * up)
+        down = file.project(f"{block}.ffn_down", gate * up)
+        hidden = hidden + (file.norm(f"{block}.post_ffw_norm", down) if is_gemma else down)
     output = file.tensors.get("output.weight", file.tensors["token_embd.weight"])
     return linear(file.norm("output_norm", hidden), output)
 
@@ -84,6 +92,8 @@ def attention(file: GgufFile, layer: int, hidden: Tensor) -> Tensor:
     """Causal attention of one layer with the layer's own numbers of heads."""
     block, width = f"blk.{layer}", file.entry("attention.key_length")
     counts = [file.of_layer(f"attention.head_count{kind}", layer) for kind in ("", "_kv", "_kv")]
+    slides = file.architecture == "gemma3" and (layer + 1) % 6 > 0
+    base = file.entry("rope.freq_base_swa" if slides else "rope.freq_base")
     parts = []
     for name, count in zip("qkv", counts, strict=True):
         part = file.project(f"{block}.attn_{name}", hidden)
@@ -91,21 +101,24 @@ def attention(file: GgufFile, layer: int, hidden: Tensor) -> Tensor:
         if f"{block}.attn_{name}_norm.weight" in file.tensors:
             part = file.norm(f"{block}.attn_{name}_norm", part)
         has_rotary = file.architecture != "smollm3" or (layer + 1) % 4
-        parts.append(turned(file, part) if name != "v" and has_rotary else part)
+        parts.append(turned(file, part, base) if name != "v" and has_rotary else part)
     queries, keys, values = parts
     keys, values = (each.repeat_interleave(counts[0] // counts[1], 2) for each in (keys, values))
     scores = torch.einsum("bqhd,bkhd->bhqk", queries, keys) / width**0.5
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+    everything = torch.ones(scores.shape[-2:], dtype=torch.bool)
+    unseen = everything.triu(1)
+    if slides:
+        unseen |= everything.tril(-file.entry("attention.sliding_window"))
+    weights = scores.masked_fill(unseen, -torch.inf).softmax(-1)
     mixed = torch.einsum("bhqk,bkhd->bqhd", weights, values)
     return file.project(f"{block}.attn_output", mixed.flatten(2))
 
 
-def turned(file: GgufFile, heads: Tensor) -> Tensor:
+def turned(file: GgufFile, heads: Tensor, base: float) -> Tensor:
     """Rotary positions of (B, S, H, D)."""
     width = file.entry("rope.dimension_count")
     powers = torch.arange(0, width, 2) / width
-    frequencies = file.entry("rope.freq_base") ** -powers
+    frequencies = base**-powers
     if "rope_freqs.weight" in file.tensors:
         frequencies = frequencies / file.tensors["rope_freqs.weight"]
     angles = torch.arange(heads.shape[1])[:, None, None] * frequencies
