@@ -120,7 +120,7 @@ def add_vocabulary(writer: Any, tokenizer: Any, size: int) -> None:
         writer.add_token_merges(vocabulary.merges)
     for name in ("bos", "eos", "unk", "pad"):
         number = getattr(tokenizer, f"{name}_token_id")
-        if number is not None:
+        if number is not None and number < size:
             getattr(writer, f"add_{name}_token_id")(number)
     ids = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(ids[0] == tokenizer.bos_token_id)

@@ -294,13 +294,19 @@ def test_sentencepiece_has_scores_and_a_space_before_the_text(prefix: bool, spli
     assert [found.types[ids[token]] for token in ("<unk>", "<s>", "<0x41>", "th")] == [2, 3, 6, 1]
 
 
-def test_special_tokens_beyond_the_embeddings_are_left_out() -> None:
+def test_special_tokens_beyond_the_embeddings_are_left_out(
+    decoder: Callable[..., Any], tmp_path: Path
+) -> None:
     """As <image_soft_token> in the text models of Gemma 3, which have no embedding of it."""
     tokenizer = sentencepiece_tokenizer()
     size = len(tokenizer)
-    tokenizer.add_tokens("<image_soft_token>", special_tokens=True)
+    tokenizer.add_special_tokens({"pad_token": "<image_soft_token>"})
     assert tokenizer("<image_soft_token>")["input_ids"][-1] == size
     assert read_vocabulary(tokenizer, size) == read_vocabulary(sentencepiece_tokenizer(), size)
+    export_gguf(decoder(vocab_size=size), tokenizer, tmp_path / "model.gguf")
+    fields = GgufFile(tmp_path / "model.gguf").fields
+    assert "tokenizer.ggml.eos_token_id" in fields
+    assert "tokenizer.ggml.padding_token_id" not in fields
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
