@@ -107,13 +107,16 @@ def _orders_and_errors(problem: Problem) -> Tensors:
 def _measured_errors(problem: Problem) -> dict[int, float]:
     """The error without each attention whose output passes a norm, by number of the block.
 
-    An FFN keeps some of its thousands of neurons; an attention may have a single unit.
+    An FFN keeps some of its thousands of neurons; an attention may have a single unit. Constraints
+    leave the attentions of families with `one_unit` whole.
     """
     model, layout = problem.model, problem.layout
     numbers = [
         number
         for number, block in enumerate(layout.blocks)
-        if block.sublayer.output_norm is not None and block.kind == "head"
+        if block.sublayer.output_norm is not None
+        and block.kind == "head"
+        and not block.sublayer.one_unit
     ]
     if not numbers:
         return {}

@@ -23,7 +23,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 import torch
@@ -207,7 +206,7 @@ def runs_of(layers: Sequence[int]) -> list[tuple[int, int]]:
 
 def mean_divergences(
     teacher: PreTrainedModel,
-    students: Sequence[Callable[..., Any]],
+    students: Sequence[PreTrainedModel],
     batches: Sequence[Batch],
     loss: Callable[[object, Batch], Tensor] | None = None,
 ) -> list[float]:
@@ -215,7 +214,7 @@ def mean_divergences(
 
     Args:
         teacher: frozen.
-        students: frozen models, or functions of a model's inputs.
+        students: frozen.
         batches: with token masks.
         loss: of the user; its mean then takes the place of the divergence.
     """

@@ -9,16 +9,19 @@ of 0.03 in layer 5 of Gemma 3 270M. A forward pass without the block knows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rfprune.model.batch import Batch
+from rfprune.model.batch import Batch, model_inputs
+from rfprune.model.layerwise import layer_calls, layers_bypassed, run_layer
 from rfprune.model.layout import Layout
 from rfprune.model.masks import full_masks, masked
-from rfprune.stages.depth import mean_divergences
+from rfprune.model.residency import resident
+from rfprune.stages.objective import divergences
 
 
 def errors_without(
@@ -30,26 +33,50 @@ def errors_without(
 ) -> list[float]:
     """The error of a model without all units of one block, for each of several blocks.
 
+    Each layer is loaded once per batch, and runs once for every block below it.
+
     Args:
-        model: frozen.
+        model: frozen; with one stack of layers.
         layout: its blocks.
-        numbers: of the blocks in the layout.
+        numbers: of the blocks in the layout, ascending.
         batches: with token masks.
         loss: of the user; its increase then takes the place of the divergence.
 
     Returns:
         The divergence from the predictions of the whole model, in nats per example.
     """
+    totals = torch.zeros(len(numbers), dtype=torch.float64)
+    examples = 0
+    with torch.no_grad():
+        for batch in batches:
+            whole, *others = _outputs(model, layout, numbers, batch)
+            for place, outputs in enumerate(others):
+                if loss is None:
+                    error = divergences(whole, outputs, batch, model.config).sum()
+                else:
+                    size = len(batch["input_ids"])
+                    error = (loss(outputs, batch) - loss(whole, batch)).expand(size).sum()
+                totals[place] += error.cpu()
+            examples += len(batch["input_ids"])
+    return [float(total) / examples for total in totals]
 
-    def without(number: int) -> Callable[..., Any]:
-        masks = full_masks(layout)
-        masks[number].zero_()
 
-        def run(**inputs: Any) -> Any:
-            with masked(model, layout, masks):
-                return model(**inputs)
-
-        return run
-
-    whole, *found = mean_divergences(model, [model, *map(without, numbers)], batches, loss)
-    return [error - whole for error in found]
+def _outputs(
+    model: PreTrainedModel, layout: Layout, numbers: Sequence[int], batch: Batch
+) -> Iterator[Any]:
+    """Outputs of the whole model, and of the model without each of the blocks."""
+    entering, calls = layer_calls(model, layout, batch)
+    states = [entering]
+    for layer, path in enumerate(layout.layers):
+        with resident(model.get_submodule(path)):
+            below = states[0]
+            states = [run_layer(model, path, hidden, calls) for hidden in states]
+            for number in numbers:
+                if layout.blocks[number].layer == layer:
+                    masks = full_masks(layout)
+                    masks[number].zero_()
+                    with masked(model, layout, masks):
+                        states.append(run_layer(model, path, below, calls))
+    for hidden in states:
+        with layers_bypassed(model, layout, hidden, entering):
+            yield model(**model_inputs(batch), return_dict=True)

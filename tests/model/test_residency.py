@@ -159,6 +159,18 @@ def test_pruning_is_the_same_as_in_memory(
         assert (tmp_path / "smaller" / "config.json").read_bytes() == config
 
 
+def test_norms_of_outputs_need_no_whole_model(
+    tiny_model: Tiny, tiny_batch: Tiny, tmp_path: Path
+) -> None:
+    """The errors without an attention are measured layer by layer."""
+    batches = [tiny_batch(seed=seed) for seed in range(9)]
+    expected = prune(tiny_model("gemma3_text", head="causal-lm"), batches, HALF)
+    offloaded = layers_on_disk(tiny_model("gemma3_text", head="causal-lm"), tmp_path)
+    result = prune(offloaded, batches, HALF)
+    assert is_offloaded(result.model)
+    same(result, expected)
+
+
 @pytest.mark.parametrize(
     ("model_type", "head", "uniform"),
     [
