@@ -81,9 +81,11 @@ def test_the_limit_is_kept_or_refused(flags: Flags, tmp_path: Path) -> None:
     assert not (tmp_path / "refused").exists()
     (least,) = re.findall(r"give --max-memory ([\d.]+)GB", refusal)
     limit = float(least) * 10**9
-    assert before < limit < unlimited, "the limit matters"
+    assert before < limit
     limited, _ = peak([*flags, "--max-memory", f"{least}GB"], tmp_path / "limited")
     assert limited <= limit
+    # Not limit < unlimited: the system may drop pages of the weights' file, and then counts fewer.
+    assert limited < 0.9 * unlimited, "the limit matters"
     assert (tmp_path / "limited" / "model.safetensors.index.json").exists()
 
 
