@@ -41,7 +41,8 @@ UNEQUAL = "deci"
 ROTARY_FACTORS = "rope_freqs.weight"
 
 GEMMA3_27B_LAYERS = 62
-"""By this number llama.cpp knows Gemma 3 27B, whose scores of attention it scales differently."""
+"""llama.cpp takes a model of this many layers for Gemma 3 27B, and scales its attention scores
+differently."""
 
 FIXED_ROTARY_TYPES = ("default", "linear", "llama3")
 """Rotary positions whose frequencies depend neither on the text nor on its length."""

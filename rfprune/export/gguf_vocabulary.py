@@ -221,7 +221,7 @@ def _space_prefix(rules: Mapping[str, Any]) -> bool:
     normalizers = _steps(rules["normalizer"], "normalizers")
     steps = _steps(rules["pre_tokenizer"], "pretokenizers")
     if any(each.get("pattern") == {"String": " "} for each in normalizers):
-        # Gemma splits at spaces, of which its normalizer has left none
+        # Gemma's pre-tokenizer splits at spaces, but its normalizer has replaced all of them.
         steps = [each for each in steps if each.get("pattern") != {"String": " "}]
     kinds = [each["type"] for each in normalizers]
     if not steps and kinds in (["Prepend", "Replace"], ["Replace"]):

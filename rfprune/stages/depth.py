@@ -39,7 +39,7 @@ from rfprune.model.encoder_decoder import (
 )
 from rfprune.model.layerwise import layer_calls, run_layer
 from rfprune.model.layout import Layout
-from rfprune.stages.objective import divergences
+from rfprune.stages.objective import prediction_errors
 
 Distances = NDArray[np.float64]
 """(n + 1, n + 1) for a stack of n layers: entry (a, b) is one minus the mean cosine of the
@@ -227,9 +227,6 @@ def mean_divergences(
             examples += len(next(iter(inputs.values())))
             for number, student in enumerate(students):
                 outputs = student(**inputs, return_dict=True)
-                if loss is None:
-                    found = divergences(reference, outputs, batch, teacher.config)
-                else:
-                    found = loss(outputs, batch).expand(len(next(iter(inputs.values()))))
+                found = prediction_errors(reference, outputs, batch, teacher.config, loss)
                 totals[number] += float(found.cpu().double().sum())
     return [total / examples for total in totals]

@@ -169,6 +169,21 @@ def divergences(reference: Any, outputs: Any, batch: Batch, config: PretrainedCo
     return _kl(before, logits)
 
 
+def prediction_errors(
+    reference: Any, outputs: Any, batch: Batch, config: PretrainedConfig, loss: Loss | None
+) -> Tensor:
+    """Divergence of predictions from those of a reference, per example (B,); see `divergences`.
+
+    Args:
+        reference: outputs of the reference; not used with a loss.
+        loss: of the user, which takes the place of the divergence.
+    """
+    if loss is None:
+        return divergences(reference, outputs, batch, config)
+    each: Tensor = loss(outputs, batch).expand(len(next(iter(batch.values()))))
+    return each
+
+
 def _embeddings(outputs: Any, batch: Batch, config: PretrainedConfig) -> Tensor:
     """The embeddings (B, n) of a model without a head, each of length one."""
     family = ARCHITECTURES.get(str(config.model_type))

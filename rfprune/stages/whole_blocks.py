@@ -21,7 +21,7 @@ from rfprune.model.layerwise import layer_calls, layers_bypassed, run_layer
 from rfprune.model.layout import Layout
 from rfprune.model.masks import full_masks, masked
 from rfprune.model.residency import resident
-from rfprune.stages.objective import divergences
+from rfprune.stages.objective import prediction_errors
 
 
 def errors_without(
@@ -45,20 +45,16 @@ def errors_without(
     Returns:
         The divergence from the predictions of the whole model, in nats per example.
     """
-    totals = torch.zeros(len(numbers), dtype=torch.float64)
-    examples = 0
+    totals = torch.zeros(1 + len(numbers), dtype=torch.float64)
     with torch.no_grad():
         for batch in batches:
-            whole, *others = _outputs(model, layout, numbers, batch)
-            for place, outputs in enumerate(others):
-                if loss is None:
-                    error = divergences(whole, outputs, batch, model.config).sum()
-                else:
-                    size = len(batch["input_ids"])
-                    error = (loss(outputs, batch) - loss(whole, batch)).expand(size).sum()
-                totals[place] += error.cpu()
-            examples += len(batch["input_ids"])
-    return [float(total) / examples for total in totals]
+            found = list(_outputs(model, layout, numbers, batch))
+            for place, outputs in enumerate(found):
+                errors = prediction_errors(found[0], outputs, batch, model.config, loss)
+                totals[place] += errors.sum().cpu()
+    examples = sum(len(batch["input_ids"]) for batch in batches)
+    whole, *others = (totals / examples).tolist()  # the divergence of the whole model is 0
+    return [error - whole for error in others]
 
 
 def _outputs(
