@@ -7,7 +7,8 @@ python -m scripts.bench.quality --suite decoder --model CHECKPOINT --data-dir te
 
 A suite is a set of variants: `quality` compares the methods, the stages of the published one and a
 peer, `ablation` the classical criteria without and with the least-squares fit, `decoder` methods
-and peers on a language model, with the text that it generates.
+and peers on a language model, with the text that it generates, and `study` the default method by
+numbers of examples and rounds, with the seconds of each.
 """
 
 from __future__ import annotations
@@ -56,10 +57,14 @@ STAGES: Variants = {
     },
     "curvature-select": {"method": "curvature", "tune": False},
     "curvature": {"method": "curvature"},
-    "curvature-rounds-2": {"method": "curvature", "rounds": 2},
-    "curvature-rounds-3": {"method": "curvature", "rounds": 3},
     "depth-layers": {"method": "curvature", "depth": "layers"},
     "depth-joint": {"method": "curvature", "depth": "joint"},
+}
+
+BY_ROUNDS: Variants = {
+    "curvature": {"method": "curvature"},
+    "curvature-rounds-2": {"method": "curvature", "rounds": 2},
+    "curvature-rounds-3": {"method": "curvature", "rounds": 3},
 }
 
 IN_ROUNDS = ("taylor", "fisher")
@@ -94,14 +99,14 @@ class Suite:
     Attributes:
         defaults: of the flags, where they differ from the others' defaults.
         repeated: seeds after the first are for variants whose name starts so.
-        share: variants take what others have collected from the cache; else each collects anew,
-            and its seconds are its own.
+        timed: every variant collects anew, so that its seconds are its own; else it takes from the
+            cache what another has collected.
     """
 
     variants: Variants
     defaults: Mapping[str, Any] = field(default_factory=dict)
     repeated: str = ""
-    share: bool = False
+    timed: bool = False
 
 
 def _peer(name: str) -> Variants:
@@ -116,7 +121,7 @@ _BLOCK_INFLUENCE = {"method": "importance", "importance": "magnitude-l2", "depth
 _MAGNITUDE = {"method": "importance", "importance": "magnitude-l2"}
 SUITES: Mapping[str, Suite] = {
     "quality": Suite({**STAGES, **_peer("kprune")}),
-    "ablation": Suite(_criteria(), {"samples": [512]}, repeated="random", share=True),
+    "ablation": Suite(_criteria(), {"samples": [512]}, repeated="random"),
     "decoder": Suite(
         {
             "curvature": {"method": "curvature"},
@@ -134,8 +139,8 @@ SUITES: Mapping[str, Suite] = {
             **_peer("flap"),
         },
         {"task": LANGUAGE_MODELING, "samples": [64], "batch_size": 8},
-        share=True,
     ),
+    "study": Suite(BY_ROUNDS, timed=True),
 }
 
 PROMPTS = ("The capital of France is", "Photosynthesis is the process by which")
@@ -265,7 +270,7 @@ class Bench:
             first["requested_samples"], first["seed"], asked.get("use_labels", False)
         )
         constraints = [Constraint(one["metric"], one["constraint"]) for one in group]
-        cache = default_folder() if self.suite.share else None
+        cache = None if self.suite.timed else default_folder()
         with harness.warnings_on_stderr() as warnings:
             problem = prepare_problem(checkpoint.model, batches, settings, cache=cache)
             results = prune_to_each(
