@@ -295,6 +295,7 @@ class Bench:
                     "score": pruned.score,
                     "scores": {"original": dict(original.scores), "pruned": dict(pruned.scores)},
                     "divergence": divergence(original, pruned),
+                    **_drop_error(data, original, pruned),
                     **_of_language_model(checkpoint, result.model, continued, original, pruned),
                     "evaluated_examples": original.num_examples,
                     "achieved": result.achieved,
@@ -309,6 +310,15 @@ def _without_peer(asked: Mapping[str, Any]) -> Mapping[str, Any]:
     """Settings under which a peer takes the place of the package's method."""
     rest = {name: value for name, value in asked.items() if name not in ("peer", "refitted")}
     return {"method": "importance", **rest}
+
+
+def _drop_error(data: EvaluationSet, original: Evaluation, pruned: Evaluation) -> dict[str, float]:
+    """The standard error of the drop in score, in points; language models have that of blocks."""
+    from rfprune.tasks.bootstrap import paired_drop
+
+    if data.task.name == LANGUAGE_MODELING:
+        return {}
+    return {"drop_error": paired_drop(data, original, pruned, allowed=0.0).standard_error}
 
 
 def _of_language_model(

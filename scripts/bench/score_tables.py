@@ -107,12 +107,14 @@ def _constraints(cells: Iterable[Cell]) -> list[float]:
 
 
 def entry(cell: Cell | None, mark: Mark) -> str:
-    """Score and divergence at one constraint."""
+    """Score, standard error of its drop, and divergence at one constraint."""
     if cell is None:
         return ""
     scores = cell.values("score")
+    errors = [line["drop_error"] for line in cell.lines if "drop_error" in line]
+    error = f" ±{fmean(errors):.1f}" if errors else ""
     spread = f" ({min(scores):.1f}..{max(scores):.1f})" if len(scores) > 1 else ""
-    return f"{fmean(scores):.1f}{spread} / {cell.mean('divergence'):.3f}{mark(cell.lines)}"
+    return f"{fmean(scores):.1f}{error}{spread} / {cell.mean('divergence'):.3f}{mark(cell.lines)}"
 
 
 def caption(cells: Sequence[Cell]) -> str:
@@ -123,10 +125,12 @@ def caption(cells: Sequence[Cell]) -> str:
     if len(counts) > 1:
         seeds = f"{counts[0]} to {counts[-1]} seeds"
     length = "" if line["max_length"] is None else f", at most {line['max_length']} tokens"
+    measured = any("drop_error" in line for cell in cells for line in cell.lines)
+    error = " ±standard error of its drop from the original's" if measured else ""
     return (
-        f"Score in points (lowest..highest of several seeds) / divergence from the original's "
-        f"predictions (KL in nats; of a regression half the mean squared difference). Means over "
-        f"{seeds}; {line['requested_samples']} calibration examples in batches of "
+        f"Score in points{error} (lowest..highest of several seeds) / divergence from the "
+        f"original's predictions (KL in nats; of a regression half the mean squared difference). "
+        f"Means over {seeds}; {line['requested_samples']} calibration examples in batches of "
         f"{line['batch_size']}{length}, {line['dtype']}."
     )
 

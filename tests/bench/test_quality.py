@@ -18,6 +18,7 @@ from rfprune.errors import UserError
 from rfprune.pruning import prune
 from rfprune.settings import ALLOCATIONS, CRITERIA, Settings
 from rfprune.tasks.calibration import calibration_batches
+from rfprune.tasks.bootstrap import paired_drop
 from rfprune.tasks.evaluation import divergence, evaluate_model, prepare_evaluation
 from rfprune.tasks.registry import get_task
 from scripts.bench import quality
@@ -62,6 +63,8 @@ def test_a_line_is_what_the_package_measures(
     original, pruned = evaluate_model(model, data), evaluate_model(result.model, data)
     assert line["divergence"] == pytest.approx(divergence(original, pruned), rel=1e-4)
     assert line["divergence"] > 1e-3
+    drop = paired_drop(data, original, pruned, 0.0)
+    assert line["drop_error"] == pytest.approx(drop.standard_error)
     assert line["scores"] == {"original": original.scores, "pruned": pruned.scores}
     assert (line["score"], line["original_score"]) == (pruned.score, original.score)
     assert line["achieved"] == pytest.approx(result.achieved)
