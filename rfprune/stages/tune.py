@@ -14,7 +14,7 @@ Departures from the authors' code:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -29,6 +29,9 @@ DAMPING = 1.0
 
 SCALE_LIMIT = 10.0
 """The largest absolute scale that is accepted, as in the authors' code."""
+
+ScaleSolver = Callable[[Moments, Tensor, Tensor | None, int, float, float], Tensor]
+"""The signature of `rfprune.stages.least_squares.solve_scales`."""
 
 RIDGES = (1e-2, 1e-3, 1e-1, 1.0)
 """Candidate ridge strengths of `refit`, as fractions of the mean diagonal. The prior is the present
@@ -48,6 +51,7 @@ def tune_scales(
     *,
     removed: Collection[int] = (),
     progress: bool = False,
+    solver: ScaleSolver = solve_scales,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Scale the kept units of `student` to follow `teacher`, by changing its weights in place.
 
@@ -61,6 +65,7 @@ def tune_scales(
         batches: calibration batches with token masks.
         removed: indices of the layers that the student lacks.
         progress: whether to show a progress bar.
+        solver: of the scales of one block.
 
     Returns:
         Scales (kept units,) by the path of the consumer, and a warning for every block that failed.
@@ -73,7 +78,7 @@ def tune_scales(
         if not weight.numel():
             return weight, bias
         moments = train + held_out
-        found = solve_scales(moments, weight, bias, block.unit_width, DAMPING, SCALE_LIMIT)
+        found = solver(moments, weight, bias, block.unit_width, DAMPING, SCALE_LIMIT)
         scales[block.consumer] = found.cpu()
         return weight * found.repeat_interleave(block.unit_width).to(weight), bias
 

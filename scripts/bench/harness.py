@@ -282,12 +282,12 @@ def code_digest(module: str) -> str:
     """SHA-256, shortened, of all code of the package and of the measurement.
 
     That is `module`, and the scripts that several measurements import. Peers are among them only
-    for `scripts.bench.quality`, which alone measures them.
+    for the measurements of them, `scripts.bench.quality` and `scripts.bench.pruning_time`.
     """
     shared = ("bench/harness.py", "bench/models.py", "bench/timed_models.py", "profile_latency.py")
     scripts = Path(__file__).resolve().parents[1]
     own = {*(scripts / name for name in shared), Path(module).resolve()}
-    if Path(module).stem == "quality":
+    if Path(module).stem in ("quality", "pruning_time"):
         own |= {*(scripts / "bench" / "peers").glob("*.py")}
     paths = {*(ROOT / "rfprune").rglob("*.py"), *own}
     digest = hashlib.sha256()

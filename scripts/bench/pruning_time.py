@@ -22,13 +22,24 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rfprune.cli.exit_codes import RESUMABLE, script
-from rfprune.settings import METHODS
 from scripts.bench import harness
 from scripts.bench.harness import Conditions, machine
-from scripts.bench.models import Batch, load_checkpoint, num_examples, settings_of
+from scripts.bench.models import Batch, load_checkpoint, num_examples
+
+if TYPE_CHECKING:
+    from rfprune.result import PruneResult
+
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "curvature": {"method": "curvature"},
+    "kwon": {"method": "kwon"},
+    "kwon-lsmr": {"method": "kwon", "teacher": "scheduled", "lsmr": True},
+    "kprune": {"peer": "kprune"},
+}
+"""What is timed (see `scripts.bench.peers.peer.Variant`). `kwon-lsmr` is as published, the authors'
+solver included."""
 
 YARDSTICKS = "yardsticks"
 """The process that loads model and data, and times the yardsticks."""
@@ -65,13 +76,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    names = "model task data-dir method constraint samples batch-size rounds"
-    parser = harness.parser_of(
-        __doc__, names, method=["curvature", "kwon"], constraint=0.5, rounds=3
+    names = "model task data-dir constraint samples batch-size rounds"
+    parser = harness.parser_of(__doc__, names, constraint=0.5, rounds=3)
+    parser.add_argument(
+        "--method", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all"
     )
     number = harness.count("--processes")
     parser.add_argument("--processes", nargs="+", type=number, default=[1], help="default: 1")
-    parser.add_argument("--alone", choices=(YARDSTICKS, *METHODS), help=argparse.SUPPRESS)
+    parser.add_argument("--alone", choices=(YARDSTICKS, *VARIANTS), help=argparse.SUPPRESS)
     return parser
 
 
@@ -137,17 +149,25 @@ def _prune(options: argparse.Namespace) -> dict[str, Any]:
 
     from rfprune import distributed
     from rfprune.cost.constraint import Constraint
-    from rfprune.pruning import prune
+    from rfprune.methods.problem import prepare_problem
+    from rfprune.pruning import prune_to_each
+    from scripts.bench.peers.peer import collector, settings_of_variant
+
+    variant = VARIANTS[options.alone]
+    settings = settings_of_variant(variant, seed=0)
+    constraint = Constraint("mac", options.constraint)
+
+    def prune(model: Any, batches: Sequence[Batch]) -> PruneResult:
+        problem = prepare_problem(model, batches, settings)
+        return next(prune_to_each(problem, [constraint], collect=collector(variant)))
 
     with distributed.process_group(torch.device("cpu")):
         checkpoint = load_checkpoint(options)
         batches = checkpoint.batches(options.samples, seed=0)
-        constraint = Constraint("mac", options.constraint)
-        settings = settings_of(method=options.alone)
         few = batches[: distributed.world_size()]
-        prune(checkpoint.model, few, constraint, settings)  # the first passes are slower
+        prune(checkpoint.model, few)  # the first passes are slower
         distributed.barrier()
-        result = prune(checkpoint.model, batches, constraint, settings)
+        result = prune(checkpoint.model, batches)
         distributed.barrier()
     kept = b"".join((mask != 0).numpy().tobytes() for mask in result.masks)
     return {

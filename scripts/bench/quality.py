@@ -29,14 +29,13 @@ from rfprune.settings import ALLOCATIONS, CRITERIA
 from rfprune.tasks.registry import LANGUAGE_MODELING
 from scripts.bench import harness
 from scripts.bench.harness import Conditions, NotMeasured, say
-from scripts.bench.models import Checkpoint, load_checkpoint, num_examples, settings_of
+from scripts.bench.models import Checkpoint, load_checkpoint, num_examples
 
 if TYPE_CHECKING:
     from rfprune.tasks.evaluation import Evaluation, EvaluationSet
 
 Variants = Mapping[str, Mapping[str, Any]]
-"""Arguments of `rfprune.Settings`, by the name of the variant. Those of a peer are its name, `peer`
-(see `scripts.bench.peers`), `tune`, and `refitted`: use the package's fit instead of the peer's."""
+"""By name; see `scripts.bench.peers.peer.Variant`."""
 
 SELECT = "-select"
 """Ends the name of a variant that fits nothing after it has pruned."""
@@ -258,14 +257,12 @@ class Bench:
         from rfprune.methods.problem import prepare_problem
         from rfprune.pruning import prune_to_each
         from rfprune.tasks.evaluation import divergence, evaluate_model
-        from scripts.bench.peers.peer import collector
+        from scripts.bench.peers.peer import collector, settings_of_variant
 
         checkpoint, data, original, early, continued = self._prepared
         first = group[0]
         asked = self.suite.variants[first["variant"]]
-        peer = asked.get("peer")
-        choices = asked if peer is None else _without_peer(asked)
-        settings = settings_of(**choices, seed=first["seed"])
+        settings = settings_of_variant(asked, first["seed"])
         batches, later = self._batches(
             first["requested_samples"], first["seed"], asked.get("use_labels", False)
         )
@@ -276,7 +273,7 @@ class Bench:
             results = prune_to_each(
                 problem,
                 constraints,
-                collect=collector(asked) if peer else None,
+                collect=collector(asked),
             )
             for conditions in group:
                 try:
@@ -288,7 +285,8 @@ class Bench:
                 yield {
                     **conditions,
                     "samples": num_examples(batches),
-                    "settings": dataclasses.asdict(settings) | ({"method": peer} if peer else {}),
+                    "settings": dataclasses.asdict(settings)
+                    | {"method": asked.get("peer", settings.method)},
                     "device": checkpoint.model.device.type,
                     "metric_name": original.metric_name,
                     "original_score": original.score,
@@ -304,12 +302,6 @@ class Bench:
                     "layers": list(result.layers),
                     "warnings": list(dict.fromkeys([*early, *later, *warnings, *result.warnings])),
                 }
-
-
-def _without_peer(asked: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Settings under which a peer takes the place of the package's method."""
-    rest = {name: value for name, value in asked.items() if name not in ("peer", "refitted")}
-    return {"method": "importance", **rest}
 
 
 def _drop_error(data: EvaluationSet, original: Evaluation, pruned: Evaluation) -> dict[str, float]:

@@ -27,7 +27,7 @@ from rfprune.pruning import prune_to_each
 from rfprune.settings import Settings
 from scripts.bench.peers import flap, kprune, wanda_sp
 from scripts.bench.peers.choice import keep_highest
-from scripts.bench.peers.peer import PEERS, collector
+from scripts.bench.peers.peer import PEERS, collector, settings_of_variant
 
 Tiny = Callable[..., Any]
 SETTINGS = Settings(method="importance", round_to=1)
@@ -294,3 +294,16 @@ def test_kprune_refuses_other_predictions(problem_of: Callable[..., Problem]) ->
     problem = problem_of("gpt2", "causal-lm")
     with pytest.raises(UserError, match="classification"):
         PEERS["kprune"](problem)(*budget_of(problem, 0.6))
+
+
+def test_the_authors_solver_finds_the_exact_scales(tiny_model: Tiny, tiny_batch: Tiny) -> None:
+    variant = {"method": "kwon", "teacher": "scheduled", "lsmr": True}
+    batches = [tiny_batch(seed=seed) for seed in range(4)]
+    found = []
+    for lsmr in (False, True):
+        own = variant | {"lsmr": lsmr}
+        problem = prepare_problem(tiny_model("bert"), batches, settings_of_variant(own, seed=0))
+        found.append(next(prune_to_each(problem, [Constraint("mac", 0.5)], collect=collector(own))))
+    scales = [torch.cat(result.masks) for result in found]
+    assert ((scales[0] != 0) & ((scales[0] - 1).abs() > 0.1)).sum() > 3, "scales were tuned"
+    torch.testing.assert_close(scales[1], scales[0], rtol=1e-3, atol=1e-4)

@@ -17,8 +17,8 @@ from rfprune.cost.constraint import Constraint
 from rfprune.errors import UserError
 from rfprune.pruning import prune
 from rfprune.settings import ALLOCATIONS, CRITERIA, Settings
-from rfprune.tasks.calibration import calibration_batches
 from rfprune.tasks.bootstrap import paired_drop
+from rfprune.tasks.calibration import calibration_batches
 from rfprune.tasks.evaluation import divergence, evaluate_model, prepare_evaluation
 from rfprune.tasks.registry import get_task
 from scripts.bench import quality

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -12,12 +12,16 @@ from transformers import PreTrainedModel
 from rfprune.cost.constraint import Constraint, CostModel
 from rfprune.cost.sizes import Sizes
 from rfprune.errors import UserError
+from rfprune.methods import kwon
 from rfprune.methods.curvature import refit_weights
 from rfprune.methods.problem import Problem
 from rfprune.methods.statistics import Statistics
 from rfprune.model.masks import Masks
+from rfprune.settings import Settings
+from scripts.bench.models import settings_of
 from scripts.bench.peers import flap, kprune, wanda_sp
 from scripts.bench.peers.choice import Choice
+from scripts.bench.peers.kwon_lsmr import lsmr_scales
 
 PEERS: Mapping[str, Callable[[Problem], Callable[[CostModel, float], Choice]]] = {
     "wanda-sp": wanda_sp.prepare,
@@ -27,15 +31,28 @@ PEERS: Mapping[str, Callable[[Problem], Callable[[CostModel, float], Choice]]] =
 """From a problem to a function of costs and a budget (without `CostModel.constant`), by peer."""
 
 
-def collector(asked: Mapping[str, Any]) -> Callable[[Problem], Statistics]:
-    """What collects the statistics of a peer, for `rfprune.pruning.prune_to_each`.
+Variant = Mapping[str, Any]
+"""Arguments of `rfprune.Settings`. Besides them `peer`, one of `PEERS`; `refitted`: use the
+package's fit instead of the peer's; `lsmr`: tune by the solver of Kwon et al."""
 
-    Args:
-        asked: `peer`, one of `PEERS`, and `refitted`: use the least-squares fit of the package
-            instead of the peer's own changes.
-    """
-    prepare = PEERS[asked["peer"]]
-    return lambda problem: PeerStatistics(prepare(problem), asked.get("refitted", False))
+BESIDES = ("peer", "refitted", "lsmr")
+
+
+def settings_of_variant(variant: Variant, seed: int) -> Settings:
+    """Settings of a variant; those under which a peer takes the place of the package's method."""
+    own = {name: value for name, value in variant.items() if name not in BESIDES}
+    return settings_of(**({"method": "importance"} if "peer" in variant else {}), **own, seed=seed)
+
+
+def collector(variant: Variant) -> Callable[[Problem], Statistics] | None:
+    """What collects the statistics of a variant, for `rfprune.pruning.prune_to_each`; None for a
+    method of the package as it is."""
+    if variant.get("lsmr"):
+        return lambda problem: replace(kwon.collect(problem), solver=lsmr_scales)
+    if "peer" not in variant:
+        return None
+    prepare = PEERS[variant["peer"]]
+    return lambda problem: PeerStatistics(prepare(problem), variant.get("refitted", False))
 
 
 @dataclass
