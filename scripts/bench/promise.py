@@ -4,7 +4,8 @@ python -m scripts.bench.promise --synthetic bert-base --batch-size 8 --length 12
 python -m scripts.bench.promise --model CHECKPOINT --batch-size 32 --length 32
 
 Units are chosen by their weights alone, since only time matters here. Each pruned model is timed
-beside the original once more, for longer than `prune` itself takes to check its choice.
+beside the original once more, for longer than `prune` itself takes to check its choice. A model
+with as many MACs that was chosen by `--metric mac` runs in the same rounds.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def _measure(options: argparse.Namespace, group: Sequence[Conditions]) -> Iterat
     from rfprune.cost.constraint import Constraint
     from rfprune.latency.profile import BUDGET, profile_latency
     from rfprune.model.layout import layout_of
-    from rfprune.pruning import prune_family
+    from rfprune.pruning import prune, prune_family
     from rfprune.settings import Settings
 
     dtype = getattr(torch, options.dtype)
@@ -96,10 +97,11 @@ def _measure(options: argparse.Namespace, group: Sequence[Conditions]) -> Iterat
     for conditions, result in zip(group, results, strict=True):
         promise = result.promise
         assert promise is not None
+        by_mac = prune(model, [batch], Constraint("mac", result.achieved["mac"]), settings)
         yield {
             **conditions,
             "settings": asdict(settings),
-            **_timed_again(model, result, batch, options.seconds),
+            **_timed_again(model, result, by_mac, batch, options.seconds),
             "mac": result.achieved["mac"],
             "layers": list(result.layers),
             "attempts": [
@@ -112,16 +114,18 @@ def _measure(options: argparse.Namespace, group: Sequence[Conditions]) -> Iterat
         }
 
 
-def _timed_again(model: Any, result: PruneResult, batch: Any, seconds: float) -> dict[str, Any]:
-    """Pruned latency as a fraction of the original's, and the milliseconds of both."""
+def _timed_again(
+    model: Any, result: PruneResult, by_mac: PruneResult, batch: Any, seconds: float
+) -> dict[str, Any]:
+    """Pruned latencies as fractions of the original's, and the milliseconds."""
     import torch
 
-    from rfprune.latency.timing import TimingBudget, time_ratio
+    from rfprune.latency.timing import TimingBudget, time_ratios
 
     with torch.inference_mode():
-        found = time_ratio(
+        found, other = time_ratios(
             partial(model, **batch),
-            partial(result.model.eval(), **batch),
+            [partial(one.model.eval(), **batch) for one in (result, by_mac)],
             model.device,
             TimingBudget(seconds, MIN_ROUNDS, MAX_ROUNDS, TOLERANCE),
         )
@@ -132,6 +136,12 @@ def _timed_again(model: Any, result: PruneResult, batch: Any, seconds: float) ->
         "original_ms": found.original.median_ms,
         "pruned_ms": found.pruned.median_ms,
         "rounds": found.original.rounds,
+        "by_mac": {
+            "measured": other.ratio,
+            "error": other.error,
+            "mac": by_mac.achieved["mac"],
+            "layers": list(by_mac.layers),
+        },
     }
 
 

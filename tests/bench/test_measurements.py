@@ -181,6 +181,8 @@ def test_promised_latencies_are_measured_again(
         assert line["attempts"][0]["predicted"] <= line["constraint"] + 1e-6
         assert line["measured"] > 0
         assert line["rounds"] >= promise.MIN_ROUNDS
+        assert 0 < line["by_mac"]["mac"] <= line["mac"] + 1e-9
+        assert line["by_mac"]["measured"] > 0
         assert line["table"]["total_ms"] > 0
         assert line["threads"] == torch.get_num_threads()
 
