@@ -51,9 +51,12 @@ that would meet the constraint without any change of widths."""
 FIT_EVERY = 3
 """One of this many batches is used to fit the finalists."""
 
+CANDIDATE_TOKENS = 2048
+"""Tokens that the divergences of candidates are measured on, at most."""
+
 MAX_TOKENS = 8192
-"""Tokens that the finalists are fitted to, and that hidden states and divergences are compared on,
-at most: with many calibration examples the search takes a small part of the time."""
+"""Tokens that the finalists are fitted to, and that their divergences and the hidden states are
+compared on, at most: with many calibration examples the search takes a small part of the time."""
 
 _MODELS_AT_A_TIME = 8
 
@@ -194,6 +197,7 @@ class DepthSearch:
         if len(sets) <= count:
             return sets
         problem = self.problem
+        batches = first_examples(self._held_out, CANDIDATE_TOKENS)
         with problem.timer.stage("depth"), frozen(problem.model):
             found: list[float] = []
             for start in range(0, len(sets), _MODELS_AT_A_TIME):
@@ -201,7 +205,7 @@ class DepthSearch:
                     remove_layers(problem.model, problem.layout, removed)
                     for removed in sets[start : start + _MODELS_AT_A_TIME]
                 ]
-                found += mean_divergences(problem.model, students, self._held_out, problem.loss)
+                found += mean_divergences(problem.model, students, batches, problem.loss)
         order = distributed.broadcast_from_main(lambda: np.argsort(found, kind="stable").tolist())
         return [sets[i] for i in order[:count]]
 
