@@ -37,7 +37,7 @@ MAX_MEGABYTES = 30
 README = """\
 # The embedded demo
 
-`python -m rfprune.main --model demo --task sst2 --constraint 0.5` prunes what is in this folder.
+`python -m rfprune.main --model demo --task sst2 --constraint 0.5` prunes the model in this folder.
 `scripts/build_demo.py` writes it; do not edit it by hand.
 
 **Model.** BERT with 6 layers, 12 heads, hidden size 384 and 1536 FFN neurons: the encoder
