@@ -16,8 +16,8 @@ class UserError(Exception):
     """A mistake that the user can correct. The command prints one line and exits with code 2.
 
     Attributes:
-        on_one_process: true if only one process of several has met the error, so that this process
-            must print it; false if all meet it, and the main process prints it.
+        on_one_process: true if only one process of several has the error and must print it; false
+            if all have it, and the main process prints it.
     """
 
     on_one_process = False
@@ -28,7 +28,7 @@ class OtherProcessError(Exception):
 
 
 class RfpruneWarning(UserWarning):
-    """Something that the user should know about a run that goes on; listed in the report."""
+    """Something that the user should know, while the run goes on; listed in the report."""
 
 
 def check_installed(
@@ -40,7 +40,7 @@ def check_installed(
         feature: what needs them.
         packages: their names on PyPI.
         alternative: what to do without them.
-        extra: the extra of rfprune that has them.
+        extra: the extra of rfprune that installs them.
 
     Raises:
         UserError: a package is missing; the message says how to install it.
@@ -58,7 +58,7 @@ def check_installed(
 
 
 def check_imports(feature: str, module: str, alternative: str) -> None:
-    """Check that an installed package can be imported: a wheel may be made for another system.
+    """Check that an installed package can be imported: its wheel may be for another system.
 
     Args:
         feature: what needs it.
@@ -78,9 +78,9 @@ def check_imports(feature: str, module: str, alternative: str) -> None:
 
 
 def import_without_statistics(module: str) -> Any:
-    """Import a package that would send usage statistics to its makers, and does not in CI.
+    """Import a package with `CI=true`, which stops OpenVINO and NNCF from sending usage statistics.
 
-    OpenVINO and NNCF do so from their import on, without asking.
+    They would send them from their import on, without asking.
     """
     before = os.environ.get("CI")
     os.environ["CI"] = "true"
@@ -104,7 +104,7 @@ def error_summary(error: BaseException) -> str:
 
 
 def as_path(value: Any, name: str) -> Path:
-    """The path that a caller has given as text or as a path.
+    """Convert a text or a path to a path.
 
     Args:
         name: of the argument.

@@ -66,8 +66,8 @@ def prune(
 
     Args:
         model: a model of a supported type with any head, or none. It is left untouched, also after
-            an error. What torch.compile, accelerate and Trainer wrap around it is not used, and
-            neither is autocast: the result is that of the plain model.
+            an error. Wrappers of torch.compile, accelerate and Trainer are ignored, and so is
+            autocast: the result is that of the plain model.
         batches: calibration batches, as a data collator makes them: input_ids (B, S), or
             pixel_values (B, C, H, W) of images, or input_values (B, samples) of audio, or
             input_features (B, frequencies, frames) of spectrograms; attention_mask, and the model's
@@ -92,7 +92,7 @@ def prune(
     Raises:
         UserError: the model type is not supported, the constraint cannot be met, an argument is
             wrong, the model cannot run on a batch, or weights or gradients are not finite. All but
-            the last is checked before statistics are collected.
+            the last are checked before statistics are collected.
 
     Example:
         >>> import torch
@@ -138,9 +138,9 @@ def prune_family(
     """Prune to several constraints with one collection of statistics.
 
     Args:
-        constraints: a list, or an iterator, of what `prune` takes. Of an iterator
-            each constraint is asked for when the result before it has been used, so a search can
-            decide by the results so far.
+        constraints: a list, or an iterator, of what `prune` takes. An iterator is advanced only
+            after the previous result has been used, so a search can choose the next constraint by
+            the results so far.
 
     The other arguments and the errors are those of `prune`.
 

@@ -35,17 +35,17 @@ class PruneResult:
         masks: one (U,) per block of `layout`: 0 for units that were removed, the tuned scale of the
             others (1 if the method does not scale units).
         layout: the blocks of the original model.
-        removed_layers: indices of the layers of the original that were removed whole; all others
-            have moved up.
-        constraint: the constraint that was asked for; None if all units were kept.
+        removed_layers: indices of the layers of the original that were removed whole; the others
+            are renumbered.
+        constraint: the requested constraint; None if all units were kept.
         achieved: cost of the pruned model as a fraction of the original's, by metric: "mac"
             (Transformer layers, at the mean length), "params" (all), "memory" (bytes of weights),
             and "latency" if that was constrained.
         seconds: by stage (collect, depth, search, rearrange, compact, verify, tune, sparsify), and
             their sum (prune_total).
-        warnings: one sentence for each way in which the calibration batches are no sample of the
-            model's data, each block that could not be fitted, or a latency that was not met.
-        layers: units of every kind kept in every layer; see `units_of_layers`.
+        warnings: one sentence for each problem: calibration batches that cannot represent the
+            model's data, a block that could not be fitted, or a latency that was not met.
+        layers: the number of units of every kind that each layer keeps.
         mean_tokens: mean length of the calibration examples, at which MACs are counted.
         importance: importance (U,) of the units of each block; None for a method without it.
         curves: error curve of each block of `layout`; None for a method without them.
@@ -88,18 +88,18 @@ class PruneResult:
 
         The folder holds config.json, model.safetensors, pruning/masks.safetensors, the tokenizer,
         and modeling_rfprune.py, the code of the model (not after `uniform=True` or
-        `depth="layers"`, which make a model of its family's own class). It appears whole or not at
-        all.
+        `depth="layers"`, which make a model of its family's own class). It is written completely
+        or not at all.
 
         Args:
             folder: new or empty.
             tokenizer: of the model, or its image processor; None to save the model alone.
-            dtype: in which the weights are stored; None for that of the model.
+            dtype: of the stored weights; None for that of the model.
             overwrite: replace a folder in which a pruned model was saved.
 
         Raises:
-            UserError: the folder holds something, or cannot be written, or the model's class is not
-                one of transformers, so that a checkpoint could not be loaded.
+            UserError: the folder is not empty or cannot be written, or the model's class is not one
+                of transformers, so the checkpoint could not be loaded.
 
         Example:
             >>> from rfprune import load_pruned

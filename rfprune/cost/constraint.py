@@ -57,7 +57,7 @@ class Constraint:
 
     @classmethod
     def of(cls, value: Any) -> Constraint:
-        """A constraint as it is; a bare ratio as a constraint on MACs.
+        """Return a constraint unchanged, and a bare ratio as a constraint on MACs.
 
         Raises:
             UserError: the value is neither.

@@ -54,7 +54,7 @@ class Sizes:
         """Read a JSON file: such a list, or a report.json.
 
         Raises:
-            UserError: the file is missing, or holds something else.
+            UserError: the file is missing, or is not such a list or report.
         """
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -71,7 +71,7 @@ class Sizes:
         """The number of units that each block of a layout keeps.
 
         Raises:
-            UserError: the sizes are those of another model, or nothing or everything is kept.
+            UserError: the sizes do not fit the model, or nothing or everything is kept.
         """
         if len(self.layers) != len(layout.layers):
             raise UserError(

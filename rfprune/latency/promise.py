@@ -55,8 +55,8 @@ class LatencyPromise:
 
     Attributes:
         promised: fraction of the original's latency.
-        attempts: all choices that were measured, in their order.
-        chosen: index of the attempt that was pruned to.
+        attempts: all choices that were measured, in order.
+        chosen: index of the attempt whose sizes were used.
     """
 
     promised: float

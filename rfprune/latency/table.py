@@ -115,9 +115,10 @@ class LatencyTable:
             `total_ms`.
         scale: factor that the measured times of the sublayers were multiplied by to add up to
             `total_ms`; near 1 if sublayers take the same time alone as in the model.
-        rounds: how many times everything was timed.
+        rounds: how many times each part was timed.
         layer_ms: the part of `rest_ms` that each layer takes: its norms, residual sums and
-            kernel-launch overhead. It goes with a whole layer. 0 in tables of earlier versions.
+            kernel-launch overhead. Removing a whole layer saves it. 0 in tables of earlier
+            versions.
 
     Example:
         >>> from rfprune import Constraint, LatencyTable, prune
@@ -156,7 +157,7 @@ class LatencyTable:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write the table as JSON. An existing file is replaced in one step or stays as it was.
+        """Write the table as JSON. An existing file is replaced completely or not at all.
 
         Raises:
             UserError: the file cannot be written.

@@ -36,11 +36,11 @@ def remove_units(
     cross_heads: Removed | None = None,
     batches: Iterable[Batch] | None = None,
 ) -> PreTrainedModel:
-    """Remove chosen heads and neurons; what `prune_heads` of transformers did until version 5.
+    """Remove chosen heads and neurons, as `prune_heads` of transformers did until version 5.
 
     Layers are counted from 0, in an encoder-decoder those of the encoder before those of the
-    decoder. Heads that share keys and values are removed together: a number is that of a key-value
-    head.
+    decoder. Query heads that share keys and values are removed together: a number is that of a
+    key-value head.
 
     Args:
         model: of a supported type, pruned or not. It is left untouched.

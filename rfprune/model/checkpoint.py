@@ -182,16 +182,17 @@ def load_pruned(folder: str | Path, *, model_class: Any = None, **kwargs: Any) -
         folder: written by `save_pruned`, `PruneResult.save`, the command, or `save_pretrained` of a
             pruned model.
         model_class: the class of the unpruned model, or an Auto class. Needed for a class of your
-            own; with another class of the same model type, the Transformer gets its head. None:
-            the class that was saved.
+            own. Another class of the same model type adds its head to the Transformer. None: the
+            class that was saved.
         kwargs: passed to `from_pretrained` (dtype, device_map, attn_implementation, ...).
 
     Returns:
-        The model in evaluation mode, of a subclass of its original class with the same name.
+        The model in evaluation mode; its class is a subclass of the original one, of the same name.
 
     Raises:
-        UserError: the folder, its config.json or its weights are missing, damaged, newer than this
-            version of rfprune, or do not fit together or to `model_class`; the message says which.
+        UserError: the folder, its config.json or its weights are missing or damaged, come from a
+            newer version of rfprune, or do not match each other or `model_class`; the message says
+            which.
 
     A `RfpruneWarning` names the weights of a new head, which are random until they are trained.
 

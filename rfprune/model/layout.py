@@ -80,13 +80,13 @@ class Block:
         layer: index of the Transformer layer in `Layout.layers`.
         sublayer: the family's row for this sublayer, with module paths from the model's root.
         producers: the linear maps whose output rows make the units.
-        num_units: how many units there are now.
+        num_units: current number of units.
         unit_width: input features of the consumer per unit (1 for a neuron).
         head_width: features of one query head; a unit may hold several heads (1 for a neuron).
         original_units: for each head, its index in the model before any pruning; neurons are
             numbered as they are now.
         pre_norm: whether norms precede the sublayers of this stack.
-        num_positions: how many embeddings of relative positions enter the producers.
+        num_positions: number of relative-position embeddings that enter the producers.
     """
 
     layer: int
@@ -139,10 +139,10 @@ class Layout:
         layers: paths of all layers, the encoder's before the decoder's.
         blocks: of all layers.
         causal: whether attention is causal.
-        execution_order: indices of the layers in execution order where some run several times
-            (their blocks are pruned once, and cost as many times as they run); else empty.
-        layer_output_length: length of the tuple that a layer returns; None: a tensor.
-        first_decoder_layer: index of it in an encoder-decoder; None otherwise.
+        execution_order: indices of the layers in execution order if some run several times (their
+            blocks are pruned once, and their cost is multiplied by the number of runs); else empty.
+        layer_output_length: length of the tuple that a layer returns; None if it returns a tensor.
+        first_decoder_layer: index of the first decoder layer; None without a decoder.
     """
 
     model_type: str

@@ -72,14 +72,14 @@ def generate_targets(
     max_new_tokens: int | None = None,
     num_beams: int | None = None,
 ) -> list[dict[str, Tensor]]:
-    """Calibration batches of an encoder-decoder: its inputs, and what it writes from them.
+    """Make calibration batches of an encoder-decoder: inputs, and the texts it generates from them.
 
-    Pruning then preserves what the model does on texts of its own, and no targets are needed.
+    Pruning then preserves what the model does on its own texts, and no targets are needed.
 
     Args:
         model: a T5, BART, Marian or other encoder-decoder of transformers.
         batches: input_ids (B, S) and attention_mask (B, S), and nothing that depends on targets.
-        max_new_tokens: tokens that are written at most; None: as in the model's generation
+        max_new_tokens: maximum number of generated tokens; None: as in the model's generation
             config, or 128.
         num_beams: 1 for greedy generation; None: as in the model's generation config.
 
@@ -87,8 +87,8 @@ def generate_targets(
         The batches with decoder_input_ids (B, T) and decoder_attention_mask (B, T), on the CPU.
 
     Raises:
-        UserError: the model is no encoder-decoder that generates, or has no embedding for a token,
-            or there is nothing to write from.
+        UserError: the model is not an encoder-decoder that generates, a token has no embedding, or
+            there are no inputs.
 
     Example:
         >>> import torch

@@ -76,11 +76,11 @@ def _words(backend: Any, text: str) -> set[str]:
 
 @dataclass(frozen=True)
 class PieceChanges:
-    """How a trimmed tokenizer encodes texts, beside the original.
+    """How a trimmed tokenizer encodes texts, compared with the original.
 
     Attributes:
         texts: number of texts.
-        changed_texts: texts that are encoded to other pieces.
+        changed_texts: texts that are split into other pieces.
         tokens_before: tokens of all texts by the original tokenizer.
         tokens_after: by the trimmed one.
         unknown_before: tokens that stand for text without an encoding, by the original tokenizer.

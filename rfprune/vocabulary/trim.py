@@ -40,7 +40,7 @@ class TrimmedVocabulary:
 
     Attributes:
         model: a copy of the original with fewer rows of its embeddings and output layers.
-        tokenizer: the original's, with the kept tokens alone.
+        tokenizer: the original's, with only the kept tokens.
         original_tokenizer: the tokenizer before trimming.
         old_ids: the original id of every token.
         num_original: rows of the original's embeddings.
@@ -74,12 +74,12 @@ class TrimmedVocabulary:
         return found
 
     def compare(self, texts: Iterable[str]) -> PieceChanges:
-        """Count how often the trimmed tokenizer encodes texts to other pieces."""
+        """Count how often the trimmed tokenizer splits texts differently."""
         before, after = _plain_backend(self.original_tokenizer), _plain_backend(self.tokenizer)
         return piece_changes(before, after, list(texts), unknown_token(_file_of(before)))
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Write model and tokenizer to a folder, which appears whole or not at all.
+        """Write model and tokenizer to a folder: completely or not at all.
 
         Args:
             folder: new or empty.
@@ -106,24 +106,24 @@ def trim_vocabulary(
 ) -> TrimmedVocabulary:
     """Remove the tokens that texts do not need from a model and its tokenizer.
 
-    With `min_count=1` every one of the texts is encoded to the same pieces as before, so the hidden
-    states are the same to the bit. Kept besides: all added tokens (special ones among them), the
-    unknown token, ids in the configurations, the alphabet of bytes, and the single characters of
-    the texts and of ASCII. Other texts are encoded with the pieces that are left.
+    With `min_count=1` the texts are tokenised as before, so their hidden states are bit-identical.
+    Also kept: all added tokens (special ones among them), the unknown token, ids in the
+    configurations, the alphabet of bytes, and the single characters of the texts and of ASCII.
+    Other texts are encoded with the remaining pieces.
 
     Args:
         model: a model of transformers, pruned or not. It is left untouched.
         tokenizer: its fast tokenizer.
-        texts: in the languages and the style of the texts that the model is for.
+        texts: in the languages and style that the model will be used for.
         min_count: tokens that occur less often are removed. Above 1, some of the texts themselves
-            are encoded to other pieces.
+            are tokenised differently.
         keep_ids: further ids to keep.
 
     Returns:
         The smaller model and tokenizer. Ids are renumbered without gaps in their old order.
 
     Raises:
-        UserError: there are no texts, the tokenizer is slow, or is not that of the model.
+        UserError: there are no texts, or the tokenizer is slow or does not belong to the model.
 
     Example:
         >>> from rfprune import trim_vocabulary
