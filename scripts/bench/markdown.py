@@ -56,7 +56,7 @@ def marked(lines: Sequence[Line], make: Callable[[Mark], str]) -> str:
     if found == [""]:
         return make(lambda _: "")
     if len(found) == 1:
-        return f"{make(lambda _: '')}\nAll numbers measured here are {_legend(found[0], lines)}.\n"
+        return f"{make(lambda _: '')}\nAll of our numbers were {_legend(found[0], lines)}.\n"
     text = make(lambda own: "".join(sorted({mark_of(line) for line in own})))
     legend = "; ".join(f"{mark} {_legend(mark, lines)}" for mark in found if mark)
     return f"{text}\n{legend}.\n"
@@ -64,7 +64,10 @@ def marked(lines: Sequence[Line], make: Callable[[Mark], str]) -> str:
 
 def _legend(mark: str, lines: Sequence[Line]) -> str:
     if mark == NO_DIGEST:
-        return "from before results recorded their code; this version may give others"
+        return (
+            "measured by an earlier, unrecorded version of the code; the current one may give "
+            "different numbers"
+        )
     changed = [_changed_settings(line) for line in lines if mark_of(line) == OTHER_SETTINGS]
     removed, added = (sorted(set.union(*each)) for each in zip(*changed, strict=True))
     changes = [
@@ -72,7 +75,10 @@ def _legend(mark: str, lines: Sequence[Line]) -> str:
         for what, names in (("removed since:", removed), ("added since:", added))
         if names
     ]
-    return f"from a version with other settings ({'; '.join(changes)}); this one cannot repeat them"
+    return (
+        f"measured by a version with other settings ({'; '.join(changes)}); the current one "
+        "cannot repeat them"
+    )
 
 
 def device_of(line: Line) -> str:

@@ -121,16 +121,17 @@ def caption(cells: Sequence[Cell]) -> str:
     """The meaning of the numbers of a table, and their conditions."""
     line = cells[0].lines[0]
     counts = sorted({len(cell.lines) for cell in cells})
-    seeds = f"{counts[0]} seed{'s' if counts[0] > 1 else ''}"
-    if len(counts) > 1:
-        seeds = f"{counts[0]} to {counts[-1]} seeds"
+    seeds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
+    seeds, spread = f"Means over {seeds} seeds", " (lowest..highest over the seeds)"
+    if counts == [1]:
+        seeds, spread = "One seed", ""
     length = "" if line["max_length"] is None else f", at most {line['max_length']} tokens"
     measured = any("drop_error" in line for cell in cells for line in cell.lines)
-    error = " ±standard error of its drop from the original's" if measured else ""
+    error = " ±standard error of the drop from the original score" if measured else ""
     return (
-        f"Score in points{error} (lowest..highest of several seeds) / divergence from the "
-        f"original's predictions (KL in nats; of a regression half the mean squared difference). "
-        f"Means over {seeds}; {line['requested_samples']} calibration examples in batches of "
+        f"Score in points{error}{spread} / divergence from the original's predictions (KL in nats; "
+        f"in a regression, half the mean squared difference). "
+        f"{seeds}; {line['requested_samples']} calibration examples in batches of "
         f"{line['batch_size']}{length}, {line['dtype']}."
     )
 
@@ -273,8 +274,8 @@ def study(lines: Sequence[Line]) -> str:
 def max_drop(lines: Sequence[Line]) -> str:
     """A row for every model and limit."""
     heads = [
-        *("model, calibration examples", "original", "may lose", "MACs kept"),
-        *("loses (standard error)", "sizes tried", "time of single runs"),
+        *("model, calibration examples", "original score", "allowed drop", "MACs kept"),
+        *("drop (standard error)", "sizes tried", "time / single run"),
     ]
     ordered = sorted(lines, key=lambda line: (_samples(line), line["points"]))
 
@@ -295,8 +296,8 @@ def max_drop(lines: Sequence[Line]) -> str:
 
 def gguf(lines: Sequence[Line]) -> str:
     """A row for every model that llama.cpp ran: perplexities, and greedy tokens that agree."""
-    heads = ["model", "MACs kept", "perplexity by PyTorch", "by llama.cpp", "ratio"]
-    heads += ["greedy tokens that agree, of eight texts", "file"]
+    heads = ["model", "MACs kept", "perplexity, PyTorch", "perplexity, llama.cpp", "ratio"]
+    heads += ["matching greedy tokens, eight texts", "file size"]
 
     def rows(mark: Mark) -> Iterator[list[str]]:
         for line in sorted(lines, key=lambda line: (line["emptied"] or "", -line["constraint"])):
@@ -317,8 +318,8 @@ def gguf(lines: Sequence[Line]) -> str:
 
 def vllm(lines: Sequence[Line]) -> str:
     """A row for every plain model that vLLM ran: parameters, and greedy tokens that agree."""
-    heads = ["model", "MACs kept", "parameters", "as saved", "in vLLM"]
-    heads += ["greedy tokens that agree, of eight texts", "vLLM, its transformers"]
+    heads = ["model", "MACs kept", "original parameters", "saved parameters", "parameters in vLLM"]
+    heads += ["matching greedy tokens, eight texts", "versions of vLLM, transformers"]
 
     def rows(mark: Mark) -> Iterator[list[str]]:
         for line in lines:
@@ -340,10 +341,10 @@ def _samples(line: Line) -> str:
 DECODERS = """\
 # Language models
 
-Perplexity on held-out text; "times" is its ratio to the original's perplexity. KL is the mean of
-KL(original || pruned) in nats a token (the oldest lines have none). Seconds are by stage (several
-constraints share one collection), memory is the peak of the process by then, model and data
-included. Below is the text that the models generate greedily after two prompts.
+Perplexity on held-out text, and its ratio to the original's. KL is the mean KL(original || pruned)
+in nats per token; the oldest measurements lack it. Seconds are by stage; the constraints of one run
+share one collection. Memory is the peak of the process so far, including model and data. Below the
+table are greedy continuations of two prompts.
 
 """
 STAGES = ("collect", "search", "rearrange", "compact", "tune")
@@ -361,14 +362,14 @@ def decoders_short(lines: Sequence[Line]) -> str:
                        for ratio in ratios]  # fmt: skip
             yield [group[0]["where"], group[0]["variant"], *entries]
 
-    heads = ["model [original], samples", "method", *(f"{ratio:g} of MACs" for ratio in ratios)]
+    heads = ["model [original], calibration", "method", *(f"{one:g} of MACs" for one in ratios)]
     return marked(lines, lambda mark: table(heads, rows(mark)))
 
 
 def tokens(lines: Sequence[Line]) -> str:
     """A row for every number of calibration tokens of a language model."""
     heads = [
-        *("model [original]", "MACs", "calibration", "perplexity", "times the original's", "KL"),
+        *("model [original]", "MACs", "calibration", "perplexity", "ratio to original", "KL"),
         *(*STAGES, "memory"),
     ]
     ordered = sorted(lines, key=lambda line: (line["model"], -line["constraint"], line["samples"]))
@@ -408,7 +409,7 @@ def _costs(line: Line) -> list[str]:
 def decoders(lines: Sequence[Line]) -> str:
     """decoders.md: a row for every measurement, and then the generated text."""
     heads = [
-        *("model [original], samples", "method", "MACs", "parameters", "perplexity", "times"),
+        *("model [original], calibration", "method", "MACs", "parameters", "perplexity", "ratio"),
         *("KL", *STAGES, "memory"),
     ]
 
@@ -521,8 +522,8 @@ def _draw_column(above: Any, below: Any, cells: Sequence[Cell]) -> None:
 def vocabulary(lines: Sequence[Line]) -> str:
     """A row for every model and set of texts: what was trimmed, and how held-out texts fare."""
     heads = [
-        *("model", "texts of the vocabulary", "tokens", "parameters", "MB", "score"),
-        *("held-out texts with other pieces", "tokens of them", "CPU seconds"),
+        *("model", "corpus", "vocabulary size", "parameters", "MB", "score"),
+        *("held-out texts tokenised differently", "tokens in held-out texts", "CPU seconds"),
     ]
 
     def rows(mark: Mark) -> Iterator[list[str]]:
@@ -555,7 +556,8 @@ def _trimmed_score(line: Line) -> str:
 
 def recovery(lines: Sequence[Line]) -> str:
     """A row for every training of a pruned model: examples, minutes, score and divergence."""
-    heads = ["model, task", "MACs", "steps x texts", "hidden states", "minutes", "original"]
+    heads = ["model, task", "MACs kept", "steps x batch size", "weight of hidden states"]
+    heads += ["minutes", "original"]
     heads += ["pruned", "recovered", "KL pruned", "KL recovered"]
 
     def rows(mark: Mark) -> Iterator[list[str]]:

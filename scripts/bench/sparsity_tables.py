@@ -17,7 +17,7 @@ def granularities(lines: Sequence[Line]) -> str:
 def _granularities(lines: Sequence[Line]) -> str:
     first = lines[0]
     heads = [
-        *("weights left in the layers", "zeros, criterion", f"{first['metric_name']}", "KL"),
+        *("non-zero layer weights", "pattern, criterion", f"{first['metric_name']}", "KL"),
         *("non-zero parameters", "compressed, float16"),
     ]
     examples = f"{first['samples']} calibration examples, {first['evaluated_examples']} scored"
@@ -39,7 +39,7 @@ def _granularities(lines: Sequence[Line]) -> str:
                 ]
 
     text = marked(lines, lambda mark: table(heads, rows(mark)))
-    return f"**{first['model']}, {first['task']}** ({examples}), best first:\n\n{text}"
+    return f"**{first['model']}, {first['task']}** ({examples}), lowest KL first:\n\n{text}"
 
 
 def speed(lines: Sequence[Line]) -> str:
@@ -66,4 +66,4 @@ def speed(lines: Sequence[Line]) -> str:
     heads = ["model", "batch", "weights", *runtimes, "compressed, float16"]
     text = marked(lines, lambda mark: table(heads, rows(mark)))
     devices = ", ".join(dict.fromkeys(device_of(line) for line in lines))
-    return f"{text}\n{devices}; processor time, median of {lines[0]['rounds']} rounds.\n"
+    return f"{text}\n{devices}; CPU time, median of {lines[0]['rounds']} rounds.\n"

@@ -17,34 +17,34 @@ SHOWN = (32, 128)
 """Batch size and length of the short table of speedups."""
 
 PROMISE = f"""\
-# Promised latencies
+# Latency constraints
 
-Fractions of the original's latency, end to end: what was asked for, what the latency table of the
-machine predicted and what was measured at the first attempt, and what was measured again in the end
-(median of paired rounds, ± its standard error; the spread is half the interquartile range of single
-rounds). A promise is kept within {TOLERANCE:.0%} of what was asked for. "Of ideal" is the speedup
-divided by the quotient of the MACs. The last column is the latency of a model with as many MACs,
-chosen by `--metric mac`, in the same rounds.
+End-to-end latencies as fractions of the original's. "Predicted" is the latency table's estimate for
+the first attempt, and "first measured" the measured latency of that attempt. "Final" is a new
+measurement of the last attempt: the median of paired rounds ± its standard error; the spread is
+half the interquartile range of single rounds. A constraint is met if the final latency is within
+{TOLERANCE:.0%} of it. "Of ideal" is the speedup divided by the ratio of the MACs. The last column
+is the latency of a model with as many MACs, chosen by `--metric mac` and timed in the same rounds.
 
 """
 
 SPEEDUP = """\
-# Realised speedup
+# Measured speedup
 
-Speedup **of** the ideal, and their quotient in parentheses. The speedup is the median of the
-rounds' ratios of times, original over pruned, both timed in turn. The ideal is the original's
-multiply-accumulates over the pruned model's, Transformer layers alone. `by 8` keeps neurons in
-multiples of 8. Weights are random, which changes no time. [README.md](README.md#realised-speed)
-explains the numbers.
+Each cell: measured speedup **of** ideal speedup, and their ratio in parentheses. The measured
+speedup is the median, over rounds that time both models in turn, of the original's time over the
+pruned model's. The ideal speedup is the ratio of their multiply-accumulates in the Transformer
+layers. `by 8` keeps neurons in multiples of 8. Weights are random, which does not affect the times.
+[README.md](README.md#measured-speed) explains the numbers.
 
 """
 
 OPERATORS = """\
-# Where the rest of the speed goes
+# Lost speedup by kind of operator
 
-Milliseconds of a forward pass of the original by kind of operator. For each pruned model: what a
-kind of operator takes beyond the original's time over the ideal speedup, as a part of the ideal
-time of the whole pass. The parts add up to what is missing.
+The first column is the milliseconds that each kind of operator takes in a forward pass of the
+original. For each pruned model: the time beyond the original's divided by the ideal speedup, as a
+percentage of the ideal time of the whole pass. The percentages add up to the last row.
 
 """
 
@@ -52,8 +52,8 @@ time of the whole pass. The parts add up to what is missing.
 def promise(lines: Sequence[Line]) -> str:
     """promise.md: a row for every constraint."""
     heads = [
-        *("model, shape", "asked for", "predicted", "first measured", "attempts"),
-        *("measured again", "miss", "spread", "MACs", "of ideal", "by --metric mac"),
+        *("model, shape", "constraint", "predicted", "first measured", "attempts"),
+        *("final", "error", "spread", "MACs", "of ideal", "with `--metric mac`"),
     ]
 
     def rows(mark: Mark) -> Iterator[list[str]]:
@@ -78,8 +78,7 @@ def promise(lines: Sequence[Line]) -> str:
 
 def promise_short(lines: Sequence[Line]) -> str:
     """A row for every model, shape and machine."""
-    heads = ["model, shape", "latencies asked for", "misses of the table alone"]
-    heads += ["misses in the end", "kept"]
+    heads = ["model, shape", "constraints", "error of the first attempt", "final error", "met"]
 
     def rows(mark: Mark) -> Iterator[list[str]]:
         for own in grouped_by(lines, _shape_and_device):
@@ -146,7 +145,8 @@ def speedup_short(lines: Sequence[Line]) -> str:
 
     heads = ["model, machine", "dtype", "runtime", *map(_column_head, columns)]
     text = marked(chosen, lambda mark: table(heads, rows(mark))) if chosen else ""
-    return f"Speedup of ideal (quotient) at batch {SHOWN[0]}, length {SHOWN[1]}.\n\n{text}"
+    shape = f"batch size {SHOWN[0]}, length {SHOWN[1]}"
+    return f"Measured speedup of ideal speedup (their ratio) at {shape}.\n\n{text}"
 
 
 def depth_speed(lines: Sequence[Line]) -> str:
@@ -212,7 +212,7 @@ def _operators_table(line: Line) -> str:
     own = line["pruned"]
     ideals = [row["ms"]["all"] - row["lost_ms"]["all"] for row in own]
     speedups = [f"{row['speedup']:.2f} of {row['ideal']:.2f}" for row in own]
-    rows = [["speedup in these passes", "", *speedups]]
+    rows = [["speedup in this run", "", *speedups]]
     for kind, milliseconds in line["dense"]["ms"].items():
         lost = zip(own, ideals, strict=True)
         entries = [f"{row['lost_ms'][kind] / ideal:+.1%}" for row, ideal in lost]
@@ -238,18 +238,19 @@ def _exports_table(line: Line) -> str:
         rows.append([name, f"{row['score']:.2f}", f"{row['divergence']:.4f}", size, *entries])
     text = marked([line], lambda _: table(["model", "score", "KL", "weights", *shapes], rows))
     metric = line["models"]["original"]["metric_name"]
-    clock = "processor time" if line["clock"] == "cpu" else "wall time"
+    clock = "CPU time" if line["clock"] == "cpu" else "wall time"
     return (
         f"**{line['model']}, {line['task']}**, original and pruned to a fraction of its MACs "
-        f"({line['method']}); {metric}. Milliseconds of a forward pass (speedup over the original "
-        f"by PyTorch) by batch x tokens; {clock}, {device_of(line)}.\n\n{text}"
+        f"({line['method']}); {metric}. Milliseconds per forward pass (speedup over the original "
+        f"in PyTorch) by batch size x tokens; {clock}, {device_of(line)}.\n\n{text}"
     )
 
 
 def pruning_time(lines: Sequence[Line]) -> str:
     """A row for every method and number of processes: seconds, training steps, peak memory."""
     heads = ["model, examples", "method", "processes", "seconds", "by stage"]
-    heads += ["forward-backward passes", "floors", "peak memory (loading alone)", "same masks"]
+    heads += ["time / forward-backward pass", "time / lower bound", "peak memory (loading alone)"]
+    heads += ["same masks"]
 
     def rows(mark: Mark) -> Iterator[list[str]]:
         for line in lines:
@@ -298,7 +299,7 @@ def scale(lines: Sequence[Line]) -> str:
                 f"{peak / 1e9:.1f} GB, {peak / line['weight_bytes']:.1f} x weights",
             ]
 
-    heads = ["machine, tokens", "offload", "parameters", "weights", *stages, "in all", "peak"]
+    heads = ["machine, tokens", "offload", "parameters", "weights", *stages, "total", "peak"]
     return marked(lines, lambda mark: table(heads, rows(mark)))
 
 
@@ -340,15 +341,16 @@ def large_models(lines: Sequence[Line]) -> str:
             ]
 
     first = plans[0] if plans else checks[0]
-    heads = ["model", "cards", "bytes a card", "GB by part", *stages, "in all", "weights loaded"]
-    own_heads = ["machine, tokens", "offload", "parameters", *stages, "memory, planned / measured"]
+    heads = ["model", "GPUs", "memory per GPU", "GB by part", *stages, "total", "weights loaded"]
+    own_heads = ["machine, tokens", "offload", "parameters", *stages]
+    own_heads += ["memory, calculated / measured"]
     return (
         f"{first['samples']:,} x {first['length']} tokens in batches of {first['batch_size']}, "
-        f"{first['dtype']}, {first['constraint']:g} of the MACs; layers in the memory of the host. "
-        f"Seconds are multiply-adds over the rates of {first.get('reference')} on "
+        f"{first['dtype']}, {first['constraint']:g} of the MACs; layers in host memory. Seconds "
+        f"are multiply-adds divided by the rates measured with {first.get('reference')} on "
         f"{first['device_name']}.\n\n{table([*heads, 'hidden states'], planned())}\n"
-        "The same arithmetic for measured rows: seconds planned / measured, at the rates of the "
-        f"largest model of the same machine and tokens.\n\n{table(own_heads, checked())}"
+        "The same calculation for measured rows: calculated / measured seconds, at the rates of "
+        f"the largest model on the same machine and tokens.\n\n{table(own_heads, checked())}"
     )
 
 
@@ -370,15 +372,15 @@ def collection(lines: Sequence[Line]) -> str:
                 f"{(whole['peak_bytes'] - layers['peak_bytes']) / 1e9:.2f} GB",
             ]
 
-    heads = ["machine, tokens", "weights", "whole", "layer by layer", "ratio"]
-    heads += ["peak, whole", "peak, layer by layer", "saved"]
+    heads = ["machine, tokens", "weights", "whole model", "layer by layer", "ratio"]
+    heads += ["peak, whole model", "peak, layer by layer", "saved"]
     return marked(lines, lambda mark: table(heads, rows(mark)))
 
 
 def first_model(lines: Sequence[Line]) -> str:
     """A row for every machine and commit: seconds by step, bytes on the disk."""
-    heads = ["machine", "commit", "clone", "install", "prune", "in all", "environment"]
-    heads += ["output", "repository"]
+    heads = ["machine", "commit", "clone", "install", "prune", "total", "environment"]
+    heads += ["pruned model", "repository"]
 
     def rows(mark: Mark) -> Iterator[list[str]]:
         for line in lines:

@@ -183,7 +183,7 @@ def test_lines_that_cannot_be_repeated_are_marked(update: Update, tmp_path: Path
     put(tmp_path, lines[1])
     assert update() == 0
     assert rows_of(page(tmp_path, "quality"))[0][3:] == ["70.0 / 0.250"]
-    assert "All numbers measured here are from before" in page(tmp_path, "quality")
+    assert "All of our numbers were measured by an earlier" in page(tmp_path, "quality")
     rows = rows_of(page(tmp_path, "provenance"))
     made_with = ["2026-11-28", "0.1.0", "not recorded", "2.13.0", "5.23.0"]
     assert rows == [["`quality_tiny.jsonl`", "1", "0.1", *made_with]]
