@@ -25,15 +25,21 @@ from rfprune.stages.uniform import min_same_sizes_cost, same_sizes
 def cost_model(problem: Problem, metric: str) -> CostModel:
     """The cost of keeping n units of each block, by the metric of a constraint.
 
-    Numbers of units that `round_to`, protection or floors forbid cost infinitely much.
+    Numbers of units that `round_to`, protection or floors forbid cost infinitely much. With `depth`
+    protection is left to `width_limits`: a layer that is removed keeps no unit, whatever it is of.
 
     Raises:
         UserError: the metric is latency, and there is no latency table.
     """
     costs = _all_sizes(problem, metric)
-    if problem.settings.depth == "off":
-        costs = replace(costs, layer_costs=())
     costs = restrict_to_multiples(costs, problem.layout, problem.settings.round_to)
+    if problem.settings.depth != "off":
+        return costs
+    return restrict_to_limits(replace(costs, layer_costs=()), problem.layout, problem.settings)
+
+
+def width_limits(problem: Problem, costs: CostModel) -> CostModel:
+    """The costs of `cost_model` with `depth`, for the widths of the layers that stay."""
     return restrict_to_limits(costs, problem.layout, problem.settings)
 
 
@@ -169,7 +175,7 @@ def _min_cost_of_layers(problem: Problem, costs: CostModel) -> float:
     removed; with widths as well a single unit in them.
     """
     settings, layout = problem.settings, problem.layout
-    allowed = layers_to_choose_from(problem)
+    allowed, costs = layers_to_choose_from(problem), width_limits(problem, costs)
     unit_costs = [0.0] * len(layout.layers)
     for block, table in zip(layout.blocks, costs.tables, strict=True):
         unit_costs[block.layer] += float(table[-1])

@@ -24,7 +24,7 @@ import torch
 from rfprune import distributed
 from rfprune.cost.constraint import Constraint, CostModel
 from rfprune.errors import UserError
-from rfprune.methods.budget import layers_to_choose_from
+from rfprune.methods.budget import layers_to_choose_from, width_limits
 from rfprune.methods.problem import Problem
 from rfprune.methods.statistics import Statistics
 from rfprune.model.batch import Batch, first_examples
@@ -177,7 +177,7 @@ class DepthSearch:
 
     def _with_widths(self, removed: tuple[int, ...], costs: CostModel, budget: float) -> Selection:
         """The widths that the rest of a budget allows for the layers that stay."""
-        problem = self.problem
+        problem, costs = self.problem, width_limits(self.problem, costs)
         if not removed:
             return Selection(self.statistics.choose_units(problem, costs, budget))
         short = problem.with_model(remove_layers(problem.model, problem.layout, removed))

@@ -101,6 +101,19 @@ def test_what_is_predicted_is_what_the_model_costs(
     assert type(result.model) is type(model) or depth != "layers"
 
 
+@pytest.mark.parametrize("depth", ["layers", "joint", "1"])
+def test_heads_that_are_one_unit_go_with_their_layer(
+    depth: str, tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    """Widths leave the attentions of OLMo 2 whole, so only whole layers can meet this constraint."""
+    model, batches = tiny_model("olmo2", num_hidden_layers=4), batches_of(tiny_batch)
+    result = prune(model, batches, Constraint("mac", 0.7), Settings(depth=depth, tune=False))
+    assert result.removed_layers
+    assert result.achieved["mac"] <= 0.7
+    heads = {layer["heads"] for layer in result.layers}
+    assert heads == {0, 1}
+
+
 def test_layers_and_sizes_together_stay_plain(tiny_model: Tiny, tiny_batch: Tiny) -> None:
     model, batches = tiny_model("llama", num_hidden_layers=4), batches_of(tiny_batch)
     settings = Settings(depth="1", uniform=True, round_to=1, tune=False)
