@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from rfprune.errors import UserError
+from rfprune.errors import UserError, error_summary
 from rfprune.families.architectures import ARCHITECTURES
 from rfprune.families.schema import Stack
 from rfprune.model.layout import Block, Layout, recorded_blocks
@@ -60,12 +60,31 @@ def removable_layers(model: PreTrainedModel, layout: Layout) -> tuple[int, ...]:
             "no layer can be removed from a model whose weights are offloaded (device_map): load "
             "it into memory, or leave out --depth (depth='off')"
         )
-    return tuple(
+    found = tuple(
         layer
         for indices, stack in zip(layout.stacks(), stacks, strict=False)
         for layer in indices[int(stack.first_layer_stays) :]
         if len(indices) > 1
     )
+    if found:
+        _check_shorter(model, layout, found[-1])
+    return found
+
+
+def _check_shorter(model: PreTrainedModel, layout: Layout, layer: int) -> None:
+    """Check that the model's class makes a model without a layer, for the weights that are left.
+
+    Raises:
+        UserError: it does not, such as a head that weighs the outputs of all layers.
+    """
+    try:
+        remove_layers(model, layout, [layer])
+    except Exception as error:  # classes raise errors of many types
+        name, reason = type(model).__name__, error_summary(error)
+        raise UserError(
+            f"a {name} with fewer layers cannot be made from this model's configuration and weights "
+            f"({reason}); leave out --depth (depth='off')"
+        ) from error
 
 
 def without_layers(layout: Layout, removed: Collection[int]) -> Layout:

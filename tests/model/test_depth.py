@@ -167,6 +167,7 @@ def test_layers_that_cannot_be_removed(tiny_model: Tiny) -> None:
     for model_type, entries, reason in (
         ("albert", {}, "albert model share their weights.*--depth"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "by the number of the layer.*--depth"),
+        ("wav2vec2", {"use_weighted_layer_sum": True}, "fewer layers.*layer_weights.*--depth"),
     ):
         model = tiny_model(model_type, **entries)
         with pytest.raises(UserError, match=reason):
