@@ -127,6 +127,8 @@ CASES = {
     "search": "--max-drop 30",
     "layer by layer": "--samples 32",
     "kwon layer by layer": "--method kwon",
+    "depth": "--constraint 0.7 --depth",
+    "depth on few batches": "--constraint 0.7 --depth --samples 4 --batch-size 1",
 }
 # By name: more flags, code that makes a process fail, and a part of the message.
 ERRORS = {

@@ -228,7 +228,7 @@ class DepthSearch:
     @property
     def _fitted_on(self) -> list[Batch]:
         """Some of the other batches, in at least `HELD_OUT_EVERY` parts, since the fit holds some
-        out itself."""
+        out itself, and in one for each process."""
         batches = self.problem.batches
         others = [
             batch
@@ -236,8 +236,13 @@ class DepthSearch:
             if number % HELD_OUT_EVERY != HELD_OUT_EVERY - 1 and number < len(batches) - 1
         ]
         few = first_examples((others or list(batches))[::FIT_EVERY], MAX_TOKENS)
-        parts = -(-HELD_OUT_EVERY // len(few))
-        return [part for batch in few for part in _split(batch, parts)]
+        processes = distributed.world_size()
+        parts = -(-max(HELD_OUT_EVERY, processes) // len(few))
+        found = [part for batch in few for part in _split(batch, parts)]
+        if len(found) >= processes:
+            return found
+        enough = others if len(others) >= processes else batches
+        return [first_examples([batch], 0)[0] for batch in enough[:processes]]
 
 
 def compare_layers(problem: Problem, statistics: Statistics) -> list[StackOfLayers]:
