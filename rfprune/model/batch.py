@@ -123,7 +123,9 @@ def first_examples(batches: Sequence[Batch], max_tokens: int) -> list[Batch]:
     found: list[Batch] = []
     left = max_tokens
     for batch in batches:
-        tokens = token_mask(batch).sum(1).cumsum(0)
+        examples = max(map(len, batch.values()))
+        masks = token_mask(batch).unflatten(0, (examples, -1))  # of all choices
+        tokens = masks.sum((1, 2)).cumsum(0)
         rows = max(int((tokens <= left).sum()), 0 if found else 1)
         if rows:
             found.append({name: values[:rows] for name, values in batch.items()})

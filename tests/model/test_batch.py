@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 
 from rfprune.errors import UserError
 from rfprune.model import batch as batch_module
-from rfprune.model.batch import first_tokens, model_inputs, pack, split_batch, token_mask, unpack
+from rfprune.model.batch import (
+    first_examples,
+    first_tokens,
+    model_inputs,
+    pack,
+    split_batch,
+    token_mask,
+    unpack,
+)
 from rfprune.model.layerwise import add_signal_token_mask
 from rfprune.model.layout import layout_of
 
@@ -41,6 +49,13 @@ def test_the_token_mask_is_the_attention_mask(tiny_batch: Tiny) -> None:
     choices = torch.tensor([[[1, 1], [1, 0]], [[1, 1], [0, 1]]])
     batch = {"input_ids": torch.zeros(2, 2, 2, dtype=torch.long), "attention_mask": choices}
     assert torch.equal(token_mask(batch).long(), choices.flatten(0, 1)), "one row per choice"
+
+
+def test_the_first_examples_have_all_their_choices_within_the_limit() -> None:
+    batch = {"input_ids": torch.ones(5, 3, 4, dtype=torch.long)}  # 12 tokens an example
+    assert [len(one["input_ids"]) for one in first_examples([batch, batch], 40)] == [3]
+    assert [len(one["input_ids"]) for one in first_examples([batch, batch], 75)] == [5, 1]
+    assert [len(one["input_ids"]) for one in first_examples([batch], 0)] == [1]
 
 
 @pytest.mark.parametrize(
