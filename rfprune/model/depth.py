@@ -82,8 +82,8 @@ def _check_shorter(model: PreTrainedModel, layout: Layout, layer: int) -> None:
     except Exception as error:  # classes raise errors of many types
         name, reason = type(model).__name__, error_summary(error)
         raise UserError(
-            f"a {name} with fewer layers cannot be made from this model's configuration and weights "
-            f"({reason}); leave out --depth (depth='off')"
+            f"a {name} with fewer layers cannot be made from this model's configuration "
+            f"and weights ({reason}); leave out --depth (depth='off')"
         ) from error
 
 

@@ -105,7 +105,7 @@ def test_what_is_predicted_is_what_the_model_costs(
 def test_heads_that_are_one_unit_go_with_their_layer(
     depth: str, tiny_model: Tiny, tiny_batch: Tiny
 ) -> None:
-    """Widths leave the attentions of OLMo 2 whole, so only whole layers can meet this constraint."""
+    """Widths leave the attentions of OLMo 2 whole, so only whole layers meet this constraint."""
     model, batches = tiny_model("olmo2", num_hidden_layers=4), batches_of(tiny_batch)
     result = prune(model, batches, Constraint("mac", 0.7), Settings(depth=depth, tune=False))
     assert result.removed_layers
