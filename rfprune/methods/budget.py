@@ -17,7 +17,7 @@ from rfprune.errors import UserError
 from rfprune.latency.table import LatencyTable, latency_costs
 from rfprune.methods.problem import Problem
 from rfprune.model.batch import mean_decoder_tokens, mean_tokens
-from rfprune.model.depth import removable_layers
+from rfprune.model.depth import max_surplus_of_encoder, removable_layers
 from rfprune.model.plain import plain_sizes
 from rfprune.stages.uniform import min_same_sizes_cost, same_sizes
 
@@ -133,8 +133,7 @@ def _check_single_unit(problem: Problem, constraint: Constraint) -> None:
 def _check_depth(problem: Problem, constraints: Iterable[Constraint]) -> None:
     """Check that so many layers can be removed, and that this is enough for each constraint."""
     depth, uniform = problem.settings.depth, problem.settings.uniform
-    stacks, allowed = problem.layout.stacks(), layers_to_choose_from(problem)
-    most = sum(min(len(set(stack) & set(allowed)), len(stack) - 1) for stack in stacks)
+    stacks, most = problem.layout.stacks(), sum(_most_removed(problem))
     if not most:
         raise UserError(
             "this model has no layer that can be removed: one must stay, and so must protected "
@@ -168,6 +167,16 @@ def layers_to_choose_from(problem: Problem) -> tuple[int, ...]:
     return tuple(layer for layer in allowed if layer not in stay)
 
 
+def _most_removed(problem: Problem) -> list[int]:
+    """How many layers of each stack can be removed."""
+    layout, allowed = problem.layout, set(layers_to_choose_from(problem))
+    most = [min(len(allowed.intersection(stack)), len(stack) - 1) for stack in layout.stacks()]
+    surplus = max_surplus_of_encoder(problem.model, layout)
+    if surplus is not None:
+        most[0] = min(most[0], most[1] + surplus)
+    return most
+
+
 def _min_cost_of_layers(problem: Problem, costs: CostModel) -> float:
     """The cost of the smallest model that `depth` allows.
 
@@ -181,12 +190,12 @@ def _min_cost_of_layers(problem: Problem, costs: CostModel) -> float:
         unit_costs[block.layer] += float(table[-1])
     own = costs.layer_costs or (0.0,) * len(layout.layers)
     removed: list[int] = []
-    for stack in layout.stacks():
+    for stack, most in zip(layout.stacks(), _most_removed(problem), strict=True):
         dearest_first = sorted(
             (layer for layer in stack if layer in allowed),
             key=lambda layer: -own[layer] - unit_costs[layer],
         )
-        removed += dearest_first[: len(stack) - 1]
+        removed += dearest_first[:most]
     if settings.depth.isdecimal():
         removed = sorted(removed, key=lambda layer: -own[layer])[: int(settings.depth)]
     fewer = costs.without_layers(removed)

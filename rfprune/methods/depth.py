@@ -29,7 +29,7 @@ from rfprune.methods.problem import Problem
 from rfprune.methods.statistics import Statistics
 from rfprune.model.batch import Batch, first_examples
 from rfprune.model.compact import compact
-from rfprune.model.depth import remove_layers
+from rfprune.model.depth import max_surplus_of_encoder, remove_layers
 from rfprune.model.frozen import frozen
 from rfprune.model.masks import Masks, full_masks, num_kept
 from rfprune.stages.depth import (
@@ -134,7 +134,8 @@ class DepthSearch:
         try:
             enough = self._sets_within(costs, budget)
         except UserError:
-            enough = self._sets(sum(stack.max_removed for stack in self.stacks))
+            most = sum(stack.max_removed for stack in self.stacks)
+            enough = next(filter(None, map(self._sets, range(most, -1, -1))))
         most = len(enough[0])
         numbers = sorted({round(share * most) for share in SHARES} - {most})
         candidates = [*(self._sets(number) for number in numbers), enough]
@@ -146,7 +147,8 @@ class DepthSearch:
         if self.problem.settings.method == "importance" and len(self.stacks) == 1:
             fits = number <= stack.max_removed
             return [by_block_influence(stack, number)] if fits else []
-        return propose(self.stacks, number)
+        surplus = max_surplus_of_encoder(self.problem.model, self.problem.layout)
+        return propose(self.stacks, number, surplus)
 
     def _sets_within(self, costs: CostModel, budget: float) -> list[tuple[int, ...]]:
         """The smallest sets without which the model is within the budget.

@@ -87,6 +87,20 @@ def _check_shorter(model: PreTrainedModel, layout: Layout, layer: int) -> None:
         ) from error
 
 
+def max_surplus_of_encoder(model: PreTrainedModel, layout: Layout) -> int | None:
+    """How many more layers the encoder may lose than the decoder; None for any number.
+
+    For a T5 that writes, transformers makes a cache with as many layers as the encoder has, since
+    `num_decoder_layers` is not among the names that it looks for. A decoder with more layers fails.
+    """
+    stacks = ARCHITECTURES[model.config.model_type].stacks
+    by_encoder = stacks[-1].num_layers_entry == "num_decoder_layers" and model.can_generate()
+    if not (layout.is_encoder_decoder and by_encoder):
+        return None
+    encoder, decoder = layout.stacks()
+    return max(len(encoder) - len(decoder), 0)
+
+
 def without_layers(layout: Layout, removed: Collection[int]) -> Layout:
     """The layout of a model without some of its layers: the others move up.
 

@@ -139,11 +139,14 @@ def _least(stack: StackOfLayers, scores: NDArray[np.float64], number: int) -> tu
     return tuple(sorted(ordered[:number]))
 
 
-def propose(stacks: Sequence[StackOfLayers], number: int) -> list[tuple[int, ...]]:
+def propose(
+    stacks: Sequence[StackOfLayers], number: int, max_surplus: int | None = None
+) -> list[tuple[int, ...]]:
     """Sets of `number` layers that may be removed, the most promising first.
 
     Args:
         stacks: one, or the encoder and the decoder, whose layers are counted on.
+        max_surplus: how many more layers the encoder may lose than the decoder; None: any number.
 
     Returns:
         Ascending numbers of layers; nothing if so many layers cannot be removed.
@@ -163,6 +166,7 @@ def propose(stacks: Sequence[StackOfLayers], number: int) -> list[tuple[int, ...
     pairs = [
         (first, second)
         for share in range(number + 1)
+        if max_surplus is None or share - (number - share) <= max_surplus
         for first in _propose(encoder, share)[:NUM_RUNS]
         for second in _propose(decoder, number - share)[:NUM_RUNS]
     ]

@@ -144,6 +144,28 @@ def test_every_method_fits_a_model_without_layers(
         assert not torch.allclose(changed, logits_of(selected.model, batches[0]), atol=1e-3)
 
 
+def test_a_t5_that_writes_keeps_as_many_layers_in_its_encoder(
+    tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    """transformers counts the layers of its cache by the encoder's."""
+    model = tiny_model("t5", "seq2seq-lm", num_hidden_layers=4)
+    batches = [
+        batch | {"decoder_input_ids": batch["input_ids"]} for batch in batches_of(tiny_batch, "t5")
+    ]
+    with torch.no_grad():  # layers that do nothing, so their removal would be free
+        for block in layout_of(model).blocks:
+            if block.layer in (1, 2, 3):
+                model.get_submodule(block.consumer).weight.zero_()
+    result = prune(model, batches, 0.92, Settings(depth="layers", tune=False))
+    assert set(result.removed_layers) & {5, 6, 7}
+    entries = result.model.config
+    assert entries.num_layers >= entries.num_decoder_layers
+    result.model.generate(batches[0]["input_ids"], max_new_tokens=3, do_sample=False)
+    protected = Settings(depth=1, protect=("layer.4-7",), tune=False)
+    with pytest.raises(UserError, match="no layer that can be removed"):
+        prune(model, batches, 0.92, protected)
+
+
 def test_several_constraints_share_the_comparison_of_layers(
     tiny_model: Tiny, tiny_batch: Tiny
 ) -> None:
