@@ -150,7 +150,20 @@ def remove_layers(
     for name, parameter in model.named_parameters():
         if (new := rename(name)) is not None:
             short.get_parameter(new).requires_grad_(parameter.requires_grad)
+    heads = getattr(getattr(short, "generation_config", None), "alignment_heads", None)
+    if heads:
+        short.generation_config.alignment_heads = _alignment_heads(heads, layout, removed)
     return short
+
+
+def _alignment_heads(
+    heads: Sequence[Sequence[int]], layout: Layout, removed: Collection[int]
+) -> list[list[int]] | None:
+    """The heads that Whisper takes the times of words from, as [layer of the decoder, head], in the
+    layers that stay; None without any, which Whisper reports."""
+    decoder = layout.layer_indices(decoder=True)
+    kept = [layer - decoder.start for layer in decoder if layer not in removed]
+    return [[kept.index(layer), head] for layer, head in heads if layer in kept] or None
 
 
 def _shorter(

@@ -159,6 +159,15 @@ def test_per_layer_entries_of_the_configuration_follow(tiny_model: Tiny) -> None
     assert short.config.max_window_layers == 1
 
 
+def test_the_heads_that_times_of_words_are_taken_from_follow(tiny_model: Tiny) -> None:
+    model = tiny_model("whisper", num_hidden_layers=4)
+    model.generation_config.alignment_heads = [[1, 0], [3, 2]]
+    for removed, expected in (([4, 5], [[1, 2]]), ([0, 6], [[1, 0], [2, 2]]), ([5, 7], None)):
+        short = remove_layers(model, layout_of(model), removed)
+        assert short.generation_config.alignment_heads == expected
+    assert model.generation_config.alignment_heads == [[1, 0], [3, 2]]
+
+
 def test_layers_that_cannot_be_removed(tiny_model: Tiny) -> None:
     expected = {"modernbert": (1, 2), "t5": (1, 2, 4, 5), "bert": (0, 1, 2)}
     for model_type, layers in expected.items():
