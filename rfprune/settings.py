@@ -621,7 +621,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         depth: Any = self.depth
-        if type(depth) is int:
+        if not isinstance(depth, str):  # a number of layers, or what the check refuses
             object.__setattr__(self, "depth", str(depth))
         sizes_are_given = self.round_to in MULTIPLES or self.allocation != ALLOCATIONS[0]
         if self.round_to == _BY_METHOD:

@@ -54,7 +54,8 @@ class Sizes:
         """Read a JSON file: such a list, or a report.json.
 
         Raises:
-            UserError: the file is missing, or is not such a list or report.
+            UserError: the file is missing, is not such a list or report, or is the report of a
+                model without some of its layers.
         """
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -63,6 +64,12 @@ class Sizes:
                 f"--sizes {path} is missing or not JSON ({type(error).__name__}): give a list of "
                 "sizes, or the report.json of a run"
             ) from error
+        if isinstance(found, dict) and found.get("removed_layers"):
+            raise UserError(
+                f"--sizes {path} is the report of a run that removed layers whole "
+                f"({found['removed_layers']}), and sizes keep all layers: give --depth and "
+                "--constraint as that run did"
+            )
         if isinstance(found, dict) and "layers" in found:
             found = found["layers"]
         return cls(found)

@@ -161,7 +161,7 @@ def test_a_t5_that_writes_keeps_as_many_layers_in_its_encoder(
     entries = result.model.config
     assert entries.num_layers >= entries.num_decoder_layers
     result.model.generate(batches[0]["input_ids"], max_new_tokens=3, do_sample=False)
-    protected = Settings(depth=1, protect=("layer.4-7",), tune=False)
+    protected = Settings(depth="1", protect=("layer.4-7",), tune=False)
     with pytest.raises(UserError, match="no layer that can be removed"):
         prune(model, batches, 0.92, protected)
 

@@ -300,6 +300,7 @@ def test_batches_from_inference_mode_work(tiny_model: Tiny) -> None:
         ({"use_labels": None}, "use_labels None is not True or False"),
         ({"method": None}, "method None is not a text: choose one of curvature, kwon"),
         ({"method": "Kwon"}, "method 'Kwon' is unknown: choose one of curvature, kwon"),
+        ({"depth": True}, "depth True is not off, layers, joint, or how many layers"),
         ({"seed": 1.5}, "seed 1.5 is not a whole number"),
         ({"round_to": "8"}, "round_to '8' is not a whole number: choose one of 1, 8"),
     ],
@@ -307,6 +308,7 @@ def test_batches_from_inference_mode_work(tiny_model: Tiny) -> None:
 def test_settings(values: dict[str, Any], says: str) -> None:
     refuses(lambda: Settings(**values), says)
     seed: Any = np.int64(3)
+    assert Settings(depth=seed).depth == "3"
     assert type(Settings(seed=seed).seed) is int
 
 

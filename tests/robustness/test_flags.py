@@ -144,6 +144,11 @@ FLAGS = (
     _sizes("no JSON", "missing or not JSON", "[{"),
     _sizes("sizes of one layer", "of 1 layers and the model has 2", '[{"heads": 1}]'),
     _sizes("too many heads", "keep 9 heads in layer 0", '[{"heads": 9}, {}]'),
+    _sizes(
+        "the report of a run with --depth",
+        "removed layers whole ([1]), and sizes keep all layers",
+        '{"layers": [{"heads": 4, "neurons": 12}, {"heads": 0}], "removed_layers": [1]}',
+    ),
     _sizes("no list", "a list with an entry per layer", "3"),
     _sizes("a floor", "--min-heads can do nothing", '[{"heads": 1}, {}]', "--min-heads=1"),
     _one_flag("--task mrcp", "did you mean mrpc"),
