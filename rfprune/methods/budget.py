@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -26,7 +26,8 @@ def cost_model(problem: Problem, metric: str) -> CostModel:
     """The cost of keeping n units of each block, by the metric of a constraint.
 
     Numbers of units that `round_to`, protection or floors forbid cost infinitely much. With `depth`
-    protection is left to `width_limits`: a layer that is removed keeps no unit, whatever it is of.
+    protection and floors are not applied here, since a removed layer keeps no units; `width_limits`
+    applies them to the layers that stay.
 
     Raises:
         UserError: the metric is latency, and there is no latency table.
@@ -78,7 +79,7 @@ def min_ratio(problem: Problem, metric: str) -> float:
     """
     costs = cost_model(problem, metric)
     if problem.settings.depth != "off":
-        return costs.ratio_for(_min_cost_of_layers(problem, costs))
+        return costs.ratio_for(_min_cost_of_layers(problem, costs, layers_to_choose_from(problem)))
     if problem.settings.uniform:
         allowed = plain_sizes(problem.model, problem.layout)
         return costs.ratio_for(min_same_sizes_cost(problem.layout, costs, allowed))
@@ -133,7 +134,8 @@ def _check_single_unit(problem: Problem, constraint: Constraint) -> None:
 def _check_depth(problem: Problem, constraints: Iterable[Constraint]) -> None:
     """Check that so many layers can be removed, and that this is enough for each constraint."""
     depth, uniform = problem.settings.depth, problem.settings.uniform
-    stacks, most = problem.layout.stacks(), sum(_most_removed(problem))
+    stacks, allowed = problem.layout.stacks(), layers_to_choose_from(problem)
+    most = sum(_most_removed(problem, allowed))
     if not most:
         raise UserError(
             "this model has no layer that can be removed: one must stay, and so must protected "
@@ -149,7 +151,7 @@ def _check_depth(problem: Problem, constraints: Iterable[Constraint]) -> None:
         plain_sizes(problem.model, problem.layout)
     for constraint in constraints:
         costs = cost_model(problem, constraint.metric)
-        smallest = _min_cost_of_layers(problem, costs)
+        smallest = _min_cost_of_layers(problem, costs, allowed)
         if constraint.ratio * costs.original < smallest:
             others = "" if depth != "layers" or uniform else ", or --depth joint (depth='joint')"
             raise UserError(
@@ -167,30 +169,30 @@ def layers_to_choose_from(problem: Problem) -> tuple[int, ...]:
     return tuple(layer for layer in allowed if layer not in stay)
 
 
-def _most_removed(problem: Problem) -> list[int]:
-    """How many layers of each stack can be removed."""
-    layout, allowed = problem.layout, set(layers_to_choose_from(problem))
-    most = [min(len(allowed.intersection(stack)), len(stack) - 1) for stack in layout.stacks()]
+def _most_removed(problem: Problem, allowed: Collection[int]) -> list[int]:
+    """How many of the allowed layers of each stack can be removed."""
+    layout = problem.layout
+    most = [min(len(set(allowed) & set(stack)), len(stack) - 1) for stack in layout.stacks()]
     surplus = max_surplus_of_encoder(problem.model, layout)
     if surplus is not None:
         most[0] = min(most[0], most[1] + surplus)
     return most
 
 
-def _min_cost_of_layers(problem: Problem, costs: CostModel) -> float:
-    """The cost of the smallest model that `depth` allows.
+def _min_cost_of_layers(problem: Problem, costs: CostModel, allowed: Collection[int]) -> float:
+    """The cost of the smallest model that `depth` allows without some of the allowed layers.
 
     With whole layers alone that is the cheapest layer of each stack, and those that cannot be
     removed; with widths as well a single unit in them.
     """
     settings, layout = problem.settings, problem.layout
-    allowed, costs = layers_to_choose_from(problem), width_limits(problem, costs)
+    costs = width_limits(problem, costs)
     unit_costs = [0.0] * len(layout.layers)
     for block, table in zip(layout.blocks, costs.tables, strict=True):
         unit_costs[block.layer] += float(table[-1])
     own = costs.layer_costs or (0.0,) * len(layout.layers)
     removed: list[int] = []
-    for stack, most in zip(layout.stacks(), _most_removed(problem), strict=True):
+    for stack, most in zip(layout.stacks(), _most_removed(problem, allowed), strict=True):
         dearest_first = sorted(
             (layer for layer in stack if layer in allowed),
             key=lambda layer: -own[layer] - unit_costs[layer],

@@ -29,10 +29,10 @@ from rfprune.methods.problem import Problem
 from rfprune.model.frozen import frozen
 from rfprune.model.masks import Masks, masked
 from rfprune.stages.fisher import Gradients, block_fisher, collect_gradients, diagonal_fisher
-from rfprune.stages.least_squares import solve_scales
+from rfprune.stages.least_squares import DampedSolver
 from rfprune.stages.rearrange import rearrange
 from rfprune.stages.search import search
-from rfprune.stages.tune import ScaleSolver, tune_scales
+from rfprune.stages.tune import tune_scales
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class KwonStatistics:
     Attributes:
         gradients: (n, U) per block, one row per example and factor of the Fisher information.
         importance: (U,) per block, the diagonal of the Fisher information.
-        solver: of the scales of a block.
+        solver: of the scales of a block, in place of the closed form.
     """
 
     gradients: Gradients
     importance: tuple[Tensor, ...]
-    solver: ScaleSolver = solve_scales
+    solver: DampedSolver | None = None
     curves: None = None
 
     def choose_units(self, problem: Problem, costs: CostModel, budget: float) -> Masks:

@@ -176,6 +176,10 @@ def _row_blocks(size: int) -> list[slice]:
     return [slice(start, start + ROWS) for start in range(0, size, ROWS)]
 
 
+DampedSolver = Callable[[Tensor, Tensor, float], Tensor]
+"""From G (U, U), r (U,) and a damping to the δ (U,) of the least |G·δ - r|² + damping²·|δ|²."""
+
+
 def solve_scales(
     moments: Moments,
     weight: Tensor,
@@ -183,6 +187,7 @@ def solve_scales(
     unit_width: int,
     damping: float,
     limit: float,
+    solver: DampedSolver | None = None,
 ) -> Tensor:
     """One scale per unit by damped least squares: the mask tuning of Kwon et al. 2022, section 4.3.
 
@@ -201,6 +206,7 @@ def solve_scales(
         unit_width: features of one unit.
         damping: of LSMR.
         limit: the largest absolute scale that is accepted.
+        solver: in place of the closed form.
 
     Returns:
         Scales (U,) in float64.
@@ -208,35 +214,26 @@ def solve_scales(
     Raises:
         NumericalFailure: the solve failed or a scale is beyond the limit.
     """
-    gram, residual = scale_system(moments, weight, bias, unit_width)
-    units = len(gram)
-    normal = gram.T @ gram + damping**2 * torch.eye(units, dtype=torch.float64, device=gram.device)
-    jitter = 1e-10 * float(normal.diagonal().mean())
-    scales = 1 + _solve(lambda: (normal.clone(), (gram.T @ residual)[:, None], jitter))[:, 0]
-    if scales.abs().max() > limit:
-        raise NumericalFailure(f"a scale of {float(scales.abs().max()):.3g} is beyond ±{limit:g}")
-    return scales
-
-
-def scale_system(
-    moments: Moments, weight: Tensor, bias: Tensor | None, unit_width: int
-) -> tuple[Tensor, Tensor]:
-    """The normal equations of `solve_scales`: G (U, U) and r (U,), in float64.
-
-    Args:
-        moments: of the inputs of the output projection and of its targets.
-        weight: W (d, p) of the output projection.
-        bias: b (d,); None for a projection without bias.
-        unit_width: features of one unit.
-    """
     weight, cross = to_float64(weight, moments.gram.device), moments.cross
     if bias is not None:
         cross = cross - torch.outer(moments.feature_sum, to_float64(bias, moments.gram.device))
     products = (weight.T @ weight) * moments.gram  # (p, p)
     correlations = (weight.T * cross).sum(1)  # (p,)
     units = len(products) // unit_width
-    gram = products.view(units, unit_width, units, unit_width).sum((1, 3))
-    return gram, correlations.view(units, unit_width).sum(1) - gram.sum(1)
+    gram = products.view(units, unit_width, units, unit_width).sum((1, 3))  # (U, U)
+    residual = correlations.view(units, unit_width).sum(1) - gram.sum(1)  # (U,)
+    scales = 1 + (solver or _solve_damped)(gram, residual, damping)
+    if not (scales.abs() <= limit).all():  # not a number, too
+        raise NumericalFailure(f"a scale of {float(scales.abs().max()):.3g} is beyond ±{limit:g}")
+    return scales
+
+
+def _solve_damped(gram: Tensor, residual: Tensor, damping: float) -> Tensor:
+    """The closed form of `DampedSolver`."""
+    normal = gram.T @ gram
+    normal.diagonal().add_(damping**2)
+    jitter = 1e-10 * float(normal.diagonal().mean())
+    return _solve(lambda: (normal.clone(), (gram.T @ residual)[:, None], jitter))[:, 0]
 
 
 def solve_weights(

@@ -14,14 +14,19 @@ Departures from the authors' code:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rfprune.model.batch import Batch
 from rfprune.model.layout import Block, Layout
-from rfprune.stages.least_squares import Moments, fit_with_validation, solve_scales
+from rfprune.stages.least_squares import (
+    DampedSolver,
+    Moments,
+    fit_with_validation,
+    solve_scales,
+)
 from rfprune.stages.reconstruct import BlockFit, reconstruct
 
 DAMPING = 1.0
@@ -29,9 +34,6 @@ DAMPING = 1.0
 
 SCALE_LIMIT = 10.0
 """The largest absolute scale that is accepted, as in the authors' code."""
-
-ScaleSolver = Callable[[Moments, Tensor, Tensor | None, int, float, float], Tensor]
-"""The signature of `rfprune.stages.least_squares.solve_scales`."""
 
 RIDGES = (1e-2, 1e-3, 1e-1, 1.0)
 """Candidate ridge strengths of `refit`, as fractions of the mean diagonal. The prior is the present
@@ -51,7 +53,7 @@ def tune_scales(
     *,
     removed: Collection[int] = (),
     progress: bool = False,
-    solver: ScaleSolver = solve_scales,
+    solver: DampedSolver | None = None,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Scale the kept units of `student` to follow `teacher`, by changing its weights in place.
 
@@ -65,7 +67,7 @@ def tune_scales(
         batches: calibration batches with token masks.
         removed: indices of the layers that the student lacks.
         progress: whether to show a progress bar.
-        solver: of the scales of one block.
+        solver: of the scales of one block, in place of the closed form.
 
     Returns:
         Scales (kept units,) by the path of the consumer, and a warning for every block that failed.
@@ -78,7 +80,8 @@ def tune_scales(
         if not weight.numel():
             return weight, bias
         moments = train + held_out
-        found = solver(moments, weight, bias, block.unit_width, DAMPING, SCALE_LIMIT)
+        width = block.unit_width
+        found = solve_scales(moments, weight, bias, width, DAMPING, SCALE_LIMIT, solver)
         scales[block.consumer] = found.cpu()
         return weight * found.repeat_interleave(block.unit_width).to(weight), bias
 

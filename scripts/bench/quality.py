@@ -61,9 +61,8 @@ STAGES: Variants = {
 }
 
 BY_ROUNDS: Variants = {
-    "curvature": {"method": "curvature"},
-    "curvature-rounds-2": {"method": "curvature", "rounds": 2},
-    "curvature-rounds-3": {"method": "curvature", "rounds": 3},
+    "curvature": STAGES["curvature"],
+    **{f"curvature-rounds-{n}": {**STAGES["curvature"], "rounds": n} for n in (2, 3)},
 }
 
 IN_ROUNDS = ("taylor", "fisher")
@@ -270,11 +269,7 @@ class Bench:
         cache = None if self.suite.timed else default_folder()
         with harness.warnings_on_stderr() as warnings:
             problem = prepare_problem(checkpoint.model, batches, settings, cache=cache)
-            results = prune_to_each(
-                problem,
-                constraints,
-                collect=collector(asked),
-            )
+            results = prune_to_each(problem, constraints, collect=collector(asked))
             for conditions in group:
                 try:
                     result = next(results)

@@ -21,7 +21,7 @@ from rfprune.settings import Settings
 from scripts.bench.models import settings_of
 from scripts.bench.peers import flap, kprune, wanda_sp
 from scripts.bench.peers.choice import Choice
-from scripts.bench.peers.kwon_lsmr import lsmr_scales
+from scripts.bench.peers.kwon_lsmr import solve_by_lsmr
 
 PEERS: Mapping[str, Callable[[Problem], Callable[[CostModel, float], Choice]]] = {
     "wanda-sp": wanda_sp.prepare,
@@ -32,23 +32,24 @@ PEERS: Mapping[str, Callable[[Problem], Callable[[CostModel, float], Choice]]] =
 
 
 Variant = Mapping[str, Any]
-"""Arguments of `rfprune.Settings`. Besides them `peer`, one of `PEERS`; `refitted`: use the
-package's fit instead of the peer's; `lsmr`: tune by the solver of Kwon et al."""
+"""Arguments of `rfprune.Settings`, and those of `NOT_SETTINGS`."""
 
-BESIDES = ("peer", "refitted", "lsmr")
+NOT_SETTINGS = ("peer", "refitted", "lsmr")
+"""One of `PEERS`; whether the package's fit replaces the peer's; whether the solver of Kwon et al.
+replaces the package's closed form."""
 
 
 def settings_of_variant(variant: Variant, seed: int) -> Settings:
     """Settings of a variant; those under which a peer takes the place of the package's method."""
-    own = {name: value for name, value in variant.items() if name not in BESIDES}
+    own = {name: value for name, value in variant.items() if name not in NOT_SETTINGS}
     return settings_of(**({"method": "importance"} if "peer" in variant else {}), **own, seed=seed)
 
 
 def collector(variant: Variant) -> Callable[[Problem], Statistics] | None:
-    """What collects the statistics of a variant, for `rfprune.pruning.prune_to_each`; None for a
-    method of the package as it is."""
+    """What collects the statistics of a variant, for `rfprune.pruning.prune_to_each`; None for the
+    package's own methods."""
     if variant.get("lsmr"):
-        return lambda problem: replace(kwon.collect(problem), solver=lsmr_scales)
+        return lambda problem: replace(kwon.collect(problem), solver=solve_by_lsmr)
     if "peer" not in variant:
         return None
     prepare = PEERS[variant["peer"]]
