@@ -145,17 +145,15 @@ def missed_latency_warnings(promise: LatencyPromise | None) -> list[str]:
     """A warning if the promised latency is missed, else none."""
     if promise is None or promise.is_met:
         return []
-    return [
-        f"the promised latency of {promise.promised:g} of the original's is missed: "
-        f"{promise.measured:.3g} is measured, the nearest of {len(promise.attempts)} attempts; "
-        f"{_reason(promise)}"
-    ]
-
-
-def _reason(promise: LatencyPromise) -> str:
+    attempts = f"{len(promise.attempts)} attempt{'s' * (len(promise.attempts) > 1)}"
     if promise.measured > promise.promised:
-        return (
-            "pruning saves less than that on this device; choose a larger --constraint, or a "
-            "larger batch size"
-        )
-    return "the next larger sizes are slower than promised"
+        return [
+            f"the promised latency of {promise.promised:g} of the original's is missed: "
+            f"{promise.measured:.3g} is measured, the nearest of {attempts}; pruning saves less "
+            "than that on this device; choose a larger --constraint, or a larger batch size"
+        ]
+    return [
+        f"the model is faster than promised: {promise.measured:.3g} of the original's latency is "
+        f"measured instead of {promise.promised:g}, the nearest of {attempts}; no larger model was "
+        "found that keeps the promise"
+    ]

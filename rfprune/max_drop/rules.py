@@ -7,12 +7,17 @@ original's is smooth and grows as the ratio falls. Three rules use both:
 1. Drops are made monotone in the divergence (isotonic regression): where a model with a larger
    divergence scores better, the difference is noise.
 2. A model is within the limit if both its measured drop and its monotone drop are.
-3. Between the smallest ratio that is within the limit and the largest below it that is not, the
-   drop is interpolated in the divergence, and the logarithm of the divergence in the ratio. Where a
-   trial has not halved that interval, the next trial bisects it, as in Brent's method.
+3. Between the smallest size that is within the limit and the largest ratio below it that is not,
+   the drop is interpolated in the divergence, and the logarithm of the divergence in the ratio.
+   Where a trial has not halved that interval, the next trial bisects it, as in Brent's method.
 
-The search ends when the interval is RESOLUTION wide, when it is NEAR wide and the expected gain is
-at most RESOLUTION, or after MAX_TRIALS. `rfprune.max_drop.search` runs the trials.
+The search ends when no size is left in the interval, when it is RESOLUTION wide, when it is NEAR
+wide and the expected gain is at most RESOLUTION, or after MAX_TRIALS. `rfprune.max_drop.search`
+runs the trials.
+
+A model may be smaller than the ratio asks for, above all where whole layers are removed. Every
+ratio between the two gives that model again. So a trial that is within the limit counts by the
+size of its model, and one that is not by the ratio that was asked for.
 """
 
 from __future__ import annotations
@@ -39,6 +44,7 @@ _MAX_GROWTH = 8.0  # of the divergence, from one trial to the next while nothing
 _MAX_ONE_SIDED = (
     3  # trials that all pass or all fail, before the smallest or largest ratio is tried
 )
+_RATIO_ROUNDING = 1e-4  # ratios have four decimals
 _ROUNDING = 1e-9  # of scores that are 100 times a fraction
 
 
@@ -47,16 +53,23 @@ class Trial:
     """One ratio that was tried.
 
     Attributes:
-        ratio: fraction of the cost that was kept, as in `Constraint`.
+        ratio: fraction of the cost that was asked for, as in `Constraint`.
         drop: points of the score that were lost; negative where the score rose.
         divergence: KL(original || pruned), in nats per row.
         standard_error: of the drop, in points.
+        achieved: fraction of the cost that the model keeps (default: `ratio`).
     """
 
     ratio: float
     drop: float
     divergence: float
     standard_error: float = 0.0
+    achieved: float | None = None
+
+    @property
+    def size(self) -> float:
+        """Fraction of the cost that the model keeps, at most `ratio`."""
+        return self.ratio if self.achieved is None else min(self.achieved, self.ratio)
 
 
 def monotone_drops(trials: Sequence[Trial]) -> dict[float, float]:
@@ -72,7 +85,7 @@ def monotone_drops(trials: Sequence[Trial]) -> dict[float, float]:
 
 
 def smallest_within_limit(trials: Sequence[Trial], max_drop: float) -> Trial | None:
-    """The trial of the smallest ratio that is within the limit, if there is one.
+    """The trial of the smallest size that is within the limit, if there is one.
 
     Args:
         max_drop: the largest drop that is allowed, in points.
@@ -81,16 +94,19 @@ def smallest_within_limit(trials: Sequence[Trial], max_drop: float) -> Trial | N
     within = [
         trial for trial in trials if max(trial.drop, fitted[trial.ratio]) <= max_drop + _ROUNDING
     ]
-    return min(within, key=lambda trial: trial.ratio, default=None)
+    return min(within, key=lambda trial: trial.size, default=None)
 
 
-def next_ratio(trials: Sequence[Trial], max_drop: float, min_ratio: float) -> float | None:
+def next_ratio(
+    trials: Sequence[Trial], max_drop: float, min_ratio: float, step: float = 0.0
+) -> float | None:
     """The ratio to try next, or None once the search is complete.
 
     Args:
         trials: all trials so far, in their order.
         max_drop: the largest drop that is allowed, in points.
         min_ratio: the smallest ratio that is possible.
+        step: the smallest difference between two sizes, as a fraction of the cost.
 
     Returns:
         A ratio that has not been tried, from `min_ratio` to `largest_ratio(min_ratio)`.
@@ -100,26 +116,28 @@ def next_ratio(trials: Sequence[Trial], max_drop: float, min_ratio: float) -> fl
         return _middle(min_ratio)
     passing, failing = _interval(trials, max_drop)
     if passing is None:
-        if failing is None or failing.ratio >= max_ratio:
+        if failing is None or max(failing.ratio, _next_size(failing, step)) >= max_ratio:
             return None  # even the largest ratio loses too much
         if len(trials) >= _MAX_ONE_SIDED or failing.ratio + RESOLUTION >= max_ratio:
             return max_ratio
-    elif passing.ratio <= min_ratio or len(trials) >= MAX_TRIALS:
+    elif passing.size <= min_ratio + _ROUNDING or len(trials) >= MAX_TRIALS:
         return None
     elif failing is None and (
-        len(trials) >= _MAX_ONE_SIDED or passing.ratio - RESOLUTION <= min_ratio
+        len(trials) >= _MAX_ONE_SIDED or passing.size - RESOLUTION <= min_ratio
     ):
         return min_ratio
     low = min_ratio if failing is None else failing.ratio
-    high = max_ratio if passing is None else passing.ratio
+    high = max_ratio if passing is None else passing.size
     wanted = _ratio_at(_divergence_at_limit(trials, max_drop), trials, passing, failing)
     if passing is not None and failing is not None:
+        if step and high - step <= low + _RATIO_ROUNDING:
+            return None  # the next smaller size is a trial that was not within the limit
         gain = high - wanted if high - low <= NEAR else high - low
         if min(gain, high - low) <= RESOLUTION + _ROUNDING:
             return None
         if high - low <= 2 * RESOLUTION or _is_slow(trials, max_drop):
-            return _rounded((low + high) / 2, low, high)
-    lowest = low if failing is None else low + RESOLUTION
+            return _rounded((low + high) / 2, max(low, _next_size(failing, step)), high)
+    lowest = low if failing is None else max(low + RESOLUTION, _next_size(failing, step))
     highest = high if passing is None else high - RESOLUTION
     return _rounded(min(max(wanted, lowest), highest), lowest, highest)
 
@@ -129,14 +147,19 @@ def largest_ratio(min_ratio: float) -> float:
     return max(math.floor(100 * (1 - MIN_GAIN * (1 - min_ratio))) / 100, _middle(min_ratio))
 
 
+def _next_size(trial: Trial, step: float) -> float:
+    """A ratio that gives the smallest size above that of a trial."""
+    return trial.size + step + _RATIO_ROUNDING if step else trial.size
+
+
 def _middle(min_ratio: float) -> float:
     return max(math.floor(50 * (1 + min_ratio)) / 100, min_ratio)
 
 
 def _interval(trials: Sequence[Trial], max_drop: float) -> tuple[Trial | None, Trial | None]:
-    """The smallest ratio that is within the limit, and the largest below it that is not."""
+    """The smallest size that is within the limit, and the largest ratio below it that is not."""
     passing = smallest_within_limit(trials, max_drop)
-    ceiling = math.inf if passing is None else passing.ratio
+    ceiling = math.inf if passing is None else passing.size
     below = [trial for trial in trials if trial.ratio < ceiling]
     return passing, max(below, key=lambda trial: trial.ratio, default=None)
 
@@ -147,7 +170,7 @@ def _is_slow(trials: Sequence[Trial], max_drop: float) -> bool:
     old_passing, old_failing = _interval(trials[:-1], max_drop)
     if not (passing and failing and old_passing and old_failing):
         return False
-    return passing.ratio - failing.ratio > (old_passing.ratio - old_failing.ratio) / 2
+    return passing.size - failing.ratio > (old_passing.size - old_failing.ratio) / 2
 
 
 def _divergence_at_limit(trials: Sequence[Trial], max_drop: float) -> float:
@@ -185,15 +208,15 @@ def _ratio_at(
             edge,
             min(
                 (trial for trial in trials if trial is not edge),
-                key=lambda trial: abs(trial.ratio - edge.ratio),
+                key=lambda trial: abs(trial.size - edge.size),
                 default=edge,
             ),
         )
     steepness = _STEEPNESS
     rise = _log(second.divergence) - _log(first.divergence)
-    if first.ratio != second.ratio and rise * (first.ratio - second.ratio) > 0:
-        steepness = rise / (first.ratio - second.ratio)
-    return first.ratio - (_log(divergence) - _log(first.divergence)) / steepness
+    if first.size != second.size and rise * (first.size - second.size) > 0:
+        steepness = rise / (first.size - second.size)
+    return first.size - (_log(divergence) - _log(first.divergence)) / steepness
 
 
 def _log(divergence: float) -> float:

@@ -19,7 +19,7 @@ from rfprune.checkpoints.precision import round_to_stored_dtype
 from rfprune.cost.constraint import Constraint
 from rfprune.errors import UserError
 from rfprune.max_drop.rules import Trial, next_ratio, smallest_within_limit
-from rfprune.methods.budget import min_ratio
+from rfprune.methods.budget import min_ratio, ratio_step
 from rfprune.report.measure import Batches, Outcome, Prepared
 from rfprune.report.summary import METRIC_NAMES, trial_line
 from rfprune.result import PruneResult
@@ -124,14 +124,14 @@ def find_smallest_model(search: DropSearch, prune: Prune, show: Callable[[str], 
         UserError: even the largest ratio that was tried loses more points.
     """
     started = time.perf_counter()
-    min_ratio = search.min_ratio
+    min_ratio, step = search.min_ratio, ratio_step(search.prepared.problem, search.metric)
     scored: list[_ScoredTrial] = []
 
     def trials() -> list[Trial]:
         return [one.trial for one in scored]
 
     def decide() -> float | None:
-        return next_ratio(trials(), search.max_drop, min_ratio)
+        return next_ratio(trials(), search.max_drop, min_ratio, step)
 
     for result in prune(constraints_to_try(search.metric, decide)):
         scored.append(_score(search, result))
@@ -175,6 +175,7 @@ def _score(search: DropSearch, result: PruneResult) -> _ScoredTrial:
         drop.points,
         search.divergence(result.model),
         drop.standard_error,
+        result.achieved[search.metric],
     )
     if smallest_within_limit([trial], search.max_drop) is None:
         return _ScoredTrial(trial, pruned.score, drop, None, None)

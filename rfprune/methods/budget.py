@@ -86,6 +86,18 @@ def min_ratio(problem: Problem, metric: str) -> float:
     return costs.ratio_for(_single_unit_cost(costs))
 
 
+def ratio_step(problem: Problem, metric: str) -> float:
+    """The smallest difference between two sizes that constraints can give, as a fraction of the
+    original cost: that of the cheapest layer where only whole layers are removed, else 0."""
+    if problem.settings.depth != "layers" or problem.settings.uniform:
+        return 0.0
+    costs = cost_model(problem, metric)
+    layer_costs = list(costs.layer_costs or [0.0] * len(problem.layout.layers))
+    for block, table in zip(problem.layout.blocks, costs.tables, strict=True):
+        layer_costs[block.layer] += float(table[-1])
+    return min(layer_costs) / costs.original
+
+
 def _single_unit_cost(costs: CostModel) -> float:
     """The cost of what is never pruned, of what must be kept, and of a single unit at least."""
     extra = [float(table[1:].min() - table.min()) for table in costs.tables if len(table) > 1]

@@ -125,7 +125,7 @@ def test_the_chosen_attempt(ratio: float, measured: list[float], chosen: float) 
     promise = meet_measured(ratio, measured)
     assert promise.measured == chosen
     warnings = missed_latency_warnings(promise)
-    assert promise.is_met != any("larger sizes are slower" in warning for warning in warnings)
+    assert promise.is_met != any("no larger model was found" in warning for warning in warnings)
 
 
 def test_noise_ends_after_the_last_correction_and_the_impossible_before_any_measurement() -> None:

@@ -143,6 +143,28 @@ def test_with_noise_the_answer_was_measured_within_the_limit(
         assert best.drop <= max_drop + 1e-9
 
 
+@pytest.mark.parametrize("layers", [6, 12, 30])
+@pytest.mark.parametrize("max_drop", [0.5, 2.0])
+@pytest.mark.parametrize("name", CURVES)
+def test_no_set_of_whole_layers_is_tried_twice(name: str, max_drop: float, layers: int) -> None:
+    """A ratio between two sizes gives the smaller one again."""
+    sizes = [n / layers for n in range(1, layers)]
+    trials: list[Trial] = []
+    step, min_ratio = 1 / layers, math.ceil(1e4 / layers) / 1e4
+    while (ratio := next_ratio(trials, max_drop, min_ratio, step)) is not None:
+        size = max(one for one in sizes if one <= ratio + 1e-12)
+        trials.append(Trial(ratio, CURVES[name](size), divergence(size), 0.0, size))
+    tried = [trial.size for trial in trials]
+    assert len(set(tried)) == len(tried) <= MAX_TRIALS
+    tried_at_most = [size for size in sizes if size <= largest_ratio(min_ratio)]
+    within = [size for size in tried_at_most if CURVES[name](size) <= max_drop]
+    best = smallest_within_limit(trials, max_drop)
+    if best is None:
+        assert not within
+    else:
+        assert best.size - min(within) <= 3 * RESOLUTION
+
+
 def test_a_better_score_at_a_larger_divergence_is_noise() -> None:
     """0.4 alone is within the limit, but 0.5, nearer to the original, is not: the mean is 1.4."""
     unlucky, lucky = Trial(0.5, 1.9, 0.01), Trial(0.4, 0.9, 0.02)

@@ -13,7 +13,7 @@ import pytest
 
 from rfprune.cost.constraint import Constraint
 from rfprune.errors import UserError
-from rfprune.methods.budget import check_constraints, cost_model, min_ratio
+from rfprune.methods.budget import check_constraints, cost_model, min_ratio, ratio_step
 from rfprune.methods.problem import Problem, prepare_problem
 from rfprune.model.masks import num_kept
 from rfprune.pruning import prune
@@ -62,6 +62,21 @@ def test_the_smallest_ratio_is_the_smallest_that_is_accepted(
     check_constraints(problem, [Constraint(metric, smallest)])
     with pytest.raises(UserError, match=f"{smallest:g}"):
         check_constraints(problem, [Constraint(metric, smallest - 1e-4)])
+
+
+@pytest.mark.parametrize("metric", ["mac", "params", "memory"])
+def test_sizes_without_whole_layers_are_a_layer_apart(
+    metric: str, problem_of: Callable[..., Problem], tiny_model: Tiny, tiny_batch: Tiny
+) -> None:
+    """Layers of this model are alike."""
+    problem = problem_of(depth="layers", round_to=None)
+    step = ratio_step(problem, metric)
+    just_enough = Constraint(metric, 1 - step + 1e-6)
+    without_a_layer = prune(tiny_model(), [tiny_batch(6, 7)], just_enough, problem.settings)
+    assert 0.05 < step < 0.9
+    assert without_a_layer.achieved[metric] == pytest.approx(1 - step, abs=1e-4)
+    assert len(without_a_layer.removed_layers) == 1
+    assert ratio_step(problem_of(depth="joint"), metric) == ratio_step(problem_of(), metric) == 0
 
 
 def test_latency_needs_a_table(problem_of: Callable[..., Problem]) -> None:
