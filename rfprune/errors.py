@@ -52,7 +52,7 @@ def check_installed(
         ways += [f"install rfprune with its extra {extra}"] * bool(extra)
         ways += [alternative] * bool(alternative)
         raise UserError(
-            f"{feature} needs packages that are not installed here ({', '.join(missing)}): "
+            f"{feature} needs packages that are not installed ({', '.join(missing)}): "
             f"{', or '.join(ways)}"
         )
 
@@ -72,8 +72,8 @@ def check_imports(feature: str, module: str, alternative: str) -> None:
         import_without_statistics(module)
     except (ImportError, OSError, RuntimeError) as error:
         raise UserError(
-            f"{feature} needs {module}, which is installed but cannot be imported here "
-            f"({error_summary(error)}): install it again, or {alternative}"
+            f"{feature} needs {module}, which is installed but cannot be imported "
+            f"({error_summary(error)}): reinstall it, or {alternative}"
         ) from error
 
 

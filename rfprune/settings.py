@@ -44,7 +44,7 @@ QUANTIZED_EXPORTS = ("onnx", "openvino")
 GGUF_TYPES = ("f16", "q8_0", "q4_0")
 TEXT_SCORES = ("chrf", "bleu", "rougeL")
 MAX_NEW_TOKENS = 128
-"""Tokens that an encoder-decoder writes at most, where neither flag nor checkpoint says it."""
+"""Maximum number of generated tokens, if neither flag nor checkpoint sets it."""
 
 MAX_SEED = 2**63 - 1  # torch accepts no larger one
 
@@ -352,8 +352,8 @@ class TargetSettings:
             )
         if self.vocabulary and self.max_drop is not None:
             raise UserError(
-                "--vocabulary and --max-drop are two runs: trim the vocabulary first, then give "
-                "its output as --model with --max-drop"
+                "--vocabulary and --max-drop cannot be combined: trim the vocabulary first, then "
+                "give its output as --model with --max-drop"
             )
         if self.latency_table is not None and self.metric != "latency":
             raise UserError(
@@ -426,14 +426,15 @@ class DataSettings:
         allowed=whole_number(1),
     )
     max_length: int | None = choice(
-        "tokens per example, of its source with --task seq2seq (default: that of the task; custom: "
-        "128; language-modeling, seq2seq: {block_tokens}, or the maximum of the model)",
+        "maximum number of tokens per example, or per source with --task seq2seq (default: that of "
+        "the task; custom: 128; language-modeling, seq2seq: {block_tokens}, or the maximum of the "
+        "model)",
         default=None,
         metavar="N",
         allowed=whole_number(8),
     )
     eval_limit: int | None = choice(
-        "score this many validation examples (default: all)",
+        "number of validation examples to score (default: all)",
         default=None,
         metavar="N",
         allowed=whole_number(1),
@@ -445,7 +446,7 @@ class DataSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class WritingSettings:
-    """How an encoder-decoder writes texts, and how they are scored; for task seq2seq alone."""
+    """How an encoder-decoder generates texts, and how they are scored; only for task seq2seq."""
 
     score: str = choice(
         "the score of the texts; chrf and bleu for translations, rougeL for summaries",
@@ -458,7 +459,7 @@ class WritingSettings:
         metavar="TEXT",
     )
     max_new_tokens: int | None = choice(
-        f"tokens that are written at most (default: as in generation_config.json, or "
+        f"maximum number of generated tokens (default: as in generation_config.json, or "
         f"{MAX_NEW_TOKENS})",
         default=None,
         metavar="N",
@@ -506,7 +507,7 @@ class Settings:
         choices=METHODS,
     )
     importance: str = choice(
-        "the criterion of method importance; the flag alone also chooses that method",
+        "the criterion of method importance; the flag implies that method",
         default=CRITERIA[0],
         choices=CRITERIA,
         method="importance",
@@ -514,7 +515,7 @@ class Settings:
     )
     allocation: str = choice(
         "for method importance; global: keep the most important units of the whole model; uniform: "
-        "keep the same fraction of every sublayer; the flag alone also chooses that method",
+        "keep the same fraction of every sublayer; the flag implies that method",
         default=ALLOCATIONS[0],
         choices=ALLOCATIONS,
         method="importance",
@@ -547,14 +548,14 @@ class Settings:
         "skip the least-squares fit of the remaining weights", default=True, flag="--skip-tune"
     )
     uniform: bool = choice(
-        "keep the same number of heads and of neurons in every layer: the result is a plain "
-        "architecture, which loads without rfprune's code",
+        "keep the same number of heads and the same number of neurons in every layer: the result "
+        "is a plain architecture, which loads without rfprune's code",
         default=False,
     )
     depth: str = choice(
         "remove whole layers, for a plain and fast model; layers: as many as the constraint needs, "
         "and nothing else (with --uniform also the same sizes in all others); joint: some layers, "
-        "then heads and neurons of the others; a number: so many layers, then heads and neurons; "
+        "then heads and neurons of the others; a number: that many layers, then heads and neurons; "
         "--depth alone means layers",
         default="off",
         metavar="LAYERS",
@@ -576,13 +577,13 @@ class Settings:
         allowed=PROTECTED_NAME,
     )
     min_heads: int = choice(
-        "heads (with grouped queries: key-value heads) that every layer keeps at least",
+        "minimum number of heads in every layer (with grouped queries: of key-value heads)",
         default=0,
         metavar="N",
         allowed=whole_number(0),
     )
     min_neurons: int = choice(
-        "neurons that every layer keeps at least",
+        "minimum number of FFN neurons in every layer",
         default=0,
         metavar="N",
         allowed=whole_number(0),
@@ -601,8 +602,9 @@ class Settings:
         allowed=SPARSITY,
     )
     sparsity_criterion: str = choice(
-        "with --sparsity: which weights become zero; obs: Optimal Brain Surgeon, the others are "
-        "adjusted; wanda: weight times norm of its input; magnitude: the smallest",
+        "with --sparsity: which weights become zero; obs: Optimal Brain Surgeon, which adjusts the "
+        "remaining weights; wanda: the smallest weight times norm of its input; magnitude: the "
+        "smallest weight",
         default=SPARSITY_CRITERIA[0],
         choices=SPARSITY_CRITERIA,
     )
@@ -708,15 +710,15 @@ class Settings:
         floor = next((one for one in ("min_heads", "min_neurons") if getattr(self, one)), None)
         if floor is not None:
             raise UserError(
-                f"{self._shown(floor)} is about every layer, and --depth {self.depth} removes some "
-                "whole: leave one of them out, or keep layers with --protect"
+                f"{self._shown(floor)} applies to every layer, but --depth {self.depth} removes "
+                f"whole layers: leave one of them out, or keep layers with --protect"
             )
         if self.depth == "layers" and sizes_are_given and not self.uniform:
             one = "round_to" if self.allocation == ALLOCATIONS[0] else "allocation"
             raise UserError(
-                f"{self._shown(one)} is about the sizes of layers, which --depth layers "
-                "(depth='layers') leaves as they are: leave it out, or choose --depth joint "
-                "(depth='joint')"
+                f"{self._shown(one)} sets the sizes of layers, which --depth layers "
+                f"(depth='layers') does not change: leave it out, or choose --depth joint "
+                f"(depth='joint')"
             )
 
     def _shown(self, name: str) -> str:
@@ -741,21 +743,21 @@ class RunSettings:
         "cpu, cuda, cuda:N or mps (default: the fastest available)", default=None
     )
     dtype: str | None = choice(
-        "dtype of the weights (default: float32, and stored in the dtype of the checkpoint)",
+        "dtype of the weights (default: float32 in memory, the dtype of the checkpoint on disk)",
         default=None,
         choices=DTYPES,
     )
     offload: str | None = choice(
-        "for a model larger than the memory of the device: its layers stay on the cpu or on disk "
-        "(in the checkpoint's own files) until their turn, and so do those of the pruned model",
+        "for a model larger than the memory of the device: keep its layers on the cpu or on disk "
+        "(in the checkpoint's own files), load them one at a time, and offload the pruned model as "
+        "well",
         default=None,
         choices=OFFLOADS,
         changes_output=False,
     )
     max_memory: str | None = choice(
-        "keep within this much memory, such as 4GB (of the process; of the GPU with --device "
-        "cuda): layers are offloaded if they must be, and a limit that is too small is refused "
-        "before the run starts",
+        "memory limit, such as 4GB, for the process (with --device cuda: for the GPU); layers are "
+        "offloaded if necessary, and a limit that is too small is refused before the run starts",
         default=None,
         metavar="SIZE",
         allowed=BYTES,
@@ -786,8 +788,8 @@ class RunSettings:
             raise UserError(f"Unknown device {self.device!r}: choose cpu, cuda, cuda:N or mps")
         if self.offload == "cpu" and self.device == "cpu":
             raise UserError(
-                "--offload cpu does nothing for --device cpu, whose memory it is: leave it out, or "
-                "give --offload disk"
+                "--offload cpu does nothing for --device cpu, where the layers are anyway: leave "
+                "it out, or give --offload disk"
             )
 
 
@@ -806,7 +808,7 @@ class OutputSettings:
     export: tuple[str, ...] = choice(
         "also write other formats; dense: the original shapes, filled with zeros; onnx: an ONNX "
         "file for any batch size and length; openvino: an OpenVINO model, likewise; gguf: a file "
-        "for llama.cpp (each needs the packages of the extra of its name)",
+        "for llama.cpp (all but dense need the extra of the same name, such as rfprune[onnx])",
         default=(),
         choices=EXPORTS,
         repeatable=True,
@@ -822,8 +824,7 @@ class OutputSettings:
         repeatable=True,
     )
     score_stages: bool = choice(
-        "for the report: also score the model after selection, before the remaining weights are "
-        "fitted",
+        "also score the model before the remaining weights are fitted, for the report",
         default=False,
     )
 
@@ -877,7 +878,7 @@ class Options:
 
     target: TargetSettings = field(metadata={"title": "what to prune"})
     data: DataSettings = field(metadata={"title": "data"})
-    writing: WritingSettings = field(metadata={"title": "written texts, with --task seq2seq"})
+    writing: WritingSettings = field(metadata={"title": "text generation, with --task seq2seq"})
     settings: Settings = field(metadata={"title": "method"})
     run: RunSettings = field(metadata={"title": "run"})
     output: OutputSettings = field(metadata={"title": "output"})
@@ -921,8 +922,8 @@ class Options:
         ]
         if given:
             raise UserError(
-                f"{', '.join(given)} can do nothing where --sizes gives the size of every layer: "
-                "leave one of the two out"
+                f"{', '.join(given)} would do nothing, since --sizes gives the size of every "
+                f"layer: leave one of the two out"
             )
 
     @property
@@ -951,12 +952,12 @@ class Options:
         }
         if given:
             raise UserError(
-                f"{', '.join(sorted(given))} can do nothing where all heads and neurons stay: add "
-                "--constraint or --max-drop, or leave this out"
+                f"{', '.join(sorted(given))} would do nothing, since all heads and neurons stay: "
+                f"add --constraint or --max-drop, or leave this out"
             )
 
     def _folder_name(self, ratio: float | None) -> str:
-        """What tells the models of one checkpoint and task apart: mac-0.5, sparsity-2of4."""
+        """The name that distinguishes models of one checkpoint and task: mac-0.5, sparsity-2of4."""
         target, sparsity = self.target, self.settings.sparsity
         parts = []
         if self.removes_units:

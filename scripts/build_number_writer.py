@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=500, help="training steps (default: 500)")
     options = parser.parse_args(argv)
     if options.folder.exists():
-        raise UserError(f"'{options.folder}' exists already: give the name of a new folder")
+        raise UserError(f"'{options.folder}' already exists: give the name of a new folder")
     if options.steps < 1:
         raise UserError(f"--steps {options.steps} is too small: give 1 or more")
     model, tokenizer = _trained(options.steps)

@@ -96,7 +96,7 @@ def _check_output(path: Path, *, overwrite: bool) -> None:
         raise UserError(f"--output {path} is a folder: give the name of a file.")
     if path.exists() and not overwrite:
         raise UserError(
-            f"{path} exists already: give another with --output, or replace it with --overwrite."
+            f"{path} already exists: give another with --output, or replace it with --overwrite."
         )
     if not path.absolute().parent.is_dir():
         raise UserError(

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not options.file.is_file():
         raise UserError(f"{options.file} does not exist: name a GGUF file.")
     if options.output.exists():
-        raise UserError(f"{options.output} exists already: name a new folder.")
+        raise UserError(f"{options.output} already exists: name a new folder.")
     dequantise(options.file, options.output)
     return 0
 

@@ -142,7 +142,7 @@ def check(options: argparse.Namespace) -> None:
             raise UserError(f"{_flag(name)} {value}: it must be a number above 0.")
     folder: Path = options.output_dir
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} exists already: name a new folder with --output-dir.")
+        raise UserError(f"{folder} already exists: name a new folder with --output-dir.")
 
 
 def _flag(name: str) -> str:

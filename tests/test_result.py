@@ -108,7 +108,7 @@ def test_only_a_saved_model_is_replaced_and_only_if_asked(
 ) -> None:
     result.save(tmp_path / "a")
     (tmp_path / "a" / "leftover").touch()
-    with pytest.raises(UserError, match="exists already.*overwrite=True"):
+    with pytest.raises(UserError, match="already exists.*overwrite=True"):
         result.save(tmp_path / "a")
     result.save(tmp_path / "a", overwrite=True)
     assert "leftover" not in names_in(tmp_path / "a")

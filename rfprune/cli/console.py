@@ -22,7 +22,7 @@ class Consoles:
     """Where a run prints.
 
     Attributes:
-        log: one line per step on stderr; recorded for log.txt also if nothing is printed.
+        log: one line per step on stderr; also recorded for log.txt if nothing is printed.
         results: the tables on stdout.
         progress: whether to show progress bars.
     """
@@ -49,7 +49,7 @@ def open_consoles(*, quiet: bool) -> Consoles:
 
 @contextmanager
 def out_of_memory_as_user_error(batch_size: int) -> Iterator[None]:
-    """Turn an error of too little memory, on the device or the host, into a UserError."""
+    """Turn an out-of-memory error, on the device or the host, into a UserError."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -57,8 +57,8 @@ def out_of_memory_as_user_error(batch_size: int) -> Iterator[None]:
         if not (on_host or isinstance(error, torch.cuda.OutOfMemoryError)):
             raise
         raise UserError(
-            f"Memory ran out with batches of {batch_size} examples ({error_summary(error)}): give "
-            f"a smaller --batch-size, fewer --samples or a smaller --max-length"
+            f"Out of memory with a batch size of {batch_size} ({error_summary(error)}): give a "
+            f"smaller --batch-size, fewer --samples or a smaller --max-length"
         ) from error
 
 

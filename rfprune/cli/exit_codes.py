@@ -27,7 +27,7 @@ RESUMABLE = "run the same command again to resume."
 NOTHING_WRITTEN = "nothing was written."
 
 GRACE_SECONDS = 10
-"""Time for the process that reports an error: launchers stop all processes when one has ended."""
+"""Time for the process that reports an error: launchers stop all processes when one ends."""
 
 Arguments = ParamSpec("Arguments")
 
@@ -35,8 +35,8 @@ Arguments = ParamSpec("Arguments")
 def script(after_interrupt: str) -> Callable[[Callable[Arguments, int]], Callable[Arguments, int]]:
     """Decorate the main function of a script: it returns an exit code instead of raising.
 
-    Python looks for modules in the folder of the script that it runs. That folder is taken off,
-    since evaluate.py there is not the library of that name.
+    Python looks for modules in the folder of the script that it runs. That folder is removed from
+    the path, since its evaluate.py would hide the library of that name.
 
     Args:
         after_interrupt: printed after Ctrl-C: what became of the work, such as `RESUMABLE`.

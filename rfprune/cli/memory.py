@@ -30,7 +30,7 @@ class Placement:
 
     Attributes:
         offload: "cpu" or "disk"; None if they are where the model computes.
-        free_bytes: of the limit, what the plan leaves; None without a limit.
+        free_bytes: bytes of the limit that the plan leaves free; None without a limit.
     """
 
     offload: str | None

@@ -30,7 +30,7 @@ LATENCY_TABLE_FILE = "latency_table.json"
 
 
 def identity_of(options: Options, prepared: Prepared, ratio: float | None) -> dict[str, str]:
-    """What tells one output from another: the flags, and the model and data they named."""
+    """The identity of an output: the flags, and the model and data that they name."""
     return {"flags": options.identity(ratio), "inputs": prepared.inputs}
 
 
@@ -122,12 +122,12 @@ def export_job(
 
 
 def publish(options: Options, consoles: Consoles) -> None:
-    """Write the page of several sizes, and upload the output if --push-to-hub was given."""
+    """Write the page with all sizes, and upload the output if --push-to-hub was given."""
     log, hub = consoles.log, options.hub
     folders = [options.output_folder(ratio) for ratio in options.target.ratios]
     page = write_family_page(folders)
     if page is not None:
-        log.print(f"Wrote a page of all sizes, '{page}'")
+        log.print(f"Wrote a page with all sizes: '{page}'")
     if hub.push_to_hub is None:
         return
     if hub.hub_dry_run:

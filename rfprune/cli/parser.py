@@ -146,12 +146,12 @@ def add_flags(
 
 
 def _argument(subject: type[Any], choice: Field[Any], declaration: Declaration) -> dict[str, Any]:
-    """What argparse wants to know about a flag."""
+    """The arguments of argparse for a flag."""
     kind = _type_of(subject, choice.name)
     shown = declaration.help.format(**_NAMES_IN_HELP)
     if kind is bool:
         return {"action": "store_false" if choice.default is True else "store_true", "help": shown}
-    if choice.default not in (MISSING, None, ()) and "(default:" not in shown:
+    if choice.default not in (MISSING, None, (), "") and "(default:" not in shown:
         shown += f" (default: {choice.default})"
     argument: dict[str, Any] = {"help": shown, "metavar": declaration.metavar}
     if get_args(kind):  # a tuple of any length
@@ -200,14 +200,13 @@ def _path(flag: str, text: str) -> Path:
         raise UserError(f"{flag} is empty: give a name or a path")
     if any(unicodedata.category(char) in ("Cc", "Cs") for char in text):
         raise UserError(
-            f"{flag} {ascii(text)[:80]} has control characters, or bytes that are not text: rename "
-            f"it"
+            f"{flag} {ascii(text)[:80]} has control characters or invalid bytes: rename it"
         )
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
         raise UserError(
-            f"{flag} {text[:60]!r} is below a home that is not there: give another path"
+            f"{flag} {text[:60]!r} is in a home directory that does not exist: give another path"
         ) from error
 
 

@@ -96,7 +96,7 @@ def run(options: Options, arguments: Sequence[str]) -> None:
 
 
 def _prepare(options: Options, device: torch.device, consoles: Consoles) -> Prepared:
-    """Load the checkpoint and the data, so that a bad input ends the run here."""
+    """Load and check the checkpoint and the data; bad input ends the run here."""
     target, data = options.target, options.data
     check_vocabulary(target.vocabulary)
     task = resolve_task(
@@ -121,7 +121,7 @@ def _prepare(options: Options, device: torch.device, consoles: Consoles) -> Prep
     dtype = getattr(torch, options.run.dtype or "float32")
     placed = placement(options, task, device, dtype)
     if placed.offload is not None and placed.offload != options.run.offload:
-        consoles.log.print(f"Keeping the layers on {placed.offload}, to stay within --max-memory")
+        consoles.log.print(f"Offloading the layers to {placed.offload} to stay within --max-memory")
     loaded = load(target.model, task, device=device, dtype=dtype, offload=placed.offload)
     check_formats(loaded.model, loaded.tokenizer, options)
     stored = stored_dtype(loaded.source) if options.run.dtype is None else dtype
@@ -150,7 +150,7 @@ def _prepare(options: Options, device: torch.device, consoles: Consoles) -> Prep
 
     evaluation_set = validation_data(loaded.tokenizer)
     if task.kind == "seq2seq":
-        consoles.log.print(f"Writing the texts to imitate, from {data.samples} sources at most")
+        consoles.log.print(f"Generating target texts from up to {data.samples} sources")
         batches = distributed.broadcast_from_main(
             lambda: with_targets(
                 loaded.model,

@@ -84,11 +84,11 @@ def check_data(
 
 
 def check_writing(task: str, writing: WritingSettings) -> None:
-    """Raise a UserError for flags of written texts with a task that writes none."""
+    """Raise a UserError for flags of text generation with a task that generates none."""
     if writing.given and task != SEQ2SEQ:
         raise UserError(
-            f"{', '.join(writing.given)} can do nothing for {task}, which writes no texts: leave "
-            f"it out, or give --task {SEQ2SEQ}"
+            f"{', '.join(writing.given)} would do nothing for {task}, which generates no texts: "
+            f"leave it out, or give --task {SEQ2SEQ}"
         )
 
 
@@ -97,7 +97,7 @@ def check_vocabulary(paths: Sequence[Path]) -> None:
     for path in paths:
         if not path.is_file():
             problem = "is a folder" if path.is_dir() else "does not exist"
-            raise UserError(f"--vocabulary {path} {problem}: give files with texts")
+            raise UserError(f"--vocabulary {path} {problem}: give text files")
 
 
 def check_kind(
@@ -106,12 +106,12 @@ def check_kind(
     """Raise a UserError unless a task of this kind has a search, the exports and tokens."""
     if vocabulary and task.kind == "image-classification":
         raise UserError(
-            "--vocabulary does nothing for a model of images, which has no tokens: leave it out"
+            "--vocabulary does nothing for an image model, which has no tokens: leave it out"
         )
     if max_drop is not None and task.kind in _KINDS_WITHOUT_MAX_DROP:
         raise UserError(
-            f"--max-drop draws samples of the examples, which {task.metric_name} of {task.kind} "
-            "does not allow: give sizes with --constraint, and compare them"
+            f"--max-drop resamples the examples, which {task.metric_name} of {task.kind} does not "
+            "allow: give several sizes with --constraint instead, and compare them"
         )
     if "gguf" in exports and task.kind != "language-modeling":
         raise UserError(
@@ -120,8 +120,8 @@ def check_kind(
         )
     if exports and task.kind in _KINDS_WITHOUT_EXPORT:
         raise UserError(
-            f"--export does not support {task.kind}, whose inputs have a dimension more: leave it "
-            f"out; the output is an ordinary transformers model"
+            f"--export does not support {task.kind}, whose inputs have one more dimension: leave "
+            f"it out; the output is an ordinary transformers model"
         )
 
 
@@ -140,10 +140,10 @@ def check_exports(formats: Collection[str], *, quantize: bool = False) -> None:
 def check_new_file(flag: str, path: Path) -> None:
     """Raise a UserError unless a new file can be written there."""
     if path.exists():
-        raise UserError(f"{flag} {path} exists already: give the name of a new file")
+        raise UserError(f"{flag} {path} already exists: give the name of a new file")
     folder = path.absolute().parent
     if not folder.is_dir():
-        raise UserError(f"{flag} {path}: the folder {folder} does not exist: create it")
+        raise UserError(f"{flag} {path}: the folder {folder} does not exist; create it")
 
 
 def check_hub(hub: HubSettings) -> None:

@@ -1,4 +1,4 @@
-"""Do the calibration batches look like a sample of the model's data? Warnings if not."""
+"""Warnings about calibration batches that cannot represent the model's data."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _OFFSET = 2  # RoBERTa has 514 position embeddings for 512 tokens
 
 
 def sample_warnings(model: PreTrainedModel, layout: Layout, batches: Sequence[Batch]) -> list[str]:
-    """One sentence for each way in which the batches are no sample of a model's data.
+    """One sentence for each way in which the batches cannot represent a model's data.
 
     They hold one example, repeat a few examples, hold fewer tokens than a layer has neurons, or
-    every text is as long as the model allows, so that all were probably cut.
+    every text is as long as the model allows, and was probably truncated.
 
     Args:
         batches: with token masks.
@@ -30,18 +30,19 @@ def sample_warnings(model: PreTrainedModel, layout: Layout, batches: Sequence[Ba
     found = []
     if number == 1:
         found.append(
-            "There is 1 calibration example, which is no sample of the model's data: give hundreds."
+            "There is only 1 calibration example, which cannot represent the model's data: give "
+            "hundreds."
         )
     elif 2 * different <= number:
         found.append(
-            f"Only {different} of the {number} calibration examples are different, which is no "
-            f"sample of the model's data: give hundreds of different ones."
+            f"Only {different} of the {number} calibration examples are different, which cannot "
+            f"represent the model's data: give hundreds of different ones."
         )
     if sum(lengths) < max(neurons, default=0):
         found.append(
-            f"The calibration examples have {sum(lengths)} tokens in all, fewer than the "
-            f"{max(neurons)} neurons of a layer, so that weights are fitted to too little data: "
-            f"give more examples."
+            f"The calibration examples have {sum(lengths)} tokens in total, fewer than the "
+            f"{max(neurons)} neurons of a layer, which is too little data to fit the weights: give "
+            f"more examples."
         )
     positions = getattr(model.config, "max_position_embeddings", None)
     if (
@@ -53,7 +54,7 @@ def sample_warnings(model: PreTrainedModel, layout: Layout, batches: Sequence[Ba
     ):
         found.append(
             f"All {number} calibration examples fill the model's {min(lengths)} positions and were "
-            f"probably cut: pruning then fits a model for long texts; give whole texts of the "
+            f"probably truncated, so the model is fitted to long texts: give whole texts of the "
             f"usual lengths."
         )
     return found

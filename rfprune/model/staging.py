@@ -54,7 +54,7 @@ def check_free(folder: Path, *, overwrite: bool, marker: str) -> None:
         return
     if not overwrite:
         raise UserError(
-            f"The output folder '{folder}' exists already: choose another (--output-dir), or "
+            f"The output folder '{folder}' already exists: choose another (--output-dir), or "
             f"replace it with --overwrite (overwrite=True)."
         )
     if not (folder / marker).is_file():

@@ -292,7 +292,7 @@ def test_an_output_of_another_run_is_refused(
     change()
     before = {path: path.stat().st_mtime_ns for path in Path("out").rglob("*")}
     assert main(flags) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in Path("out").rglob("*")} == before
     assert main([*flags, "--overwrite", "--seed", "1"]) == 0
     assert read_report(Path("out/mac-0.7"))["seed"] == 1

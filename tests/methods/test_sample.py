@@ -1,4 +1,4 @@
-"""Calibration batches that are no sample of a model's data are noticed, and others are not.
+"""Calibration batches that cannot represent a model's data are noticed, and others are not.
 
 Without this a model fitted to one text, or to nothing but cut texts, passes for a good one.
 """
@@ -44,7 +44,7 @@ def warnings_of(data: list[Batch], **config: Any) -> list[str]:
         ([{"input_ids": torch.randint(6, 20, (1, 30))}], ["1 calibration example", "hundreds"]),
         (batches(16, same=4), ["4 of the 16", "different"]),
         (batches(16, same=4, padded=3), ["4 of the 16", "different"]),
-        (batches(length=POSITIONS), [f"All 8 .* {POSITIONS} positions", "cut"]),
+        (batches(length=POSITIONS), [f"All 8 .* {POSITIONS} positions", "truncated"]),
         (batches(2, 4), ["8 tokens", "neurons", "more examples"]),
     ],
 )

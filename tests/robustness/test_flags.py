@@ -46,7 +46,7 @@ def _sparsity_alone(text: str) -> Case:
     def prepare(place: Place) -> Request:
         return [*place.flags(constraint=None), "--sparsity", "2:4", *text.split()]
 
-    says = "can do nothing where all heads and neurons stay"
+    says = "would do nothing, since all heads and neurons stay"
     return Case(f"`{text}` without a constraint", says, prepare)
 
 
@@ -127,8 +127,8 @@ FLAGS = (
     _vocabulary(
         "a count of 0", "--vocabulary-min-count 0 is not", b"a", "--vocabulary-min-count=0"
     ),
-    _vocabulary("--max-drop", "are two runs", b"a", "--max-drop=1"),
-    _vocabulary("--method kwon alone", "where all heads and neurons stay", b"a", "--method=kwon"),
+    _vocabulary("--max-drop", "cannot be combined", b"a", "--max-drop=1"),
+    _vocabulary("--method kwon alone", "since all heads and neurons stay", b"a", "--method=kwon"),
     _one_flag("--vocabulary-min-count 2", "does nothing without --vocabulary"),
     _one_flag("--vocabulary /", "--vocabulary / is a folder"),
     _one_flag("--protect layer.9", "which has the layers 0 to 1"),
@@ -150,7 +150,7 @@ FLAGS = (
         '{"layers": [{"heads": 4, "neurons": 12}, {"heads": 0}], "removed_layers": [1]}',
     ),
     _sizes("no list", "a list with an entry per layer", "3"),
-    _sizes("a floor", "--min-heads can do nothing", '[{"heads": 1}, {}]', "--min-heads=1"),
+    _sizes("a floor", "--min-heads would do nothing", '[{"heads": 1}, {}]', "--min-heads=1"),
     _one_flag("--task mrcp", "did you mean mrpc"),
     _one_flag("--task ../mrpc", "Unknown task"),
     _one_flag("--tsak mrpc", "nrecognized arguments: --tsak"),
@@ -219,8 +219,12 @@ FLAGS = (
         model="a" * 5000,
         output_dir=None,
     ),
-    with_flags("`--model ~nobody/a`", "home that is not there", model="~nobody.here/a"),
-    with_flags("`--output-dir ~nobody/a`", "home that is not there", output_dir="~nobody.here/a"),
+    with_flags("`--model ~nobody/a`", "home directory that does not exist", model="~nobody.here/a"),
+    with_flags(
+        "`--output-dir ~nobody/a`",
+        "home directory that does not exist",
+        output_dir="~nobody.here/a",
+    ),
 )
 
 
@@ -253,8 +257,8 @@ def _full_disk(place: Place) -> None:
 
 
 OUTPUT = (
-    _output("an output of other flags", "exists already", _finished, seed=1),
-    _output("somebody's own folder", "exists already", _foreign),
+    _output("an output of other flags", "already exists", _finished, seed=1),
+    _output("somebody's own folder", "already exists", _foreign),
     _output(
         "somebody's own folder, with `--overwrite`", "has not written", _foreign, overwrite=True
     ),
@@ -268,14 +272,14 @@ OUTPUT = (
     _output("a name of 300 letters", "not writable (File name too long)", lambda _: "a" * 300),
     _output("a path of 5,000 letters", "not writable (File name too long)", lambda _: "a/" * 2500),
     _output("a NUL in the name", "control characters", lambda _: "a\0b"),
-    _output("bytes that are no text in the name", "not text", lambda _: "caf\udce9"),
+    _output("bytes that are no text in the name", "invalid bytes", lambda _: "caf\udce9"),
     _output("the current folder (empty), as `.`", "give the name of a new folder", lambda _: "."),
     _output("`..`", "give the name of a new folder", lambda _: ".."),
     _output("`out/..`, where there is no out", "give the name of a new folder", lambda _: "out/.."),
     _output("the root, as `/`", "give the name of a new folder", lambda _: "/"),
     _output("a link to nowhere", "is a link", lambda _: Path("out").symlink_to("nowhere")),
     _output("a link to itself", "is a link", lambda _: Path("out").symlink_to("out")),
-    _output("the data folder", "exists already", lambda place: place.material.data),
+    _output("the data folder", "already exists", lambda place: place.material.data),
     _output(
         "the model's own folder, with `--overwrite`",
         "has not written",

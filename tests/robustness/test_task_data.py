@@ -199,7 +199,7 @@ TASKS = (
     _writer("seq2seq with an unknown `--score`", "invalid choice: 'rouge'", _TEXTS, score="rouge"),
     _writer("an encoder-decoder that writes for `custom`", "use --task seq2seq", _TEXTS,
             task="custom", max_new_tokens=None),
-    _writer("`--num-beams` for `custom`", "--num-beams can do nothing for custom", _TEXTS,
+    _writer("`--num-beams` for `custom`", "--num-beams would do nothing for custom", _TEXTS,
             task="custom", max_new_tokens=None, num_beams=2),
     _images("images: none", "no train images", {"readme.txt": "nothing here"}),
     _images("images: one class", "images of 1 class", _folder({"0/a.png": _png(0)})),
