@@ -32,12 +32,16 @@ BESIDE_PUBLISHED = {
 """Variants that stand beside published numbers."""
 
 DRAWN = {
-    "kwon-scheduled": ("Kwon et al. 2022", "#b35806", "o"),
-    "kwon-dense": ("the same, tuned to the dense model", "#8073ac", "^"),
-    "kprune-published": ("K-prune, written from the paper", "#1b7837", "v"),
-    "curvature": ("rfprune's own method, curvature", "#2166ac", "s"),
+    "kwon-scheduled": ("Kwon et al. 2022, as published", "#b35806", "o"),
+    "kwon-dense": ("--method kwon", "#8073ac", "^"),
+    "kprune-published": ("K-prune, implemented from the paper", "#1b7837", "v"),
+    "curvature": ("--method curvature (default)", "#2166ac", "s"),
 }
 """Variants in the figure: label, colour and marker; the colours suit colour-blind readers."""
+
+PANELS_PER_ROW = 4
+LEAST_POINTS = 5.0
+"""Points of the score that a panel spans at least: less would enlarge noise."""
 
 
 @dataclass(frozen=True)
@@ -476,33 +480,39 @@ def figure_digest(cells: Sequence[Cell]) -> str:
 
 
 def draw(cells: Sequence[Cell], path: Path) -> None:
-    """A column a model and task, score above, divergence below; mean and range over seeds."""
+    """A panel for each model and task, score above divergence; mean and range over seeds."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    columns: dict[tuple[str, str], list[Cell]] = {}
+    panels: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
         line = cell.lines[0]
-        columns.setdefault((line["model"], line["task"]), []).append(cell)
-    figure, axes = plt.subplots(
-        2, len(columns), figsize=(3.2 * len(columns) + 0.6, 5.2), sharex=True, squeeze=False
-    )
-    for column, own in enumerate(sorted(columns.values(), key=len, reverse=True)):
-        _draw_column(axes[0][column], axes[1][column], own)
-    axes[0][0].set_ylabel("score (points)")
-    axes[1][0].set_ylabel("divergence from the original")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
-    figure.tight_layout(rect=(0, 0.06, 1, 1))
+        panels.setdefault((line["model"], line["task"]), []).append(cell)
+    columns = min(len(panels), PANELS_PER_ROW)
+    rows = -(-len(panels) // columns)
+    figure = plt.figure(figsize=(3.1 * columns + 0.4, 4.4 * rows + 0.5), layout="constrained")
+    grid = figure.add_gridspec(rows, columns)
+    for number, own in enumerate(sorted(panels.values(), key=len, reverse=True)):
+        row, column = divmod(number, columns)
+        above, below = grid[row, column].subgridspec(2, 1).subplots(sharex=True)
+        _draw_panel(above, below, own)
+        if column == 0:
+            above.set_ylabel("score (points)")
+            below.set_ylabel("divergence")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.savefig(path, dpi=130, metadata={"Software": None, "Description": figure_digest(cells)})
     plt.close(figure)
 
 
-def _draw_column(above: Any, below: Any, cells: Sequence[Cell]) -> None:
+def _draw_panel(above: Any, below: Any, cells: Sequence[Cell]) -> None:
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
+
     first = cells[0].lines[0]
-    above.set_title(f"{first['task']} ({first['metric_name']})\n{first['model']}", fontsize=10)
+    metric = first["metric_name"].replace("_", " ")
+    above.set_title(f"{first['model']}\n{first['task']} ({metric})", fontsize=10)
     above.axhline(first["original_score"], color="black", linestyle=":", label="original")
     for variant, (label, colour, marker) in DRAWN.items():
         own = [cell for cell in cells if cell.row[-1] == variant]
@@ -513,8 +523,15 @@ def _draw_column(above: Any, below: Any, cells: Sequence[Cell]) -> None:
             axis.plot(kept, means, color=colour, marker=marker, markersize=4, label=label)
             low, high = [min(one) for one in values], [max(one) for one in values]
             axis.fill_between(kept, low, high, color=colour, alpha=0.15, linewidth=0)
+    bottom, top = above.get_ylim()
+    above.set_ylim(min(bottom, top - LEAST_POINTS), top)
     below.set_yscale("log")
+    below.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=6))
+    below.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    below.yaxis.set_minor_locator(NullLocator())
     below.set_xlabel("MACs kept (%)")
+    below.set_xlim(15, 75)
+    below.set_xticks(range(20, 80, 10))
     for axis in (above, below):
         axis.grid(alpha=0.3)
 
