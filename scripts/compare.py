@@ -100,7 +100,7 @@ def _check_output(path: Path, *, overwrite: bool) -> None:
         )
     if not path.absolute().parent.is_dir():
         raise UserError(
-            f"--output {path}: the folder {path.absolute().parent} does not exist: create it."
+            f"--output {path}: the folder {path.absolute().parent} does not exist; create it."
         )
 
 

@@ -49,7 +49,7 @@ def test_an_earlier_page_is_replaced_only_if_asked_to(
     run_at: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_at("run")
-    for output, words in (("run", "is a folder"), ("none/page.html", "does not exist: create it")):
+    for output, words in (("run", "is a folder"), ("none/page.html", "does not exist; create it")):
         assert script.main(["run", "--output", output]) == 2
         assert words in capsys.readouterr().err
     Path("page.html").write_text("mine", encoding="utf-8")
