@@ -97,6 +97,7 @@ class _ScoredTrial:
         """The trial's entry in report.json."""
         return {
             "ratio": self.trial.ratio,
+            "achieved": self.trial.size,
             "score": self.score,
             "drop": self.trial.drop,
             "divergence": self.trial.divergence,

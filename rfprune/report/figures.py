@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rfprune.report.layers import Stack, kind_name, kinds_of, stack_at, stacks_of
 from rfprune.report.report_json import STAGES, Report
-from rfprune.report.summary import METRIC_NAMES, percent, points_text, trial_line
+from rfprune.report.summary import METRIC_NAMES, percent, points_text, trial_line, tried_size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,12 +80,13 @@ def max_drop_figure(report: Report) -> FigureSpec | None:
         below.set_xlabel(f"{METRIC_NAMES[report['metric']]} kept (%)")
         scale_axis(below, [trial["divergence"] for trial in path])
 
+    chosen = next(tried_size(one) for one in path if one["ratio"] == report["constraint"])
     trials = joined(f"{number}. {trial_line(trial)}" for number, trial in enumerate(path, 1))
     return FigureSpec(
         "search",
         "Search for the smallest model",
         f"Scatter charts of {metric} and divergence against the share kept: {trials}; chosen: "
-        f"{percent(report['constraint'])}, with a limit of {allowed} lost.",
+        f"{percent(chosen)}, with a limit of {allowed} lost.",
         "The numbers give the order of the trials; the filled marker is the chosen size.",
         (WIDTH_INCHES, 4.0),
         draw,
@@ -94,12 +95,12 @@ def max_drop_figure(report: Report) -> FigureSpec | None:
 
 def _draw_trials(axis: Axes, report: Report, key: str) -> None:
     path = report["max_drop"]["path"]
-    by_size = sorted(path, key=lambda trial: float(trial["ratio"]))
-    shares = [100 * trial["ratio"] for trial in by_size]
+    by_size = sorted(path, key=tried_size)
+    shares = [100 * tried_size(trial) for trial in by_size]
     values = [trial[key] for trial in by_size]
     axis.plot(shares, values, color=COLOURS["grid"], linewidth=1.0, zorder=1)
     for number, trial in enumerate(path, 1):
-        point = (100 * trial["ratio"], trial[key])
+        point = (100 * tried_size(trial), trial[key])
         is_chosen = trial["ratio"] == report["constraint"]
         axis.plot(
             *point,

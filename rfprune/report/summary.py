@@ -51,7 +51,10 @@ def target_text(report: Report) -> str:
         parts.append(f"pruned to the sizes of {report['sizes']}")
     elif removes_units(report):
         metric = METRIC_NAMES.get(report["metric"], report["metric"])
-        parts.append(f"pruned to {percent(report['constraint'])} of its {metric}")
+        asked = report["constraint"]
+        if report.get("max_drop"):  # no size was asked for
+            asked = round(report["achieved"].get(report["metric"], asked), 3)
+        parts.append(f"pruned to {percent(asked)} of its {metric}")
     if report.get("sparsity"):
         settings = report["settings"]
         pattern, scope = settings["sparsity"], settings["sparsity_scope"]
@@ -296,7 +299,7 @@ def max_drop_lines(report: Report) -> list[str]:
     if not search:
         return []
     tried = ", ".join(
-        f"{percent(trial['ratio'])} ({_signed(trial['drop'])})" for trial in search["path"]
+        f"{percent(tried_size(trial))} ({_signed(trial['drop'])})" for trial in search["path"]
     )
     allowed = points_text(search["points"])
     drop = round(search["drop"], 2)
@@ -315,10 +318,14 @@ def max_drop_lines(report: Report) -> list[str]:
 
 def trial_line(trial: Mapping[str, float]) -> str:
     """One size that `--max-drop` tried: its score, the change of it, and the divergence."""
-    return (
-        f"{percent(trial['ratio'])}: {trial['score']:.2f} ({_signed(trial['drop'])}), divergence "
-        f"{trial['divergence']:.4f}"
-    )
+    score = f"{trial['score']:.2f} ({_signed(trial['drop'])})"
+    return f"{percent(tried_size(trial))}: {score}, divergence {trial['divergence']:.4f}"
+
+
+def tried_size(trial: Mapping[str, float]) -> float:
+    """The fraction of the cost that the model of a trial keeps; reports of earlier versions have
+    only the one that was asked for."""
+    return round(trial.get("achieved", trial["ratio"]), 3)
 
 
 def points_text(points: float) -> str:

@@ -19,7 +19,9 @@ from rfprune.report.summary import (
     reload_line,
     score_change,
     summary_rows,
+    target_text,
     title,
+    trial_line,
 )
 from tests.report.conftest import MAX_DROP, PROMISE
 
@@ -126,6 +128,18 @@ def test_lines_of_a_latency_and_of_a_max_drop(report: MakeReport) -> None:
     _, certainty, smallest = max_drop_lines(report(max_drop=gained))
     assert "gains 0.25 points" in certainty and "at most 1 point." in certainty
     assert "No smaller model is possible" in smallest
+
+
+def test_a_search_shows_the_sizes_of_its_models(report: MakeReport) -> None:
+    """Where whole layers are removed, they can be much smaller than what was asked for."""
+    achieved = (0.66667, 0.38, 0.5)
+    path = [
+        trial | {"achieved": size} for trial, size in zip(MAX_DROP["path"], achieved, strict=True)
+    ]
+    shown = report(max_drop=MAX_DROP | {"path": path}, achieved={"mac": 0.4998}, constraint=0.58)
+    assert "66.7% (+0.25), 38% (-4.39), 50% (-1.49)" in max_drop_lines(shown)[0]
+    assert target_text(shown) == "pruned to 50% of its MACs"
+    assert trial_line(path[0]) == "66.7%: 80.64 (+0.25), divergence 0.0020"
 
 
 def test_export_rows_and_lines(report: MakeReport) -> None:
