@@ -171,12 +171,14 @@ def _score(search: DropSearch, result: PruneResult) -> _ScoredTrial:
     )
     drop = paired_drop(data, search.original, pruned, search.max_drop)
     assert result.ratio is not None, "the search asks for constraints"
+    # A latency is measured, so it is not quite the same for the same model.
+    achieved = None if search.metric == "latency" else result.achieved[search.metric]
     trial = Trial(
         result.ratio,
         drop.points,
         search.divergence(result.model),
         drop.standard_error,
-        result.achieved[search.metric],
+        achieved,
     )
     if smallest_within_limit([trial], search.max_drop) is None:
         return _ScoredTrial(trial, pruned.score, drop, None, None)
