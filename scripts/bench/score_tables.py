@@ -357,7 +357,8 @@ STAGES = ("collect", "search", "rearrange", "compact", "tune")
 def decoders_short(lines: Sequence[Line]) -> str:
     """A row for every method, a column for every constraint: perplexity (KL)."""
     ratios = sorted({line["constraint"] for line in lines}, reverse=True)
-    named = [{**line, "where": _text_length(line)} for line in lines]
+    ordered = sorted(lines, key=lambda line: (line["model"], line["samples"], line["seed"]))
+    named = [{**line, "where": _text_length(line)} for line in ordered]
 
     def rows(mark: Mark) -> Iterator[list[str]]:
         for group in grouped(named, ("where", "variant")):
