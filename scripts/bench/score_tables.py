@@ -497,7 +497,8 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
     grid = figure.add_gridspec(rows, columns)
     for number, own in enumerate(sorted(panels.values(), key=len, reverse=True)):
         row, column = divmod(number, columns)
-        above, below = grid[row, column].subgridspec(2, 1).subplots(sharex=True)
+        pair: Any = grid[row, column].subgridspec(2, 1).subplots(sharex=True)
+        above, below = pair
         _draw_panel(above, below, own)
         if column == 0:
             above.set_ylabel("score (points)")
