@@ -27,7 +27,7 @@ COSTS = {"mac": "MACs", "params": "parameters", "memory": "memory", "latency": "
 BESIDE_PUBLISHED = {
     "curvature": "rfprune, curvature",
     "kwon-scheduled": "rfprune, kwon as published",
-    "kprune-published": "K-prune, written from the paper",
+    "kprune-published": "K-prune, implemented from the paper",
 }
 """Variants that stand beside published numbers."""
 
