@@ -130,7 +130,7 @@ def next_ratio(
     high = max_ratio if passing is None else passing.size
     wanted = _ratio_at(_divergence_at_limit(trials, max_drop), trials, passing, failing)
     if passing is not None and failing is not None:
-        if step and high - step <= low + _RATIO_ROUNDING:
+        if high - step <= low + _RATIO_ROUNDING:
             return None  # the next smaller size is a trial that was not within the limit
         gain = high - wanted if high - low <= NEAR else high - low
         if min(gain, high - low) <= RESOLUTION + _ROUNDING:

@@ -18,6 +18,7 @@ from rfprune.latency.table import LatencyTable, latency_costs
 from rfprune.methods.problem import Problem
 from rfprune.model.batch import mean_decoder_tokens, mean_tokens
 from rfprune.model.depth import max_surplus_of_encoder, removable_layers
+from rfprune.model.layout import Layout
 from rfprune.model.plain import plain_sizes
 from rfprune.stages.uniform import min_same_sizes_cost, same_sizes
 
@@ -92,10 +93,17 @@ def ratio_step(problem: Problem, metric: str) -> float:
     if problem.settings.depth != "layers" or problem.settings.uniform:
         return 0.0
     costs = cost_model(problem, metric)
-    layer_costs = list(costs.layer_costs or [0.0] * len(problem.layout.layers))
-    for block, table in zip(problem.layout.blocks, costs.tables, strict=True):
-        layer_costs[block.layer] += float(table[-1])
-    return min(layer_costs) / costs.original
+    return min(_costs_of_layers(problem.layout, costs)) / costs.original
+
+
+def _costs_of_layers(layout: Layout, costs: CostModel) -> list[float]:
+    """What each layer costs with all its units, in the order of the layers."""
+    found = [0.0] * len(layout.layers)
+    for block, table in zip(layout.blocks, costs.tables, strict=True):
+        found[block.layer] += float(table[-1])
+    if not costs.layer_costs:
+        return found
+    return [units + own for units, own in zip(found, costs.layer_costs, strict=True)]
 
 
 def _single_unit_cost(costs: CostModel) -> float:
@@ -199,15 +207,13 @@ def _min_cost_of_layers(problem: Problem, costs: CostModel, allowed: Collection[
     """
     settings, layout = problem.settings, problem.layout
     costs = width_limits(problem, costs)
-    unit_costs = [0.0] * len(layout.layers)
-    for block, table in zip(layout.blocks, costs.tables, strict=True):
-        unit_costs[block.layer] += float(table[-1])
+    layer_costs = _costs_of_layers(layout, costs)
     own = costs.layer_costs or (0.0,) * len(layout.layers)
     removed: list[int] = []
     for stack, most in zip(layout.stacks(), _most_removed(problem, allowed), strict=True):
         dearest_first = sorted(
             (layer for layer in stack if layer in allowed),
-            key=lambda layer: -own[layer] - unit_costs[layer],
+            key=lambda layer: -layer_costs[layer],
         )
         removed += dearest_first[:most]
     if settings.depth.isdecimal():

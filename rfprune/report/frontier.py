@@ -15,7 +15,7 @@ from rfprune.report.figures import (
     scale_axis,
 )
 from rfprune.report.report_json import Report
-from rfprune.report.summary import METRIC_NAMES
+from rfprune.report.summary import METRIC_NAMES, kept_ratio
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,12 +58,6 @@ def frontier(runs: Sequence[tuple[str, Report]]) -> FigureSpec | None:
         (WIDTH_INCHES, 4.2 + 0.2 * (len(series) - 1)),
         draw,
     )
-
-
-def kept_ratio(report: Report) -> float:
-    """The fraction of the original that was kept, in the metric of the constraint."""
-    share: float = report["achieved"].get(report["metric"], report["constraint"])
-    return share
 
 
 def _series(reports: Sequence[Report]) -> dict[str, list[Report]]:

@@ -17,7 +17,6 @@ from typing import Any
 
 from rfprune.errors import UserError
 from rfprune.report.figures import COLOURS
-from rfprune.report.frontier import kept_ratio
 from rfprune.report.layers import kind_name, kinds_of, removed_layers, stack_at
 from rfprune.report.plots import Plot, draw_frontier, draw_kept, draw_run, write_plots
 from rfprune.report.report_json import Report, read_report
@@ -29,6 +28,7 @@ from rfprune.report.summary import (
     export_lines,
     export_rows,
     is_plain,
+    kept_ratio,
     latency_lines,
     max_drop_lines,
     percent,

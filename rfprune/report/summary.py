@@ -51,10 +51,9 @@ def target_text(report: Report) -> str:
         parts.append(f"pruned to the sizes of {report['sizes']}")
     elif removes_units(report):
         metric = METRIC_NAMES.get(report["metric"], report["metric"])
-        asked = report["constraint"]
-        if report.get("max_drop"):  # no size was asked for
-            asked = round(report["achieved"].get(report["metric"], asked), 3)
-        parts.append(f"pruned to {percent(asked)} of its {metric}")
+        searched = bool(report.get("max_drop"))  # so no size was asked for
+        ratio = round(kept_ratio(report), 3) if searched else report["constraint"]
+        parts.append(f"pruned to {percent(ratio)} of its {metric}")
     if report.get("sparsity"):
         settings = report["settings"]
         pattern, scope = settings["sparsity"], settings["sparsity_scope"]
@@ -64,6 +63,12 @@ def target_text(report: Report) -> str:
     if tokens := report.get("vocabulary"):
         parts.append(f"with {tokens['pruned']:,} of its {tokens['original']:,} tokens")
     return ", ".join(parts)
+
+
+def kept_ratio(report: Report) -> float:
+    """The fraction of the original that was kept, in the metric of the constraint."""
+    share: float = report["achieved"].get(report["metric"], report["constraint"])
+    return share
 
 
 def percent(ratio: float) -> str:

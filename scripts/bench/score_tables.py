@@ -34,7 +34,7 @@ BESIDE_PUBLISHED = {
 DRAWN = {
     "kwon-scheduled": ("Kwon et al. 2022, as published", "#b35806", "o"),
     "kwon-dense": ("--method kwon", "#8073ac", "^"),
-    "kprune-published": ("K-prune, implemented from the paper", "#1b7837", "v"),
+    "kprune-published": (BESIDE_PUBLISHED["kprune-published"], "#1b7837", "v"),
     "curvature": ("--method curvature (default)", "#2166ac", "s"),
 }
 """Variants in the figure: label, colour and marker; the colours suit colour-blind readers."""
@@ -494,11 +494,10 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
     columns = min(len(panels), PANELS_PER_ROW)
     rows = -(-len(panels) // columns)
     figure = plt.figure(figsize=(3.1 * columns + 0.4, 4.4 * rows + 0.5), layout="constrained")
-    grid = figure.add_gridspec(rows, columns)
+    grid: Any = figure.add_gridspec(rows, columns)
     for number, own in enumerate(sorted(panels.values(), key=len, reverse=True)):
         row, column = divmod(number, columns)
-        pair: Any = grid[row, column].subgridspec(2, 1).subplots(sharex=True)
-        above, below = pair
+        above, below = grid[row, column].subgridspec(2, 1).subplots(sharex=True)
         _draw_panel(above, below, own)
         if column == 0:
             above.set_ylabel("score (points)")

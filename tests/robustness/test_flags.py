@@ -219,11 +219,15 @@ FLAGS = (
         model="a" * 5000,
         output_dir=None,
     ),
-    with_flags("`--model ~nobody/a`", "home directory that does not exist", model="~nobody.here/a"),
     with_flags(
-        "`--output-dir ~nobody/a`",
+        "`--model` in the home directory of an unknown user",
         "home directory that does not exist",
-        output_dir="~nobody.here/a",
+        model="~unknown.user/a",
+    ),
+    with_flags(
+        "`--output-dir` in the home directory of an unknown user",
+        "home directory that does not exist",
+        output_dir="~unknown.user/a",
     ),
 )
 
