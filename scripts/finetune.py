@@ -66,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--batch-size", type=int, default=32, help="default: 32")
     add("--max-length", type=int, help="tokens per example (default: that of the task)")
     add("--max-train-samples", type=int, help="train on this many random examples (default: all)")
+    bf16 = "compute in bfloat16 (autocast): several times faster where the processor supports it"
+    add("--bf16", action="store_true", help=bf16)
     add("--seed", type=int, default=0, help="default: 0")
     options = parser.parse_args(arguments)
     check(options)
@@ -190,6 +192,8 @@ def training_arguments(options: argparse.Namespace, num_examples: int) -> Any:
     import torch
     from transformers import TrainingArguments
 
+    from rfprune.checkpoints.device import pick_device
+
     num_steps = max(1, int(options.epochs * num_examples / options.batch_size))
     num_steps = min(num_steps, options.max_steps or num_steps)
     return TrainingArguments(
@@ -200,6 +204,8 @@ def training_arguments(options: argparse.Namespace, num_examples: int) -> Any:
         per_device_train_batch_size=options.batch_size,
         warmup_steps=num_steps * 6 // 100,
         weight_decay=0.01,
+        bf16=options.bf16,
+        use_cpu=pick_device(None).type == "cpu",
         seed=options.seed,
         save_strategy="no",
         report_to="none",
