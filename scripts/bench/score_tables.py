@@ -15,7 +15,7 @@ from rfprune.errors import UserError
 from rfprune.settings import ALLOCATIONS, CRITERIA, METHODS
 from rfprune.tasks.registry import TASKS
 from scripts.bench.harness import Line, grouped, grouped_by
-from scripts.bench.markdown import Mark, marked, table
+from scripts.bench.markdown import table
 
 PLACE = ("metric", "requested_samples", "batch_size", "max_length", "dtype")
 """One table of results for each combination of these."""
@@ -110,7 +110,7 @@ def _constraints(cells: Iterable[Cell]) -> list[float]:
     return sorted({cell.constraint for cell in cells}, reverse=True)
 
 
-def entry(cell: Cell | None, mark: Mark) -> str:
+def entry(cell: Cell | None) -> str:
     """Score, standard error of its drop, and divergence at one constraint."""
     if cell is None:
         return ""
@@ -118,7 +118,7 @@ def entry(cell: Cell | None, mark: Mark) -> str:
     errors = [line["drop_error"] for line in cell.lines if "drop_error" in line]
     error = f" ±{fmean(errors):.1f}" if errors else ""
     spread = f" ({min(scores):.1f}..{max(scores):.1f})" if len(scores) > 1 else ""
-    return f"{fmean(scores):.1f}{error}{spread} / {cell.mean('divergence'):.3f}{mark(cell.lines)}"
+    return f"{fmean(scores):.1f}{error}{spread} / {cell.mean('divergence'):.3f}"
 
 
 def caption(cells: Sequence[Cell]) -> str:
@@ -150,7 +150,7 @@ def _quality_table(cells: Sequence[Cell]) -> str:
     metric = cells[0].lines[0]["metric"]
     heads = [f"{ratio:.4g} of {COSTS.get(metric, metric)}" for ratio in constraints]
 
-    def rows(mark: Mark) -> Iterator[list[str]]:
+    def rows() -> Iterator[list[str]]:
         above = ["", ""]
         for own in _by(cells, len(ROW)):
             line = own[0].lines[0]
@@ -159,14 +159,12 @@ def _quality_table(cells: Sequence[Cell]) -> str:
             scored = f"{line['metric_name']}, {line['evaluated_examples']} examples"
             names = [line["model"], f"{line['task']} [{original:.1f}] ({scored})"]
             by_constraint = {cell.constraint: cell for cell in own}
-            entries = [entry(by_constraint.get(ratio), mark) for ratio in constraints]
+            entries = [entry(by_constraint.get(ratio)) for ratio in constraints]
             yield [*(["", ""] if names == above else names), line["variant"], *entries]
             above = names
 
     heads = ["model", "task [original]", "variant", *heads]
-    text = marked(
-        [line for cell in cells for line in cell.lines], lambda mark: table(heads, rows(mark))
-    )
+    text = table(heads, rows())
     return f"{caption(cells)}\n\n{text}"
 
 
@@ -180,22 +178,20 @@ def overview(lines: Sequence[Line], peers: str) -> str:
     ]
     ratios = [name for name in published[0] if name.replace(".", "").isdigit()]
 
-    def rows(mark: Mark) -> Iterator[list[str]]:
-        found = [*published, *(_own_row(cells, mark) for cells in _by(cells_of(chosen), len(ROW)))]
+    def rows() -> Iterator[list[str]]:
+        found = [*published, *map(_own_row, _by(cells_of(chosen), len(ROW)))]
         for row in sorted(found, key=lambda row: list(TASKS).index(row["task"])):
             names = [row[name] for name in ("task", "method", "model", "dense")]
             yield [*names, *(row.get(ratio, "") for ratio in ratios), row["source"]]
 
     heads = ["task", "method", "model", "original", *ratios, "numbers"]
-    return marked(chosen, lambda mark: table(heads, rows(mark)))
+    return table(heads, rows())
 
 
-def _own_row(cells: Sequence[Cell], mark: Mark) -> dict[str, str]:
+def _own_row(cells: Sequence[Cell]) -> dict[str, str]:
     """A checkpoint and a method: means over the seeds."""
     line = cells[0].lines[0]
-    scores = {
-        f"{cell.constraint:g}": f"{cell.mean('score'):.1f}{mark(cell.lines)}" for cell in cells
-    }
+    scores = {f"{cell.constraint:g}": f"{cell.mean('score'):.1f}" for cell in cells}
     return {
         "task": line["task"],
         "method": BESIDE_PUBLISHED[line["variant"]],
@@ -221,15 +217,12 @@ def _ablation_table(cells: Sequence[Cell]) -> str:
         place[cell.constraint, settings["tune"]] = cell
     heads = [f"{ratio:g} {fit}" for ratio in constraints for fit in ("pruned", "fitted")]
 
-    def rows(mark: Mark) -> Iterator[list[str]]:
+    def rows() -> Iterator[list[str]]:
         for names, own in by_names.items():
             places = [(ratio, tuned) for ratio in constraints for tuned in (False, True)]
-            yield [*names, *(entry(own.get(place), mark) for place in places)]
+            yield [*names, *(entry(own.get(place)) for place in places)]
 
-    text = marked(
-        [line for cell in cells for line in cell.lines],
-        lambda mark: table(["importance", "allocation", "rounds", *heads], rows(mark)),
-    )
+    text = table(["importance", "allocation", "rounds", *heads], rows())
     original = f"{line['metric_name']} of the original: {line['original_score']:.1f}"
     scored = f"{original}, {line['evaluated_examples']} examples"
     return f"**{line['model']}, {line['task']}** ({scored}). {caption(cells)}\n\n{text}"
@@ -263,14 +256,14 @@ def study(lines: Sequence[Line]) -> str:
         row = by_row.setdefault((line["requested_samples"], line["variant"]), {})
         row[cell.constraint] = cell
 
-    def rows(mark: Mark) -> Iterator[list[str]]:
+    def rows() -> Iterator[list[str]]:
         for (samples, variant), own in sorted(by_row.items()):
             seconds = max(cell.mean("seconds", "prune_total") for cell in own.values())
-            entries = [entry(own.get(ratio), mark) for ratio in constraints]
+            entries = [entry(own.get(ratio)) for ratio in constraints]
             yield [str(samples), variant, *entries, f"{seconds:.0f}"]
 
     heads = ["examples", "variant", *(f"{ratio:g}" for ratio in constraints), "seconds"]
-    text = marked(lines, lambda mark: table(heads, rows(mark)))
+    text = table(heads, rows())
     original = f"original: {first['original_score']:.1f}"
     return f"**{first['model']}, {first['task']}** ({original}): score / divergence.\n\n{text}"
 
@@ -283,10 +276,10 @@ def max_drop(lines: Sequence[Line]) -> str:
     ]
     ordered = sorted(lines, key=lambda line: (_samples(line), line["points"]))
 
-    def rows(mark: Mark) -> Iterator[list[str]]:
+    def rows() -> Iterator[list[str]]:
         for line in ordered:
             yield [
-                f"{_samples(line)}{mark([line])}",
+                _samples(line),
                 f"{line['original_score']:.1f}",
                 f"{line['points']:g}",
                 f"{line['achieved']['mac']:.0%}",
@@ -295,7 +288,7 @@ def max_drop(lines: Sequence[Line]) -> str:
                 f"{line['seconds'] / line['single_seconds']:.1f}",
             ]
 
-    return marked(lines, lambda mark: table(heads, rows(mark)))
+    return table(heads, rows())
 
 
 def gguf(lines: Sequence[Line]) -> str:
@@ -303,12 +296,12 @@ def gguf(lines: Sequence[Line]) -> str:
     heads = ["model", "MACs kept", "perplexity, PyTorch", "perplexity, llama.cpp", "ratio"]
     heads += ["matching greedy tokens, eight texts", "file size"]
 
-    def rows(mark: Mark) -> Iterator[list[str]]:
+    def rows() -> Iterator[list[str]]:
         for line in sorted(lines, key=lambda line: (line["emptied"] or "", -line["constraint"])):
             without = f", without {line['emptied_block']}" if line["emptied"] else ""
             ours, theirs = line["perplexity"]["pytorch"], line["perplexity"]["llama_cpp"]
             yield [
-                f"{line['model']}{without}{mark([line])}",
+                f"{line['model']}{without}",
                 f"{line['constraint']:g}",
                 f"{ours:.3f}",
                 f"{theirs:.3f}",
@@ -317,7 +310,7 @@ def gguf(lines: Sequence[Line]) -> str:
                 f"{line['bytes'] / 1e6:.1f} MB",
             ]
 
-    return marked(lines, lambda mark: table(heads, rows(mark)))
+    return table(heads, rows())
 
 
 def vllm(lines: Sequence[Line]) -> str:
@@ -325,17 +318,17 @@ def vllm(lines: Sequence[Line]) -> str:
     heads = ["model", "MACs kept", "original parameters", "saved parameters", "parameters in vLLM"]
     heads += ["matching greedy tokens, eight texts", "versions of vLLM, transformers"]
 
-    def rows(mark: Mark) -> Iterator[list[str]]:
+    def rows() -> Iterator[list[str]]:
         for line in lines:
             yield [
-                f"{line['model']}{mark([line])}",
+                line["model"],
                 f"{line['constraint']:g}",
                 *(f"{line['parameters'][name]:,}" for name in ("original", "saved", "in_vllm")),
                 f"{' '.join(map(str, line['agreed_tokens']))} of {line['new_tokens']}",
                 f"{line['server']['vllm']}, {line['server']['transformers']}",
             ]
 
-    return marked(lines, lambda mark: table(heads, rows(mark)))
+    return table(heads, rows())
 
 
 def _samples(line: Line) -> str:
@@ -346,7 +339,7 @@ DECODERS = """\
 # Language models
 
 Perplexity on held-out text, and its ratio to the original's. KL is the mean KL(original || pruned)
-in nats per token; the oldest measurements lack it. Seconds are by stage; the constraints of one run
+in nats per token. Seconds are by stage; the constraints of one run
 share one collection. Memory is the peak of the process so far, including model and data. Below the
 table are greedy continuations of two prompts.
 
@@ -360,15 +353,15 @@ def decoders_short(lines: Sequence[Line]) -> str:
     ordered = sorted(lines, key=lambda line: (line["model"], line["samples"], line["seed"]))
     named = [{**line, "where": _text_length(line)} for line in ordered]
 
-    def rows(mark: Mark) -> Iterator[list[str]]:
+    def rows() -> Iterator[list[str]]:
         for group in grouped(named, ("where", "variant")):
             own = {line["constraint"]: line for line in group}
-            entries = [_perplexity(own[ratio]) + mark([own[ratio]]) if ratio in own else ""
+            entries = [_perplexity(own[ratio]) if ratio in own else ""
                        for ratio in ratios]  # fmt: skip
             yield [group[0]["where"], group[0]["variant"], *entries]
 
     heads = ["model [original], calibration", "method", *(f"{one:g} of MACs" for one in ratios)]
-    return marked(lines, lambda mark: table(heads, rows(mark)))
+    return table(heads, rows())
 
 
 def tokens(lines: Sequence[Line]) -> str:
@@ -379,12 +372,12 @@ def tokens(lines: Sequence[Line]) -> str:
     ]
     ordered = sorted(lines, key=lambda line: (line["model"], -line["constraint"], line["samples"]))
 
-    def rows(mark: Mark) -> Iterator[list[str]]:
+    def rows() -> Iterator[list[str]]:
         for line in ordered:
             pruned, original = line["nats"]["pruned"], line["nats"]["original"]
             lost = [after - before for after, before in zip(pruned, original, strict=True)]
             yield [
-                f"{line['model']} [{line['original_score']:.1f}]{mark([line])}",
+                f"{line['model']} [{line['original_score']:.1f}]",
                 f"{line['constraint']:g}",
                 f"{line['samples']:,} x {line['mean_tokens']:g} tokens",
                 _exponential(pruned),
@@ -393,7 +386,7 @@ def tokens(lines: Sequence[Line]) -> str:
                 *_costs(line),
             ]
 
-    return marked(lines, lambda mark: table(heads, rows(mark)))
+    return table(heads, rows())
 
 
 def _exponential(nats: Sequence[float]) -> str:
@@ -412,16 +405,16 @@ def _costs(line: Line) -> list[str]:
 
 
 def decoders(lines: Sequence[Line]) -> str:
-    """decoders.md: a row for every measurement, and then the generated text."""
+    """A row for every measurement, and then the generated text."""
     heads = [
         *("model [original], calibration", "method", "MACs", "parameters", "perplexity", "ratio"),
         *("KL", *STAGES, "memory"),
     ]
 
-    def rows(mark: Mark) -> Iterator[list[str]]:
+    def rows() -> Iterator[list[str]]:
         for line in lines:
             yield [
-                f"{_text_length(line)}{mark([line])}",
+                _text_length(line),
                 line["variant"],
                 *(f"{line['achieved'][name]:.3f}" for name in ("mac", "params")),
                 f"{line['score']:.2f}",
@@ -441,8 +434,8 @@ def decoders(lines: Sequence[Line]) -> str:
         for line in lines
         for prompt, text in line["written"].items()
     ]
-    text = marked(lines, lambda mark: table(heads, rows(mark)))
-    return "\n".join([DECODERS + text, *originals, *pruned]) + "\n"
+    text = table(heads, rows())
+    return "\n".join([text, *originals, *pruned]) + "\n"
 
 
 def _text_length(line: Line) -> str:
@@ -544,13 +537,13 @@ def vocabulary(lines: Sequence[Line]) -> str:
         *("held-out texts tokenised differently", "tokens in held-out texts", "CPU seconds"),
     ]
 
-    def rows(mark: Mark) -> Iterator[list[str]]:
+    def rows() -> Iterator[list[str]]:
         for line in lines:
             held_out, tokens, params = line["held_out"], line["tokens"], line["params"]
             more = held_out["tokens_after"] / held_out["tokens_before"] - 1
             least = "" if line["min_count"] == 1 else f", {line['min_count']} times or more"
             yield [
-                f"{line['model']}{mark([line])}",
+                line["model"],
                 f"{line['texts']}{least}",
                 f"{tokens[0]:,} to {tokens[1]:,}",
                 f"{params[0] / 1e6:.1f} M to {params[1] / 1e6:.1f} M ({params[1] / params[0]:.0%})",
@@ -561,7 +554,7 @@ def vocabulary(lines: Sequence[Line]) -> str:
                 f"{line['cpu_seconds']:.0f}",
             ]
 
-    return marked(lines, lambda mark: table(heads, rows(mark)))
+    return table(heads, rows())
 
 
 def _trimmed_score(line: Line) -> str:
@@ -578,11 +571,11 @@ def recovery(lines: Sequence[Line]) -> str:
     heads += ["minutes", "original"]
     heads += ["pruned", "recovered", "KL pruned", "KL recovered"]
 
-    def rows(mark: Mark) -> Iterator[list[str]]:
+    def rows() -> Iterator[list[str]]:
         for line in lines:
             scores, apart = line["scores"], line["divergence"]
             yield [
-                f"{line['model']}, {line['task']} ({line['metric_name']}){mark([line])}",
+                f"{line['model']}, {line['task']} ({line['metric_name']})",
                 f"{line['constraint']:g}",
                 f"{line['steps']} x {line['train_batch_size']}",
                 "" if line["hidden_states"] is None else f"{line['hidden_states']:g}",
@@ -591,4 +584,4 @@ def recovery(lines: Sequence[Line]) -> str:
                 *(f"{apart[name]:.4f}" for name in ("before", "after")),
             ]
 
-    return marked(lines, lambda mark: table(heads, rows(mark)))
+    return table(heads, rows())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from scripts.bench.harness import Line, grouped
-from scripts.bench.markdown import Mark, device_of, marked, table
+from scripts.bench.markdown import device_of, table
 
 
 def granularities(lines: Sequence[Line]) -> str:
@@ -22,7 +22,7 @@ def _granularities(lines: Sequence[Line]) -> str:
     ]
     examples = f"{first['samples']} calibration examples, {first['evaluated_examples']} scored"
 
-    def rows(mark: Mark) -> Iterator[list[str]]:
+    def rows() -> Iterator[list[str]]:
         megabytes = first["original_bytes"] / 1e6
         millions = first["original_params"] / 1e6
         yield ["1", "original", f"{first['original_score']:.2f}", "0",
@@ -31,23 +31,23 @@ def _granularities(lines: Sequence[Line]) -> str:
             for line in sorted(group, key=lambda line: float(line["divergence"])):
                 yield [
                     f"{line['nonzeros']:g}",
-                    f"{line['variant']}{mark([line])}",
+                    line["variant"],
                     f"{line['score']:.2f}",
                     f"{line['divergence']:.4f}",
                     f"{line['nonzero_params'] / 1e6:.1f} M",
                     f"{line['compressed_bytes'] / 1e6:.1f} MB",
                 ]
 
-    text = marked(lines, lambda mark: table(heads, rows(mark)))
+    text = table(heads, rows())
     return f"**{first['model']}, {first['task']}** ({examples}), lowest KL first:\n\n{text}"
 
 
 def speed(lines: Sequence[Line]) -> str:
     """A table for each model: milliseconds by runtime, as fractions of the original's."""
 
-    def rows(mark: Mark) -> Iterator[list[str]]:
+    def rows() -> Iterator[list[str]]:
         for line in lines:
-            shape = f"{line['batch_size']} x {line['length']}{mark([line])}"
+            shape = f"{line['batch_size']} x {line['length']}"
             for name, one in line["models"].items():
                 original = line["models"]["original"]["ms"]
                 times = [
@@ -64,6 +64,6 @@ def speed(lines: Sequence[Line]) -> str:
 
     runtimes = list(lines[0]["models"]["original"]["ms"])
     heads = ["model", "batch", "weights", *runtimes, "compressed, float16"]
-    text = marked(lines, lambda mark: table(heads, rows(mark)))
+    text = table(heads, rows())
     devices = ", ".join(dict.fromkeys(device_of(line) for line in lines))
     return f"{text}\n{devices}; CPU time, median of {lines[0]['rounds']} rounds.\n"

@@ -3,8 +3,8 @@
 python -m scripts.bench.tables            # update stale files
 python -m scripts.bench.tables --check    # write nothing; exit code 1 if something is stale
 
-A table stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->` in README.md or
-results/README.md, or is a file of its own in results/.
+A table stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->` in README.md,
+results/README.md or results/h100.md, or is a file of its own in results/.
 """
 
 from __future__ import annotations
@@ -52,13 +52,23 @@ SECTIONS: Mapping[str, tuple[str, Callable[[Lines], str]]] = {
 }
 """Tables of results/README.md: the kind of file that each is made of, and how."""
 
-PAGES: Mapping[str, tuple[str, Callable[[Lines], str]]] = {
-    "decoders.md": ("decoder", score_tables.decoders),
-    "promise.md": ("promise", time_tables.promise),
-    "speedup.md": ("speedup", time_tables.speedup),
-    "operators.md": ("operators", time_tables.operators),
+PAGES: Mapping[str, tuple[str, str, Callable[[Lines], str]]] = {
+    "decoders.md": ("decoder", score_tables.DECODERS, score_tables.decoders),
+    "promise.md": ("promise", time_tables.PROMISE, time_tables.promise),
+    "speedup.md": ("speedup", time_tables.SPEEDUP, time_tables.speedup),
+    "operators.md": ("operators", time_tables.OPERATORS, time_tables.operators),
 }
-"""Files of their own in results/."""
+"""Files of their own in results/: the kind, how the page begins, and its tables."""
+
+EARLIER: Mapping[str, tuple[str, Callable[[Lines], str]]] = {
+    "promise": ("promise", time_tables.promise),
+    "speedup": ("speedup", time_tables.speedup_short),
+    "operators": ("operators", time_tables.operators),
+    "scale": ("scale", time_tables.scale),
+    "all-shapes": ("speedup", time_tables.speedup),
+}
+"""Tables of results/h100.md, whose lines were measured before lines recorded their code. All other
+tables show only lines that did."""
 
 NOT_MEASURED = "Not measured yet.\n"
 
@@ -99,20 +109,28 @@ def texts(files: Files, results: Path, readme: Path) -> dict[Path, str]:
     """The current text of each file.
 
     Raises:
-        UserError: a line is not a result, or a marker is missing.
+        UserError: a line is not a result or has no code, or a marker is missing.
     """
-    of_results = results / "README.md"
-    page = read(of_results)
+    of_results, of_earlier = results / "README.md", results / "h100.md"
+    page, earlier = read(of_results), read(of_earlier)
+    without = without_code(files)
+    for name, (kind, make) in EARLIER.items():
+        earlier = with_section(earlier, name, made(without, kind, make), of_earlier)
+    page = with_section(page, "provenance", provenance(files), of_results)
+    files = {name: lines for name, lines in files.items() if name not in without}
     for name, (kind, make) in SECTIONS.items():
         page = with_section(page, name, made(files, kind, make), of_results)
     page = with_section(page, "studies", studies(files), of_results)
-    page = with_section(page, "provenance", provenance(files), of_results)
     peers = read(results / "peers.csv")
     overview = made(files, "quality", lambda lines: score_tables.overview(lines, peers))
     return {
         readme: with_section(read(readme), "results", overview, readme),
         of_results: page,
-        **{results / name: made(files, kind, make) for name, (kind, make) in PAGES.items()},
+        of_earlier: earlier,
+        **{
+            results / name: start + made(files, kind, make)
+            for name, (kind, start, make) in PAGES.items()
+        },
     }
 
 
@@ -132,6 +150,26 @@ def read_results(folder: Path) -> Files:
                 raise _no_result(path.name, number, error) from error
         files[path.name] = lines
     return files
+
+
+def without_code(files: Files) -> Files:
+    """The files of results/h100.md, whose lines did not record their code.
+
+    Raises:
+        UserError: a line of another file did not.
+    """
+    found = {}
+    kinds = tuple(f"{kind}_" for kind, _ in EARLIER.values())
+    for name, lines in files.items():
+        missing = [number for number, line in enumerate(lines, start=1) if not line.get("code")]
+        if missing and not ("_cuda" in name and name.startswith(kinds)):
+            raise UserError(
+                f"Line {missing[0]} of {name} has no `code`, the digest of the code that measured "
+                f"it: remove the line, and measure again."
+            )
+        if missing:
+            found[name] = lines
+    return found
 
 
 def of_kind(files: Files, kind: str) -> Files:

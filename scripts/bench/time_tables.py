@@ -7,7 +7,7 @@ from typing import Any
 
 from rfprune.latency.promise import TOLERANCE
 from scripts.bench.harness import Line, grouped, grouped_by
-from scripts.bench.markdown import Mark, device_of, marked, table
+from scripts.bench.markdown import device_of, table
 
 DTYPES = ("float32", "bfloat16", "float16")
 RUNTIMES = ("eager", "compile", "compile-graphs", "onnx")
@@ -50,17 +50,17 @@ percentage of the ideal time of the whole pass. The percentages add up to the la
 
 
 def promise(lines: Sequence[Line]) -> str:
-    """promise.md: a row for every constraint."""
+    """A row for every constraint."""
     heads = [
         *("model, shape", "constraint", "predicted", "first measured", "attempts"),
         *("final", "error", "spread", "MACs", "of ideal", "with `--metric mac`"),
     ]
 
-    def rows(mark: Mark) -> Iterator[list[str]]:
+    def rows() -> Iterator[list[str]]:
         for line in lines:
             first, measured = line["attempts"][0], line["measured"]
             yield [
-                f"{_shape_and_device(line)}{mark([line])}",
+                _shape_and_device(line),
                 f"{line['constraint']:g}",
                 f"{first['predicted']:.3f}",
                 f"{first['measured']:.3f}",
@@ -73,27 +73,27 @@ def promise(lines: Sequence[Line]) -> str:
                 f"{line['by_mac']['measured']:.3f}" if "by_mac" in line else "",
             ]
 
-    return PROMISE + marked(lines, lambda mark: table(heads, rows(mark)))
+    return table(heads, rows())
 
 
 def promise_short(lines: Sequence[Line]) -> str:
     """A row for every model, shape and machine."""
     heads = ["model, shape", "constraints", "error of the first attempt", "final error", "met"]
 
-    def rows(mark: Mark) -> Iterator[list[str]]:
+    def rows() -> Iterator[list[str]]:
         for own in grouped_by(lines, _shape_and_device):
             first = [abs(line["attempts"][0]["measured"] / line["constraint"] - 1) for line in own]
             last = [abs(_miss(line)) for line in own]
             kept = sum(miss <= TOLERANCE for miss in last)
             yield [
-                f"{_shape_and_device(own[0])}{mark(own)}",
+                _shape_and_device(own[0]),
                 ", ".join(f"{line['constraint']:g}" for line in own),
                 f"up to {max(first):.1%}",
                 f"up to {max(last):.1%}",
                 f"{kept} of {len(own)}",
             ]
 
-    return marked(lines, lambda mark: table(heads, rows(mark)))
+    return table(heads, rows())
 
 
 def _miss(line: Line) -> float:
@@ -106,28 +106,28 @@ def _shape_and_device(line: Line) -> str:
 
 
 def speedup(lines: Sequence[Line]) -> str:
-    """speedup.md: a table for each model, machine and dtype, with all runtimes and shapes."""
+    """A table for each model, machine and dtype, with all runtimes and shapes."""
     ordered = sorted(lines, key=_speedup_order)
-    return SPEEDUP + "\n".join(_speedup_table(group) for group in grouped_by(ordered, _place))
+    return "\n".join(_speedup_table(group) for group in grouped_by(ordered, _place))
 
 
 def _speedup_table(group: Sequence[Line]) -> str:
     columns, first = _columns(group), group[0]
 
-    def rows(mark: Mark) -> Iterator[list[str]]:
+    def rows() -> Iterator[list[str]]:
         for row in grouped(group, ("runtime", "batch_size", "length")):
             shape = f"{row[0]['batch_size']} x {row[0]['length']}"
-            names = [f"{row[0]['runtime']}{mark(row)}", shape, _ms(row[0]["dense_ms"])]
+            names = [row[0]["runtime"], shape, _ms(row[0]["dense_ms"])]
             yield [*names, *_speedups(row, columns)]
 
     heads = ["runtime", "batch x length", "original", *map(_column_head, columns)]
     versions = first["machine"]["versions"]
     worst = max(line["spread"] for line in group)
     return (
-        f"## {first['model']}, {device_of(first)}, {first['dtype']}\n\n"
+        f"**{first['model']}, {device_of(first)}, {first['dtype']}** ("
         f"{', '.join(f'{name} {number}' for name, number in versions.items())}; spread of the "
-        f"rounds' ratios (half the interquartile range) at most {worst:.1%}.\n\n"
-        f"{marked(group, lambda mark: table(heads, rows(mark)))}"
+        f"rounds' ratios (half the interquartile range) at most {worst:.1%}):\n\n"
+        f"{table(heads, rows())}"
     )
 
 
@@ -137,14 +137,14 @@ def speedup_short(lines: Sequence[Line]) -> str:
     chosen.sort(key=_speedup_order)
     columns = _columns(chosen)
 
-    def rows(mark: Mark) -> Iterator[list[str]]:
+    def rows() -> Iterator[list[str]]:
         for row in grouped_by(chosen, lambda line: (*_place(line), line["runtime"])):
             model, device, dtype = _place(row[0])
-            names = [f"{model}, {device}{mark(row)}", dtype, row[0]["runtime"]]
+            names = [f"{model}, {device}", dtype, row[0]["runtime"]]
             yield [*names, *_speedups(row, columns)]
 
     heads = ["model, machine", "dtype", "runtime", *map(_column_head, columns)]
-    text = marked(chosen, lambda mark: table(heads, rows(mark))) if chosen else ""
+    text = table(heads, rows()) if chosen else ""
     shape = f"batch size {SHOWN[0]}, length {SHOWN[1]}"
     return f"Measured speedup of ideal speedup (their ratio) at {shape}.\n\n{text}"
 
@@ -153,11 +153,11 @@ def depth_speed(lines: Sequence[Line]) -> str:
     """A table of the speed of narrower and of fewer layers, at equal MACs."""
     ways = {"widths": "narrower layers", "layers": "fewer layers"}
 
-    def rows(mark: Mark) -> Iterator[list[str]]:
+    def rows() -> Iterator[list[str]]:
         for line in lines:
             own = line["ways"]
             yield [
-                f"{line['model']}, {device_of(line)}{mark([line])}",
+                f"{line['model']}, {device_of(line)}",
                 f"{line['batch_size']} x {line['length']}",
                 _ms(line["dense_ms"]),
                 f"{own['layers']['ideal']:.2f}",
@@ -165,7 +165,7 @@ def depth_speed(lines: Sequence[Line]) -> str:
             ]
 
     heads = ["model, machine", "batch", "original", "ideal speedup", *ways.values()]
-    return marked(lines, lambda mark: table(heads, rows(mark)))
+    return table(heads, rows())
 
 
 def _place(line: Line) -> tuple[str, str, str]:
@@ -204,8 +204,8 @@ def _ms(milliseconds: float) -> str:
 
 
 def operators(lines: Sequence[Line]) -> str:
-    """operators.md: what each kind of operator takes beyond its share of the ideal time."""
-    return OPERATORS + "\n".join(_operators_table(line) for line in lines)
+    """What each kind of operator takes beyond its share of the ideal time."""
+    return "\n".join(_operators_table(line) for line in lines)
 
 
 def _operators_table(line: Line) -> str:
@@ -220,7 +220,7 @@ def _operators_table(line: Line) -> str:
     heads = ["", "original", *(_column_head((row["constraint"], row["round_to"])) for row in own)]
     shape = f"{line['batch_size']} x {line['length']}"
     where = f"{line['model']}, {device_of(line)}, {line['dtype']}, {line['runtime']}, {shape}"
-    return f"## {where}\n\n{marked([line], lambda _: table(heads, rows))}"
+    return f"**{where}**\n\n{table(heads, rows)}"
 
 
 def exports(lines: Sequence[Line]) -> str:
@@ -236,7 +236,7 @@ def _exports_table(line: Line) -> str:
         entries = [f"{own:.1f} ms ({original / own:.2f}x)" for own, original in times]
         size = f"{row['bytes'] / 1e6:.1f} MB"
         rows.append([name, f"{row['score']:.2f}", f"{row['divergence']:.4f}", size, *entries])
-    text = marked([line], lambda _: table(["model", "score", "KL", "weights", *shapes], rows))
+    text = table(["model", "score", "KL", "weights", *shapes], rows)
     metric = line["models"]["original"]["metric_name"]
     clock = "CPU time" if line["clock"] == "cpu" else "wall time"
     return (
@@ -252,14 +252,14 @@ def pruning_time(lines: Sequence[Line]) -> str:
     heads += ["time / forward-backward pass", "time / lower bound", "peak memory (loading alone)"]
     heads += ["same masks"]
 
-    def rows(mark: Mark) -> Iterator[list[str]]:
+    def rows() -> Iterator[list[str]]:
         for line in lines:
             stages = [f"{name} {own:.1f}" for name, own in line["seconds"].items()]
             passes = [line["times_forward_backward"], line["times_floor"]]
             peaks = [line["peak_bytes"], line["load_peak_bytes"]]
             shown = [f"{peak / 1e9:.2f} GB" if peak else "" for peak in peaks]
             yield [
-                f"{line['model']}, {line['requested_samples']:,}{mark([line])}",
+                f"{line['model']}, {line['requested_samples']:,}",
                 line["method"],
                 str(line["processes"]),
                 f"{line['seconds']['prune_total']:.1f}",
@@ -270,7 +270,7 @@ def pruning_time(lines: Sequence[Line]) -> str:
             ]
 
     devices = "; ".join(dict.fromkeys(device_of(line) for line in lines))
-    return f"{devices}.\n\n{marked(lines, lambda mark: table(heads, rows(mark)))}"
+    return f"{devices}.\n\n{table(heads, rows())}"
 
 
 def scale(lines: Sequence[Line]) -> str:
@@ -280,14 +280,14 @@ def scale(lines: Sequence[Line]) -> str:
     """
     stages = ("collect", "search", "compact", "tune")
 
-    def rows(mark: Mark) -> Iterator[list[str]]:
+    def rows() -> Iterator[list[str]]:
         for line in lines:
             sampled = max(line["peak_bytes"].values())
             peak = max(sampled, line.get("peak_resident_bytes") or 0)
             tokens = f"{line['dtype']}, {line['samples']} x {line['length']}"
             offload = line.get("offload", "none")
             yield [
-                f"{device_of(line)}, {tokens}{mark([line])}",
+                f"{device_of(line)}, {tokens}",
                 "" if offload == "none" else offload,
                 f"{line['params'] / 1e6:,.0f} M",
                 f"{line['weight_bytes'] / 1e9:.2f} GB",
@@ -300,7 +300,7 @@ def scale(lines: Sequence[Line]) -> str:
             ]
 
     heads = ["machine, tokens", "offload", "parameters", "weights", *stages, "total", "peak"]
-    return marked(lines, lambda mark: table(heads, rows(mark)))
+    return table(heads, rows())
 
 
 def large_models(lines: Sequence[Line]) -> str:
@@ -357,14 +357,14 @@ def large_models(lines: Sequence[Line]) -> str:
 def collection(lines: Sequence[Line]) -> str:
     """A row for every size: CPU seconds of both ways, and the peak memory beyond the weights."""
 
-    def rows(mark: Mark) -> Iterator[list[str]]:
+    def rows() -> Iterator[list[str]]:
         for group in grouped(lines, ("size", "samples", "length", "batch_size", "device_name")):
             by_way = {line["way"]: line for line in group}
             if len(by_way) < 2:
                 continue
             whole, layers = by_way["whole"], by_way["layers"]
             yield [
-                f"{device_of(whole)}, {whole['samples']} x {whole['length']}{mark(group)}",
+                f"{device_of(whole)}, {whole['samples']} x {whole['length']}",
                 f"{whole['weight_bytes'] / 1e9:.2f} GB",
                 *(f"{line['seconds']:.1f} s" for line in (whole, layers)),
                 f"{layers['seconds'] / whole['seconds']:.2f}",
@@ -374,7 +374,7 @@ def collection(lines: Sequence[Line]) -> str:
 
     heads = ["machine, tokens", "weights", "whole model", "layer by layer", "ratio"]
     heads += ["peak, whole model", "peak, layer by layer", "saved"]
-    return marked(lines, lambda mark: table(heads, rows(mark)))
+    return table(heads, rows())
 
 
 def first_model(lines: Sequence[Line]) -> str:
@@ -382,15 +382,15 @@ def first_model(lines: Sequence[Line]) -> str:
     heads = ["machine", "commit", "clone", "install", "prune", "total", "environment"]
     heads += ["pruned model", "repository"]
 
-    def rows(mark: Mark) -> Iterator[list[str]]:
+    def rows() -> Iterator[list[str]]:
         for line in lines:
             steps = [f"{line['seconds'][name]:.0f} s" for name in (*heads[2:5], "total")]
             sizes = [line["bytes"][name] for name in ("environment", "model", "repository")]
             yield [
-                f"{line['cores']} cores, load {line['load_average']:g}{mark([line])}",
+                f"{line['cores']} cores, load {line['load_average']:g}",
                 line["cloned_commit"][:7],
                 *steps,
                 *(f"{size / 1e6:,.0f} MB" for size in sizes),
             ]
 
-    return marked(lines, lambda mark: table(heads, rows(mark)))
+    return table(heads, rows())

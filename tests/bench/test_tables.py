@@ -1,4 +1,4 @@
-"""`scripts.bench.tables`: numbers over the seeds, what is stale, and which lines are marked.
+"""`scripts.bench.tables`: numbers over the seeds, what is stale, and which lines are shown.
 
 Without these tests README.md and results/ could show numbers that the result files do not hold.
 """
@@ -15,7 +15,6 @@ import pytest
 
 from rfprune.settings import Settings
 from scripts.bench import tables
-from scripts.bench.markdown import AS_BEFORE, mark_of
 from scripts.bench.score_tables import cells_of
 
 PEERS = "task,method,model,source,dense,0.7,0.5,0.3\nmrpc,Kwon,BERT,a log,86.3,86.8,83.3,\n"
@@ -30,6 +29,7 @@ def update(tmp_path: Path) -> Update:
     (results / "peers.csv").write_text(PEERS)
     sections = [*tables.SECTIONS, "studies", "provenance"]
     (results / "README.md").write_text("".join(map(section, sections)))
+    (results / "h100.md").write_text("".join(map(section, tables.EARLIER)))
     (tmp_path / "README.md").write_text(f"# Title\n\n{section('results')}\n\nmore\n")
 
     def run(flags: str = "") -> int:
@@ -164,29 +164,25 @@ def test_other_conditions_are_never_averaged(change: dict[str, Any]) -> None:
     assert len(cells_of([a_line(), a_line(seed=1) | change])) == 2
 
 
-def test_lines_that_cannot_be_repeated_are_marked(update: Update, tmp_path: Path) -> None:
-    """Of an earlier version: without a digest, or with settings that this version cannot choose."""
-    now = dataclasses.asdict(Settings())
-    earlier = {name: value for name, value in now.items() if name != "teacher"}
-    lines = [
-        a_line(),
-        a_line(constraint=0.7, code=None),
-        a_line(constraint=0.3, code=None) | {"settings": earlier | {"polish": True}},
-    ]
-    assert [mark_of(line) for line in lines] == ["", "†", "‡"]
-    put(tmp_path, *lines)
+def test_a_line_without_its_code_stands_in_no_table_of_todays_code(
+    update: Update, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only the H100 page shows such lines: GPU measurements from before lines recorded it."""
+    own = Path(__file__).parents[2] / "results" / "scale_llama_cuda_float32.jsonl"
+    line = json.loads(own.read_text().splitlines()[0])
+    put(tmp_path, line, name=own.name)
     assert update() == 0
-    text = page(tmp_path, "quality")
-    assert rows_of(text)[0][3:] == ["70.0 / 0.250†", "70.0 / 0.250", "70.0 / 0.250‡"]
-    assert "removed since: `polish`; added since: `teacher`" in text
-    assert "70.0‡" in (tmp_path / "README.md").read_text()
-    put(tmp_path, lines[1])
+    assert page(tmp_path, "scale").strip() == "Not measured yet."
+    names = [row[0] for row in rows_of((tmp_path / "results" / "h100.md").read_text())]
+    assert names == ["NVIDIA H100 80GB HBM3, float32, 64 x 512"]
+    assert rows_of(page(tmp_path, "provenance"))[0][5] == "not recorded"
+    put(tmp_path, line | {"code": "0123456789abcdef"}, name=own.name)
     assert update() == 0
-    assert rows_of(page(tmp_path, "quality"))[0][3:] == ["70.0 / 0.250"]
-    assert "All of our numbers were measured by an earlier" in page(tmp_path, "quality")
-    rows = rows_of(page(tmp_path, "provenance"))
-    made_with = ["2026-11-28", "0.1.0", "not recorded", "2.13.0", "5.23.0"]
-    assert rows == [["`quality_tiny.jsonl`", "1", "0.1", *made_with]]
+    assert len(rows_of(page(tmp_path, "scale"))) == 1
+    assert not rows_of((tmp_path / "results" / "h100.md").read_text())
+    put(tmp_path, a_line(), a_line(constraint=0.7, code=None))
+    assert update() == 2
+    assert "Line 2 of quality_tiny.jsonl has no `code`" in capsys.readouterr().err
 
 
 def test_hours_count_a_shared_collection_once() -> None:
@@ -199,19 +195,6 @@ def test_hours_count_a_shared_collection_once() -> None:
     assert tables.hours([line(0.5, 0), line(0.3, 1)]) == "1.4"
     assert tables.hours([{"seconds": 1000.0}, {"seconds": 900}]) == "0.6"
     assert tables.hours([line(0.5, 0), {"machine": {}}]) == "", "not all of it is known"
-
-
-def test_todays_defaults_repeat_lines_from_before_a_setting() -> None:
-    now = dataclasses.asdict(Settings())
-    assert now.keys() > AS_BEFORE
-    earlier = {name: value for name, value in now.items() if name not in AS_BEFORE}
-    line = a_line(code=None)
-    assert mark_of(line | {"settings": earlier}) == "†", "still from before the digests"
-    assert mark_of(line | {"settings": earlier | {"polish": False}}) == "†", "it did nothing"
-    assert mark_of(line | {"settings": earlier | {"polish": 0.5}}) == "‡"
-    for name in earlier:
-        rest = {key: value for key, value in now.items() if key != name}
-        assert mark_of(line | {"settings": rest}) == "‡", f"what {name} was cannot be known"
 
 
 def test_criteria_stand_without_and_with_the_fit(update: Update, tmp_path: Path) -> None:
@@ -274,8 +257,8 @@ def test_perplexity_by_tokens_has_standard_errors(update: Update, tmp_path: Path
     ("text", "words"),
     [
         ("not JSON\n", "Line 1 of quality_tiny.jsonl is not a result"),
-        ('{"model": "tiny"}\n', "Line 1 of quality_tiny.jsonl"),
-        (json.dumps(a_line()) + "\n{}\n", "Line 2 of"),
+        ('{"model": "tiny", "code": "0"}\n', "Line 1 of quality_tiny.jsonl is not a result"),
+        (json.dumps(a_line()) + "\n{}\n", "Line 2 of quality_tiny.jsonl has no `code`"),
         (2 * (json.dumps(a_line()) + "\n"), "two results of one seed"),
     ],
 )
