@@ -142,9 +142,22 @@ def check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"{_flag(name)} {value}: it must be a number above 0.")
+    if options.bf16:
+        check_bfloat16()
     folder: Path = options.output_dir
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} already exists: name a new folder with --output-dir.")
+
+
+def check_bfloat16() -> None:
+    """Raise a UserError if the device that will be used cannot compute in bfloat16."""
+    from transformers.utils import is_torch_bf16_gpu_available
+
+    from rfprune.checkpoints.device import pick_device
+
+    device = pick_device(None)
+    if device.type != "cpu" and not is_torch_bf16_gpu_available():
+        raise UserError(f"--bf16: this {device.type} device has no bfloat16: leave it out.")
 
 
 def _flag(name: str) -> str:

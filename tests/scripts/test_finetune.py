@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
 from rfprune.checkpoints.loading import resolve_task
@@ -52,6 +54,29 @@ def test_it_makes_a_checkpoint_with_a_head_for_the_task(
         *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
     }
     assert f"{task} {metric}: " in capsys.readouterr().out
+
+
+def test_bf16_trains_other_float32_weights(arguments: dict[str, Any]) -> None:
+    """Products are rounded to bfloat16, so the weights differ a little; what is saved is not."""
+    saved = []
+    for more in ([], ["--bf16"]):
+        assert finetune.main(flags("sst2", arguments | {"max-steps": 1}) + more) == 0
+        saved.append(load_file(arguments["output-dir"] / "model.safetensors"))
+        shutil.rmtree(arguments["output-dir"])
+    exact, rounded = saved
+    assert {weight.dtype for weight in rounded.values()} == {torch.float32}
+    assert any(not torch.equal(exact[name], rounded[name]) for name in exact)
+    assert all((exact[name] - rounded[name]).abs().max() <= 2.1e-2 for name in exact)
+
+
+def test_a_gpu_without_bfloat16_is_named(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    device = "rfprune.checkpoints.device.pick_device"
+    monkeypatch.setattr(device, lambda _: torch.device("cuda"))
+    monkeypatch.setattr("transformers.utils.is_torch_bf16_gpu_available", lambda: False)
+    assert finetune.main([*flags("sst2", arguments), "--bf16"]) == 2
+    assert "--bf16: this cuda device has no bfloat16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
