@@ -165,7 +165,10 @@ def _flag(name: str) -> str:
 
 
 def load(name: str, task: Any) -> tuple[Any, Any]:
-    """The encoder with a new head for the task and its label names, and the tokenizer."""
+    """The encoder with a head for the task and its label names, and the tokenizer.
+
+    A head with as many labels is kept and trained further; any other is replaced.
+    """
     from transformers import (
         AutoModelForQuestionAnswering,
         AutoModelForSequenceClassification,
@@ -185,6 +188,7 @@ def load(name: str, task: Any) -> tuple[Any, Any]:
             "id2label": dict(enumerate(names)),
             "label2id": {label: number for number, label in enumerate(names)},
             "problem_type": "single_label_classification" if task.label_names else "regression",
+            "ignore_mismatched_sizes": True,  # the head of a checkpoint of another task
         }
     with cached_when_unreachable():
         try:

@@ -56,6 +56,18 @@ def test_it_makes_a_checkpoint_with_a_head_for_the_task(
     assert f"{task} {metric}: " in capsys.readouterr().out
 
 
+def test_a_checkpoint_of_another_task_gets_a_new_head(
+    arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    """As for RTE, which is usually learned from a model of MNLI."""
+    assert finetune.main(flags("sst2", arguments | {"max-steps": 1})) == 0
+    again = {"model": arguments["output-dir"], "output-dir": tmp_path / "again", "max-steps": 1}
+    assert finetune.main(flags("stsb", arguments | again)) == 0
+    config = AutoConfig.from_pretrained(tmp_path / "again")
+    check_labels(config, get_task("stsb"))
+    assert config.num_labels == 1
+
+
 def test_bf16_trains_other_float32_weights(arguments: dict[str, Any]) -> None:
     """Products are rounded to bfloat16, so the weights differ a little; what is saved is not."""
     saved = []
