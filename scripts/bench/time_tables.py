@@ -124,9 +124,9 @@ def _speedup_table(group: Sequence[Line]) -> str:
     versions = first["machine"]["versions"]
     worst = max(line["spread"] for line in group)
     return (
-        f"**{first['model']}, {device_of(first)}, {first['dtype']}** ("
+        f"**{first['model']}, {device_of(first)}, {first['dtype']}**\n\n"
         f"{', '.join(f'{name} {number}' for name, number in versions.items())}; spread of the "
-        f"rounds' ratios (half the interquartile range) at most {worst:.1%}):\n\n"
+        f"rounds' ratios (half the interquartile range) at most {worst:.1%}.\n\n"
         f"{table(heads, rows())}"
     )
 
