@@ -98,12 +98,13 @@ def finetune(options: argparse.Namespace) -> None:
     # before training: invalid validation data would otherwise be found an hour later
     length, limit = options.max_length, options.eval_limit
     prepared = prepare_evaluation(task, tokenizer, options.data_dir, max_length=length, limit=limit)
-    Trainer(
+    trainer = Trainer(
         model=model,
         args=training_arguments(options, len(train)),
         train_dataset=encode(task, tokenizer, train, options.max_length),
         data_collator=partial(pad, tokenizer),
-    ).train()
+    )
+    train_in_place(trainer, model)
     model.save_pretrained(options.output_dir)
     save_tokenizer(tokenizer, options.output_dir)
     evaluation = evaluate_model(model, prepared)
@@ -231,6 +232,16 @@ def training_arguments(options: argparse.Namespace, num_examples: int) -> Any:
     )
 
 
+def train_in_place(trainer: Any, model: Any) -> None:
+    """Train the trainer's model, which then computes in its own dtype again.
+
+    With --bf16, accelerate runs its forward pass in autocast, and would do so in the scoring that
+    follows.
+    """
+    trainer.train()
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+
+
 def recover(options: argparse.Namespace) -> None:
     """Train the model to compute what its teacher computes, save it, and print its scores."""
     import torch
@@ -279,7 +290,7 @@ def recover(options: argparse.Namespace) -> None:
         config = copy.deepcopy(student.model.config)
         trainer = distillation_trainer(student, teacher.model, task.kind, train, options)
         start = time.perf_counter()
-        trainer.train()
+        train_in_place(trainer, student.model)
         seconds = time.perf_counter() - start
         student.model.config = config  # Trainer turns the cache of keys and values off
         student.model.to(device).eval()

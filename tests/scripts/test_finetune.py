@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from rfprune.checkpoints.loading import resolve_task
+from rfprune.tasks import evaluation
 from rfprune.tasks.label_order import check_labels
 from rfprune.tasks.registry import get_task
 from scripts import finetune
@@ -68,11 +69,24 @@ def test_a_checkpoint_of_another_task_gets_a_new_head(
     assert config.num_labels == 1
 
 
-def test_bf16_trains_other_float32_weights(arguments: dict[str, Any]) -> None:
-    """Products are rounded to bfloat16, so the weights differ a little; what is saved is not."""
-    saved = []
+def test_bf16_trains_other_weights_and_scores_them_in_float32(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved, logits = [], []
+    tokens = torch.arange(5, 13)[None]
+    evaluate_model = evaluation.evaluate_model
+
+    def scored(model: Any, *arguments: Any, **more: Any) -> Any:
+        logits.append(model.eval()(input_ids=tokens).logits)
+        return evaluate_model(model, *arguments, **more)
+
+    monkeypatch.setattr(evaluation, "evaluate_model", scored)
     for more in ([], ["--bf16"]):
         assert finetune.main(flags("sst2", arguments | {"max-steps": 1}) + more) == 0
+        model = AutoModelForSequenceClassification.from_pretrained(arguments["output-dir"])
+        assert torch.equal(model(input_ids=tokens).logits, logits[-1])
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not torch.equal(model(input_ids=tokens).logits.float(), logits[-1])
         saved.append(load_file(arguments["output-dir"] / "model.safetensors"))
         shutil.rmtree(arguments["output-dir"])
     exact, rounded = saved
