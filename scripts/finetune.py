@@ -104,7 +104,7 @@ def finetune(options: argparse.Namespace) -> None:
         train_dataset=encode(task, tokenizer, train, options.max_length),
         data_collator=partial(pad, tokenizer),
     )
-    train_in_place(trainer, model)
+    run_training(trainer, model)
     model.save_pretrained(options.output_dir)
     save_tokenizer(tokenizer, options.output_dir)
     evaluation = evaluate_model(model, prepared)
@@ -232,12 +232,9 @@ def training_arguments(options: argparse.Namespace, num_examples: int) -> Any:
     )
 
 
-def train_in_place(trainer: Any, model: Any) -> None:
-    """Train the trainer's model, which then computes in its own dtype again.
-
-    With --bf16, accelerate runs its forward pass in autocast, and would do so in the scoring that
-    follows.
-    """
+def run_training(trainer: Any, model: Any) -> None:
+    """Train the trainer's model, and then undo the autocast of its forward pass (--bf16), which
+    would otherwise change the scores."""
     trainer.train()
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
 
@@ -290,7 +287,7 @@ def recover(options: argparse.Namespace) -> None:
         config = copy.deepcopy(student.model.config)
         trainer = distillation_trainer(student, teacher.model, task.kind, train, options)
         start = time.perf_counter()
-        train_in_place(trainer, student.model)
+        run_training(trainer, student.model)
         seconds = time.perf_counter() - start
         student.model.config = config  # Trainer turns the cache of keys and values off
         student.model.to(device).eval()
