@@ -458,10 +458,16 @@ def _inline(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")
 
 
-def drawn_cells(lines: Iterable[Line]) -> list[Cell]:
-    """The cells in the figure."""
-    own = [line for line in lines if line["variant"] in DRAWN and line["metric"] == "mac"]
-    return cells_of(own)
+def drawn_cells(lines: Iterable[Line], peers: str) -> list[Cell]:
+    """The cells in the figure, which shows the tasks with published numbers (peers.csv)."""
+    tasks = {row["task"] for row in csv.DictReader(peers.splitlines())}
+    return cells_of(
+        [
+            line
+            for line in lines
+            if line["variant"] in DRAWN and line["metric"] == "mac" and line["task"] in tasks
+        ]
+    )
 
 
 def figure_digest(cells: Sequence[Cell]) -> str:
@@ -488,7 +494,7 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
     rows = -(-len(panels) // columns)
     figure = plt.figure(figsize=(3.1 * columns + 0.4, 4.4 * rows + 0.5), layout="constrained")
     grid: Any = figure.add_gridspec(rows, columns)
-    for number, own in enumerate(sorted(panels.values(), key=len, reverse=True)):
+    for number, (_, own) in enumerate(sorted(panels.items())):
         row, column = divmod(number, columns)
         above, below = grid[row, column].subgridspec(2, 1).subplots(sharex=True)
         _draw_panel(above, below, own)

@@ -90,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = texts(files, options.results, options.readme)
     stale = [path for path, text in wanted.items() if not path.exists() or read(path) != text]
     quality = [line for part in of_kind(files, "quality").values() for line in part]
-    cells, figure = score_tables.drawn_cells(quality), options.results / "summary.png"
+    cells = score_tables.drawn_cells(quality, read(options.results / "peers.csv"))
+    figure = options.results / "summary.png"
     if cells and not _shows(figure, score_tables.figure_digest(cells)):
         stale.append(figure)
     for path in stale:
