@@ -87,10 +87,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
     options = parser.parse_args(argv)
     files = read_results(options.results)
-    wanted = texts(files, options.results, options.readme)
+    peers = read(options.results / "peers.csv")
+    wanted = texts(files, peers, options.results, options.readme)
     stale = [path for path, text in wanted.items() if not path.exists() or read(path) != text]
     quality = [line for part in of_kind(files, "quality").values() for line in part]
-    cells = score_tables.drawn_cells(quality, read(options.results / "peers.csv"))
+    cells = score_tables.drawn_cells(quality, peers)
     figure = options.results / "summary.png"
     if cells and not _shows(figure, score_tables.figure_digest(cells)):
         stale.append(figure)
@@ -106,8 +107,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if options.check and stale else 0
 
 
-def texts(files: Files, results: Path, readme: Path) -> dict[Path, str]:
+def texts(files: Files, peers: str, results: Path, readme: Path) -> dict[Path, str]:
     """The current text of each file.
+
+    Args:
+        peers: the text of peers.csv.
 
     Raises:
         UserError: a line is not a result or has no code, or a marker is missing.
@@ -122,7 +126,6 @@ def texts(files: Files, results: Path, readme: Path) -> dict[Path, str]:
     for name, (kind, make) in SECTIONS.items():
         page = with_section(page, name, made(files, kind, make), of_results)
     page = with_section(page, "studies", studies(files), of_results)
-    peers = read(results / "peers.csv")
     overview = made(files, "quality", lambda lines: score_tables.overview(lines, peers))
     return {
         readme: with_section(read(readme), "results", overview, readme),

@@ -280,12 +280,8 @@ def scale(lines: Sequence[Line]) -> str:
     """
     stages = ("collect", "search", "compact", "tune")
 
-    def place(line: Line) -> tuple[Any, ...]:
-        size = line["params"], line.get("offload", "none") != "none"
-        return device_of(line), line["dtype"], line["samples"], line["length"], *size
-
     def rows() -> Iterator[list[str]]:
-        for line in sorted(lines, key=place):
+        for line in sorted(lines, key=_scale_order):
             sampled = max(line["peak_bytes"].values())
             peak = max(sampled, line.get("peak_resident_bytes") or 0)
             tokens = f"{line['dtype']}, {line['samples']} x {line['length']}"
@@ -305,6 +301,11 @@ def scale(lines: Sequence[Line]) -> str:
 
     heads = ["machine, tokens", "offload", "parameters", "weights", *stages, "total", "peak"]
     return table(heads, rows())
+
+
+def _scale_order(line: Line) -> tuple[Any, ...]:
+    size = line["params"], (line.get("offload") or "none") != "none"
+    return device_of(line), line["dtype"], line["samples"], line["length"], *size
 
 
 def large_models(lines: Sequence[Line]) -> str:
@@ -328,7 +329,7 @@ def large_models(lines: Sequence[Line]) -> str:
             ]
 
     def checked() -> Iterator[list[str]]:
-        for line in sorted(checks, key=lambda line: (device_of(line), line["params"])):
+        for line in sorted(checks, key=_scale_order):
             offload, measured = line["offload"] or "none", line["measured_seconds"]
             memory = f"{line['bytes'] / 1e9:.1f} / {line['measured_bytes'] / 1e9:.1f} GB"
             yield [
