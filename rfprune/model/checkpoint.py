@@ -495,7 +495,7 @@ def _base_class(config: Mapping[str, Any], folder: Path, model_class: Any) -> An
     """The class of the original model, or the given one."""
     name, model_type = _saved_name(config), config.get("model_type")
     if model_class is not None and model_type in ARCHITECTURES:
-        return _given_class(model_class, str(model_type), folder)
+        return _given_class(model_class, config, folder)
     description = config.get("rfprune")
     own = description.get("class") if isinstance(description, dict) else None
     if own:
@@ -514,13 +514,17 @@ def _base_class(config: Mapping[str, Any], folder: Path, model_class: Any) -> An
     return base
 
 
-def _given_class(model_class: Any, model_type: str, folder: Path) -> Any:
+def _given_class(model_class: Any, config: Mapping[str, Any], folder: Path) -> Any:
     """The unpruned class that the argument `model_class` names."""
-    given, config_class = model_class, transformers.CONFIG_MAPPING[model_type]
+    given, model_type = model_class, config["model_type"]
     mapping = getattr(model_class, "_model_mapping", None)
     if mapping is not None:
-        model_class = mapping.get(config_class, None)
+        model_class = mapping.get(transformers.CONFIG_MAPPING[model_type], None)
         model_class = model_class[0] if isinstance(model_class, tuple) else model_class
+        if model_class is None:  # no Auto class has SiglipTextModel: the folder's entry names it
+            entries = config.get("auto_map")
+            entry = entries.get(given.__name__) if isinstance(entries, dict) else None
+            model_class = getattr(transformers, str(entry).rpartition(".")[2], None)
     base = getattr(model_class, "pruned_from", model_class)
     fits = isinstance(base, type) and issubclass(base, PreTrainedModel)
     if not fits or getattr(base.config_class, "model_type", None) != model_type:

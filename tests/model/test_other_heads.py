@@ -7,6 +7,8 @@ another task, or it would load with random weights.
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rfprune import RfpruneWarning, UserError, load_pruned
@@ -63,7 +66,7 @@ def test_the_layers_load_under_every_auto_class(
     saved = transformer_weights(pruned)
     classes = json.loads((tmp_path / "config.json").read_text())["auto_map"].keys()
     assert "AutoModel" in classes
-    for name in classes - set(UNLOADABLE):
+    for name in sorted(classes - set(UNLOADABLE)):
         auto = getattr(transformers, name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RfpruneWarning)
@@ -74,6 +77,27 @@ def test_the_layers_load_under_every_auto_class(
             assert layers
             for key in layers:
                 assert torch.equal(found[key], saved[key]), f"{key} of {name}"
+
+
+def test_an_auto_class_loads_a_type_that_only_the_folder_gives_it(
+    tiny_model: Tiny, tiny_batch: Tiny, tmp_path: Path
+) -> None:
+    """In a process of its own: loading the folder's code once adds the type to the Auto class."""
+    pruned, batch = small(tiny_model("siglip_text_model")), tiny_batch()
+    save_file({name: batch[name] for name in ("input_ids", "attention_mask")}, tmp_path / "batch")
+    pruned.save_pretrained(tmp_path)
+    program = """
+import sys, rfprune, transformers
+from safetensors.torch import load_file, save_file
+mapping = transformers.AutoModel._model_mapping
+assert mapping.get(transformers.SiglipTextConfig, None) is None
+model = rfprune.load_pruned(sys.argv[1], model_class=transformers.AutoModel)
+outputs = model(**load_file(sys.argv[1] + "/batch"))
+save_file({"hidden": outputs.last_hidden_state.detach()}, sys.argv[1] + "/outputs")
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program, str(tmp_path)], check=True)
+    expected = pruned(**load_file(tmp_path / "batch")).last_hidden_state
+    assert torch.allclose(load_file(tmp_path / "outputs")["hidden"], expected, atol=1e-5)
 
 
 def test_a_new_head_is_warned_of_saved_and_loaded(
