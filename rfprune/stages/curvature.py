@@ -49,6 +49,9 @@ from rfprune.stages.tensor_store import KeptTensor, TensorStore
 DAMPING = 1e-2
 """Added to the diagonal of A, as a fraction of its mean diagonal."""
 
+ROUNDING = 64 * torch.finfo(torch.float32).eps
+"""More than the rounding of the sums over many batches, relative to the trace of x·xᵀ."""
+
 DEPTH_WEIGHT = 1.0
 """Errors in the first layer have exp(DEPTH_WEIGHT) times the weight of errors in the last layer.
 
@@ -90,17 +93,19 @@ class KroneckerFactors:
         """Add loss gradients (tokens, d) at its outputs."""
         self.gradient_moment += rows.T @ rows
 
-    def input_covariance(self, *, centred: bool = True) -> Tensor:
+    def input_covariance(self, *, centred: bool = True, rounding: float = 0.0) -> Tensor:
         """A, with damping on its diagonal, (p, p), rounded to float32.
 
         Args:
             centred: whether A is about the mean of the inputs; False for a projection without bias.
+            rounding: least damping, as a fraction of the trace of A about zero.
         """
         mean = to_float64(self.input_sum) / self.tokens
         diagonal = to_float64(self.input_moment.diagonal()) / self.tokens
+        least = max(rounding * float(diagonal.sum()), torch.finfo(torch.float32).tiny)
         if centred:
             diagonal -= mean.square()
-        damping = max(DAMPING * float(diagonal.mean()), torch.finfo(torch.float32).tiny)
+        damping = max(DAMPING * float(diagonal.mean()), least)
         covariance = torch.empty(self.input_moment.shape, device=mean.device)
         for start in range(0, len(covariance), ROWS):
             rows = slice(start, start + ROWS)
@@ -187,6 +192,9 @@ def error_curve(
     The predicted increase of the loss of an example is half of the Fisher's quadratic form, summed
     over the example's tokens.
 
+    Inputs that hardly vary about a large mean leave only the rounding of the sums once the mean is
+    subtracted. A is then damped by more than this rounding.
+
     Args:
         model: the model whose statistics were collected.
         layout: its blocks.
@@ -201,19 +209,28 @@ def error_curve(
     """
     consumer = linear(model, block.consumer)
     scale = depth_weight(block, layout) / (2 * factors.examples)
-    try:
-        with resident(consumer):
-            return removal_curve(
-                factors.input_covariance(centred=consumer.bias is not None),
-                weight_of(consumer).detach(),
-                scale * to_float64(factors.gradient_moment),
-                block.unit_width,
-            )
-    except NumericalFailure as failure:
-        raise UserError(
-            f"the error curve of {block.name} cannot be computed: {failure}; calibrate on more "
-            "or other examples"
-        ) from failure
+    centred = consumer.bias is not None
+
+    def curve(rounding: float) -> ErrorCurve:
+        return removal_curve(
+            factors.input_covariance(centred=centred, rounding=rounding),
+            weight_of(consumer).detach(),
+            scale * to_float64(factors.gradient_moment),
+            block.unit_width,
+        )
+
+    with resident(consumer):
+        try:
+            return curve(0.0)
+        except NumericalFailure:
+            pass
+        try:
+            return curve(ROUNDING)
+        except NumericalFailure as failure:
+            raise UserError(
+                f"the error curve of {block.name} cannot be computed: {failure}; calibrate on more "
+                "or other examples"
+            ) from failure
 
 
 def depth_weight(block: Block, layout: Layout) -> float:

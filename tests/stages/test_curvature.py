@@ -19,6 +19,7 @@ from rfprune.model.frozen import frozen
 from rfprune.model.layout import layout_of
 from rfprune.stages.calibration import Calibration
 from rfprune.stages.curvature import DEPTH_WEIGHT, KroneckerFactors, collect_curvature, error_curves
+from rfprune.stages.least_squares import NumericalFailure
 from rfprune.stages.objective import fisher_factors
 from rfprune.stages.optimal_brain_surgeon import ErrorCurve, removal_curve
 
@@ -143,6 +144,35 @@ def test_a_constant_unit_is_removed_early_only_if_there_is_a_bias(
     curves = curves_of(model, [collected[0], constant, *collected[2:]])
     place = curves[1].order.tolist().index(0)
     assert place < 6 if model_type == "gpt2" else place == 11
+
+
+def test_inputs_that_hardly_vary_about_a_large_mean_have_a_curve(
+    tiny_model: Any, tiny_batch: Any
+) -> None:
+    """Their covariance is smaller than the rounding of the sums, and so not positive definite."""
+    model = tiny_model("bert")
+    factors = collect(model, [tiny_batch()])
+    features = len(factors[1].input_sum)
+    generator = torch.Generator().manual_seed(0)
+    steady = replace(factors[1], input_moment=torch.zeros(features, features), tokens=0)
+    steady.input_sum = torch.zeros(features)
+    for _ in range(50):
+        steady.add_inputs(30 + 1e-4 * torch.randn(64, features, generator=generator))
+    with pytest.raises(NumericalFailure):
+        removal_curve(steady.input_covariance(), torch.ones(2, features), torch.eye(2), 1)
+    curve = curves_of(model, [factors[0], steady])[1]
+    assert sorted(curve.order.tolist()) == list(range(features))
+    outputs = 30 * model.bert.encoder.layer[0].output.dense.weight.detach().sum(1)
+    loss = float(outputs @ steady.gradient_moment @ outputs) / (2 * steady.examples)
+    assert 0 <= float(curve.errors[0]) < 0.01 * loss  # the bias makes up for constant inputs
+
+
+def test_inputs_that_are_not_finite_have_no_curve(tiny_model: Any, tiny_batch: Any) -> None:
+    model = tiny_model("bert")
+    factors = collect(model, [tiny_batch()])
+    factors[1].input_moment.fill_(torch.nan)
+    with pytest.raises(UserError, match=r"error curve of layer\.0\.neurons cannot be computed"):
+        curves_of(model, factors)
 
 
 @pytest.mark.parametrize(("model_type", "depth"), [("bert", DEPTH_WEIGHT), ("llama", 0.0)])
