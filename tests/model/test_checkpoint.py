@@ -389,9 +389,9 @@ def test_tied_weights_are_stored_once_in_any_dtype(
     assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
 
 
-def test_masks_beside_the_weights_are_found_as_earlier_versions_wrote_them(saved: Path) -> None:
-    masks = load_masks(saved)
-    (saved / "pruning/masks.safetensors").rename(saved / "masks.safetensors")
-    found = load_masks(saved)
+def test_masks_beside_the_weights_are_found_as_earlier_versions_wrote_them(folder: Path) -> None:
+    masks = load_masks(folder)
+    (folder / "pruning/masks.safetensors").rename(folder / "masks.safetensors")
+    found = load_masks(folder)
     assert found.keys() == masks.keys()
     assert all(torch.equal(found[name], values) for name, values in masks.items())
