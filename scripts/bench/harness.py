@@ -181,7 +181,7 @@ def complete(
     say(f"{output}: {len(missing)} of {len(wanted)} measurements to make")
     if not missing:
         return 0
-    append_line(output, None)
+    check_writable(output)
     made_with = provenance(module)
     if others := sum(line.get("code") != made_with["code"] for line in lines):
         say(f"{others} lines are of other code than today's: remove them to measure them again")
@@ -254,17 +254,32 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def append_line(path: Path, line: Line | None) -> None:
-    """Add a line and flush it to the disk; None: only check that the file can be written.
+def check_writable(path: Path) -> None:
+    """Check that lines can be added to a file, which is not left behind if it is new.
 
     Raises:
-        UserError: it cannot.
+        UserError: they cannot.
     """
+    is_new = not path.exists()
+    _append(path, "")
+    if is_new:
+        path.unlink()
+
+
+def append_line(path: Path, line: Line) -> None:
+    """Add a line and flush it to the disk.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    _append(path, json.dumps(line, allow_nan=False) + "\n")
+
+
+def _append(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
-            if line is not None:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

@@ -70,6 +70,14 @@ def test_one_measurement_that_is_not_possible_leaves_the_others(
     assert "not measured: no gradients today" in capsys.readouterr().err
 
 
+def test_a_measurement_that_stops_before_its_first_line_leaves_no_file(output: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        complete(output, Fake(stop=0.5))
+    assert not output.exists()
+    assert complete(output, Fake(), WANTED[:1]) == 0
+    assert output.exists()
+
+
 def test_a_file_of_another_machine_or_measurement_is_refused(output: Path) -> None:
     here = {"machine": {"threads": 1}}
     assert complete(output, Fake(), WANTED[:1], same=here) == 0
