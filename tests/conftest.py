@@ -10,7 +10,7 @@ import os
 import random
 import string
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -124,6 +124,17 @@ def shared_folder() -> Path:
 def shared() -> Path:
     """The folder of real checkpoints and data; for tests marked `shared`."""
     return shared_folder()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """PyTorch computes on one thread, as in the runs that a test compares with."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

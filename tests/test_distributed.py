@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +196,7 @@ def launched(flags_of: Flags, tmp_path_factory: pytest.TempPathFactory) -> Launc
 
 
 @pytest.fixture
-def run_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[list[str]], None]]:
+def run_alone(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Callable[[list[str]], None]:
     """`run_alone(flags)`: run the command in this process, on one thread as the launched ones."""
     from rfprune.main import main
 
@@ -208,10 +208,7 @@ def run_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[list[str]],
     def run(flags: list[str]) -> None:
         assert main(flags) == 0
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield run
-    torch.set_num_threads(threads)
+    return run
 
 
 @pytest.mark.parametrize("name", CASES)

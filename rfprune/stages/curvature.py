@@ -209,28 +209,24 @@ def error_curve(
     """
     consumer = linear(model, block.consumer)
     scale = depth_weight(block, layout) / (2 * factors.examples)
-    centred = consumer.bias is not None
-
-    def curve(rounding: float) -> ErrorCurve:
-        return removal_curve(
-            factors.input_covariance(centred=centred, rounding=rounding),
-            weight_of(consumer).detach(),
-            scale * to_float64(factors.gradient_moment),
-            block.unit_width,
-        )
-
     with resident(consumer):
-        try:
-            return curve(0.0)
-        except NumericalFailure:
-            pass
-        try:
-            return curve(ROUNDING)
-        except NumericalFailure as failure:
-            raise UserError(
-                f"the error curve of {block.name} cannot be computed: {failure}; calibrate on more "
-                "or other examples"
-            ) from failure
+        gradients = scale * to_float64(factors.gradient_moment)
+        for rounding in (0.0, ROUNDING):
+            try:
+                curve = removal_curve(
+                    factors.input_covariance(centred=consumer.bias is not None, rounding=rounding),
+                    weight_of(consumer).detach(),
+                    gradients,
+                    block.unit_width,
+                )
+                break
+            except NumericalFailure as failure:
+                if rounding == ROUNDING:
+                    raise UserError(
+                        f"the error curve of {block.name} cannot be computed: {failure}; calibrate "
+                        "on more or other examples"
+                    ) from failure
+    return curve
 
 
 def depth_weight(block: Block, layout: Layout) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -168,9 +167,8 @@ def _quality_table(cells: Sequence[Cell]) -> str:
     return f"{caption(cells)}\n\n{text}"
 
 
-def overview(lines: Sequence[Line], peers: str) -> str:
+def overview(lines: Sequence[Line], published: Sequence[Line]) -> str:
     """Scores by MACs kept, published numbers (peers.csv) beside ours, tasks in their order."""
-    published = list(csv.DictReader(peers.splitlines()))
     chosen = [
         line
         for line in lines
@@ -458,9 +456,9 @@ def _inline(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")
 
 
-def drawn_cells(lines: Iterable[Line], peers: str) -> list[Cell]:
+def drawn_cells(lines: Iterable[Line], published: Sequence[Line]) -> list[Cell]:
     """The cells in the figure, which shows the tasks with published numbers (peers.csv)."""
-    tasks = {row["task"] for row in csv.DictReader(peers.splitlines())}
+    tasks = {row["task"] for row in published}
     return cells_of(
         [
             line

@@ -10,6 +10,7 @@ results/README.md or results/h100.md, or is a file of its own in results/.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -87,11 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
     options = parser.parse_args(argv)
     files = read_results(options.results)
-    peers = read(options.results / "peers.csv")
-    wanted = texts(files, peers, options.results, options.readme)
+    published = list(csv.DictReader(read(options.results / "peers.csv").splitlines()))
+    wanted = texts(files, published, options.results, options.readme)
     stale = [path for path, text in wanted.items() if not path.exists() or read(path) != text]
     quality = [line for part in of_kind(files, "quality").values() for line in part]
-    cells = score_tables.drawn_cells(quality, peers)
+    cells = score_tables.drawn_cells(quality, published)
     figure = options.results / "summary.png"
     if cells and not _shows(figure, score_tables.figure_digest(cells)):
         stale.append(figure)
@@ -107,11 +108,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if options.check and stale else 0
 
 
-def texts(files: Files, peers: str, results: Path, readme: Path) -> dict[Path, str]:
+def texts(files: Files, published: Sequence[Line], results: Path, readme: Path) -> dict[Path, str]:
     """The current text of each file.
 
     Args:
-        peers: the text of peers.csv.
+        published: the rows of peers.csv.
 
     Raises:
         UserError: a line is not a result or has no code, or a marker is missing.
@@ -126,7 +127,7 @@ def texts(files: Files, peers: str, results: Path, readme: Path) -> dict[Path, s
     for name, (kind, make) in SECTIONS.items():
         page = with_section(page, name, made(files, kind, make), of_results)
     page = with_section(page, "studies", studies(files), of_results)
-    overview = made(files, "quality", lambda lines: score_tables.overview(lines, peers))
+    overview = made(files, "quality", lambda lines: score_tables.overview(lines, published))
     return {
         readme: with_section(read(readme), "results", overview, readme),
         of_results: page,

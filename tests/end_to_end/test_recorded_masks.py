@@ -8,13 +8,14 @@ heads and neurons stay, unnoticed.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.end_to_end.recorded_masks import FILE, RUNS, SHARED_RUNS, digests_of
+
+# As in the recorded runs: sums in float32, and so near ties, depend on the threads.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 RECORDED = json.loads(FILE.read_text(encoding="utf-8"))
 
@@ -22,15 +23,6 @@ RECORDED = json.loads(FILE.read_text(encoding="utf-8"))
 @pytest.fixture(autouse=True)
 def no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rfprune.latency.speedup.MAX_ROUNDS", 1)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As in the recorded runs: sums in float32, and so near ties, depend on the threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_the_records_tell_runs_apart() -> None:
